@@ -1,0 +1,153 @@
+"""Configuration: YAML file + `a.b=value` overrides -> one strict, frozen pydantic tree.
+
+Unknown and duplicate keys are errors that name the file, the line and the nearest known key. Values of overrides are
+read as YAML, so `--set data.files=[a,b]` and `--set alpha=0.5` mean what they say.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from potstill.common.errors import ConfigError
+
+
+class StrictModel(BaseModel):
+    """Base of every configuration tree: unknown keys are refused, values cannot change after they were checked."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses duplicate keys and reads `1e-4` as a number, as YAML 1.2 does."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
+    seen: dict[Hashable, int] = {}
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        line = key_node.start_mark.line + 1
+        if key in seen:
+            raise ConfigError(
+                f"{key_node.start_mark.name}, line {line}: key {key!r} stands here a second time "
+                f"(first on line {seen[key]}); keep one of them"
+            )
+        seen[key] = line
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def parse_yaml(text: str, *, name: str) -> Any:
+    """Read YAML text; `name` stands for it in errors. Raises ConfigError on bad syntax or duplicate keys."""
+    loader = _Loader(text)
+    loader.name = name
+    try:
+        return loader.get_single_data()
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name} is not valid YAML: {error}") from error
+    finally:
+        loader.dispose()
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    path, equals, value = override.partition("=")
+    if not equals or not path.strip():
+        raise ConfigError(f"override {override!r}: expected key=value, e.g. optimizer.lr=3e-4")
+    *parents, last = path.strip().split(".")
+    node = tree
+    for depth, name in enumerate(parents):
+        child = node.setdefault(name, {})
+        if child is None:
+            child = node[name] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(
+                f"override {override!r}: {'.'.join(parents[: depth + 1])} is {child!r}, not a group of keys"
+            )
+        node = child
+    node[last] = parse_yaml(value, name=f"override {path}")
+
+
+def _fields_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
+    """Names of the keys that are known at `location` of the tree, as far as the annotations tell."""
+    current: list[type[BaseModel]] = [model]
+    for name in location:
+        following: list[type[BaseModel]] = []
+        for candidate in current:
+            field = candidate.model_fields.get(str(name))
+            if field is not None:
+                following += _models_in(field.annotation)
+        current = following or current
+    return sorted({name for candidate in current for name in candidate.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for inner in get_args(annotation) for model in _models_in(inner)]
+
+
+def _explain(error: ValidationError, model: type[BaseModel], source: str) -> str:
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"]) or "(whole)"
+        if problem["type"] == "extra_forbidden":
+            known = _fields_at(model, problem["loc"][:-1])
+            near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            lines.append(f"  {key}: unknown key; {hint}")
+        elif problem["type"] == "missing":
+            lines.append(f"  {key}: this key is needed and missing")
+        else:
+            lines.append(f"  {key}: {problem['msg']} (found {problem.get('input')!r})")
+    return f"{source}: {len(lines)} problem(s) in the configuration\n" + "\n".join(lines)
+
+
+def build_config(model: type[Model], tree: Mapping[str, Any], *, source: str) -> Model:
+    """Check a plain tree against `model`. Raises ConfigError with one line per problem."""
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, model, source)) from error
+
+
+def load_config(model: type[Model], path: Path | str | None, overrides: Sequence[str] = ()) -> Model:
+    """Read `path` (YAML; None for an empty tree), apply `a.b=value` overrides in order, check against `model`.
+
+    Raises ConfigError: unreadable file, bad YAML, duplicate or unknown key, value out of bounds.
+    """
+    tree: Any = {}
+    if path is not None:
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"configuration file {path} cannot be read: {error}") from error
+        tree = parse_yaml(text, name=str(path))
+        tree = {} if tree is None else tree
+        if not isinstance(tree, dict):
+            raise ConfigError(
+                f"configuration file {path}: expected keys and values at the top, found {type(tree).__name__}"
+            )
+    for override in overrides:
+        _apply(tree, override)
+    return build_config(model, tree, source=str(path) if path is not None else "options")
+
+
+def dump_config(config: BaseModel) -> str:
+    """Write a configuration as YAML that `load_config` reads back to an equal tree."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
