@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
-from typing import Self, TextIO
+from typing import Any, Self, TextIO
 
 from tqdm import tqdm
 
@@ -46,7 +46,7 @@ class Progress:
         self._stream = stream if stream is not None else sys.stderr
         self._line_every_seconds = line_every_seconds
         self._figures: dict[str, str] = {}
-        self._bar: tqdm[None] | None = None
+        self._bar: tqdm[Any] | None = None
         self._start = self._last_line = time.monotonic()
 
     def __enter__(self) -> Self:
