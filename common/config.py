@@ -36,6 +36,8 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
     for key_node, _ in node.value:
         key = loader.construct_object(key_node, deep=True)
         line = key_node.start_mark.line + 1
+        if not isinstance(key, Hashable):
+            raise ConfigError(f"{key_node.start_mark.name}, line {line}: {key!r} cannot be a key; use a plain word")
         if key in seen:
             raise ConfigError(
                 f"{key_node.start_mark.name}, line {line}: key {key!r} stands here a second time "
@@ -65,22 +67,51 @@ def parse_yaml(text: str, *, name: str) -> Any:
         loader.dispose()
 
 
+def key_lines(text: str) -> dict[tuple[int | str, ...], int]:
+    """Say on which line (from 1) each key of a YAML text stands; list items are keyed by their number."""
+    lines: dict[tuple[int | str, ...], int] = {}
+
+    def walk(node: yaml.Node | None, path: tuple[int | str, ...]) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key_node, value_node in node.value:
+                here = (*path, str(key_node.value))
+                lines[here] = key_node.start_mark.line + 1
+                walk(value_node, here)
+        elif isinstance(node, yaml.SequenceNode):
+            for number, item in enumerate(node.value):
+                lines[(*path, number)] = item.start_mark.line + 1
+                walk(item, (*path, number))
+
+    walk(yaml.compose(text, Loader=_Loader), ())
+    return lines
+
+
+def _slot(node: Any, name: str, override: str, where: str) -> str | int:
+    """The index of `name` in `node`, a group of keys or a list; ConfigError if it can be neither."""
+    if isinstance(node, dict):
+        return name
+    if isinstance(node, list):
+        if name.isdigit() and int(name) < len(node):
+            return int(name)
+        raise ConfigError(
+            f"override {override!r}: {where} is a list of {len(node)}; expected an item number below "
+            f"{len(node)}, found {name!r}"
+        )
+    raise ConfigError(f"override {override!r}: {where} is {node!r}, not a group of keys")
+
+
 def _apply(tree: dict[str, Any], override: str) -> None:
     path, equals, value = override.partition("=")
-    if not equals or not path.strip():
+    if not equals or not all(part.strip() for part in path.split(".")):
         raise ConfigError(f"override {override!r}: expected key=value, e.g. optimizer.lr=3e-4")
     *parents, last = path.strip().split(".")
-    node = tree
+    node: Any = tree
     for depth, name in enumerate(parents):
-        child = node.setdefault(name, {})
-        if child is None:
-            child = node[name] = {}
-        if not isinstance(child, dict):
-            raise ConfigError(
-                f"override {override!r}: {'.'.join(parents[: depth + 1])} is {child!r}, not a group of keys"
-            )
-        node = child
-    node[last] = parse_yaml(value, name=f"override {path}")
+        slot = _slot(node, name, override, ".".join(parents[:depth]))
+        if isinstance(node, dict) and node.get(name) is None:
+            node[name] = {}
+        node = node[slot]
+    node[_slot(node, last, override, ".".join(parents))] = parse_yaml(value, name=f"override {path}")
 
 
 def _fields_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
@@ -102,10 +133,17 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return [model for inner in get_args(annotation) for model in _models_in(inner)]
 
 
-def _explain(error: ValidationError, model: type[BaseModel], source: str) -> str:
+def _explain(
+    error: ValidationError,
+    model: type[BaseModel],
+    source: str,
+    line_of: Mapping[tuple[int | str, ...], int],
+) -> str:
     lines = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"]) or "(whole)"
+        if problem["loc"] in line_of:
+            key = f"line {line_of[problem['loc']]}: {key}"
         if problem["type"] == "extra_forbidden":
             known = _fields_at(model, problem["loc"][:-1])
             near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.4)
@@ -118,12 +156,21 @@ def _explain(error: ValidationError, model: type[BaseModel], source: str) -> str
     return f"{source}: {len(lines)} problem(s) in the configuration\n" + "\n".join(lines)
 
 
-def build_config(model: type[Model], tree: Mapping[str, Any], *, source: str) -> Model:
-    """Check a plain tree against `model`. Raises ConfigError with one line per problem."""
+def build_config(
+    model: type[Model],
+    tree: Mapping[str, Any],
+    *,
+    source: str,
+    line_of: Mapping[tuple[int | str, ...], int] | None = None,
+) -> Model:
+    """Check a plain tree against `model`. Raises ConfigError with one line per problem.
+
+    `source` stands for the tree in errors; `line_of` (from `key_lines`) adds the line of each key that has one.
+    """
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_explain(error, model, source)) from error
+        raise ConfigError(_explain(error, model, source, line_of or {})) from error
 
 
 def load_config(model: type[Model], path: Path | str | None, overrides: Sequence[str] = ()) -> Model:
@@ -132,6 +179,7 @@ def load_config(model: type[Model], path: Path | str | None, overrides: Sequence
     Raises ConfigError: unreadable file, bad YAML, duplicate or unknown key, value out of bounds.
     """
     tree: Any = {}
+    line_of: dict[tuple[int | str, ...], int] = {}
     if path is not None:
         try:
             text = Path(path).read_text(encoding="utf-8")
@@ -143,9 +191,12 @@ def load_config(model: type[Model], path: Path | str | None, overrides: Sequence
             raise ConfigError(
                 f"configuration file {path}: expected keys and values at the top, found {type(tree).__name__}"
             )
+        line_of = key_lines(text)
     for override in overrides:
         _apply(tree, override)
-    return build_config(model, tree, source=str(path) if path is not None else "options")
+        given = tuple(override.partition("=")[0].strip().split("."))
+        line_of = {key: line for key, line in line_of.items() if tuple(map(str, key[: len(given)])) != given}
+    return build_config(model, tree, source=str(path) if path is not None else "options", line_of=line_of)
 
 
 def dump_config(config: BaseModel) -> str:

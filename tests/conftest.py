@@ -1,0 +1,45 @@
+"""Settings for every test: one thread per process, no network look-ups, and the folder of real data where it exists.
+
+The environment is set before anything imports torch, so that child processes inherit it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# DeepSpeed 0.19 still calls two collectives that torch 2.13 marks as old: one warning for each process.
+os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning:torch.distributed.c10d_logger")
+
+
+def _has_gpu() -> bool:
+    return Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists()
+
+
+if not _has_gpu():
+    # Silences one warning in each process; on a machine with a GPU DeepSpeed finds it by itself.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Keep torch to one thread: two ranks with two threads each thrash on two cores."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real texts and models beside the checkout; tests that need it skip themselves where it is absent."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"no real data: {SHARED_DATA} does not exist")
+    return SHARED_DATA

@@ -1,0 +1,164 @@
+"""The rules that keep the house in order: arrows between rooms, links of the package, sizes, listed parts, texts."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("common", "kernels", "launch", "storage", "student_train", "teacher_dump")
+STAGES = {"kernels", "storage", "common"}
+MAY_IMPORT = {
+    "common": set(),
+    "storage": set(),
+    "kernels": set(),
+    "teacher_dump": STAGES,
+    "student_train": STAGES,
+    "launch": STAGES | {"teacher_dump", "student_train"},
+}
+# What a room may not import from outside, and why that would cost something.
+FOREIGN = {
+    "common": {"torch", "numpy", "pyarrow", "transformers", "deepspeed"},  # `potstill --help` imports it
+    "storage": {"torch", "transformers", "deepspeed", "pydantic", "triton"},  # readable without a training stack
+    "kernels": {"pyarrow", "transformers", "deepspeed", "pydantic", "zstandard"},  # tensors in, tensors out
+}
+MAX_FILE_LINES = 500
+MAX_FUNCTION_LINES = 60
+
+
+def sources(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def imported(path: Path) -> Iterator[tuple[int, str]]:
+    """Every module that a file names in an import, at any depth, with its line; relative ones made absolute."""
+    package = ["potstill", *path.relative_to(ROOT).parent.parts]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            stem = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*stem, *([node.module] if node.module else [])])
+            yield node.lineno, base
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_arrows_between_the_rooms(room: str) -> None:
+    wrong = []
+    for path in sources(room):
+        for line, name in imported(path):
+            parts = name.split(".")
+            where = f"{path.relative_to(ROOT)}:{line} imports {name}"
+            if parts[0] in ROOMS:
+                wrong.append(f"{where}; write potstill.{name}")
+            elif parts[0] == "potstill" and len(parts) > 1 and parts[1] in ROOMS and parts[1] != room:
+                if parts[1] not in MAY_IMPORT[room]:
+                    wrong.append(f"{where}; {room} may import {sorted(MAY_IMPORT[room]) or 'no other room'}")
+            elif parts[0] in FOREIGN.get(room, set()):
+                wrong.append(where)
+    assert sources(room), f"{room} holds no source"
+    assert not sorted(set(wrong)), "\n".join(sorted(set(wrong)))
+
+
+def test_the_scan_of_imports_sees_each_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    (tmp_path / "launch" / "inner").mkdir(parents=True)
+    path = tmp_path / "launch" / "inner" / "a.py"
+    path.write_text(
+        "def f():\n    import x.y\n    from .. import b\n    from .c import d\n    from potstill import storage\n"
+    )
+    names = {name for _, name in imported(path)}
+    assert {"x.y", "potstill.launch.b", "potstill.launch.inner.c", "potstill.storage"} <= names
+
+
+def test_package_is_links_to_the_rooms() -> None:
+    package = ROOT / "src" / "potstill"
+    links = {path.name: os.readlink(path) for path in package.iterdir() if path.is_symlink()}
+    assert links == {room: f"../../{room}" for room in ROOMS}
+    assert all((package / room).is_dir() for room in ROOMS)
+    assert (package / "py.typed").is_file()
+
+
+def test_kernels_is_a_namespace_folder() -> None:
+    # A regular package of this name on sys.path stops transformers from importing any model.
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    missing = [room for room in ROOMS if room != "kernels" and not (ROOT / room / "__init__.py").is_file()]
+    assert not missing
+
+
+def test_transformers_imports_a_model_with_the_root_on_the_path() -> None:
+    code = "import sys; sys.path.insert(0, ''); from transformers import LlamaForCausalLM; print('ok')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "ok", done.stderr
+
+
+@pytest.mark.parametrize("folder", [*ROOMS, "tests", "benchmarks"])
+def test_files_and_functions_stay_small(folder: str) -> None:
+    too_long = []
+    for path in sources(folder):
+        text = path.read_text(encoding="utf-8")
+        if text.count("\n") > MAX_FILE_LINES:
+            too_long.append(f"{path.relative_to(ROOT)}: {text.count(chr(10))} lines")
+        for node in ast.walk(ast.parse(text, str(path))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None:
+                length = node.end_lineno - node.lineno + 1
+                if length > MAX_FUNCTION_LINES:
+                    too_long.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {length} lines")
+    assert not too_long, "\n".join(too_long)
+
+
+def test_every_benchmark_is_listed() -> None:
+    from benchmarks.__main__ import BENCHMARKS
+
+    scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - {"__main__", "__init__"}
+    assert {entry.script for entry in BENCHMARKS} == scripts
+
+
+def test_every_preset_is_listed_with_a_summary() -> None:
+    from potstill.launch.presets import list_presets
+
+    listed = {preset.name: preset.summary for preset in list_presets()}
+    assert set(listed) == {path.stem for path in (ROOT / "launch" / "presets").glob("*.yaml")}
+    assert "lm" in listed
+    assert all(listed.values()), listed
+
+
+def tracked_texts() -> Iterator[tuple[Path, str]]:
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listing.returncode != 0:
+        pytest.skip("not a git checkout")
+    for name in filter(None, listing.stdout.split("\0")):
+        path = ROOT / name
+        if path.is_file() and not path.is_symlink():
+            try:
+                yield path, path.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                continue
+
+
+def test_no_machine_or_registry_is_named() -> None:
+    # Written in halves, so that this file does not hold the words it looks for.
+    words = [
+        "/wo" + "rk/",
+        "/tmp/" + "base",
+        "pypi" + ".org",
+        "python" + "hosted",
+        "--index" + "-url",
+        "/ro" + "ot/",
+        "pip." + "conf",
+    ]
+    found = [
+        f"{path.relative_to(ROOT)}:{number} {word}"
+        for path, text in tracked_texts()
+        for number, line in enumerate(text.splitlines(), start=1)
+        for word in words
+        if word in line
+    ]
+    assert not found, "\n".join(found)
