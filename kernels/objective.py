@@ -1,0 +1,254 @@
+"""From row statistics to loss and gradient: everything of size k per token, none of size V.
+
+One gradient form serves all divergences: with a_i = d loss / d log q_i on the kept ids S, a_r for the rest
+bucket and A = sum a,
+
+    d loss / d u_j = a_j - A q_j                     j in S
+                   = (a_r - A q_r) * q_j / q_r       j outside S
+
+so the dense pass writes one coefficient per row times exp(z_j - lse of the rest), and a few entries (the
+kept ids and the label) are put in by hand. Shapes: B rows, F = K + 1 fix-up columns, the last one being the
+label when it is not a kept id.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from potstill.kernels.settings import LossSettings, tail_at
+from potstill.kernels.types import SparseTargetTensors
+
+
+@dataclass(frozen=True)
+class FixSet:
+    """The columns of each row that the dense pass leaves alone.
+
+    ids [B, F] int64 (0 where unused); kept [B, F] entries of the KD support (S); used [B, F] = kept or label;
+    is_label [B, F]; has_target, has_label [B]; log_p [B, F] teacher on S, log_rest [B] teacher's rest.
+    """
+
+    ids: Tensor
+    kept: Tensor
+    used: Tensor
+    is_label: Tensor
+    has_target: Tensor
+    has_label: Tensor
+    log_p: Tensor
+    log_rest: Tensor
+
+
+@dataclass(frozen=True)
+class RowStats:
+    """What one stream over the logits z (after scale and cap) yields, the fix-up columns left out.
+
+    fix [B, F] z at the fix-up columns (-inf where unused); log_rest [B] log sum exp(z) over the others;
+    log_rest_t [B] the same of z / T; mean_rest [B] mean of z under their softmax (0 when there are none).
+    """
+
+    fix: Tensor
+    log_rest: Tensor
+    log_rest_t: Tensor
+    mean_rest: Tensor
+    row_max: Tensor
+
+
+@dataclass(frozen=True)
+class RowTerms:
+    """loss [B]; sums [14, B] in the order of LossSums; the gradient by z as fix-ups and two dense parts.
+
+    Off the fix-ups it is dense_t * exp(z / T - log_rest_t) + dense_1 * exp(z - log_rest).
+    """
+
+    loss: Tensor
+    sums: Tensor
+    fix_grad: Tensor
+    dense_t: Tensor
+    dense_1: Tensor
+
+
+def log1mexp(value: Tensor) -> Tensor:
+    """log(1 - exp(value)) for value <= 0 without cancellation."""
+    value = value.clamp_max(0)
+    near = torch.log(-torch.expm1(value))
+    return torch.where(value > -math.log(2), near, torch.log1p(-value.exp()))
+
+
+def _safe_lse(values: Tensor) -> Tensor:
+    """logsumexp over the last axis; -inf for a row of -inf."""
+    return torch.logsumexp(values, -1)
+
+
+def build_fix_set(
+    targets: SparseTargetTensors | None,
+    labels: Tensor,
+    rows: Tensor,
+    settings: LossSettings,
+    *,
+    width: int,
+    dtype: torch.dtype,
+) -> FixSet:
+    """Padded targets of the tokens `rows` (int64 [B]), with the temperature and missing mass applied."""
+    num_rows = rows.shape[0]
+    label = labels[rows]  # [B]
+    has_label = label >= 0
+    if targets is None:
+        width = 0
+    ids = torch.zeros(num_rows, width + 1, dtype=torch.int64, device=rows.device)
+    log_p = torch.full(ids.shape, -math.inf, dtype=dtype, device=rows.device)
+    kept = torch.zeros(ids.shape, dtype=torch.bool, device=rows.device)
+    log_rest = torch.full((num_rows,), -math.inf, dtype=dtype, device=rows.device)
+    has_target = torch.zeros(num_rows, dtype=torch.bool, device=rows.device)
+    if targets is not None and width:
+        first = targets.offsets[rows]
+        counts = targets.offsets[rows + 1] - first  # [B]
+        column = torch.arange(width, device=rows.device)
+        valid = column < counts[:, None]  # [B, K]
+        entry = torch.where(valid, first[:, None] + column, 0)
+        ids[:, :width] = torch.where(valid, targets.ids[entry].long(), 0)
+        kept[:, :width] = valid
+        has_target = counts > 0
+        values, log_rest = _teacher_buckets(targets, rows, entry, valid, settings, dtype)
+        log_p[:, :width] = values
+    ids[:, width] = label.clamp_min(0)
+    is_label = (ids == ids[:, width:]) & has_label[:, None]
+    is_label[:, :width] &= kept[:, :width]
+    in_support = is_label[:, :width].any(1)
+    is_label[:, width] = has_label & ~in_support
+    if settings.missing_mass == "label":
+        has_target = has_target & has_label
+        to_label = torch.where(is_label, log_rest[:, None], -math.inf)
+        log_p = torch.logaddexp(log_p, to_label)
+        kept[:, width] = is_label[:, width]
+        log_rest = torch.full_like(log_rest, -math.inf)
+    used = kept | is_label
+    return FixSet(ids, kept, used, is_label, has_target, has_label, log_p, log_rest)
+
+
+def _teacher_buckets(
+    targets: SparseTargetTensors,
+    rows: Tensor,
+    entry: Tensor,
+    valid: Tensor,
+    settings: LossSettings,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """log p on the kept entries [B, K] (-inf where invalid) and of the rest bucket [B]."""
+    none = torch.full(rows.shape, -math.inf, dtype=dtype, device=rows.device)
+    if settings.entry.needs_counts:
+        assert targets.counts is not None
+        draws = torch.where(valid, targets.counts[entry].to(dtype), 0.0)
+        total = draws.sum(1) if targets.num_draws is None else draws.new_full(rows.shape, targets.num_draws)
+        return (draws / total.clamp_min(1)[:, None]).log(), none
+    assert targets.logprobs is not None
+    temperature, mode = settings.temperature, settings.missing_mass
+    values = torch.where(valid, targets.logprobs[entry].to(dtype) / temperature, -math.inf)
+    total = _safe_lse(values)
+    total = torch.where(torch.isfinite(total), total, 0.0)  # rows without entries
+    if mode in ("renorm", "support"):
+        return values - total[:, None], none
+    tail = tail_at(targets, temperature)[rows].to(dtype)
+    if temperature != 1.0:
+        # The kept entries share what the stored tail at this temperature leaves.
+        values = values + (log1mexp(tail) - total)[:, None]
+        return values, (none if mode == "raw" else tail)
+    if mode == "raw":
+        return values, none
+    # Stored values and tail are each rounded to a grid, so the k + 1 buckets sum to 1 only nearly.
+    norm = torch.logaddexp(total, tail)
+    return values - norm[:, None], tail - norm
+
+
+def row_terms(
+    stats: RowStats,
+    fix: FixSet,
+    settings: LossSettings,
+    *,
+    weights: Tensor,
+    kd_weights: Tensor,
+) -> RowTerms:
+    """Loss, sums and gradient of each row from its statistics (weights, kd_weights [B])."""
+    scale_t = settings.temperature
+    lse = torch.logaddexp(stats.log_rest, _safe_lse(stats.fix))
+    log_q1 = stats.fix - lse[:, None]  # [B, F]
+    label_logit = torch.where(fix.is_label, stats.fix, 0.0).sum(1)
+    ce = torch.where(fix.has_label, lse - label_logit, 0.0)
+    gamma = weights * settings.ce_weight * fix.has_label + weights * (2 * settings.z_loss) * lse
+    q1 = log_q1.exp()
+    fix_grad = gamma[:, None] * q1 - (weights * settings.ce_weight)[:, None] * fix.is_label
+    rest_share = (stats.log_rest - lse).exp()
+    kd, kd_grad, dense_t, student_mass = _kd_terms(stats, fix, settings)
+    amount = weights * kd_weights * fix.has_target
+    if settings.alpha != 0.0:
+        coefficient = amount * (settings.alpha * scale_t)
+        fix_grad = fix_grad + coefficient[:, None] * kd_grad
+        dense_t = coefficient * dense_t
+    else:
+        dense_t = torch.zeros_like(dense_t)
+    kd = torch.where(fix.has_target, kd, 0.0)
+    loss = settings.alpha * scale_t**2 * amount * kd if settings.alpha != 0.0 else torch.zeros_like(kd)
+    loss = loss + weights * (settings.ce_weight * ce + settings.z_loss * lse.square())
+    mean = rest_share * stats.mean_rest + torch.where(fix.used, q1 * stats.fix, 0.0).sum(1)
+    kept_mass = torch.where(fix.kept, fix.log_p.exp(), 0.0).sum(1)
+    agreement = (stats.fix[:, 0] >= stats.row_max) & fix.has_target
+    correct = fix.has_label & (label_logit >= stats.row_max)
+    target_weight, label_weight = weights * fix.has_target, weights * fix.has_label
+    sums = [
+        amount * kd,
+        weights * ce,
+        weights * lse.square(),
+        weights,
+        amount,
+        target_weight * kept_mass,
+        target_weight * student_mass,
+        weights * agreement,
+        weights * correct,
+        weights * (lse - mean),
+        target_weight,
+        label_weight,
+        fix.has_target.to(lse.dtype),
+        fix.has_label.to(lse.dtype),
+    ]
+    return RowTerms(loss, torch.stack(sums), fix_grad, dense_t, gamma * rest_share)
+
+
+def _kd_terms(stats: RowStats, fix: FixSet, settings: LossSettings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Divergence [B], its gradient by u at the fix-ups [B, F], the coefficient off them [B], Q on S [B]."""
+    u = stats.fix / settings.temperature
+    lse = torch.logaddexp(stats.log_rest_t, _safe_lse(u))[:, None]
+    log_q = u - lse  # [B, F]
+    outside = torch.where(fix.used & ~fix.kept, u, -math.inf)  # a label that is no kept id
+    log_rest = torch.logaddexp(stats.log_rest_t, _safe_lse(outside))  # all of the rest bucket
+    log_q_rest = log_rest - lse[:, 0]
+    log_q_kept = torch.where(fix.kept, log_q, -math.inf)
+    student_mass = log_q_kept.exp().sum(1)
+    values, a = _divergence_terms(log_q_kept, log_q_rest, fix, settings)
+    total = a.sum(1)
+    # The gradient of the whole rest bucket; each of its members gets its share exp(u_j - log_rest).
+    rest = a[:, -1] - total * log_q_rest.exp()
+    kept_grad = a[:, :-1] - total[:, None] * log_q.exp()
+    share = torch.where(fix.used & ~fix.kept, (u - log_rest[:, None]).exp(), 0.0)
+    grad = torch.where(fix.kept, kept_grad, rest[:, None] * share)
+    inner = torch.where(torch.isfinite(log_rest), (stats.log_rest_t - log_rest).exp(), 0.0)
+    return values, grad, rest * inner, student_mass
+
+
+def _divergence_terms(
+    log_q_kept: Tensor, log_q_rest: Tensor, fix: FixSet, settings: LossSettings
+) -> tuple[Tensor, Tensor]:
+    """The divergence on the k + 1 buckets as the missing-mass mode lays them out."""
+    mode, entry = settings.missing_mass, settings.entry
+    rest_q = log_q_rest
+    if mode == "support":
+        norm = _safe_lse(log_q_kept)
+        log_q_kept = log_q_kept - torch.where(torch.isfinite(norm), norm, 0.0)[:, None]
+    if mode in ("support", "raw") or entry.needs_counts:
+        rest_q = torch.full_like(log_q_rest, -math.inf)  # no rest bucket
+    log_p = torch.cat([fix.log_p, fix.log_rest[:, None]], 1)
+    log_q = torch.cat([log_q_kept, rest_q[:, None]], 1)
+    value, a = entry.function(log_p, log_q, **settings.options)
+    if mode == "support":
+        # Chain through q~ = q / Q_S: d log q~_i / d log q_j = [i = j] - q~_j.
+        a = a - log_q.exp() * a.sum(1, keepdim=True)
+    return value, a

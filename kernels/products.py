@@ -1,0 +1,63 @@
+"""The three matrix products of the chunked linear loss, with the precision each device can give.
+
+A CUDA slab has the dtype of the weight (tensor cores accumulate in float32, one rounding). Elsewhere the
+slab is float32, or float64 for float64 inputs, and low-precision weights are widened a block at a time, so
+that no full copy of the head is made.
+"""
+
+import torch
+from torch import Tensor
+
+# Rows of the head that are widened at a time: 4096 x 4096 floats are 64 MiB.
+BLOCK_ROWS = 4096
+
+
+def _blocks(weight: Tensor) -> list[slice]:
+    return [slice(start, start + BLOCK_ROWS) for start in range(0, weight.shape[0], BLOCK_ROWS)]
+
+
+def has_wide_output() -> bool:
+    """Whether torch.mm and torch.addmm take `out_dtype` (CUDA, torch 2.8 and later)."""
+    major, minor = (int(part) for part in torch.__version__.split(".")[:2])
+    return (major, minor) >= (2, 8)
+
+
+def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor) -> Tensor:
+    """hidden [B, D] times weight [V, D] transposed, plus bias [V], into out [B, V]."""
+    if out.dtype == weight.dtype:
+        torch.mm(hidden, weight.t(), out=out)
+    elif weight.is_cuda and out.dtype == torch.float32 and has_wide_output():
+        torch.mm(hidden, weight.t(), out_dtype=torch.float32, out=out)
+    else:
+        wide = hidden.to(out.dtype)
+        for block in _blocks(weight):
+            out[:, block] = wide @ weight[block].to(out.dtype).t()
+    if bias is not None:
+        out += bias.to(out.dtype)
+    return out
+
+
+def hidden_gradient(slab: Tensor, weight: Tensor) -> Tensor:
+    """slab [B, V] times weight [V, D], in the dtype of the weight."""
+    if slab.dtype == weight.dtype:
+        return torch.mm(slab, weight)
+    total = slab.new_zeros(slab.shape[0], weight.shape[1])
+    for block in _blocks(weight):
+        total.addmm_(slab[:, block], weight[block].to(slab.dtype))
+    return total.to(weight.dtype)
+
+
+def add_weight_gradient(total: Tensor, slab: Tensor, hidden: Tensor) -> None:
+    """total [V, D] (float32 or float64) += slab [B, V] transposed times hidden [B, D]."""
+    if slab.dtype == total.dtype:
+        total.addmm_(slab.t(), hidden.to(total.dtype))
+    elif slab.is_cuda and has_wide_output():
+        torch.addmm(total, slab.t(), hidden, out_dtype=total.dtype, out=total)
+    else:
+        total += torch.mm(slab.t(), hidden).to(total.dtype)
+
+
+def scaled(value: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """value * factor in `dtype`, in one pass (the upstream gradient rides on the cast)."""
+    out = torch.empty(value.shape, dtype=dtype, device=value.device)
+    return torch.mul(value, factor.to(value.dtype), out=out)

@@ -1,0 +1,100 @@
+"""One pass over teacher logits in tiles of 128 ids, and what follows from the tiles exactly.
+
+Every one of the k best ids lies in one of the k tiles with the largest maxima, so after one streaming read
+only k * 128 candidates are looked at again. Sums of exp are kept per tile as well: the mass outside the
+kept ids is then a sum of what was not taken, free of the cancellation in `1 - kept`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TILE = 128
+# Below every logit; finite, so that (z - max) * exp(z - max) is 0 and not NaN in the padding.
+FILL = -1e30
+BLOCK_BYTES = 2 << 20
+
+
+@dataclass(frozen=True)
+class TileStats:
+    """Per tile of a padded slab [B, n * TILE]: maximum [B, n]; for z relative to the row maximum `top` [B]:
+    sums of exp(z / T) per temperature (T = 1 first) [1 + nT, B, n]; `moment` [B], the sum of z exp(z);
+    `above` [B] how many logits come before the label's in the order (value down, id up)."""
+
+    top: Tensor
+    maxima: Tensor
+    sums: Tensor
+    moment: Tensor
+    above: Tensor
+
+
+def padded_width(num_ids: int) -> int:
+    return -(-num_ids // TILE) * TILE
+
+
+def tile_stats(slab: Tensor, label_ids: Tensor, temperatures: Sequence[float]) -> TileStats:
+    """The torch twin of the Triton pass; `slab` [B, n * TILE] float32 is only read. label_ids int64 [B]."""
+    num_rows, width = slab.shape
+    num_tiles = width // TILE
+    label_logit = slab.gather(1, label_ids[:, None])  # [B, 1]
+    maxima = slab.new_empty(num_rows, num_tiles)
+    sums = slab.new_empty(1 + len(temperatures), num_rows, num_tiles)
+    moment = slab.new_empty(num_rows)
+    above = torch.empty(num_rows, dtype=torch.int32, device=slab.device)
+    ids = torch.arange(width, device=slab.device)
+    rows = max(1, BLOCK_BYTES // (width * slab.element_size()))
+    for start in range(0, num_rows, rows):
+        block = slice(start, start + rows)
+        z = slab[block]
+        best = z.unflatten(1, (num_tiles, TILE)).amax(2)
+        maxima[block] = best
+        logit = label_logit[block]
+        before = (z > logit) | ((z == logit) & (ids < label_ids[block, None]))
+        above[block] = before.sum(1, dtype=torch.int32)
+        difference = z - best.amax(1, keepdim=True)
+        exponential = difference.exp()
+        sums[0, block] = exponential.unflatten(1, (num_tiles, TILE)).sum(2)
+        moment[block] = torch.bmm(difference[:, None], exponential[:, :, None])[:, 0, 0]
+        for number, temperature in enumerate(temperatures, start=1):
+            torch.div(difference, temperature, out=exponential).exp_()
+            sums[number, block] = exponential.unflatten(1, (num_tiles, TILE)).sum(2)
+    return TileStats(maxima.amax(1), maxima, sums, moment, above)
+
+
+def order_keys(values: Tensor, ids: Tensor) -> Tensor:
+    """int64 keys whose descending order is (value down, id up), for float32 values and ids < 2^31."""
+    bits = (values + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0: they are equal
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (ordered.long() << 32) | (0xFFFFFFFF - ids.long())
+
+
+@dataclass(frozen=True)
+class BestIds:
+    """The k best of each row: ids int64 [B, k], logits [B, k], and the sums of exp((z - top) / T) over all
+    other ids [1 + nT, B]."""
+
+    ids: Tensor
+    logits: Tensor
+    rest: Tensor
+
+
+def best_ids(slab: Tensor, stats: TileStats, k: int, temperatures: Sequence[float]) -> BestIds:
+    """Exact top k in the order (value down, id up), from the k best tiles."""
+    num_rows, num_tiles = stats.maxima.shape
+    tile_ids = torch.arange(num_tiles, device=slab.device).expand(num_rows, -1)
+    num_taken = min(k, num_tiles)
+    # Ties between tile maxima go to the lower tile, which holds the lower ids: the pruning stays exact.
+    taken = order_keys(stats.maxima, tile_ids).topk(num_taken, 1).indices  # [B, t]
+    members = (taken[:, :, None] * TILE + torch.arange(TILE, device=slab.device)).flatten(1)
+    candidates = slab.gather(1, members)
+    chosen = order_keys(candidates, members).topk(k, 1).indices  # [B, k], sorted down
+    ids, logits = members.gather(1, chosen), candidates.gather(1, chosen)
+    left = (candidates - stats.top[:, None]).scatter(1, chosen, FILL)
+    others = torch.ones_like(stats.maxima).scatter(1, taken, 0.0)
+    rest = [
+        (stats.sums[number] * others).sum(1) + (left / temperature).exp().sum(1)
+        for number, temperature in enumerate((1.0, *temperatures))
+    ]
+    return BestIds(ids, logits, torch.stack(rest))
