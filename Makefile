@@ -4,19 +4,26 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-export OMP_NUM_THREADS ?= 1
-export HF_HUB_OFFLINE ?= 1
-export TOKENIZERS_PARALLELISM ?= false
+# Tests and benchmarks: one thread per process, two processes. The demo decides for itself.
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: setup demo test test-slow lint bench clean
+.PHONY: help setup demo test test-slow lint bench clean
+
+help:
+	@echo "make demo        the main job on this machine: text, teacher, targets, two students, one table (minutes)"
+	@echo "make test        ruff, mypy and the CPU test suite"
+	@echo "make test-slow   the campaigns"
+	@echo "make bench       the benchmarks that need no GPU"
+	@echo "make setup       .venv with the exact versions of constraints.txt"
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "potstill needs Python 3.11 or newer; name one with: make PYTHON=python3.12 ...")'
+	@$(PYTHON) -c 'import sys; sys.exit("potstill needs Python 3.11 or newer, this is %s; name one: make PYTHON=python3.12 ..." % sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	@echo "installing into $(VENV), once (about two minutes)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	touch $@
+	@touch $@
 
 demo: setup
 	$(BIN)/potstill demo $(DEMO_ARGS)
@@ -27,13 +34,13 @@ lint: setup
 	$(BIN)/mypy -p potstill
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup $(TEST_ARGS)
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow
+	$(TEST_ENV) $(BIN)/python -m pytest -m slow $(TEST_ARGS)
 
 bench: setup
-	$(BIN)/python -m benchmarks
+	$(TEST_ENV) $(BIN)/python -m benchmarks
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,26 @@
+"""The table of commands. A new one is a `Command` in one of the files below and an entry here."""
+
+from __future__ import annotations
+
+from potstill.launch.command import Command
+from potstill.launch.demo_command import DEMO
+from potstill.launch.store_commands import GC, INSPECT, SEAL, STATS, STATUS, VERIFY
+from potstill.launch.student_commands import EVAL, EXPORT, PRESETS, TRAIN
+from potstill.launch.teacher_commands import DUMP, PREPARE, SCORE
+
+COMMANDS: tuple[Command, ...] = (
+    PREPARE,
+    DUMP,
+    SCORE,
+    STATUS,
+    SEAL,
+    VERIFY,
+    INSPECT,
+    STATS,
+    GC,
+    PRESETS,
+    TRAIN,
+    EVAL,
+    EXPORT,
+    DEMO,
+)

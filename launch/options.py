@@ -1,0 +1,196 @@
+"""Options made from a configuration tree: `--config`, `--set a.b=value`, flags for plain keys, and a list of all keys.
+
+Everything that is given ends as one list of `a.b=value` overrides in the order of the command line, so that a flag, a
+`--set` and a line in a YAML file mean the same and are checked in the same place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import textwrap
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from potstill.common.config import load_config
+
+Model = TypeVar("Model", bound=BaseModel)
+OVERRIDES = "overrides"  # attribute of the parsed arguments
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of a configuration tree: dotted path, its annotation, default in words, what it is for."""
+
+    path: str
+    annotation: Any
+    default: str
+    description: str
+
+
+def list_keys(model: type[BaseModel], prefix: str = "") -> Iterator[Key]:
+    """Yield every key of a tree in the order of its definition; groups are walked, items of a list are `name.N`."""
+    for name, field in model.model_fields.items():
+        path = f"{prefix}{name}"
+        groups = _groups(field.annotation)
+        if not groups:
+            yield Key(path, field.annotation, _default(field), field.description or "")
+            continue
+        if field.description:
+            yield Key(path, None, "", field.description)
+        for group, inner in groups:
+            yield from list_keys(group, f"{path}.{inner}")
+
+
+def _groups(annotation: Any) -> list[tuple[type[BaseModel], str]]:
+    """Models inside an annotation, each with what stands between the key and the model's own keys (`N.` in a list)."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [(annotation, "")]
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _groups(arguments[0])
+    if origin in (list, tuple, Sequence):
+        return [(group, f"N.{inner}") for group, inner in _groups(arguments[0])] if arguments else []
+    if origin in (dict, Mapping):
+        return [(group, f"NAME.{inner}") for group, inner in _groups(arguments[1])]
+    if origin in (Union, types.UnionType):
+        return [found for argument in arguments for found in _groups(argument)]
+    return []
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "needed"
+    value = field.get_default(call_default_factory=True) if field.default_factory is None else field.default_factory()  # type: ignore[call-arg]
+    return "" if value is PydanticUndefined else _yaml_word(value)
+
+
+def _yaml_word(value: Any) -> str:
+    if isinstance(value, BaseModel):
+        return json.dumps(value.model_dump(mode="json"), default=str)
+    if isinstance(value, str | Path):
+        return str(value) or "''"
+    return json.dumps(value, default=str)
+
+
+def type_word(annotation: Any) -> str:
+    """Say a type as a person would: `int`, `a|b`, `text or null`, `list of number`."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return type_word(arguments[0])
+    if origin is Literal:
+        return "|".join(str(argument) for argument in arguments)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(type_word(argument) for argument in arguments))
+    if origin in (list, tuple, Sequence):
+        return f"list of {type_word(arguments[0])}" if arguments else "list"
+    if origin in (dict, Mapping):
+        return "mapping"
+    words = {bool: "true|false", int: "int", float: "number", str: "text", Path: "path", type(None): "null"}
+    return words.get(annotation, getattr(annotation, "__name__", str(annotation)).lower())
+
+
+@dataclass(frozen=True)
+class _Scalar:
+    """How a plain key is read from a flag."""
+
+    kind: type
+    many: bool = False
+    choices: tuple[str, ...] | None = None
+
+
+def _scalar(annotation: Any) -> _Scalar | None:
+    """The scalar behind an annotation (through `| None`, `Annotated`, one list), or None if a flag cannot say it."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _scalar(arguments[0])
+    if origin is Literal and all(isinstance(argument, str) for argument in arguments):
+        return _Scalar(str, choices=arguments)
+    if origin in (Union, types.UnionType):
+        inner = [argument for argument in arguments if argument is not type(None)]
+        if set(inner) == {str, Path}:
+            return _Scalar(str)
+        return _scalar(inner[0]) if len(inner) == 1 else None
+    if origin in (list, tuple, Sequence) and arguments and arguments[1:] in ((), (Ellipsis,)):
+        item = _scalar(arguments[0])
+        return None if item is None or item.many else _Scalar(item.kind, many=True, choices=item.choices)
+    if annotation is Path:
+        return _Scalar(str)
+    return _Scalar(annotation) if annotation in (bool, int, float, str) else None
+
+
+class _Override(argparse.Action):
+    """Append `path=value` to the overrides; the path is in `const`, None for a ready-made `--set`."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        given = list(getattr(namespace, OVERRIDES, None) or [])
+        if self.const is None:
+            given += values
+        elif self.nargs == 0:
+            given.append(f"{self.const}={'false' if str(option_string).startswith('--no-') else 'true'}")
+        else:
+            given.append(f"{self.const}={json.dumps(values, ensure_ascii=False)}")
+        setattr(namespace, OVERRIDES, given)
+
+
+def add_config_options(
+    parser: argparse.ArgumentParser, model: type[BaseModel], *, flags: Mapping[str, str] | None = None
+) -> None:
+    """Add `--config`, `--set` and flags for the plain keys at the top of `model`; list all keys below the help.
+
+    `flags` adds more of them for keys deeper in the tree: {"--steps": "run.max_steps"}. A flag that the parser has
+    already keeps its meaning.
+    """
+    parser.set_defaults(**{OVERRIDES: []})
+    parser.add_argument("--config", metavar="FILE", help="YAML file with the keys listed below")
+    parser.add_argument(
+        "--set",
+        dest=OVERRIDES,
+        action=_Override,
+        nargs="+",
+        metavar="KEY=VALUE",
+        help="set any key listed below; comes after the file, in the order given",
+    )
+    keys = {key.path: key for key in list_keys(model)}
+    wanted = {f"--{path.replace('_', '-')}": path for path in keys if "." not in path} | dict(flags or {})
+    group = parser.add_argument_group("keys as flags")
+    for flag, path in wanted.items():
+        scalar = _scalar(keys[path].annotation)
+        if scalar is None or flag in parser._option_string_actions:
+            continue
+        text = keys[path].description.replace("%", "%%")
+        common: dict[str, Any] = {"dest": OVERRIDES, "action": _Override, "const": path, "help": text}
+        if scalar.kind is bool:
+            group.add_argument(flag, f"--no-{flag[2:]}", nargs=0, **common)
+        else:
+            metavar = None if scalar.choices else path.rpartition(".")[2].upper()
+            more = {"nargs": "+"} if scalar.many else {}
+            group.add_argument(flag, type=scalar.kind, choices=scalar.choices, metavar=metavar, **more, **common)
+    parser.epilog = f"{parser.epilog or ''}\n\n{describe_keys(keys.values())}".lstrip("\n")
+
+
+def describe_keys(keys: Any) -> str:
+    """List keys with type, default and description, for the end of a help text."""
+    lines = ["keys of the configuration (in the file, or --set KEY=VALUE):"]
+    for key in keys:
+        if key.annotation is None:
+            lines.append(f"  {key.path}:")
+        else:
+            default = (
+                f", {key.default}" if key.default == "needed" else f", default {key.default}" if key.default else ""
+            )
+            lines.append(f"  {key.path} ({type_word(key.annotation)}{default})")
+        lines += textwrap.wrap(key.description, 100, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines)
+
+
+def read_config(model: type[Model], arguments: argparse.Namespace) -> Model:
+    """Build the checked tree from `--config` and all overrides. Raises ConfigError."""
+    return load_config(model, arguments.config, getattr(arguments, OVERRIDES))

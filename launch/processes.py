@@ -1,0 +1,127 @@
+"""Start processes that leave nothing behind: children of a command, and the ranks of a training run.
+
+A child runs in its own process group, gets what the command gets (INT, TERM and HUP arrive as TERM, so that it can
+save), and is killed by the kernel when the command itself is killed.
+
+DeepSpeed's per-node launcher starts them; the `deepspeed` command in front of it is left out, because it leaves ranks
+running when it is terminated and exits with 0 when the launcher below it is killed (DeepSpeed 0.19).
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from types import FrameType
+
+STOP_SECONDS = 40.0  # the launcher itself gives its ranks 30 s between TERM and KILL
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def free_port() -> int:
+    """A port on the loopback that nobody listens on now; the default one collides between runs on one machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def count_devices() -> int:
+    """GPUs that torch sees here, 0 on a CPU machine."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def launcher_command(module: str, arguments: Sequence[str], *, num_ranks: int, port: int) -> list[str]:
+    """The command line that starts `num_ranks` ranks of `python -m module arguments...` on this machine."""
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(num_ranks))}).encode()).decode()
+    return [
+        *(sys.executable, "-u", "-m", "deepspeed.launcher.launch", "--log_level", "warning"),
+        *(f"--world_info={world}", "--master_addr=127.0.0.1", f"--master_port={port}", "--no_local_rank"),
+        *("--module", module, *arguments),
+    ]
+
+
+def start(
+    command: Sequence[str], *, environment: Mapping[str, str] | None = None, capture: bool = False
+) -> subprocess.Popen[bytes]:
+    """Start a child in a group of its own; call from the main thread, whose end the kernel takes as the command's.
+
+    `environment` adds to ours. With `capture`, standard output and error of the child come as one pipe.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    parent = os.getpid()
+
+    def die_with_parent() -> None:
+        if libc is not None:
+            libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != parent:
+                os._exit(1)
+
+    return subprocess.Popen(
+        command,
+        env={**os.environ, **(environment or {})},
+        start_new_session=True,
+        preexec_fn=die_with_parent,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE if capture else None,
+        stderr=subprocess.STDOUT if capture else None,
+    )
+
+
+def kill_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    """Send a signal to the process and everything that it has started; nothing happens if all are gone."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+def stop(process: subprocess.Popen[bytes], *, seconds: float = STOP_SECONDS) -> None:
+    """End a child and its group: TERM, `seconds` of patience, KILL. Returns when the child is gone."""
+    if process.poll() is None:
+        kill_group(process, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=seconds)
+    kill_group(process, signal.SIGKILL)
+    process.wait()
+
+
+@contextlib.contextmanager
+def passing_signals_to(processes: Collection[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+    """While inside, INT, TERM and HUP go to the children as TERM; yields the list of the signals that came."""
+    received: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        for process in processes:
+            kill_group(process, signal.SIGTERM)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_ranks(module: str, arguments: Sequence[str], *, num_ranks: int) -> int:
+    """Run `num_ranks` ranks to their end and return the launcher's exit code (negative: killed by that signal).
+
+    What is left when the launcher has gone is killed. The code alone does not prove that the work is done: ask the
+    run folder.
+    """
+    # Ranks share the cores; with the default of one thread per core each they get in each other's way.
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // num_ranks))
+    command = launcher_command(module, arguments, num_ranks=num_ranks, port=free_port())
+    process = start(command, environment={"OMP_NUM_THREADS": threads})
+    try:
+        with passing_signals_to([process]):
+            return process.wait()
+    finally:
+        stop(process)

@@ -1,0 +1,126 @@
+"""Stages run in the order of their needs, are not run twice, and leave no process behind when one fails."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from potstill.common.errors import UserError
+from potstill.launch.processes import run_ranks, start, stop
+from potstill.launch.stages import Stage, StageRunner
+
+
+def script(folder: Path, name: str, code: str, *, needs: tuple[str, ...] = (), slots: int = 1) -> Stage:
+    """A stage that runs `code` in a fresh interpreter; it is done when the file of its name is there."""
+    marker = folder / name
+    text = f"import time, os, pathlib\nmarker = pathlib.Path({str(marker)!r})\n{code}"
+    return Stage(name=name, command=("python", "-c", text), is_done=marker.exists, needs=needs, slots=slots)
+
+
+def runner(folder: Path, stages: list[Stage], shown: list[str], *, slots: int = 2) -> StageRunner:
+    return StageRunner(stages, prefix=[sys.executable], slots=slots, log_folder=folder / "logs", show=shown.append)
+
+
+TOUCH = "marker.touch()"
+
+
+def test_needs_are_kept_and_what_can_runs_together(tmp_path: Path) -> None:
+    wait_for = "while not (marker.parent / '{0}.up').exists(): time.sleep(0.01)\n"
+    up = "(marker.parent / (marker.name + '.up')).touch()\n"
+    stages = [
+        script(tmp_path, "left", up + wait_for.format("right") + TOUCH),
+        script(tmp_path, "right", up + wait_for.format("left") + TOUCH),
+        script(tmp_path, "last", "assert (marker.parent / 'left').exists()\n" + TOUCH, needs=("left", "right")),
+    ]
+    shown: list[str] = []
+    made = runner(tmp_path, stages, shown)
+    made.run()
+    assert set(made.seconds) == {"left", "right", "last"}
+
+
+def test_a_wide_stage_runs_alone(tmp_path: Path) -> None:
+    busy = tmp_path / "busy"
+    alone = f"b = pathlib.Path({str(busy)!r})\nassert not b.exists()\nb.touch()\ntime.sleep(0.2)\nb.unlink()\n" + TOUCH
+    runner(tmp_path, [script(tmp_path, name, alone, slots=2) for name in ("a", "b")], []).run()
+
+
+def test_done_stages_are_left_out(tmp_path: Path) -> None:
+    count = "with open(marker.with_suffix('.count'), 'a') as f: f.write('x')\n" + TOUCH
+    stages = [script(tmp_path, "a", count), script(tmp_path, "b", count, needs=("a",))]
+    runner(tmp_path, stages, []).run()
+    (tmp_path / "b").unlink()
+    shown: list[str] = []
+    runner(tmp_path, stages, shown).run()
+    assert (tmp_path / "a.count").read_text() == "x"
+    assert (tmp_path / "b.count").read_text() == "xx"
+    assert "a: done before" in shown
+
+
+def test_failure_names_the_stage_and_shows_its_last_lines(tmp_path: Path) -> None:
+    sleeper = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\ntime.sleep(60)\n"
+    wait = f"while not os.path.exists({str(tmp_path / 'pid')!r}): time.sleep(0.01)\nraise SystemExit('no such text')"
+    stages = [
+        script(tmp_path, "slow", sleeper),
+        script(tmp_path, "bad", wait),
+        script(tmp_path, "next", TOUCH, needs=("bad",)),
+    ]
+    with pytest.raises(UserError, match=r"(?s)stage bad ended with code 1.*no such text.*repeat the command"):
+        runner(tmp_path, stages, []).run()
+    assert not (tmp_path / "next").exists()
+    pid = int((tmp_path / "pid").read_text())
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_a_stage_that_says_0_without_its_output_has_failed(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="ended with code 0 but its output is not complete"):
+        runner(tmp_path, [script(tmp_path, "liar", "pass")], []).run()
+
+
+def test_a_child_dies_with_its_parent(tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    child = f"import os, time\nopen({str(pid_file)!r}, 'w').write(str(os.getpid()))\ntime.sleep(60)"
+    parent = (
+        "import sys, time\nfrom potstill.launch.processes import start\n"
+        f"start([sys.executable, '-c', {child!r}])\ntime.sleep(60)"
+    )
+    process = start([sys.executable, "-c", parent], environment={"PYTHONPATH": os.pathsep.join(sys.path)})
+    try:
+        deadline = time.monotonic() + 30
+        while not (pid_file.exists() and pid_file.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        pid = int(pid_file.read_text())
+        process.kill()
+        process.wait()
+        while _alive(pid) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not _alive(pid)
+    finally:
+        stop(process)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+def test_ranks_get_their_place_and_their_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "probe_rank.py").write_text(
+        "import os, sys, pathlib\n"
+        "e = os.environ\n"
+        "text = ' '.join([e['RANK'], e['LOCAL_RANK'], e['WORLD_SIZE'], e['MASTER_ADDR'], *sys.argv[1:]])\n"
+        "pathlib.Path(sys.argv[2], e['RANK']).write_text(text)\n"
+        "sys.exit(7 if sys.argv[1] == 'fail' and e['RANK'] == '1' else 0)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    assert run_ranks("probe_rank", ["ok", str(tmp_path)], num_ranks=2) == 0
+    assert (tmp_path / "0").read_text() == f"0 0 2 127.0.0.1 ok {tmp_path}"
+    assert (tmp_path / "1").read_text() == f"1 1 2 127.0.0.1 ok {tmp_path}"
+    assert run_ranks("probe_rank", ["fail", str(tmp_path)], num_ranks=2) != 0
