@@ -1,0 +1,136 @@
+"""The closed forms against float64 autograd: every divergence, temperature, missing mass and mixture."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from potstill.kernels.divergences import DIVERGENCES
+from potstill.kernels.loss import linear_sparse_loss, sparse_loss
+from potstill.kernels.types import MISSING_MASS_MODES
+
+from tests.kernels.reference import as_draws, make_targets, reference_loss
+
+N, D = 7, 5
+MIXES = {"kd": (1.0, 0.0, 0.0), "ce": (0.6, 0.4, 0.0), "z": (0.7, 0.2, 0.01)}
+PAIRS = [
+    (name, mode, temperature)
+    for name, entry in DIVERGENCES.items()
+    for mode in entry.modes
+    for temperature in (1.0, 2.0, 0.7)
+    if not (entry.needs_counts and temperature != 1.0)
+]
+
+
+def batch(vocab_size: int, counts: list[int], *, draws: bool = False, temperature: float = 2.0):
+    generator = torch.Generator().manual_seed(1)
+    targets = make_targets(N, vocab_size, counts, temperatures=(2.0, 0.7))
+    if draws:
+        targets = as_draws(targets, 12)
+    labels = torch.randint(0, vocab_size, (N,), generator=generator)
+    labels[1] = -100
+    labels[2] = targets.ids[int(targets.offsets[2])]  # a label that is a kept id
+    weights = torch.rand(N, generator=generator) + 0.5
+    weights[4] = 0.0
+    kd_weights = torch.rand(N, generator=generator) + 0.5
+    hidden = torch.randn(N, D, generator=generator, dtype=torch.float64)
+    head = torch.randn(vocab_size, D, generator=generator, dtype=torch.float64)
+    bias = torch.randn(vocab_size, generator=generator, dtype=torch.float64)
+    return targets, labels, weights, kd_weights, [x.requires_grad_() for x in (hidden, head, bias)]
+
+
+def check(arguments: dict, data, *, tolerance: float = 1e-12, chunk_bytes: int = 8 * 200) -> None:
+    """linear_sparse_loss and sparse_loss equal the reference in value, sums and gradients."""
+    targets, labels, weights, kd_weights, (hidden, head, bias) = data
+    raw = hidden @ head.t() + bias
+    reference_arguments = dict(arguments)
+    options = reference_arguments.pop("divergence_options", None)
+    truth, truth_sums = reference_loss(
+        raw,
+        targets,
+        labels,
+        weights=weights,
+        kd_weights=kd_weights,
+        options=options or DIVERGENCES[arguments.get("divergence", "forward_kl")].options,
+        **reference_arguments,
+    )
+    truth = truth / weights.double().sum()
+    expected = torch.autograd.grad(truth, (hidden, head, bias, raw))
+    shared = dict(arguments, targets=targets, labels=labels, token_weights=weights, kd_weights=kd_weights)
+    loss, sums = linear_sparse_loss(hidden=hidden, weight=head, bias=bias, chunk_bytes=chunk_bytes, **shared)
+    torch.testing.assert_close(loss, truth, rtol=tolerance, atol=tolerance)
+    for got, want in zip(torch.autograd.grad(loss, (hidden, head, bias)), expected, strict=False):
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+    for name, value in truth_sums.items():
+        assert float(getattr(sums, name)) == pytest.approx(value, rel=1e-9, abs=1e-12), name
+    logits = raw.detach().requires_grad_()
+    loss, _ = sparse_loss(logits=logits, **shared)
+    (got,) = torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(got, expected[3], rtol=tolerance, atol=tolerance)
+    if not arguments.get("z_loss"):
+        # Every row's gradient sums to zero: a shift of all logits changes no probability.
+        if arguments.get("soft_cap") is None:
+            assert got.sum(1).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize(("divergence", "missing_mass", "temperature"), PAIRS)
+def test_equals_autograd(divergence: str, missing_mass: str, temperature: float, mix: str) -> None:
+    alpha, ce_weight, z_loss = MIXES[mix]
+    data = batch(40, [3, 5, 0, 9], draws=DIVERGENCES[divergence].needs_counts)
+    check(
+        {
+            "alpha": alpha,
+            "ce_weight": ce_weight,
+            "z_loss": z_loss,
+            "temperature": temperature,
+            "divergence": divergence,
+            "missing_mass": missing_mass,
+        },
+        data,
+        # Float32 tails of the targets make the reference's p_rest differ in the last digits only.
+        tolerance=1e-11,
+    )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("z_loss", [0.0, 0.02])
+def test_soft_cap_and_scale(temperature: float, z_loss: float) -> None:
+    settings = {"soft_cap": 3.0, "logit_scale": 0.7, "alpha": 0.5, "ce_weight": 0.5}
+    check({**settings, "temperature": temperature, "z_loss": z_loss}, batch(40, [3, 5, 0, 9]))
+
+
+@pytest.mark.parametrize("divergence", ["skew_forward", "skew_reverse"])
+@pytest.mark.parametrize("skew", [0.3, 0.9])
+def test_skew_option(divergence: str, skew: float) -> None:
+    check({"divergence": divergence, "divergence_options": {"skew": skew}}, batch(40, [3, 5]))
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.9])
+def test_jsd_option(beta: float) -> None:
+    check({"divergence": "jsd", "divergence_options": {"beta": beta}, "temperature": 2.0}, batch(40, [4]))
+
+
+@pytest.mark.parametrize("vocab_size", [1, 2, 3, 127, 129, 257])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_any_vocabulary(vocab_size: int, temperature: float) -> None:
+    data = batch(vocab_size, [1, min(2, vocab_size), min(9, vocab_size)])
+    check({"alpha": 0.5, "ce_weight": 0.5, "temperature": temperature}, data, tolerance=1e-10)
+
+
+@pytest.mark.parametrize("divergence", [name for name in DIVERGENCES if name != "sampled"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_whole_vocabulary_is_the_dense_divergence(divergence: str, temperature: float) -> None:
+    """k = V: no tail, and the loss is the plain divergence of two softmaxes."""
+    vocab_size = 12
+    targets, labels, weights, kd_weights, leaves = batch(vocab_size, [vocab_size])
+    assert bool((targets.log_tail == -torch.inf).all())
+    check(
+        {"divergence": divergence, "temperature": temperature},
+        (targets, labels, weights, kd_weights, leaves),
+        tolerance=1e-11,
+    )
+
+
+def test_every_mode_and_divergence_is_named_somewhere() -> None:
+    assert {mode for _, mode, _ in PAIRS} == set(MISSING_MASS_MODES)
+    assert {name for name, _, _ in PAIRS} == set(DIVERGENCES)
