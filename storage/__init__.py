@@ -1,0 +1,64 @@
+"""Stores of tokens, teacher targets and scores: write once, verify, read in any order.
+
+The format is described in docs/format.md; this facade is the only thing other rooms import.
+"""
+
+from potstill.storage.commit import CommitRecord
+from potstill.storage.errors import (
+    CorruptError,
+    MismatchError,
+    NotAStoreError,
+    ReadFailedError,
+    StoreError,
+    StoreExistsError,
+    UnsealedError,
+    VersionError,
+    WriteFailedError,
+)
+from potstill.storage.loader import LoadedBatch, Loader
+from potstill.storage.order import ORDER_VERSION, RowOrder, permute
+from potstill.storage.plan import EpochPlan, RowPlan
+from potstill.storage.reader import StoreReader
+from potstill.storage.rows import Row, ScoresRow, TargetsRow, TokensRow, token_digest
+from potstill.storage.seal import Manifest, seal_store
+from potstill.storage.sparse_targets import SparseTargets, concatenate
+from potstill.storage.spec import RunSpec
+from potstill.storage.status import StoreStatus, store_status
+from potstill.storage.verify import VerifyReport, verify_store
+from potstill.storage.writer import StoreWriter
+
+__all__ = [
+    "ORDER_VERSION",
+    "CommitRecord",
+    "CorruptError",
+    "EpochPlan",
+    "LoadedBatch",
+    "Loader",
+    "Manifest",
+    "MismatchError",
+    "NotAStoreError",
+    "ReadFailedError",
+    "Row",
+    "RowOrder",
+    "RowPlan",
+    "RunSpec",
+    "ScoresRow",
+    "SparseTargets",
+    "StoreError",
+    "StoreExistsError",
+    "StoreReader",
+    "StoreStatus",
+    "StoreWriter",
+    "TargetsRow",
+    "TokensRow",
+    "UnsealedError",
+    "VerifyReport",
+    "VersionError",
+    "WriteFailedError",
+    "concatenate",
+    "permute",
+    "seal_store",
+    "store_status",
+    "token_digest",
+    "verify_store",
+]

@@ -1,0 +1,215 @@
+"""StoreReader: random access to the rows of a sealed store. Thread-safe; never writes."""
+
+from __future__ import annotations
+
+import logging
+import time
+import zlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from potstill.storage.codec import TARGET_EXTRAS
+from potstill.storage.commit import CommitRecord, committed_records
+from potstill.storage.errors import CorruptError, ReadFailedError, StoreError, UnsealedError
+from potstill.storage.index import ROWS_PER_BLOCK, PartialIndex, RowIndex, build_columns
+from potstill.storage.paths import StorePath, open_folder
+from potstill.storage.rows import Row
+from potstill.storage.seal import Manifest, load_manifest, store_digest
+from potstill.storage.sparse_targets import Float32, Int32
+from potstill.storage.spec import RunSpec
+from potstill.storage.unit_file import DecodedBatch
+from potstill.storage.writer import load_id_map, load_spec
+
+logger = logging.getLogger(__name__)
+
+READ_ATTEMPTS = 3
+RETRY_SECONDS = 0.05
+
+
+class StoreReader:
+    """Rows of one store by number."""
+
+    def __init__(
+        self,
+        path: StorePath,
+        *,
+        allow_partial: bool = False,
+        num_units: int | None = None,
+        skip: Collection[str] = (),
+    ) -> None:
+        """Open a sealed store; UnsealedError otherwise.
+
+        `allow_partial` opens an unsealed one as the longest run of committed units from 0, or exactly the first
+        `num_units` of them, so that a resumed run sees the same rows although more units have arrived.
+        `skip` names target columns that are not decoded: entropy, label, label_rank, tail_at.
+        """
+        if set(skip) - set(TARGET_EXTRAS):
+            raise StoreError(f"skip: {sorted(set(skip) - set(TARGET_EXTRAS))} are not among {TARGET_EXTRAS}")
+        self._folder = open_folder(path)
+        self._spec = load_spec(self._folder)
+        self._skip = frozenset(skip)
+        self._id_map = load_id_map(self._folder, self._spec)
+        self._manifest = load_manifest(self._folder, self._spec)
+        self._files: Sequence[str]
+        self._index: RowIndex | PartialIndex
+        if self._manifest is not None and num_units is None:
+            self._open_sealed(self._manifest)
+        elif allow_partial:
+            self._open_partial(num_units)
+        else:
+            raise UnsealedError(
+                f"{self.url} is not sealed; complete the stage that writes it, or open it with allow_partial"
+            )
+
+    def _open_sealed(self, manifest: Manifest) -> None:
+        self._files = [unit.file for unit in manifest.units]
+        self._digest, self._num_rows, self._num_tokens = (
+            manifest.store_digest,
+            manifest.num_rows,
+            manifest.num_tokens,
+        )
+        self._index = RowIndex(
+            self._folder,
+            manifest.index_file,
+            num_rows=manifest.num_rows,
+            num_bytes=manifest.index_bytes,
+            blocks=manifest.index_blocks,
+            stats=self._spec.stats,
+        )
+
+    def _open_partial(self, num_units: int | None) -> None:
+        records = committed_records(self._folder, self._spec)
+        present = 0
+        while present in records and (num_units is None or present < num_units):
+            present += 1
+        if num_units is not None and present < num_units:
+            raise UnsealedError(f"{self.url}: unit {present} of the {num_units} wanted units is not committed")
+        chosen: list[CommitRecord] = [records[u] for u in range(present)]
+        self._files = [record.file for record in chosen]
+        self._digest = store_digest(self._spec.fingerprint, ["partial", *(r.sha256 for r in chosen)])
+        self._num_rows = sum(len(r.num_tokens) for r in chosen)
+        self._num_tokens = sum(sum(r.num_tokens) for r in chosen)
+        self._index = PartialIndex(build_columns(chosen, self._spec.stats))
+
+    @property
+    def url(self) -> str:
+        """Where the store lies."""
+        return self._folder.url
+
+    @property
+    def spec(self) -> RunSpec:
+        return self._spec
+
+    @property
+    def manifest(self) -> Manifest:
+        """The seal; UnsealedError for a partial store."""
+        if self._manifest is None:
+            raise UnsealedError(f"{self.url} is not sealed and has no manifest")
+        return self._manifest
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) that pins the content of the rows this reader serves."""
+        return self._digest
+
+    @property
+    def num_units(self) -> int:
+        """Units this reader serves (what `num_units` of a partial store is frozen to)."""
+        return len(self._files)
+
+    @property
+    def num_rows(self) -> int:
+        return self._num_rows
+
+    @property
+    def num_tokens(self) -> int:
+        return self._num_tokens
+
+    @property
+    def row_stats(self) -> Mapping[str, Float32]:
+        """Per-row statistics [num_rows] float32 by name, from the index alone."""
+        return {name: self._index.column(f"stat.{name}") for name in self._spec.stats}
+
+    @property
+    def row_lengths(self) -> Int32:
+        """Tokens of each row, [num_rows] int32."""
+        lengths: Int32 = self._index.column("num_tokens").astype(np.int32)
+        return lengths
+
+    @property
+    def row_entries(self) -> NDArray[np.int64]:
+        """Entries of each row, [num_rows]."""
+        return self._index.column("num_entries").astype(np.int64)
+
+    def row(self, row: int) -> Row:
+        """One row; CorruptError names file and row when its bytes are damaged."""
+        return self.rows([row])[0]
+
+    def rows(self, ids: Sequence[int] | NDArray[np.int64]) -> list[Row]:
+        """Rows in the given order; rows that share a record batch cost one read."""
+        wanted = [int(i) for i in ids]
+        for row in wanted:
+            if not 0 <= row < self._num_rows:
+                raise StoreError(f"{self.url}: row {row} does not exist, the store has {self._num_rows} rows")
+        entries = [self._locate(row) for row in wanted]
+        batches: dict[tuple[int, int], DecodedBatch] = {}
+        out: list[Row] = []
+        for row, entry in zip(wanted, entries, strict=True):
+            key = (int(entry["unit"]), int(entry["offset"]))
+            if key not in batches:
+                batches[key] = self._read_batch(row, entry)
+            out.append(self._decode(batches[key], row, entry))
+        return out
+
+    def iter_unit_rows(self, first_row: int, count: int) -> Iterator[Row]:
+        """Rows [first_row, first_row + count) in order, one record batch in memory at a time."""
+        row, stop = first_row, min(first_row + count, self._num_rows)
+        while row < stop:
+            end, here = row + 1, self._locate(row)
+            while end < stop and self._same_batch(here, self._locate(end)):
+                end += 1
+            yield from self.rows(range(row, end))
+            row = end
+
+    @staticmethod
+    def _same_batch(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+        return bool(a["unit"] == b["unit"] and a["offset"] == b["offset"])
+
+    def _locate(self, row: int) -> dict[str, Any]:
+        block = self._index.block(row // ROWS_PER_BLOCK)
+        entry = {name: values[row % ROWS_PER_BLOCK] for name, values in block.items()}
+        if int(entry["unit"]) != row // self._spec.rows_per_unit or int(entry["unit"]) >= len(self._files):
+            raise CorruptError(f"{self.url}: the index puts row {row} into unit {int(entry['unit'])}")
+        return entry
+
+    def _read_batch(self, row: int, entry: Mapping[str, Any]) -> DecodedBatch:
+        """Read and check one message; transport errors exist, so a bad checksum is read again before it counts."""
+        file = f"units/{self._files[int(entry['unit'])]}"
+        where = f"{self.url}/{file}, row {row}"
+        for attempt in range(1, READ_ATTEMPTS + 1):
+            try:
+                data = self._folder.read_range(file, int(entry["offset"]), int(entry["length"]))
+                if zlib.crc32(data) == int(entry["crc32"]):
+                    return DecodedBatch(data, spec=self._spec, where=where)
+                problem: StoreError = CorruptError(
+                    f"{where}: record batch at {int(entry['offset'])} does not fit its crc32; "
+                    "restore the file from a copy or write the unit again"
+                )
+            except ReadFailedError as error:
+                problem = error
+            logger.warning("attempt %d of %d: %s", attempt, READ_ATTEMPTS, problem)
+            if attempt < READ_ATTEMPTS:
+                time.sleep(RETRY_SECONDS * 2**attempt)
+        raise problem
+
+    def _decode(self, batch: DecodedBatch, row: int, entry: Mapping[str, Any]) -> Row:
+        position = int(entry["position"])
+        stats = {name: float(entry[f"stat.{name}"]) for name in self._spec.stats}
+        out = batch.decode(position, row=row, stats=stats, id_map=self._id_map, skip=self._skip)
+        found = (int(batch.num_tokens[position]), int(batch.num_entries[position]))
+        if found != (int(entry["num_tokens"]), int(entry["num_entries"])):
+            raise CorruptError(f"{batch.where}: batch says {found} tokens and entries, the index says otherwise")
+        return out

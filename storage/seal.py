@@ -1,0 +1,213 @@
+"""Seal: all units present -> index.arrow, then manifest.json. Idempotent; readers refuse unsealed stores."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from potstill.storage.checked_json import dump_checked, get_int, get_list, get_text, load_checked
+from potstill.storage.commit import CommitRecord, committed_records
+from potstill.storage.errors import CorruptError, StoreError, UnsealedError
+from potstill.storage.index import ROWS_PER_BLOCK, IndexBlock, build_columns, encode_index
+from potstill.storage.paths import StoreFolder, StorePath, open_folder
+from potstill.storage.spec import RunSpec
+from potstill.storage.writer import load_spec
+
+logger = logging.getLogger(__name__)
+
+MANIFEST_NAME = "manifest.json"
+INDEX_NAME = "index.arrow"
+MAX_MANIFEST_BYTES = 1 << 30
+_UNIT_FILE = re.compile(r"u\d{7,12}-[0-9a-f]{12}\.arrow")
+_INDEX_FILE = re.compile(r"index(-[0-9a-f]{12})?\.arrow")
+TOTALS = ("num_rows", "num_tokens", "num_entries", "num_targets", "num_bytes")
+
+
+@dataclass(frozen=True)
+class UnitEntry:
+    """A sealed unit: file name in units/, bytes and sha256."""
+
+    file: str
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a sealed store holds. `store_digest` pins the content: fingerprint and all unit bytes in order."""
+
+    fingerprint: str
+    store_digest: str
+    num_rows: int
+    num_tokens: int
+    num_entries: int
+    num_targets: int
+    num_bytes: int
+    units: tuple[UnitEntry, ...]
+    index_file: str
+    index_bytes: int
+    index_sha256: str
+    index_blocks: tuple[IndexBlock, ...]
+
+    def to_bytes(self) -> bytes:
+        """Checked JSON as written to manifest.json."""
+        value: dict[str, Any] = {name: getattr(self, name) for name in TOTALS}
+        value |= {
+            "fingerprint": self.fingerprint,
+            "store_digest": self.store_digest,
+            "units": [[u.file, u.num_bytes, u.sha256] for u in self.units],
+            "index": {
+                "file": self.index_file,
+                "bytes": self.index_bytes,
+                "sha256": self.index_sha256,
+                "rows_per_block": ROWS_PER_BLOCK,
+                "blocks": [[b.offset, b.length, b.crc32] for b in self.index_blocks],
+            },
+        }
+        return dump_checked(value)
+
+
+def store_digest(fingerprint: str, unit_digests: Sequence[str]) -> str:
+    """sha256 over the run's fingerprint and the sha256 of every unit file, in unit order."""
+    digest = hashlib.sha256(fingerprint.encode())
+    for item in unit_digests:
+        digest.update(item.encode())
+    return digest.hexdigest()
+
+
+def seal_store(path: StorePath) -> Manifest:
+    """Seal a complete store, or return the manifest it has; UnsealedError names the units that are missing."""
+    folder = open_folder(path)
+    spec = load_spec(folder)
+    manifest = load_manifest(folder, spec)
+    if manifest is not None:
+        return manifest
+    records = committed_records(folder, spec)
+    ordered = _complete(records, spec, folder)
+    for record in ordered:
+        found = folder.size(f"units/{record.file}")
+        if found != record.num_bytes:
+            raise CorruptError(
+                f"{folder.url}/units/{record.file}: {found} bytes, its record says {record.num_bytes}; "
+                "remove the record to have the unit done again"
+            )
+    data, blocks = encode_index(build_columns(ordered, spec.stats), spec.fingerprint)
+    sha256 = hashlib.sha256(data).hexdigest()
+    manifest = Manifest(
+        fingerprint=spec.fingerprint,
+        store_digest=store_digest(spec.fingerprint, [r.sha256 for r in ordered]),
+        num_rows=sum(len(r.num_tokens) for r in ordered),
+        num_tokens=sum(sum(r.num_tokens) for r in ordered),
+        num_entries=sum(sum(r.num_entries) for r in ordered),
+        num_targets=sum(r.num_targets for r in ordered),
+        num_bytes=sum(r.num_bytes for r in ordered),
+        units=tuple(UnitEntry(r.file, r.num_bytes, r.sha256) for r in ordered),
+        index_file=_publish_index(folder, data, sha256),
+        index_bytes=len(data),
+        index_sha256=sha256,
+        index_blocks=tuple(blocks),
+    )
+    if folder.create(MANIFEST_NAME, manifest.to_bytes()):
+        logger.info("sealed %s: %d rows, %d tokens", folder.url, manifest.num_rows, manifest.num_tokens)
+    found_manifest = load_manifest(folder, spec)
+    if found_manifest is None:
+        raise CorruptError(f"{folder.url}/{MANIFEST_NAME} vanished after the seal; seal again")
+    return found_manifest
+
+
+def _complete(records: Mapping[int, CommitRecord], spec: RunSpec, folder: StoreFolder) -> list[CommitRecord]:
+    """Records in unit order; UnsealedError unless they cover all rows."""
+    if spec.num_rows is None:
+        num_units = max(records, default=-1) + 1
+        if not num_units:
+            raise UnsealedError(f"{folder.url}: no unit is committed; nothing to seal")
+    else:
+        num_units = -(-spec.num_rows // spec.rows_per_unit)
+    missing = [u for u in range(num_units) if u not in records]
+    if missing:
+        raise UnsealedError(
+            f"{folder.url}: {len(missing)} of {num_units} units are missing (first: {missing[:5]}); "
+            "run the stage again to complete them"
+        )
+    for unit in range(num_units):
+        rows = len(records[unit].num_tokens)
+        full = spec.rows_per_unit
+        if spec.num_rows is not None:
+            full = min(full, spec.num_rows - unit * spec.rows_per_unit)
+        if rows != full and not (spec.num_rows is None and unit == num_units - 1):
+            raise CorruptError(f"{folder.url}: unit {unit} holds {rows} rows, expected {full}")
+    return [records[u] for u in range(num_units)]
+
+
+def _publish_index(folder: StoreFolder, data: memoryview, sha256: str) -> str:
+    """Write index.arrow exclusively; a different one left by another sealer is stepped aside from, not replaced."""
+    for name in (INDEX_NAME, f"index-{sha256[:12]}.arrow"):
+        if folder.create(name, data):
+            return name
+        found = folder.read(name, max_bytes=len(data)) if folder.size(name) == len(data) else None
+        if found is not None and hashlib.sha256(found).hexdigest() == sha256:
+            return name
+    raise StoreError(f"{folder.url}: two damaged index files are in the way; delete {INDEX_NAME} and seal again")
+
+
+def load_manifest(folder: StoreFolder, spec: RunSpec) -> Manifest | None:
+    """manifest.json checked against run.json, or None when the store is not sealed."""
+    data = folder.read(MANIFEST_NAME, max_bytes=MAX_MANIFEST_BYTES)
+    if data is None:
+        return None
+    where = f"{folder.url}/{MANIFEST_NAME}"
+    value = load_checked(data, where=where)
+    if get_text(value, "fingerprint", where=where) != spec.fingerprint:
+        raise CorruptError(f"{where}: manifest belongs to another run; run.json or manifest.json was replaced")
+    units = tuple(_unit_entry(item, where) for item in get_list(value, "units", where=where))
+    digest = get_text(value, "store_digest", where=where)
+    if digest != store_digest(spec.fingerprint, [u.sha256 for u in units]):
+        raise CorruptError(f"{where}: store digest does not fit the units it lists")
+    index = value.get("index")
+    if not isinstance(index, dict) or not _INDEX_FILE.fullmatch(get_text(index, "file", where=where)):
+        raise CorruptError(f"{where}: field 'index' is damaged")
+    index_bytes = get_int(index, "bytes", where=where)
+    blocks = tuple(_index_block(item, index_bytes, where) for item in get_list(index, "blocks", where=where))
+    totals = {name: get_int(value, name, where=where) for name in TOTALS}
+    if get_int(index, "rows_per_block", where=where) != ROWS_PER_BLOCK or (
+        len(blocks) != -(-totals["num_rows"] // ROWS_PER_BLOCK)
+        or len(units) != -(-totals["num_rows"] // spec.rows_per_unit)
+        or (spec.num_rows is not None and totals["num_rows"] != spec.num_rows)
+    ):
+        raise CorruptError(f"{where}: {totals['num_rows']} rows do not fit its blocks, units or run.json")
+    return Manifest(
+        fingerprint=spec.fingerprint,
+        store_digest=digest,
+        units=units,
+        index_file=get_text(index, "file", where=where),
+        index_bytes=index_bytes,
+        index_sha256=get_text(index, "sha256", where=where),
+        index_blocks=blocks,
+        **totals,
+    )
+
+
+def _unit_entry(item: Any, where: str) -> UnitEntry:
+    if not (
+        isinstance(item, list)
+        and len(item) == 3
+        and isinstance(item[0], str)
+        and _UNIT_FILE.fullmatch(item[0])
+        and type(item[1]) is int
+        and item[1] >= 0
+        and isinstance(item[2], str)
+    ):
+        raise CorruptError(f"{where}: unit entry {item!r} must be [file, bytes, sha256]")
+    return UnitEntry(*item)
+
+
+def _index_block(item: Any, index_bytes: int, where: str) -> IndexBlock:
+    if not (isinstance(item, list) and len(item) == 3 and all(type(x) is int and x >= 0 for x in item)):
+        raise CorruptError(f"{where}: index block {item!r} must be [offset, length, crc32]")
+    if item[0] + item[1] > index_bytes:
+        raise CorruptError(f"{where}: index block {item!r} lies outside the {index_bytes} bytes of the index")
+    return IndexBlock(*item)
