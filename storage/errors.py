@@ -35,3 +35,7 @@ class WriteFailedError(StoreError):
 
 class ReadFailedError(StoreError):
     """A read did not succeed after the allowed number of attempts."""
+
+
+class GaveUpError(ReadFailedError):
+    """As ReadFailedError, after retries; the caller should not retry again."""

@@ -77,7 +77,7 @@ def encode_index(columns: dict[str, NDArray[Any]], fingerprint: str) -> tuple[me
     sink = pa.BufferOutputStream()
     with ipc.new_file(sink, schema) as writer:
         writer.write_table(table, max_chunksize=ROWS_PER_BLOCK)
-    data = memoryview(sink.getvalue())
+    data = memoryview(sink.getvalue()).cast("B")
     spans = parse_footer(data, where="index.arrow (just encoded)")
     return data, [IndexBlock(o, n, zlib.crc32(data[o : o + n])) for o, n in spans]
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from potstill.storage.codec import TARGET_EXTRAS
 from potstill.storage.commit import CommitRecord, committed_records
-from potstill.storage.errors import CorruptError, ReadFailedError, StoreError, UnsealedError
+from potstill.storage.errors import CorruptError, GaveUpError, ReadFailedError, StoreError, UnsealedError
 from potstill.storage.index import ROWS_PER_BLOCK, PartialIndex, RowIndex, build_columns
 from potstill.storage.paths import StorePath, open_folder
 from potstill.storage.rows import Row
@@ -198,6 +198,8 @@ class StoreReader:
                     f"{where}: record batch at {int(entry['offset'])} does not fit its crc32; "
                     "restore the file from a copy or write the unit again"
                 )
+            except GaveUpError:
+                raise
             except ReadFailedError as error:
                 problem = error
             logger.warning("attempt %d of %d: %s", attempt, READ_ATTEMPTS, problem)

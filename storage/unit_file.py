@@ -98,7 +98,7 @@ def encode_unit(rows: Sequence[Row], *, spec: RunSpec, unit: int, id_map: IdMap 
         for group in groups:
             columns = _encode_batch([rows[i] for i in group], spec=spec, id_map=id_map)
             writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
-    data = memoryview(sink.getvalue())
+    data = memoryview(sink.getvalue()).cast("B")
     blocks = parse_footer(data, where=f"unit {unit} (just encoded)")
     batches = tuple(
         BatchEntry(offset, length, zlib.crc32(data[offset : offset + length]), len(group))
@@ -132,7 +132,7 @@ def _encode_batch(rows: Sequence[Row], *, spec: RunSpec, id_map: IdMap | None) -
     layout = planes_of(spec)
     bounds = {p.name: _bounds(p, counts, len(planes[p.name])) for p in layout}
     checks = b"".join(
-        zlib.crc32(memoryview(planes[p.name])[bounds[p.name][i] : bounds[p.name][i + 1]]).to_bytes(4, "little")
+        zlib.crc32(planes[p.name].data[bounds[p.name][i] : bounds[p.name][i + 1]]).to_bytes(4, "little")
         for i in range(len(rows))
         for p in layout
     )
