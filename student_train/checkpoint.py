@@ -1,0 +1,207 @@
+"""Checkpoints: DeepSpeed writes the files, our manifest makes them exist.
+
+A folder `step_NNNNNNNN` without a readable manifest, or whose files do not have the sizes that the manifest names, is
+no checkpoint. The manifest is written last (temporary file, fsync, rename) and deleted first. Loading unpickles:
+load only checkpoints that you trust.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from potstill.common.errors import UserError
+from potstill.student_train.config import CheckpointConfig
+from potstill.student_train.distributed import Topology, broadcast_object
+
+log = logging.getLogger(__name__)
+MANIFEST = "potstill.json"
+MANIFEST_VERSION = 1
+
+
+class ResumeError(UserError):
+    """A checkpoint cannot be continued with this configuration, these stores or this world."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint: `step` optimizer steps are behind it."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.manifest["loop"]["step"])
+
+    @property
+    def world_size(self) -> int:
+        return int(self.manifest["world_size"])
+
+    @property
+    def zero_stage(self) -> int:
+        return int(self.manifest["pinned"]["zero_stage"])
+
+
+def write_json_atomically(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the whole file or none, also after a crash."""
+    part = path.with_name(f".{path.name}.part")
+    with open(part, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def checkpoints_folder(run: Path) -> Path:
+    """Where the checkpoints of a run lie."""
+    return run / "checkpoints"
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read and verify one checkpoint. Raises ResumeError that says what is missing."""
+    if not folder.is_dir():
+        raise ResumeError(f"checkpoint {folder} does not exist; give the folder step_NNNNNNNN of a run's checkpoints")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ResumeError(
+            f"{folder} holds no {MANIFEST}: its save was not finished, so it is no checkpoint; take another one"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ResumeError(f"{folder / MANIFEST} cannot be read: {error}") from error
+    if manifest.get("version") != MANIFEST_VERSION:
+        raise ResumeError(f"{folder}: manifest version {manifest.get('version')}, expected {MANIFEST_VERSION}")
+    for name, size in manifest["files"].items():
+        path = folder / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != size:
+            raise ResumeError(f"{path} has {found} bytes, the manifest says {size}; the checkpoint is damaged")
+    return Checkpoint(folder, manifest)
+
+
+def list_checkpoints(run: Path) -> list[Checkpoint]:
+    """The whole checkpoints of a run, oldest first. Unfinished or damaged folders are passed over with a warning."""
+    found = []
+    for folder in sorted(checkpoints_folder(run).glob("step_*")):
+        try:
+            found.append(read_checkpoint(folder))
+        except ResumeError as error:
+            log.warning("passing over %s", error)
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def choose_resume(options: CheckpointConfig, run: Path, topology: Topology) -> Checkpoint | None:
+    """The checkpoint to continue from, chosen by rank 0 for all. Raises ResumeError (on all ranks)."""
+    answer: Any = None
+    if topology.is_main:
+        try:
+            if isinstance(options.resume, Path):
+                answer = read_checkpoint(options.resume)
+            elif options.resume == "auto":
+                answer = next(reversed(list_checkpoints(run)), None)
+        except ResumeError as error:
+            answer = error
+    answer = broadcast_object(answer)
+    if isinstance(answer, ResumeError):
+        raise answer
+    return answer
+
+
+def check_pinned(checkpoint: Checkpoint, pinned: dict[str, Any]) -> None:
+    """Refuse to continue with another value of a pinned key. Raises ResumeError that names each."""
+    saved = checkpoint.manifest["pinned"]
+    pinned = json.loads(json.dumps(pinned))
+    differing = [
+        f"  {key}: the checkpoint has {saved.get(key)!r}, the configuration {pinned.get(key)!r}"
+        for key in sorted({*saved, *pinned})
+        if saved.get(key) != pinned.get(key)
+    ]
+    if differing:
+        raise ResumeError(
+            f"{checkpoint.folder} belongs to another run:\n"
+            + "\n".join(differing)
+            + "\nuse the run's own configuration, or a new run.output_dir (run.force: true starts anew "
+            "here)"
+        )
+
+
+def save_checkpoint(
+    engine: Any,
+    *,
+    run: Path,
+    topology: Topology,
+    loop: dict[str, Any],
+    data: dict[str, Any],
+    pinned: dict[str, Any],
+    extra: dict[str, Any],
+) -> Path:
+    """Save on all ranks (a collective call), then commit by the manifest on rank 0."""
+    started = time.monotonic()
+    folder = checkpoints_folder(run) / f"step_{loop['step']:08d}"
+    if topology.is_main:
+        # An older attempt may have left an unfinished folder under this name.
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    torch.distributed.barrier()
+    engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state={"potstill": loop}, save_latest=False)
+    torch.distributed.barrier()
+    if topology.is_main:
+        for path in folder.rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+        files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+        manifest = {
+            "version": MANIFEST_VERSION,
+            "loop": loop,
+            "data": data,
+            "pinned": pinned,
+            "world_size": topology.world_size,
+            "files": files,
+            **extra,
+        }
+        write_json_atomically(folder / MANIFEST, manifest)
+        seconds = time.monotonic() - started
+        log.info("saved %s: %.1f MB in %.1f s", folder, sum(files.values()) / 1e6, seconds)
+    torch.distributed.barrier()
+    return folder
+
+
+def load_checkpoint(engine: Any, folder: Path, *, loop: dict[str, Any], universal: bool) -> None:
+    """Load weights and optimizer into the engine and compare what came back. Raises ResumeError."""
+    path, client = engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
+    if path is None:
+        raise ResumeError(f"DeepSpeed found nothing to load in {folder}; the checkpoint is damaged, take another one")
+    if not universal and (client or {}).get("potstill", {}).get("step") != loop["step"]:
+        raise ResumeError(
+            f"{folder}: the manifest says step {loop['step']}, the model file {client.get('potstill')}; the files "
+            "belong to different saves, take another checkpoint"
+        )
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Delete the manifest first: a half-deleted checkpoint must never look whole."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def apply_retention(options: CheckpointConfig, run: Path) -> None:
+    """Keep the newest `keep_last` and every permanent one; rank 0 only."""
+    permanent = options.permanent_every_steps
+    for checkpoint in list_checkpoints(run)[: -options.keep_last]:
+        if permanent is None or checkpoint.step % permanent:
+            remove_checkpoint(checkpoint.folder)

@@ -1,0 +1,148 @@
+"""Export: a checkpoint becomes a Hugging Face folder that a fresh process loads with equal logits."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from potstill.common.errors import UserError
+from potstill.storage import StoreError, StoreReader
+from potstill.student_train.checkpoint import write_json_atomically
+from potstill.student_train.config import ExportConfig, TrainConfig
+from potstill.student_train.run_folder import read_run_config
+from potstill.student_train.weights import find_source, load_model
+
+log = logging.getLogger(__name__)
+CHECK_TIMEOUT_SECONDS = 3600
+PROBE_TOKENS = 48
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+
+
+@dataclass(frozen=True)
+class ExportSummary:
+    """What was written."""
+
+    output_dir: Path
+    step: int
+    num_parameters: int
+    dtype: str
+    tokenizer: Path | None
+    logits_difference: float | None
+
+    def format(self) -> str:
+        """A few lines for a person."""
+        check = "not checked" if self.logits_difference is None else f"{self.logits_difference:.3g} in a fresh process"
+        return (
+            f"exported step {self.step} to {self.output_dir}: {self.num_parameters:,} parameters, {self.dtype}\n"
+            f"  largest difference of logits: {check}\n"
+            f"  tokenizer: {self.tokenizer or 'not known; copy it beside the weights (--set tokenizer=FOLDER)'}"
+        )
+
+
+def export(config: ExportConfig) -> ExportSummary:
+    """Write `config.output_dir`, whole or not at all. Raises UserError."""
+    source = find_source(config.run)
+    if source.checkpoint is None:
+        raise UserError(f"{config.run} is a Hugging Face folder already; name a run or a checkpoint")
+    if config.output_dir.exists() and not config.force:
+        raise UserError(f"output_dir {config.output_dir} exists; name another folder or set force: true to replace it")
+    run_config = read_run_config(source.run)
+    dtype = config.dtype or run_config.model.dtype
+    model = load_model(source, dtype=dtype)
+    part = config.output_dir.with_name(f".{config.output_dir.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(part, max_shard_size=config.max_shard_bytes)
+    tokenizer = find_tokenizer(config, run_config)
+    if tokenizer is not None:
+        copy_tokenizer(tokenizer, part)
+    record = {"step": source.checkpoint.step, "checkpoint": str(source.checkpoint.folder), "dtype": dtype}
+    write_json_atomically(part / "potstill_export.json", record)
+    difference = check_in_fresh_process(model, part) if config.check else None
+    if config.output_dir.exists():
+        shutil.rmtree(config.output_dir)
+    os.replace(part, config.output_dir)
+    return ExportSummary(
+        output_dir=config.output_dir,
+        step=source.checkpoint.step,
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        dtype=dtype,
+        tokenizer=tokenizer,
+        logits_difference=difference,
+    )
+
+
+def find_tokenizer(config: ExportConfig, run: TrainConfig) -> Path | None:
+    """The tokenizer folder: as asked, else of the starting weights, else what the tokens store remembers."""
+    if config.tokenizer is not None:
+        if not any((config.tokenizer / name).is_file() for name in TOKENIZER_FILES):
+            raise UserError(
+                f"tokenizer {config.tokenizer} holds no tokenizer files ({', '.join(TOKENIZER_FILES[:2])}, ...)"
+            )
+        return config.tokenizer
+    candidates = [run.model.path, run.data.tokens / "tokenizer", run.data.tokens.parent / "tokenizer"]
+    try:
+        named = StoreReader(run.data.tokens).spec.info.get("tokenizer")
+        candidates.insert(1, Path(named) if isinstance(named, str) else None)
+    except StoreError as error:
+        log.warning("the tokens store of the run cannot be read for its tokenizer: %s", error)
+    for folder in candidates:
+        if folder is not None and (folder / "tokenizer.json").is_file():
+            return folder
+    return None
+
+
+def copy_tokenizer(folder: Path, output: Path) -> None:
+    """Copy the tokenizer's files as they are."""
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, output / name)
+
+
+def probe_ids(vocab_size: int) -> torch.Tensor:
+    """Token ids of the probe [1, PROBE_TOKENS], spread over the vocabulary."""
+    return (torch.arange(PROBE_TOKENS) * 7919 % vocab_size).unsqueeze(0)
+
+
+@torch.no_grad()
+def probe_logits(model: Any) -> torch.Tensor:
+    """Logits of the probe in float32 [1, PROBE_TOKENS, V]: differences then come from the weights alone."""
+    vocab_size = model.config.get_text_config().vocab_size
+    return model.float().eval()(input_ids=probe_ids(vocab_size)).logits
+
+
+def check_in_fresh_process(model: Any, folder: Path) -> float:
+    """Load `folder` in a new process and compare logits there. Returns the largest difference; raises UserError."""
+    probe = folder.with_name(f"{folder.name}.probe.pt")
+    torch.save(probe_logits(model), probe)
+    command = [sys.executable, "-m", "potstill.student_train.export_check", str(folder), str(probe)]
+    hidden = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=CHECK_TIMEOUT_SECONDS, check=False
+        )
+    finally:
+        probe.unlink(missing_ok=True)
+    if done.returncode:
+        raise UserError(
+            f"the exported folder {folder} does not load as it should; it is left there:\n{done.stderr[-2000:]}"
+        )
+    return float(done.stdout.split()[-1])

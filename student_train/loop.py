@@ -1,0 +1,217 @@
+"""The train loop, and the small things that hang on it: agreement of the ranks, lines of metrics, saves."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from potstill.common.errors import UserError
+from potstill.common.progress import Progress
+from potstill.storage import LoadedBatch, Loader
+from potstill.student_train.batch import MicroBatch, collate
+from potstill.student_train.checkpoint import apply_retention, save_checkpoint
+from potstill.student_train.config import TrainConfig
+from potstill.student_train.curriculum import CurriculumPlan, rows_digest
+from potstill.student_train.distributed import Topology, all_reduce_sum, set_learning_rate
+from potstill.student_train.evaluation import HeldoutEvaluation
+from potstill.student_train.metrics import Meter, MetricsLog, ModelCost, loss_figures, peak_memory_bytes
+from potstill.student_train.schedules import lr_factor
+from potstill.student_train.stop import StopRequest
+
+log = logging.getLogger(__name__)
+
+
+class LossNotFiniteError(RuntimeError):
+    """The loss became NaN or infinite; the message says at which step, on which rows, and what was saved."""
+
+
+@dataclass
+class Run:
+    """Everything one training process works with."""
+
+    config: TrainConfig
+    topology: Topology
+    engine: Any
+    plan: CurriculumPlan
+    loader: Loader
+    row_length: int
+    meter: Meter
+    metrics: MetricsLog
+    stop: StopRequest
+    evaluation: HeldoutEvaluation | None
+    pinned: dict[str, Any]
+    checkpoint_extra: dict[str, Any]
+    cost: ModelCost
+    loop: dict[str, Any] = field(default_factory=lambda: {"step": 0, "tokens": 0, "skipped": 0, "runtime_seconds": 0.0})
+    last_saved: str | None = None
+    bad_loss: torch.Tensor | None = None  # 0-d: > 0 once a local loss of an unchecked step was not finite
+    lr: float = 0.0
+    waited_seconds: float = 0.0
+
+    @property
+    def folder(self) -> Path:
+        return self.config.run.output_dir
+
+
+def train_steps(run: Run, progress: Progress) -> str:
+    """Train to the last step. Returns "done", or why it stopped before; the run is saved either way."""
+    world_size = run.topology.world_size
+    if run.loop["step"] >= run.plan.total_steps:
+        return "done"
+    for batch in run.loader:
+        objective = run.plan.objective(batch.batch)
+        micros = collate(batch, objective, micro_batch_rows=run.config.data.micro_batch_rows, row_length=run.row_length)
+        normalizer, reason = agree(run, micros)
+        if reason is not None:
+            save(run)
+            return reason
+        run.lr = run.config.optimizer.lr * lr_factor(run.config.schedule, batch.batch, run.plan.total_steps)
+        set_learning_rate(run.engine, run.lr)
+        for micro in micros:
+            loss, sums = run.engine(micro.to(run.topology.device), objective, normalizer)
+            # DeepSpeed averages over ranks; the loss is already divided by the weights of the whole step.
+            run.engine.backward(loss * world_size, scale_wrt_gas=False)
+            run.engine.step()
+            note_micro_batch(run, micro, loss, sums)
+        run.loader.commit(batch.batch)
+        after_step(run, batch)
+        progress.update()
+        if run.loop["step"] == run.plan.total_steps:
+            return "done"
+    raise AssertionError("the loader of a plan without end has ended")
+
+
+def agree(run: Run, micros: list[MicroBatch]) -> tuple[torch.Tensor, str | None]:
+    """One small all-reduce: the step's global weight sum, whether to stop, and whether the last loss was finite.
+
+    Returns the normalizer (0-d float32) and the reason to stop, if any rank has one. Raises LossNotFiniteError, and
+    UserError when the token selector left nothing to train on.
+    """
+    reason = run.stop.reason()
+    values = torch.tensor(
+        [sum(micro.weight_sum for micro in micros), float(reason is not None), 0.0],
+        dtype=torch.float64,
+        device=run.topology.device,
+    )
+    if run.bad_loss is not None:
+        values[2] = run.bad_loss
+    weight, stop, bad = all_reduce_sum(values).tolist()
+    check_finite(run, bad)
+    if stop:
+        return values[0], reason or "another rank's request"
+    if weight <= 0:
+        raise UserError(
+            f"step {run.loop['step']}: no position of the global batch is selected, so there is nothing to train on; "
+            "widen the token selector (share, floor, max_rank) of this stage"
+        )
+    return values[0].float(), None
+
+
+def check_finite(run: Run, bad: float) -> None:
+    """Stop on a loss that was not finite. Raises LossNotFiniteError with the step, its rows and what is saved."""
+    if not bad or run.config.nan_policy == "skip":
+        run.bad_loss = None
+        return
+    step = run.loop["step"] - 1
+    rows = ", ".join(str(row) for row in run.plan.rows(step).tolist())
+    raise LossNotFiniteError(
+        f"the loss of step {step} is not finite. Rows of its global batch: {rows}. "
+        f"Last checkpoint: {run.last_saved or 'none'}; metrics up to here are in {run.folder / 'metrics.jsonl'}. "
+        "Lower optimizer.lr, lengthen schedule.warmup, or look at these rows (potstill inspect), then start again: "
+        "the run resumes from that checkpoint"
+    )
+
+
+def note_micro_batch(run: Run, micro: MicroBatch, loss: torch.Tensor, sums: torch.Tensor) -> None:
+    """Add one micro-batch to the figures, and remember on the device whether its loss was finite."""
+    run.meter.add(loss, sums, micro.labels.shape[0])
+    bad = (~torch.isfinite(loss.detach())).double()
+    run.bad_loss = bad if run.bad_loss is None else run.bad_loss + bad
+
+
+def after_step(run: Run, batch: LoadedBatch) -> None:
+    """Count the step; write metrics, evaluate and save where they are due."""
+    config, loop = run.config, run.loop
+    loop["step"] = step = batch.batch + 1
+    run.meter.end_step(rows_digest(run.plan.rows(batch.batch)))
+    last = step == run.plan.total_steps
+    save_due = last or (config.checkpoint.every_steps is not None and step % config.checkpoint.every_steps == 0)
+    if step % config.logging.every_steps == 0:
+        log_line(run)
+    if run.evaluation is not None and (last or run.evaluation.due(step)):
+        settle(run)
+        run.metrics.write(
+            {"kind": "eval", "step": step, "tokens": loop["tokens"], **run.evaluation.measure(run.engine)}
+        )
+        run.meter.started = time.monotonic()
+    if save_due:
+        save(run)
+
+
+def settle(run: Run) -> None:
+    """Let all ranks look at the last loss now, before anything is built on the step."""
+    bad = torch.zeros((), dtype=torch.float64, device=run.topology.device) if run.bad_loss is None else run.bad_loss
+    check_finite(run, float(all_reduce_sum(bad.clone())))
+
+
+def log_line(run: Run) -> None:
+    """Write one line of metrics over the steps since the last one."""
+    seconds = time.monotonic() - run.meter.started
+    sums, losses = run.meter.reduce()
+    num_steps = len(losses)
+    waited = run.loader.data_wait_seconds
+    run.loop["tokens"] += int(sums["tokens"])
+    run.loop["runtime_seconds"] += seconds
+    norm = run.engine.get_global_grad_norm()
+    record = {
+        "kind": "train",
+        "step": run.loop["step"],
+        "tokens": run.loop["tokens"],
+        "stage": run.plan.segment(run.loop["step"] - 1).span.name,
+        "loss": sum(losses) / num_steps,
+        **loss_figures(sums),
+        "lr": run.lr,
+        "grad_norm": None if norm is None else float(norm),
+        "skipped_steps": int(run.engine.skipped_steps),
+        "tokens_per_second": sums["tokens"] / seconds,
+        "mfu": run.cost.utilisation(sums, seconds=seconds, world_size=run.topology.world_size),
+        "flops_saved_share": run.cost.saved_share(sums),
+        "step_seconds": seconds / num_steps,
+        "data_wait_seconds": waited - run.waited_seconds,
+        "peak_memory_bytes": peak_memory_bytes(run.topology.device),
+        "runtime_seconds": run.loop["runtime_seconds"],
+        "step_losses": losses,
+        "row_digests": run.meter.digests,
+    }
+    run.waited_seconds = waited
+    run.metrics.write(record)
+    if run.topology.is_main:
+        log.info("step %d/%d loss %.4f lr %.3g", run.loop["step"], run.plan.total_steps, record["loss"], run.lr)
+    run.meter.reset()
+
+
+def save(run: Run) -> None:
+    """Commit a checkpoint on all ranks, after the last loss proved finite.
+
+    A save ends a line of metrics too, so that a resumed run writes the very lines of an uninterrupted one.
+    """
+    settle(run)
+    if run.meter.digests:
+        log_line(run)
+    folder = save_checkpoint(
+        run.engine,
+        run=run.folder,
+        topology=run.topology,
+        loop=run.loop,
+        data=run.loader.state_dict(),
+        pinned=run.pinned,
+        extra=run.checkpoint_extra,
+    )
+    run.last_saved = str(folder)
+    if run.topology.is_main:
+        apply_retention(run.config.checkpoint, run.folder)

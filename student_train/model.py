@@ -1,0 +1,218 @@
+"""The student: Hugging Face backbone, distillation head and loss inside one module that DeepSpeed wraps.
+
+The loss is computed inside the wrapped forward, so that ZeRO-3 has gathered the head's weight where the fused op reads
+it. The head takes the place of `lm_head`, keeps its parameter names, and without a request still gives logits.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from potstill.common.errors import UserError
+from potstill.kernels.loss import linear_sparse_loss, token_statistics
+from potstill.kernels.types import IGNORE_LABEL, LossSums
+from potstill.student_train.batch import MicroBatch
+from potstill.student_train.config import ModelConfig
+from potstill.student_train.objective import StepObjective
+from potstill.student_train.tokens import TOKEN_POLICIES, choose
+
+log = logging.getLogger(__name__)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class LossRequest:
+    """What the head shall do with the hidden states: this batch, this objective, divided by this number."""
+
+    micro: MicroBatch
+    objective: StepObjective
+    normalizer: Tensor
+
+
+class DistillationHead(nn.Module):
+    """Output projection that computes the loss next to its own weight; logits are never kept as [N, V]."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, linear: Any, *, soft_cap: float | None, logit_scale: float) -> None:
+        super().__init__()
+        self.weight = linear.weight  # the very parameter, so that tied embeddings stay tied
+        self.bias = getattr(linear, "bias", None)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.soft_cap = soft_cap
+        self.logit_scale = logit_scale
+
+    def forward(self, hidden: Tensor, request: LossRequest | None = None) -> Any:
+        """Logits [..., V] without a request (unscaled, uncapped: the model does that), else (loss, sums, selection)."""
+        if request is None:
+            return F.linear(hidden, self.weight, self.bias)
+        micro, objective = request.micro, request.objective
+        token_weights, kd_weights = self._choice(hidden, micro, objective)
+        loss, sums = linear_sparse_loss(
+            hidden=hidden,
+            weight=self.weight,
+            bias=self.bias,
+            targets=micro.targets if objective.alpha > 0.0 else None,
+            labels=micro.labels,
+            token_weights=token_weights,
+            kd_weights=kd_weights,
+            alpha=objective.alpha,
+            ce_weight=objective.ce_weight,
+            temperature=objective.temperature,
+            divergence=objective.divergence if objective.alpha > 0.0 else "forward_kl",
+            missing_mass=objective.missing_mass if objective.alpha > 0.0 else "tail",
+            z_loss=objective.z_loss,
+            divergence_options=objective.options if objective.alpha > 0.0 else None,
+            soft_cap=self.soft_cap,
+            logit_scale=self.logit_scale,
+            normalizer=request.normalizer,
+        )
+        return loss, sums.stack(), selection_figures(micro, token_weights, kd_weights)
+
+    @torch.no_grad()
+    def _choice(self, hidden: Tensor, micro: MicroBatch, objective: StepObjective) -> tuple[Tensor, Tensor | None]:
+        """Weights [N] of the positions for the whole loss and for its KD term; unlabelled positions weigh 0."""
+        labelled = micro.labels != IGNORE_LABEL
+        everywhere = labelled.float()
+        choice = objective.tokens
+        if choice is None or not choice.uses_student:
+            return (everywhere if micro.token_weights is None else micro.token_weights), micro.kd_weights
+        needs_targets = "divergence" in TOKEN_POLICIES[choice.selector.policy].needs
+        figures = token_statistics(
+            hidden=hidden.detach(),
+            weight=self.weight.detach(),
+            bias=None if self.bias is None else self.bias.detach(),
+            labels=micro.labels,
+            targets=micro.targets if needs_targets else None,
+            soft_cap=self.soft_cap,
+            logit_scale=self.logit_scale,
+        )
+        columns = {"loss": -figures.label_logprob, "entropy": figures.entropy, **micro.columns}
+        if needs_targets:
+            columns["divergence"] = figures.divergence
+        weights = choose(choice, columns, labelled=labelled, row=micro.row, num_rows=micro.num_rows)
+        return (everywhere, weights) if choice.selector.applies_to == "kd" else (weights, None)
+
+
+def selection_figures(micro: MicroBatch, token_weights: Tensor, kd_weights: Tensor | None) -> Tensor:
+    """[4]: labelled positions, those with weight > 0, those whose KD counts, sum of squared weights."""
+    labelled = (micro.labels != IGNORE_LABEL).sum()
+    kd = token_weights if kd_weights is None else token_weights * kd_weights
+    return torch.stack([labelled, (token_weights > 0).sum(), (kd > 0).sum(), token_weights.square().sum()]).float()
+
+
+SELECTION_NAMES = ("labelled", "positions", "kd_positions", "squared_weight")
+SUM_NAMES = (*LossSums.names(), *SELECTION_NAMES)
+
+
+class StudentModel(nn.Module):
+    """Backbone + head + loss: tokens of a micro-batch in, (loss, sums [S]) out, sums named by SUM_NAMES."""
+
+    hf: Any
+
+    def __init__(self, hf: Any) -> None:
+        super().__init__()
+        config = hf.config.get_text_config()
+        soft_cap = getattr(config, "final_logit_softcapping", None)
+        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+            getattr(config, "logits_scaling", None) or 1.0
+        )
+        hf.lm_head = DistillationHead(hf.lm_head, soft_cap=soft_cap, logit_scale=scale)
+        self.hf = hf
+
+    def forward(self, micro: MicroBatch, objective: StepObjective, normalizer: Tensor) -> tuple[Tensor, Tensor]:
+        """loss = (sum over positions of weight * loss) / normalizer, differentiable; sums are detached."""
+        hidden = self.hidden_states(micro)
+        loss, sums, selection = self.hf.lm_head(hidden, LossRequest(micro, objective, normalizer))
+        return loss, torch.cat([sums.float(), selection])
+
+    def hidden_states(self, micro: MicroBatch) -> Tensor:
+        """Hidden states before the head [N, D] of the real tokens."""
+        out = self.hf.base_model(input_ids=micro.input_ids, position_ids=micro.position_ids, use_cache=False)
+        hidden: Tensor = out.last_hidden_state.flatten(0, 1)  # [B * L, D]
+        return hidden if micro.token_index is None else hidden[micro.token_index]
+
+
+def hf_config(model: ModelConfig, *, vocab_size: int) -> Any:
+    """The student's Hugging Face configuration. Raises UserError when it does not fit the store's vocabulary."""
+    from transformers import AutoConfig
+
+    if isinstance(model.config, dict):
+        values = {"vocab_size": vocab_size, **model.config}
+        kind = values.pop("model_type", None)
+        if kind is None:
+            raise UserError("model.config needs model_type (e.g. llama); it names the transformers architecture")
+        try:
+            config = AutoConfig.for_model(kind, **values)
+        except ValueError as error:
+            raise UserError(f"model.config.model_type {kind!r}: transformers does not know it ({error})") from error
+    else:
+        folder = model.path if model.path is not None else Path(str(model.config))
+        if not folder.exists():
+            raise UserError(f"{'model.path' if model.path else 'model.config'} {folder} does not exist")
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    found = config.get_text_config().vocab_size
+    if found < vocab_size:
+        raise UserError(
+            f"the student's vocab_size is {found}, but the tokens store holds ids below {vocab_size}; "
+            f"set vocab_size to {vocab_size} or more, or prepare the text with the student's tokenizer"
+        )
+    if model.init_std is not None:
+        config.initializer_range = model.init_std
+    config.use_cache = False
+    return config
+
+
+def build_student(model: ModelConfig, config: Any, *, seed: int) -> StudentModel:
+    """Random weights from `seed`, or the weights of `model.path`; in float32 (DeepSpeed makes the bfloat16 copy).
+
+    Under ZeRO-3 an HfDeepSpeedConfig must be alive: transformers then initialises and partitions layer by layer. Any
+    other way leaves torch's default initialisation in place without an error, so the std is checked.
+    """
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    options = {"attn_implementation": model.attention, "dtype": torch.float32}
+    if model.path is not None:
+        hf = AutoModelForCausalLM.from_pretrained(model.path, config=config, local_files_only=True, **options)
+    else:
+        hf = AutoModelForCausalLM.from_config(config, **options)
+        check_initial_std(hf, config.get_text_config())
+    if model.gradient_checkpointing:
+        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if model.compile:
+        hf.base_model.compile()
+    return StudentModel(hf)
+
+
+def check_initial_std(hf: Any, config: Any) -> None:
+    """Refuse weights whose std is not the configured one (the silent ZeRO-3 trap). Raises RuntimeError."""
+    expected = getattr(config, "initializer_range", None)
+    if not expected:
+        return
+    weight = hf.get_input_embeddings().weight
+    if hasattr(weight, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([weight]):
+            found = float(weight.detach().float().std())
+    else:
+        found = float(weight.detach().float().std())
+    if not 0.8 * expected < found < 1.2 * expected:
+        raise RuntimeError(
+            f"the embedding has std {found:.4g} after initialisation, expected {expected:.4g} (initializer_range): the "
+            "model was not initialised by transformers; the run would train from wrong weights"
+        )
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Parameters of the whole model, also when ZeRO-3 holds them in parts; tied ones once."""
+    return sum(int(getattr(p, "ds_numel", p.numel())) for p in module.parameters())

@@ -1,0 +1,114 @@
+"""The run folder: what is written before the first step, what must agree on resume, and the marker of a done run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import shutil
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from potstill.common.config import dump_config, load_config
+from potstill.common.errors import UserError
+from potstill.student_train.checkpoint import write_json_atomically
+from potstill.student_train.config import TrainConfig
+from potstill.student_train.stop import STOP_FILE
+
+log = logging.getLogger(__name__)
+CONFIG_FILE = "config.yaml"
+DONE_FILE = "done.json"
+STUDENT_FOLDER = "student"  # config.json of the student
+PACKAGES = ("potstill", "torch", "deepspeed", "transformers", "numpy", "pyarrow", "pydantic")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes, and the commit of the code if it lies in a git checkout."""
+    found = {"python": platform.python_version(), "machine": platform.platform()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+        found["commit"] = done.stdout.strip() or "unknown"
+    except (OSError, subprocess.TimeoutExpired):
+        found["commit"] = "unknown"
+    return found
+
+
+def prepare_run_folder(config: TrainConfig) -> None:
+    """Make sure that output_dir may be written (rank 0 only). Raises UserError rather than overwrite anything.
+
+    A folder that holds a run is continued with checkpoint.resume auto or PATH; with `never` it needs run.force. A
+    folder that holds something else is never touched, not even with run.force.
+    """
+    folder = config.run.output_dir
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"run.output_dir {folder} is a file; name a folder")
+    holds_run = (folder / CONFIG_FILE).is_file()
+    if folder.is_dir() and any(folder.iterdir()) and not holds_run:
+        raise UserError(f"run.output_dir {folder} holds other files and no run; name a new or empty folder")
+    if holds_run and config.run.force:
+        log.info("deleting the run in %s (run.force)", folder)
+        shutil.rmtree(folder)
+    elif holds_run and config.checkpoint.resume == "never":
+        raise UserError(
+            f"run.output_dir {folder} holds a run already and checkpoint.resume is never; continue it with resume "
+            "auto, name another folder, or set run.force: true to delete it"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / STOP_FILE).unlink(missing_ok=True)
+
+
+def write_start(config: TrainConfig, student_config: Any, ds_config: dict[str, Any], plan: list[Any]) -> None:
+    """Write the resolved configurations, the plan and the versions (rank 0, before the first step)."""
+    folder = config.run.output_dir
+    # run.force is about one start; kept in the file it would delete the run when the file is used again.
+    kept = config.model_copy(update={"run": config.run.model_copy(update={"force": False})})
+    (folder / CONFIG_FILE).write_text(dump_config(kept), encoding="utf-8")
+    student_config.save_pretrained(folder / STUDENT_FOLDER)
+    write_json_atomically(folder / "deepspeed.json", ds_config)
+    write_json_atomically(folder / "plan.json", plan)
+    write_json_atomically(folder / "versions.json", versions())
+
+
+def read_run_config(run: Path) -> TrainConfig:
+    """The resolved configuration of a run folder. Raises UserError."""
+    path = run / CONFIG_FILE
+    if not path.is_file():
+        raise UserError(f"{run} is no run folder: it holds no {CONFIG_FILE}")
+    return load_config(TrainConfig, path)
+
+
+def pinned_values(config: TrainConfig) -> dict[str, Any]:
+    """What a resumed run may not change, as flat keys. Learning rate, length and logging may change."""
+    tree = config.model_dump(mode="json")
+    model = {key: tree["model"][key] for key in ("config", "path", "dtype", "init_std")}
+    return {
+        "run.seed": tree["run"]["seed"],
+        **{f"model.{key}": value for key, value in model.items()},
+        "data.global_batch_rows": tree["data"]["global_batch_rows"],
+        "data.order": tree["data"]["order"],
+        "zero_stage": tree["zero_stage"],
+    }
+
+
+def write_done(run: Path, record: dict[str, Any]) -> None:
+    """Mark the run as done; exit codes of launchers do not always tell the truth, this file does."""
+    write_json_atomically(run / DONE_FILE, record)
+
+
+def read_done(run: Path) -> dict[str, Any] | None:
+    """The marker of a done run, or None."""
+    path = run / DONE_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

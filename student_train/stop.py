@@ -1,0 +1,49 @@
+"""Reasons to stop before the last step: a signal, a deadline, a stop file. Asked once per step, agreed by all ranks."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+STOP_FILE = "stop"
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# EX_TEMPFAIL: the work is not done, starting again continues it.
+EXIT_STOPPED = 75
+
+
+class StopRequest:
+    """A context in which signals only leave a note; `reason()` reads it together with the clock and the stop file."""
+
+    def __init__(self, run: Path, *, max_runtime_minutes: float | None) -> None:
+        self._run = run
+        self._deadline = None if max_runtime_minutes is None else time.monotonic() + 60.0 * max_runtime_minutes
+        self._signal: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._signal = number
+
+    def __enter__(self) -> StopRequest:
+        for number in SIGNALS:
+            try:
+                self._previous[number] = signal.signal(number, self._note)
+            except ValueError:  # not the main thread (a notebook, a server): the other two reasons still work
+                break
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def reason(self) -> str | None:
+        """Why this rank wants to stop, or None."""
+        if self._signal is not None:
+            return f"signal {signal.Signals(self._signal).name}"
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            return "run.max_runtime_minutes"
+        if (self._run / STOP_FILE).exists():
+            return f"stop file {self._run / STOP_FILE}"
+        return None

@@ -1,0 +1,151 @@
+"""Open the stores of a run and check everything that can be checked before a model exists."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from potstill.common.errors import UserError
+from potstill.kernels.divergences import DIVERGENCES
+from potstill.storage import StoreError, StoreReader
+from potstill.student_train.config import Scalar, TrainConfig
+from potstill.student_train.curriculum import CurriculumPlan, total_steps
+from potstill.student_train.objective import StepObjective, step_objective
+from potstill.student_train.rows import needed_stats
+from potstill.student_train.schedules import scalar_bounds
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Stores:
+    """The readers of one run, by name."""
+
+    tokens: StoreReader
+    joined: Mapping[str, StoreReader]
+    heldout: StoreReader | None
+    heldout_targets: StoreReader | None
+
+    def digests(self) -> dict[str, str]:
+        """Digest of each training store, for the checkpoint."""
+        return {"tokens": self.tokens.digest, **{name: reader.digest for name, reader in self.joined.items()}}
+
+
+def open_store(path: Path, kind: str, key: str) -> StoreReader:
+    """Open a sealed store of the given kind. Raises UserError naming the configuration key."""
+    try:
+        reader = StoreReader(path)
+    except StoreError as error:
+        raise UserError(f"{key} = {path}: {error}") from error
+    if reader.spec.kind != kind:
+        raise UserError(f"{key} = {path} is a {reader.spec.kind} store; expected a {kind} store")
+    return reader
+
+
+def check_joined(reader: StoreReader, tokens: StoreReader, *, key: str, tokens_key: str) -> None:
+    """Refuse a store that was not made from these tokens. Raises UserError naming field, found and expected."""
+    pairs = {
+        "input_digest (the tokens store it was made from)": (reader.spec.input_digest, tokens.digest),
+        "row_length": (reader.spec.row_length, tokens.spec.row_length),
+        "number of rows": (reader.num_rows, tokens.num_rows),
+        "tokenizer_digest": (reader.spec.tokenizer_digest, tokens.spec.tokenizer_digest),
+        "vocab_size": (reader.spec.vocab_size, tokens.spec.vocab_size),
+    }
+    for field, (found, expected) in pairs.items():
+        if found != expected:
+            raise UserError(
+                f"{key} does not belong to {tokens_key}: its {field} is {found}, expected {expected}; "
+                "dump or score the tokens store that you train on, or name the other tokens store"
+            )
+
+
+def open_stores(config: TrainConfig) -> Stores:
+    """Open and cross-check every store of a run. Raises UserError."""
+    data = config.data
+    tokens = open_store(data.tokens, "tokens", "data.tokens")
+    joined: dict[str, StoreReader] = {}
+    for kind, group in (("targets", data.targets), ("scores", data.scores)):
+        for name, path in group.items():
+            key = f"data.{kind}.{name}"
+            joined[name] = open_store(path, kind, key)
+            check_joined(joined[name], tokens, key=key, tokens_key="data.tokens")
+    heldout = heldout_targets = None
+    if data.heldout is not None:
+        heldout = open_store(data.heldout, "tokens", "data.heldout")
+        for field in ("tokenizer_digest", "vocab_size"):
+            found, expected = getattr(heldout.spec, field), getattr(tokens.spec, field)
+            if found != expected:
+                raise UserError(f"data.heldout has {field} {found}, data.tokens {expected}; prepare both alike")
+    if data.heldout_targets is not None and heldout is not None:
+        heldout_targets = open_store(data.heldout_targets, "targets", "data.heldout_targets")
+        check_joined(heldout_targets, heldout, key="data.heldout_targets", tokens_key="data.heldout")
+    return Stores(tokens, joined, heldout, heldout_targets)
+
+
+def _check_temperature(value: Scalar, targets: StoreReader, name: str, key: str) -> None:
+    stored = (1.0, *targets.spec.temperatures)
+    for bound in set(scalar_bounds(value)):
+        if not any(math.isclose(bound, known, rel_tol=1e-6) for known in stored):
+            raise UserError(
+                f"{key}.temperature takes the value {bound}, but store {name!r} holds tails for {sorted(stored)} only; "
+                "dump with dump temperatures that include it, or use missing_mass renorm or support"
+            )
+    if len(set(scalar_bounds(value))) > 1:
+        raise UserError(
+            f"{key}.temperature is a schedule; with missing_mass tail, label or raw only the stored temperatures "
+            f"{sorted(stored)} can be used: make one stage per temperature, or use missing_mass renorm or support"
+        )
+
+
+def check_objectives(config: TrainConfig, stores: Stores) -> None:
+    """Check each stage's loss settings against its targets store. Raises UserError naming the key."""
+    for number, stage in enumerate(config.curriculum):
+        key = f"curriculum.{number}"
+        settings: StepObjective = step_objective(config.objective, stage, 0.0)
+        if stage.tokens is not None and stage.tokens.source != "student":
+            _check_token_source(stores, stage.tokens.policy, stage.tokens.source, key)
+        if stage.targets is None:
+            continue
+        entry = DIVERGENCES[settings.divergence]
+        if settings.missing_mass not in entry.modes:
+            raise UserError(
+                f"{key}: divergence {settings.divergence} has no sensible value with missing_mass "
+                f"{settings.missing_mass}; use one of {list(entry.modes)}"
+            )
+        targets = stores.joined[stage.targets]
+        mode = str((targets.spec.selection or {}).get("mode"))
+        if entry.needs_counts != (mode == "sample"):
+            raise UserError(
+                f"{key}.divergence is {settings.divergence}, but store {stage.targets!r} was dumped with selection "
+                f"{mode}; use divergence sampled with selection sample, and any other divergence with top_k or top_p_k"
+            )
+        temperature = config.objective.temperature if stage.temperature is None else stage.temperature
+        if settings.missing_mass in ("tail", "label", "raw"):
+            _check_temperature(temperature, targets, stage.targets, key)
+
+
+def _check_token_source(stores: Stores, policy: str, source: str, key: str) -> None:
+    """A targets store may lack a side column; look at its first row."""
+    from potstill.student_train.batch import JoinedRow, store_columns
+    from potstill.student_train.tokens import TOKEN_POLICIES
+
+    needs = set(TOKEN_POLICIES[policy].needs) & {"loss", "rank", "entropy"}
+    missing = sorted(needs - set(store_columns([cast(JoinedRow, stores.joined[source].row(0))])))
+    if missing:
+        raise UserError(f"{key}.tokens.policy {policy} needs {missing} of store {source!r}, which holds no such column")
+
+
+def build_plan(config: TrainConfig, stores: Stores) -> CurriculumPlan:
+    """The run's plan: which rows, stores and loss settings each global batch has. Raises UserError."""
+    names = frozenset().union(*(needed_stats(stage.rows) for stage in config.curriculum))
+    steps = total_steps(config, row_length=stores.tokens.spec.row_length)
+    return CurriculumPlan(
+        config,
+        total_steps=steps,
+        num_rows=stores.tokens.num_rows,
+        stats={name: stores.joined[name].row_stats for name in names},
+    )

@@ -1,0 +1,289 @@
+"""One training run from configuration to done marker: check, build, resume, loop, save."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from potstill.common.errors import UserError
+from potstill.common.progress import Progress
+from potstill.storage import Loader, StoreError
+from potstill.student_train.checkpoint import Checkpoint, ResumeError, check_pinned, choose_resume, load_checkpoint
+from potstill.student_train.config import TrainConfig
+from potstill.student_train.curriculum import CurriculumPlan, describe
+from potstill.student_train.distributed import (
+    Topology,
+    accumulation_steps,
+    broadcast_object,
+    build_engine,
+    deepspeed_config,
+    start_distributed,
+    world_from_environment,
+    zero3_construction,
+)
+from potstill.student_train.evaluation import HeldoutEvaluation
+from potstill.student_train.loop import Run, train_steps
+from potstill.student_train.metrics import (
+    PEAK_FLOPS,
+    Meter,
+    MetricsLog,
+    ModelCost,
+    cut_metrics,
+    flops_per_token,
+    head_flops_per_position,
+    read_metrics,
+)
+from potstill.student_train.model import StudentModel, build_student, count_parameters, hf_config
+from potstill.student_train.run_folder import DONE_FILE, pinned_values, prepare_run_folder, write_done, write_start
+from potstill.student_train.stop import StopRequest
+from potstill.student_train.stores import Stores, build_plan, check_objectives, open_stores
+from potstill.student_train.universal import convert, needs_conversion, universal_folder
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainSummary:
+    """How a run ended."""
+
+    status: str  # "done", or why it stopped before the end
+    output_dir: Path
+    steps: int
+    total_steps: int
+    tokens: int
+    num_parameters: int
+    seconds: float
+    last: dict[str, Any]
+    heldout: dict[str, Any]
+
+    @property
+    def is_done(self) -> bool:
+        return self.status == "done"
+
+    def format(self) -> str:
+        """A few lines for a person."""
+        lines = [
+            f"run {self.output_dir}: {self.status}, step {self.steps} of {self.total_steps}, {self.tokens:,} tokens, "
+            f"{self.num_parameters:,} parameters, {self.seconds:.1f} s"
+        ]
+        if self.last:
+            lines.append(f"  last loss {self.last['loss']:.4f} (ce {self.last['ce']:.4f})")
+        if self.heldout:
+            figures = {name: value for name, value in self.heldout.items() if isinstance(value, float)}
+            lines.append("  held-out: " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+        if not self.is_done:
+            lines.append("  start the same command again to continue")
+        return "\n".join(lines)
+
+
+def train(config: TrainConfig) -> TrainSummary:
+    """Train (or continue) the run of `config` in this process, which is one rank of the launcher's world.
+
+    Raises UserError (also StoreError of the storage room) before any model is built when configuration, stores and
+    world do not fit; LossNotFiniteError during training.
+    """
+    started = time.monotonic()
+    if config.run.num_threads is not None:
+        torch.set_num_threads(config.run.num_threads)
+    # Everything that needs no process group is checked before there is one, so that errors are plain.
+    accumulation_steps(config, world_from_environment()[1])
+    stores = open_stores(config)
+    check_objectives(config, stores)
+    plan = build_plan(config, stores)
+    student_config = hf_config(config.model, vocab_size=stores.tokens.spec.vocab_size)
+    topology = start_distributed()
+    on_main(topology, prepare_run_folder, config)
+    checkpoint = choose_resume(config.checkpoint, config.run.output_dir, topology)
+    with open_run(config, topology, stores, plan, student_config, checkpoint) as run:
+        with Progress(
+            plan.total_steps - run.loop["step"], unit="steps", description="train", enabled=topology.is_main
+        ) as progress:
+            status = train_steps(run, progress)
+        summary = summarise(run, status, seconds=time.monotonic() - started)
+        if topology.is_main and summary.is_done:
+            write_done(run.folder, {"step": summary.steps, "tokens": summary.tokens, "heldout": summary.heldout})
+    torch.distributed.barrier()
+    return summary
+
+
+def on_main(topology: Topology, function: Any, *args: Any) -> None:
+    """Run a function on rank 0; its UserError is raised on every rank."""
+    error: UserError | OSError | None = None
+    if topology.is_main:
+        try:
+            function(*args)
+        except (UserError, OSError) as caught:
+            error = caught
+    error = broadcast_object(error)
+    if error is not None:
+        raise error
+
+
+@contextmanager
+def open_run(
+    config: TrainConfig,
+    topology: Topology,
+    stores: Stores,
+    plan: CurriculumPlan,
+    student_config: Any,
+    checkpoint: Checkpoint | None,
+) -> Iterator[Run]:
+    """Build model, engine, loader and figures, and bring them to where the checkpoint stands."""
+    universal = checkpoint is not None and needs_conversion(checkpoint, topology.world_size)
+    ds_config = deepspeed_config(config, world_size=topology.world_size, load_universal=universal)
+    if checkpoint is not None:
+        check_pinned(checkpoint, pinned_values(config))
+        if checkpoint.step > plan.total_steps:
+            raise ResumeError(
+                f"{checkpoint.folder} is at step {checkpoint.step}, behind the end of the run at {plan.total_steps}; "
+                "raise run.max_steps or name an earlier checkpoint"
+            )
+    if topology.is_main:
+        (config.run.output_dir / DONE_FILE).unlink(missing_ok=True)
+        write_start(config, student_config, ds_config, describe(plan))
+    with zero3_construction(ds_config):
+        student = build_student(config.model, student_config, seed=config.run.seed)
+        engine = build_engine(student, config, ds_config, topology)
+    loader = Loader(
+        plan,
+        stores.tokens,
+        dict(stores.joined),
+        rank=topology.rank,
+        world=topology.world_size,
+        prefetch_batches=config.data.prefetch_batches,
+        num_threads=config.data.num_threads,
+    )
+    metrics: MetricsLog | None = None
+    try:
+        loop = resume(engine, loader, checkpoint, config, topology, universal=universal)
+        metrics = MetricsLog(config.run.output_dir, config.logging, name=config.run.name, topology=topology)
+        with StopRequest(config.run.output_dir, max_runtime_minutes=config.run.max_runtime_minutes) as stop:
+            run = Run(
+                config=config,
+                topology=topology,
+                engine=engine,
+                plan=plan,
+                loader=loader,
+                row_length=stores.tokens.spec.row_length,
+                meter=Meter(topology.device),
+                metrics=metrics,
+                stop=stop,
+                evaluation=heldout_evaluation(config, stores, topology),
+                pinned=pinned_values(config),
+                checkpoint_extra={"stores": stores.digests(), "num_parameters": count_parameters(student)},
+                cost=model_cost(student, student_config, stores.tokens.spec.row_length, topology),
+                last_saved=None if checkpoint is None else str(checkpoint.folder),
+            )
+            run.loop.update(loop)
+            yield run
+    finally:
+        loader.close()
+        if metrics is not None:
+            metrics.close()
+        engine.destroy()
+
+
+def resume(
+    engine: Any,
+    loader: Loader,
+    checkpoint: Checkpoint | None,
+    config: TrainConfig,
+    topology: Topology,
+    *,
+    universal: bool,
+) -> dict[str, Any]:
+    """Load the checkpoint, if there is one, and say in one line what was done. Returns the loop state."""
+    run = config.run.output_dir
+    if checkpoint is None:
+        log.info("starting at step 0 (checkpoint.resume %s; no checkpoint in %s)", config.checkpoint.resume, run)
+        if topology.is_main:
+            cut_metrics(run, 0)
+        return {}
+    try:
+        loader.load_state_dict(checkpoint.manifest["data"])
+    except StoreError as error:
+        raise ResumeError(f"{checkpoint.folder} was trained on other data: {error}") from error
+    folder = checkpoint.folder
+    if universal:
+        folder = universal_folder(checkpoint)
+        on_main(topology, convert_anew, checkpoint, folder)
+    load_checkpoint(engine, folder, loop=checkpoint.manifest["loop"], universal=universal)
+    torch.distributed.barrier()
+    if topology.is_main:
+        if universal:
+            shutil.rmtree(folder, ignore_errors=True)
+        cut_metrics(run, checkpoint.step)
+    log.info(
+        "resuming at step %d from %s (saved by %d ranks, now %d%s)",
+        checkpoint.step,
+        checkpoint.folder,
+        checkpoint.world_size,
+        topology.world_size,
+        "; through the universal format" if universal else "",
+    )
+    return dict(checkpoint.manifest["loop"])
+
+
+def convert_anew(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write the universal form of a checkpoint, over what an earlier attempt may have left."""
+    shutil.rmtree(folder, ignore_errors=True)
+    convert(checkpoint, folder)
+
+
+def heldout_evaluation(config: TrainConfig, stores: Stores, topology: Topology) -> HeldoutEvaluation | None:
+    """The evaluation of a run, if it has held-out rows."""
+    if stores.heldout is None:
+        return None
+    return HeldoutEvaluation.create(
+        stores.heldout,
+        stores.heldout_targets,
+        max_rows=config.eval.max_rows,
+        every_steps=config.eval.every_steps,
+        batch_rows=config.data.micro_batch_rows,
+        rank=topology.rank,
+        world_size=topology.world_size,
+        device=topology.device,
+    )
+
+
+def model_cost(student: StudentModel, student_config: Any, row_length: int, topology: Topology) -> ModelCost:
+    """FLOPs per token and per trained position, and the device's peak (None when it is not in the table)."""
+    text = student_config.get_text_config()
+    vocab, width = student.hf.lm_head.out_features, student.hf.lm_head.in_features
+    tables = 1 if text.tie_word_embeddings else 2
+    name = torch.cuda.get_device_name(topology.device) if topology.device.type == "cuda" else "cpu"
+    return ModelCost(
+        per_token=flops_per_token(
+            backbone_parameters=count_parameters(student) - tables * vocab * width,
+            num_layers=text.num_hidden_layers,
+            hidden_size=width,
+            row_length=row_length,
+        ),
+        per_position=head_flops_per_position(hidden_size=width, vocab_size=vocab),
+        peak=PEAK_FLOPS.get(name),
+    )
+
+
+def summarise(run: Run, status: str, *, seconds: float) -> TrainSummary:
+    """Gather the last figures; the same on every rank but for `last` and `heldout`, which rank 0's file holds."""
+    records = read_metrics(run.folder) if run.topology.is_main else []
+    last: dict[str, dict[str, Any]] = {record["kind"]: record for record in records}
+    return TrainSummary(
+        status=status,
+        output_dir=run.folder,
+        steps=run.loop["step"],
+        total_steps=run.plan.total_steps,
+        tokens=run.loop["tokens"],
+        num_parameters=run.checkpoint_extra["num_parameters"],
+        seconds=seconds,
+        last=last.get("train", {}),
+        heldout={k: v for k, v in last.get("eval", {}).items() if k not in ("kind", "step", "tokens")},
+    )
