@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 TOP = 128
 CHUNK = 64
 RANK = 32
-NOISE = 1.0
-ID_ORDER_NOISE = 1.1
+NOISE = 1.1
+ZIPF_EXPONENT = 0.95
+ID_ORDER_NOISE = 1.5
 NUM_DRAWS = (12, 50)
 
 
@@ -61,7 +62,7 @@ def make_dumps(
 ) -> dict[float, Dump]:
     """One dump per target entropy; all share contexts and logits and differ by temperature only."""
     model = _Model(vocab_size, seed)
-    sample = np.concatenate([logits for _, logits in model.chunks(2 * CHUNK, seed + 1)])
+    sample = np.concatenate([logits for _, logits in model.chunks(8 * CHUNK, seed + 1)])
     temperatures = {h: _solve_temperature(sample, h) for h in entropies}
     rng = np.random.default_rng(seed + 2)
     parts: dict[float, list[tuple[NDArray, ...]]] = {h: [] for h in entropies}
@@ -95,7 +96,7 @@ class _Model:
     def __init__(self, vocab_size: int, seed: int) -> None:
         rng = np.random.default_rng(seed)
         rank = np.arange(vocab_size)
-        by_rank = 1.0 / (rank + 2.7) ** 1.05
+        by_rank = 1.0 / (rank + 2.7) ** ZIPF_EXPONENT
         # Frequency rank -> id: merge order is frequency order with multiplicative noise.
         id_of_rank = np.argsort(np.argsort(np.log(rank + 20.0) + ID_ORDER_NOISE * rng.standard_normal(vocab_size)))
         self.unigram = np.empty(vocab_size)

@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from potstill.storage.errors import StoreError
+
 T = TypeVar("T")
 JOIN_SECONDS = 1.0
 
@@ -46,15 +48,22 @@ class Prefetcher(Generic[T]):
 
     def take(self) -> T:
         """Wait for the oldest task; raises its error here, in the consumer."""
-        task = self._pending.popleft()
+        if self._closed or not self._pending:
+            raise StoreError("prefetch: nothing is pending (closed)")
+        task = self._pending[0]
         task.done.wait()
         if task.error is not None:
             raise task.error
+        self._pending.popleft()
         return task.value  # type: ignore[return-value]  # done without error means value is set
 
     def close(self) -> None:
         """Drop what is pending and join the threads, waiting at most JOIN_SECONDS in all."""
         self._closed = True
+        for task in list(self._pending):
+            # A consumer in another thread may be waiting for one of these.
+            task.error = task.error or StoreError("prefetch: closed while this batch was awaited")
+            task.done.set()
         self._pending.clear()
         for _ in self._threads:
             self._queue.put(None)

@@ -1,0 +1,327 @@
+"""The loader: elastic and resumable order, joins, state, threads, bad rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from potstill.storage import CorruptError, EpochPlan, Loader, MismatchError, StoreError, StoreReader
+from tests.storage.stores import same_targets, write_targets, write_tokens
+
+NUM_ROWS = 23
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory):
+    root = tmp_path_factory.mktemp("loader")
+    tokens = write_tokens(root / "t", NUM_ROWS, last_tokens=9)
+    return tokens, write_targets(root / "d", tokens)
+
+
+def make_loader(stores, *, rank=0, world=1, global_batch=6, mode="global", seed=1, **options):
+    tokens, targets = stores
+    plan = EpochPlan(NUM_ROWS, global_batch=global_batch, seed=seed, mode=mode, joined=("teacher",))
+    return Loader(plan, tokens, {"teacher": targets}, rank=rank, world=world, **options)
+
+
+def take_rows(loader, num_batches):
+    out = []
+    for _ in range(num_batches):
+        batch = next(loader)
+        assert [r.row for r in batch.tokens] == batch.rows.tolist()
+        assert [r.row for r in batch.joined["teacher"]] == batch.rows.tolist()
+        loader.commit(batch.batch)
+        out.append(batch.rows)
+    return np.concatenate(out)
+
+
+@pytest.mark.parametrize("mode", ["global", "block", "sequential"])
+@pytest.mark.parametrize("world", [1, 2, 3, 5, 8, 9])
+def test_ranks_share_each_global_batch_without_gap_or_overlap(stores, world, mode):
+    """World sizes that do not divide the batch, and larger than it (ranks with no rows get an empty batch)."""
+    plan = EpochPlan(NUM_ROWS, global_batch=6, seed=1, mode=mode)
+    loaders = [make_loader(stores, rank=r, world=world, mode=mode, num_threads=1) for r in range(world)]
+    try:
+        for number in range(8):
+            batches = [next(loader) for loader in loaders]
+            np.testing.assert_array_equal(np.concatenate([b.rows for b in batches]), plan.rows(number))
+            sizes = [len(b.rows) for b in batches]
+            assert max(sizes) - min(sizes) <= 1
+            assert all(len(b.tokens) == len(b.joined["teacher"]) == len(b.rows) for b in batches)
+    finally:
+        for loader in loaders:
+            loader.close()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
+def test_resume_at_every_step_with_another_world_equals_the_uninterrupted_stream(stores, world):
+    plan = EpochPlan(NUM_ROWS, global_batch=6, seed=1)
+    for step in range(6):
+        with make_loader(stores) as first:
+            for number in range(step):
+                next(first)
+                first.commit(number)
+            state = json.loads(json.dumps(first.state_dict()))
+        loaders = [make_loader(stores, rank=r, world=world, num_threads=1) for r in range(world)]
+        for loader in loaders:
+            loader.load_state_dict(state)
+        for number in range(step, step + 2):
+            batches = [next(loader) for loader in loaders]
+            np.testing.assert_array_equal(np.concatenate([b.rows for b in batches]), plan.rows(number))
+            for loader in loaders:
+                loader.commit(number)
+        assert len({json.dumps(loader.state_dict()) for loader in loaders}) == 1
+        for loader in loaders:
+            loader.close()
+
+
+def test_chain_of_resumes_8_2_8_continues_exactly(stores):
+    plan, state, number = EpochPlan(NUM_ROWS, global_batch=6, seed=1), None, 0
+    for world in (8, 2, 8):
+        loaders = [make_loader(stores, rank=r, world=world, num_threads=1) for r in range(world)]
+        for loader in loaders:
+            if state:
+                loader.load_state_dict(state)
+        for _ in range(3):
+            rows = np.concatenate([next(loader).rows for loader in loaders])
+            np.testing.assert_array_equal(rows, plan.rows(number))
+            for loader in loaders:
+                loader.commit(number)
+            number += 1
+        state = loaders[-1].state_dict()
+        for loader in loaders:
+            loader.close()
+    assert state["position"] == {"epoch": 2, "stage": 0, "rows_consumed": 54}
+
+
+def test_state_counts_committed_batches_whatever_was_prefetched(stores):
+    states = []
+    for prefetch in (1, 8):
+        with make_loader(stores, prefetch_batches=prefetch, num_threads=3) as loader:
+            for number in range(3):
+                next(loader)
+                if number < 2:
+                    loader.commit(number)
+            time.sleep(0.05)
+            states.append(loader.state_dict())
+    assert states[0] == states[1] and states[0]["batches"] == 2
+    assert len(json.dumps(states[0])) < 1024
+    # A crash before the third commit repeats the third batch exactly once.
+    with make_loader(stores) as loader:
+        loader.load_state_dict(states[0])
+        assert next(loader).batch == 2
+
+
+def test_state_of_other_stores_plans_or_versions_is_refused(stores, tmp_path):
+    with make_loader(stores) as loader:
+        state = loader.state_dict()
+    tokens = write_tokens(tmp_path / "t", NUM_ROWS)
+    other = (tokens, write_targets(tmp_path / "d", tokens))
+    cases = [
+        (make_loader(other), state, r"stores differs \(joined.teacher: saved"),
+        (make_loader(stores, seed=2), state, "plan differs .*seed: saved 1, now 2"),
+        (make_loader(stores, global_batch=5), state, "plan differs .*global_batch: saved 6, now 5"),
+        (make_loader(stores), state | {"order_version": 2}, "order_version differs .saved 2, now 1"),
+        (make_loader(stores), state | {"batches": -1}, "batches is -1"),
+    ]
+    for loader, saved, message in cases:
+        with pytest.raises(MismatchError, match=message):
+            loader.load_state_dict(saved)
+    with make_loader(stores) as loader:
+        next(loader)
+        with pytest.raises(StoreError, match="before the first batch"):
+            loader.load_state_dict(state)
+        with pytest.raises(StoreError, match="batch 3 committed, expected 0"):
+            loader.commit(3)
+
+
+def test_peers_of_one_rank_get_identical_batches(stores):
+    with make_loader(stores, rank=1, world=2) as a, make_loader(stores, rank=1, world=2, num_threads=4) as b:
+        for _ in range(5):
+            x, y = next(a), next(b)
+            np.testing.assert_array_equal(x.rows, y.rows)
+            for left, right in zip(x.joined["teacher"], y.joined["teacher"], strict=True):
+                assert same_targets(left.targets, right.targets)
+
+
+def test_joined_stores_must_fit_the_tokens(stores, tmp_path):
+    tokens, targets = stores
+    plan = EpochPlan(NUM_ROWS, global_batch=6, seed=1)
+    longer = write_tokens(tmp_path / "t", NUM_ROWS, vocab_size=1000)
+    with pytest.raises(MismatchError, match="input_digest"):
+        Loader(plan, longer, {"teacher": targets})
+    wrong_tokenizer = write_targets(tmp_path / "d", tokens, tokenizer_digest="same size, other tokenizer")
+    with pytest.raises(MismatchError, match="tokenizer_digest"):
+        Loader(plan, tokens, {"teacher": wrong_tokenizer})
+    with pytest.raises(MismatchError, match="expected tokens"):
+        Loader(plan, targets, {})
+    with Loader(EpochPlan(NUM_ROWS, global_batch=6, seed=1, joined=("x",)), tokens, {}) as loader:
+        with pytest.raises(StoreError, match=r"needs the stores \['x'\]"):
+            next(loader)
+
+
+def test_rows_made_from_other_tokens_are_refused(stores, monkeypatch):
+    import potstill.storage.loader as module
+
+    monkeypatch.setattr(module, "token_digest", lambda tokens, doc_lens: 1)
+    with make_loader(stores) as loader, pytest.raises(MismatchError, match="was made from other tokens"):
+        next(loader)
+
+
+def test_targets_of_batches_that_do_not_need_them_are_not_read(stores, monkeypatch):
+    tokens, targets = stores
+    read = []
+    monkeypatch.setattr(targets, "rows", lambda ids: read.extend(ids) or type(targets).rows(targets, ids))
+
+    class EveryOther(EpochPlan):
+        def joined(self, batch):
+            return frozenset({"teacher"}) if batch % 2 else frozenset()
+
+    plan = EveryOther(NUM_ROWS, global_batch=6, seed=1)
+    with Loader(plan, tokens, {"teacher": targets}, prefetch_batches=1, num_threads=1) as loader:
+        batches = [next(loader) for _ in range(4)]
+    assert [sorted(b.joined) for b in batches] == [[], ["teacher"], [], ["teacher"]]
+    assert read == [*plan.rows(1), *plan.rows(3)]
+
+
+def damage(store: Path, row: int) -> None:
+    reader = StoreReader(store)
+    entry = reader._locate(row)
+    file = store / "units" / reader.manifest.units[int(entry["unit"])].file
+    data = bytearray(file.read_bytes())
+    data[int(entry["offset"]) + int(entry["length"]) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def test_bad_row_raises_in_the_consumer_or_trains_without_target(tmp_path):
+    tokens = write_tokens(tmp_path / "t", NUM_ROWS, rows_per_unit=1)
+    good = write_targets(tmp_path / "d", tokens, rows_per_unit=1)
+    damage(tmp_path / "d", 4)
+    plan = EpochPlan(NUM_ROWS, global_batch=NUM_ROWS, seed=1, joined=("teacher",))
+    with Loader(plan, tokens, {"teacher": good}) as loader:
+        with pytest.raises(CorruptError, match="row 4: record batch"):
+            next(loader)
+        with pytest.raises(StoreError, match="closed"):
+            next(loader)
+    with Loader(plan, tokens, {"teacher": good}, on_bad_row="drop_target") as loader:
+        batch = next(loader)
+        assert loader.num_bad_rows == 1
+        found = {row.row: row.targets.num_entries for row in batch.joined["teacher"]}
+        assert found[4] == 0 and sum(n == 0 for n in found.values()) == 1
+        np.testing.assert_array_equal(batch.rows, plan.rows(0))
+        with pytest.raises(CorruptError, match="2 rows had unreadable targets, at most 1"):
+            next(loader)
+
+
+def test_queue_is_bounded_while_the_consumer_stalls(stores, monkeypatch):
+    loader = make_loader(stores, prefetch_batches=3, num_threads=2)
+    started = []
+    load = loader._load
+    monkeypatch.setattr(loader, "_load", lambda rows, names: started.append(len(rows)) or load(rows, names))
+    with loader:
+        next(loader)
+        time.sleep(0.2)
+        assert sum(started) == 3 * 6
+
+
+def test_close_joins_threads_even_while_a_read_blocks(stores, monkeypatch):
+    release = threading.Event()
+    loader = make_loader(stores, prefetch_batches=4)
+    monkeypatch.setattr(loader, "_load", lambda rows, names: release.wait(20))
+    seen = []
+
+    def consume():
+        with pytest.raises(StoreError, match="closed while this batch was awaited"):
+            next(loader)
+        seen.append(True)
+
+    consumer = threading.Thread(target=consume, daemon=True)
+    consumer.start()
+    time.sleep(0.1)
+    started = time.monotonic()
+    loader.close()
+    assert time.monotonic() - started < 1.5
+    consumer.join(1)
+    assert seen
+    release.set()
+    with make_loader(stores) as healthy:
+        next(healthy)
+    time.sleep(0.2)
+    assert not [t for t in threading.enumerate() if t.name.startswith("potstill-loader")]
+
+
+def test_prefetch_hides_slow_storage(stores, monkeypatch):
+    """0.1 s per read: with reads in parallel and ahead of the consumer, the wait stays near zero."""
+    tokens, _ = stores
+    rows = type(tokens).rows
+    monkeypatch.setattr(type(tokens), "rows", lambda self, ids: time.sleep(0.1) or rows(self, ids))
+    plan = EpochPlan(NUM_ROWS, global_batch=2, seed=1)
+    with Loader(plan, tokens, {}, prefetch_batches=6, num_threads=6) as loader:
+        next(loader)
+        waited = loader.data_wait_seconds
+        for _ in range(8):
+            time.sleep(0.08)
+            next(loader)
+        assert loader.data_wait_seconds - waited < 8 * 0.1 * 0.5
+
+
+CHILD = """
+import sys, threading, time
+from potstill.storage import EpochPlan, Loader, StoreReader
+import potstill.storage.paths as paths
+tokens = StoreReader(sys.argv[1])
+paths.LocalFolder.read_range = lambda self, *a: time.sleep(60)
+loader = Loader(EpochPlan(tokens.num_rows, global_batch=4, seed=0), tokens, {})
+print("ready", flush=True)
+next(loader)
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_during_a_blocked_read_ends_the_process(stores, signum):
+    process = subprocess.Popen(
+        [sys.executable, "-c", CHILD, stores[0].url], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=os.environ
+    )
+    try:
+        assert process.stdout.readline() == b"ready\n"
+        time.sleep(0.3)
+        process.send_signal(signum)
+        assert process.wait(timeout=3) != 0
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_many_readers_and_loaders_share_one_read_only_store(stores):
+    tokens, targets = stores
+    wanted = {row: targets.row(row).targets for row in range(NUM_ROWS)}
+    errors = []
+
+    def read(seed):
+        try:
+            reader = StoreReader(targets.url) if seed % 2 else targets
+            for row in np.random.default_rng(seed).permutation(NUM_ROWS):
+                assert same_targets(reader.row(int(row)).targets, wanted[int(row)])
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    loaders = [make_loader(stores, seed=seed) for seed in range(4)]
+    for loader in loaders:
+        with loader:
+            assert len(take_rows(loader, 3)) == 18
+    for thread in threads:
+        thread.join()
+    assert not errors
