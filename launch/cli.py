@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import textwrap
 import traceback
 from collections.abc import Sequence
 
@@ -21,12 +22,11 @@ from potstill.launch.commands import COMMANDS
 DESCRIPTION = "Pre-training distillation from offline teacher logits."
 EPILOG = """\
 the way of the data:
-  potstill prepare --input text/ --output data/tokens --tokenizer path/to/tokenizer --row-length 2048
-  potstill dump    --config dump.yaml --worker 0 --num-workers 8     # on as many machines as you like
-  potstill status  data/targets
-  potstill seal    data/targets
-  potstill train   --config run.yaml --num-ranks 8
-  potstill export  runs/student exported/
+  potstill prepare --input text/ --output data --tokenizer models/teacher --row-length 1024
+  potstill dump    --tokens data/train --teacher models/teacher --output targets
+  potstill train   --preset distill --tokens data/train --set data.targets.teacher=targets --output runs/student
+  potstill export  --run runs/student --output models/student
+  potstill eval    --model models/student --heldout data/heldout
 
 the whole of it on this machine, in minutes:
   potstill demo
@@ -55,7 +55,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
         child = commands.add_parser(
             entry.name,
             help=entry.summary,
-            description=entry.description,
+            description="\n".join(textwrap.fill(line, 100) for line in entry.description.split("\n")),
             epilog="examples:\n" + "\n".join(f"  {example}" for example in entry.examples),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,

@@ -36,17 +36,20 @@ class Key:
 
 
 def list_keys(model: type[BaseModel], prefix: str = "") -> Iterator[Key]:
-    """Yield every key of a tree in the order of its definition; groups are walked, items of a list are `name.N`."""
+    """Yield every key of a tree in the order of its definition; groups are walked, items of a list are `name.N`.
+
+    A key that may be one of several groups is one key: its type shows the forms (see `type_word`).
+    """
     for name, field in model.model_fields.items():
         path = f"{prefix}{name}"
         groups = _groups(field.annotation)
-        if not groups:
+        if len(groups) != 1 or _scalar(field.annotation) is not None:
             yield Key(path, field.annotation, _default(field), field.description or "")
             continue
         if field.description:
             yield Key(path, None, "", field.description)
-        for group, inner in groups:
-            yield from list_keys(group, f"{path}.{inner}")
+        group, inner = groups[0]
+        yield from list_keys(group, f"{path}.{inner}")
 
 
 def _groups(annotation: Any) -> list[tuple[type[BaseModel], str]]:
@@ -68,7 +71,7 @@ def _groups(annotation: Any) -> list[tuple[type[BaseModel], str]]:
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "needed"
-    value = field.get_default(call_default_factory=True) if field.default_factory is None else field.default_factory()  # type: ignore[call-arg]
+    value = field.get_default(call_default_factory=True, validated_data={})
     return "" if value is PydanticUndefined else _yaml_word(value)
 
 
@@ -93,6 +96,10 @@ def type_word(annotation: Any) -> str:
         return f"list of {type_word(arguments[0])}" if arguments else "list"
     if origin in (dict, Mapping):
         return "mapping"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        fields = annotation.model_fields
+        kinds = [f"{name}: {type_word(field.annotation)}" for name, field in fields.items() if name == "kind"]
+        return "{" + ", ".join([*kinds, *(name for name in fields if name != "kind")]) + "}"
     words = {bool: "true|false", int: "int", float: "number", str: "text", Path: "path", type(None): "null"}
     return words.get(annotation, getattr(annotation, "__name__", str(annotation)).lower())
 
@@ -115,9 +122,10 @@ def _scalar(annotation: Any) -> _Scalar | None:
         return _Scalar(str, choices=arguments)
     if origin in (Union, types.UnionType):
         inner = [argument for argument in arguments if argument is not type(None)]
-        if set(inner) == {str, Path}:
-            return _Scalar(str)
-        return _scalar(inner[0]) if len(inner) == 1 else None
+        plain = [found for found in map(_scalar, inner) if found is not None]
+        if str in inner or Path in inner:
+            return _Scalar(str)  # a path or a word; the other forms (a mapping) need a file or --set
+        return plain[0] if len(inner) == len(plain) == 1 else None
     if origin in (list, tuple, Sequence) and arguments and arguments[1:] in ((), (Ellipsis,)):
         item = _scalar(arguments[0])
         return None if item is None or item.many else _Scalar(item.kind, many=True, choices=item.choices)
@@ -163,14 +171,15 @@ def add_config_options(
     group = parser.add_argument_group("keys as flags")
     for flag, path in wanted.items():
         scalar = _scalar(keys[path].annotation)
-        if scalar is None or flag in parser._option_string_actions:
+        if flag not in (flags or {}) and (scalar is None or flag in parser._option_string_actions):
             continue
+        assert scalar is not None, f"{path} cannot be a flag"
         text = keys[path].description.replace("%", "%%")
         common: dict[str, Any] = {"dest": OVERRIDES, "action": _Override, "const": path, "help": text}
         if scalar.kind is bool:
             group.add_argument(flag, f"--no-{flag[2:]}", nargs=0, **common)
         else:
-            metavar = None if scalar.choices else path.rpartition(".")[2].upper()
+            metavar = None if scalar.choices else flag[2:].replace("-", "_").upper()
             more = {"nargs": "+"} if scalar.many else {}
             group.add_argument(flag, type=scalar.kind, choices=scalar.choices, metavar=metavar, **more, **common)
     parser.epilog = f"{parser.epilog or ''}\n\n{describe_keys(keys.values())}".lstrip("\n")

@@ -6,8 +6,10 @@ import argparse
 import json
 import math
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from potstill.common.errors import UserError
 from potstill.common.progress import Progress, format_seconds
 from potstill.launch.command import DONE, INCOMPLETE, Command
 from potstill.launch.text import format_bytes, table
@@ -22,11 +24,13 @@ def _json_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def _seal(arguments: argparse.Namespace) -> int:
-    from potstill.storage import StoreReader, seal_store
+    from potstill.storage import seal_store
 
-    seal_store(arguments.store)
-    with StoreReader(arguments.store) as reader:
-        print(f"sealed {arguments.store}: {reader.num_rows} rows, {reader.num_tokens} tokens, digest {reader.digest}")
+    manifest = seal_store(arguments.store)
+    print(
+        f"sealed {arguments.store}: {manifest.num_rows} rows, {manifest.num_tokens} tokens, "
+        f"{format_bytes(manifest.num_bytes)}, digest {manifest.store_digest}"
+    )
     return DONE
 
 
@@ -88,4 +92,105 @@ STATUS = Command(
     examples=("potstill status data/targets", "potstill status data/targets data/scores --json"),
     add_arguments=_status_arguments,
     run=_status,
+)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from potstill.storage import store_status, verify_store
+
+    total = store_status(arguments.store).rows_committed
+    with Progress(total, unit="rows", description="verify") as progress:
+        report = verify_store(arguments.store, deep=arguments.deep, progress=progress.update)
+    print(report.format())
+    return DONE if report.ok else INCOMPLETE
+
+
+def _verify_arguments(parser: argparse.ArgumentParser) -> None:
+    _store_argument(parser)
+    parser.add_argument("--deep", action="store_true", help="read every byte and decode every row, not sizes only")
+
+
+VERIFY = Command(
+    name="verify",
+    summary="look for damage in a store",
+    description="Check records, sizes, index and manifest; with --deep also every checksum and every row. Ends with 0 "
+    "when the store is sound, with 3 when it is not.",
+    examples=("potstill verify data/targets", "potstill verify data/targets --deep"),
+    add_arguments=_verify_arguments,
+    run=_verify,
+)
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from potstill.launch import inspect_store
+    from potstill.storage import StoreReader
+
+    reader = StoreReader(arguments.store, allow_partial=arguments.partial)
+    if arguments.row is None:
+        print(json.dumps(inspect_store.describe_store(reader)) if arguments.json else inspect_store.store_text(reader))
+        return DONE
+    if not 0 <= arguments.row < reader.num_rows:
+        raise UserError(f"--row {arguments.row}: {arguments.store} has rows 0 to {reader.num_rows - 1}")
+    under = None if arguments.tokens is None else StoreReader(arguments.tokens)
+    text = inspect_store.row_text(
+        reader.row(arguments.row),
+        inspect_store.find_tokens(reader, arguments.row, under),
+        word=inspect_store.load_words(arguments.tokenizer),
+        start=arguments.start,
+        count=arguments.count,
+    )
+    print(text)
+    return DONE
+
+
+def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    _store_argument(parser)
+    _json_argument(parser)
+    parser.add_argument("--row", type=int, metavar="N", help="show this row position by position")
+    parser.add_argument("--start", type=int, default=0, metavar="N", help="first position of the row (default 0)")
+    parser.add_argument("--count", type=int, default=32, metavar="N", help="how many positions (default 32)")
+    parser.add_argument("--tokens", metavar="STORE", help="tokens store under a targets or scores store")
+    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="show tokens as text")
+    parser.add_argument("--partial", action="store_true", help="look into a store that is not sealed yet")
+
+
+INSPECT = Command(
+    name="inspect",
+    summary="what a store holds, and one row of it with the teacher's candidates",
+    description="Without --row, print what the store is: kind, teacher, selection, digests. With --row, print the row "
+    "position by position: the token, and about the token after it the label's rank and probability, the entropy, how "
+    "many entries are kept, the mass outside, and the first candidates. A bar marks the end of a document.",
+    examples=(
+        "potstill inspect targets/train",
+        "potstill inspect targets/train --row 17 --tokens data/train --tokenizer data/tokenizer",
+    ),
+    add_arguments=_inspect_arguments,
+    run=_inspect,
+)
+
+
+def _stats(arguments: argparse.Namespace) -> int:
+    from potstill.launch import inspect_store
+    from potstill.storage import StoreReader
+
+    figures = inspect_store.statistics(StoreReader(arguments.store), max_rows=arguments.max_rows)
+    print(json.dumps(figures) if arguments.json else inspect_store.statistics_text(figures))
+    return DONE
+
+
+def _stats_arguments(parser: argparse.ArgumentParser) -> None:
+    _store_argument(parser)
+    _json_argument(parser)
+    parser.add_argument(
+        "--max-rows", type=int, default=256, metavar="N", help="rows whose tokens are read, spread evenly (default 256)"
+    )
+
+
+STATS = Command(
+    name="stats",
+    summary="quantiles of kept entries, kept mass, entropy, ranks; bytes per token",
+    description="Print figures over all rows from the index, and over the tokens of some rows spread evenly.",
+    examples=("potstill stats targets/train", "potstill stats scores --json"),
+    add_arguments=_stats_arguments,
+    run=_stats,
 )

@@ -15,16 +15,17 @@ def format_bytes(count: float) -> str:
     return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Lay out rows under a header: the first column to the left, the others to the right."""
+def table(header: Sequence[str], rows: Sequence[Sequence[object]], *, align: str = "") -> str:
+    """Lay out rows under a header. `align`: `<` or `>` per column; else the first goes left, the others right."""
     cells = [[str(cell) for cell in row] for row in [header, *rows]]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     lines = []
     for row in cells:
-        first, *others = [
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        sides = align or "<".ljust(len(row), ">")
+        laid = [
+            cell.ljust(width) if side == "<" else cell.rjust(width)
+            for cell, width, side in zip(row, widths, sides, strict=True)
         ]
-        lines.append("  ".join([first, *others]).rstrip())
+        lines.append("  ".join(laid).rstrip())
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)

@@ -1,0 +1,75 @@
+"""`python -m benchmarks [NAME ...]`: run the benchmarks one after another and print the JSON line each ends with.
+
+Without names, the ones that need no GPU. Each script can be run by itself (`python -m benchmarks.loader --help`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One script of this folder: what figure it prints, and whether it needs a GPU."""
+
+    script: str
+    measures: str
+    needs_gpu: bool = False
+    arguments: tuple[str, ...] = ()
+
+
+BENCHMARKS: tuple[Benchmark, ...] = ()
+
+
+def last_json(output: str) -> dict[str, object] | None:
+    """The JSON object on the last line that holds one."""
+    for line in reversed(output.splitlines()):
+        if line.startswith("{"):
+            try:
+                found = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            return found if isinstance(found, dict) else None
+    return None
+
+
+def run(entry: Benchmark) -> bool:
+    """Run one script as its own process; print its JSON line, or the end of what it said if it failed."""
+    command = [sys.executable, "-m", f"benchmarks.{entry.script}", *entry.arguments]
+    began = time.monotonic()
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    seconds = time.monotonic() - began
+    figures = last_json(done.stdout)
+    if done.returncode != 0 or figures is None:
+        print(f"{entry.script}: failed with code {done.returncode} after {seconds:.0f}s", flush=True)
+        print("\n".join(f"  {line}" for line in done.stdout.splitlines()[-20:]), flush=True)
+        return False
+    print(json.dumps({"benchmark": entry.script, "seconds": round(seconds, 1), **figures}), flush=True)
+    return True
+
+
+def main() -> int:
+    """Run what was asked for; 0 only if every script ended well."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(
+            f"  {entry.script:<16}{entry.measures}{' (needs a GPU)' if entry.needs_gpu else ''}" for entry in BENCHMARKS
+        ),
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="scripts to run, below")
+    names = parser.parse_args().names
+    unknown = sorted(set(names) - {entry.script for entry in BENCHMARKS})
+    if unknown:
+        parser.error(f"no such benchmark: {', '.join(unknown)}")
+    chosen = [entry for entry in BENCHMARKS if (entry.script in names if names else not entry.needs_gpu)]
+    return 0 if all([run(entry) for entry in chosen]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

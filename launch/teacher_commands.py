@@ -1,0 +1,122 @@
+"""Commands of the teacher stage: prepare, dump, score."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from potstill.launch.command import DONE, INCOMPLETE, PREEMPTED, Command
+from potstill.launch.options import add_config_options, read_config
+
+if TYPE_CHECKING:
+    from potstill.teacher_dump.worker import WorkerSummary
+
+WORKER_NOTE = (
+    "Any number of workers may run at once, on any machines that see the folder; each takes its share of the units "
+    "first. Started again, with any number of workers, only units without a record are done. Without --worker the "
+    "place comes from RANK and WORLD_SIZE, if a launcher set them."
+)
+
+
+def _prepare_arguments(parser: argparse.ArgumentParser) -> None:
+    from potstill.teacher_dump.config import PrepareConfig
+
+    add_config_options(parser, PrepareConfig, flags={"--vocab-size": "train_tokenizer.vocab_size"})
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    from potstill.teacher_dump import prepare
+    from potstill.teacher_dump.config import PrepareConfig
+
+    print(prepare(read_config(PrepareConfig, arguments)).format())
+    return DONE
+
+
+PREPARE = Command(
+    name="prepare",
+    summary="text to rows of tokens",
+    description="Read text (.txt, .jsonl, .jsonl.gz/.zst/.xz, .parquet; files, folders or globs), tokenize it, pack it "
+    "into rows of equal length with the bounds of the documents, and write the stores OUTPUT/train and OUTPUT/heldout.",
+    examples=(
+        "potstill prepare --input books/ --output data --tokenizer models/teacher --row-length 1024 "
+        "--heldout-fraction 0.01",
+        "potstill prepare --input 'web/*.parquet' --text-field content --output data --vocab-size 32000",
+    ),
+    add_arguments=_prepare_arguments,
+    run=_prepare,
+)
+
+
+def _walked(work: Callable[[], WorkerSummary]) -> int:
+    """Run a worker and say how its part of the work stands: one of several answers for its own share only."""
+    from potstill.teacher_dump.stopping import StoppedError
+
+    try:
+        summary = work()
+    except StoppedError as error:
+        print(error, file=sys.stderr)
+        return PREEMPTED
+    print(summary.format())
+    return INCOMPLETE if summary.num_missing and summary.num_workers == 1 else DONE
+
+
+TEACHER_FLAGS = {"batch-rows": "batch_rows", "dtype": "dtype", "engine": "engine", "device": "device"}
+
+
+def _dump_arguments(parser: argparse.ArgumentParser) -> None:
+    from potstill.teacher_dump.config import DumpConfig
+
+    flags = {f"--{flag}": f"teacher.{key}" for flag, key in TEACHER_FLAGS.items()}
+    flags |= {"--teacher": "teacher.model", "--mode": "selection.mode", "--k": "selection.k", "--p": "selection.p"}
+    add_config_options(parser, DumpConfig, flags=flags)
+
+
+def _dump(arguments: argparse.Namespace) -> int:
+    from potstill.teacher_dump import dump
+    from potstill.teacher_dump.config import DumpConfig
+
+    config = read_config(DumpConfig, arguments)
+    return _walked(lambda: dump(config))
+
+
+DUMP = Command(
+    name="dump",
+    summary="teacher over the rows: truncated distributions into a store",
+    description="Run the teacher over a sealed tokens store and write, for every token, the kept entries of its "
+    f"distribution, the mass outside, the entropy, and the label's probability and rank. {WORKER_NOTE}",
+    examples=(
+        "potstill dump --tokens data/train --teacher models/teacher --output data/targets",
+        "potstill dump --tokens data/train --teacher models/teacher --output data/targets --k 64 --p 0.98 "
+        "--temperatures 2.0 --worker 3 --num-workers 8",
+    ),
+    add_arguments=_dump_arguments,
+    run=_dump,
+)
+
+
+def _score_arguments(parser: argparse.ArgumentParser) -> None:
+    from potstill.teacher_dump.config import ScoreConfig
+
+    flags = {f"--{flag}": f"model.{key}" for flag, key in TEACHER_FLAGS.items()} | {"--slm": "model.model"}
+    add_config_options(parser, ScoreConfig, flags=flags)
+
+
+def _score(arguments: argparse.Namespace) -> int:
+    from potstill.teacher_dump import score
+    from potstill.teacher_dump.config import ScoreConfig
+
+    config = read_config(ScoreConfig, arguments)
+    return _walked(lambda: score(config))
+
+
+SCORE = Command(
+    name="score",
+    summary="small model over the rows: losses and ranks that a selector can use",
+    description="Run a small language model over a sealed tokens store and write, for every token, the probability and "
+    f"rank of the label and the entropy, and statistics for every row. {WORKER_NOTE}",
+    examples=("potstill score --tokens data/train --slm models/small --output data/scores",),
+    add_arguments=_score_arguments,
+    run=_score,
+)
