@@ -1,0 +1,132 @@
+"""Settings of the teacher stage: `prepare`, `dump` and `score`, one strict tree each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from potstill.common.config import StrictModel
+
+
+def _as_text(value: object) -> object:
+    return str(value) if isinstance(value, Path) else value
+
+
+# A folder, or s3://, gs://, az://: kept as text, because a Path would eat one of the two slashes.
+StorePlace = Annotated[str, BeforeValidator(_as_text)]
+
+
+class TrainTokenizer(StrictModel):
+    """How to train a byte-level BPE on the training side of the input."""
+
+    vocab_size: int = Field(ge=257, le=1 << 20, description="Entries, the 256 bytes and <|endoftext|> among them")
+    min_frequency: int = Field(2, ge=1, description="A pair seen less often than this is never merged")
+    max_bytes: int = Field(1 << 30, ge=1, description="Stop reading after this much text; bounds time and memory")
+
+
+class PrepareConfig(StrictModel):
+    """Text files -> tokens stores `train/` and `heldout/` under `output`."""
+
+    input: list[StorePlace] = Field(min_length=1, description="Files, folders or globs, read in the order given")
+    output: Path = Field(description="Folder for the stores train/ and heldout/, and tokenizer/ if one is trained")
+    text_field: str = Field("text", min_length=1, description="Field (JSON lines) or column (Parquet) with the text")
+    tokenizer: StorePlace | None = Field(None, description="Hugging Face tokenizer: folder or hub id")
+    train_tokenizer: TrainTokenizer | None = Field(None, description="Train a tokenizer instead of naming one")
+    row_length: int = Field(1024, ge=2, le=1 << 20, description="Tokens per row")
+    rows_per_unit: int = Field(256, ge=1, le=1 << 20, description="Rows per unit of work and of commit")
+    heldout_fraction: float = Field(0.0, ge=0, lt=1, description="Share of documents held out, chosen by hash")
+    heldout_documents: int = Field(0, ge=0, description="Or: hold out this many documents, those of smallest hash")
+    split_salt: str = Field("potstill", description="Goes into the hash of the split; another salt, another split")
+    append_eos: bool = Field(True, description="End each document with the tokenizer's eos token")
+    add_bos: bool = Field(False, description="Begin each document with the tokenizer's bos token")
+    max_bad_lines: int = Field(0, ge=0, description="Broken records (lines, rows, files) skipped before an error")
+    force: bool = Field(False, description="Delete stores that stand at the output and begin again")
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> Self:
+        if (self.tokenizer is None) == (self.train_tokenizer is None):
+            raise ValueError("give exactly one of tokenizer and train_tokenizer")
+        if self.heldout_fraction and self.heldout_documents:
+            raise ValueError("give at most one of heldout_fraction and heldout_documents")
+        return self
+
+
+class TeacherConfig(StrictModel):
+    """One model that reads rows: where it is and how it runs."""
+
+    model: StorePlace = Field(min_length=1, description="Hugging Face causal language model: folder or hub id")
+    engine: Literal["hf", "zero3"] = Field("hf", description="hf: one device; zero3: a group of ranks is one worker")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: as the model was saved")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N; auto takes the worker's GPU if there is one")
+    attention: str | None = Field(None, description="Attention backend of transformers; None lets it choose")
+    documents: Literal["packed", "apart"] = Field(
+        "packed", description="packed: one row, positions restart per document; apart: each document is its own line"
+    )
+    head: Literal["auto", "hidden", "logits"] = Field(
+        "auto", description="hidden: the head is applied in chunks; logits: the model's own; auto: hidden if they agree"
+    )
+    batch_rows: int = Field(8, ge=1, description="Rows per forward pass")
+    compile: bool = Field(False, description="Run the backbone through torch.compile")
+    chunk_bytes: int = Field(256 << 20, ge=1 << 16, description="Memory for one piece of the logits")
+    check_tokenizer: bool = Field(True, description="Refuse a model whose own tokenizer is not that of the rows")
+    load_options: dict[str, Any] = Field(default_factory=dict, description="Passed on to from_pretrained")
+
+
+class SelectionConfig(StrictModel):
+    """Which entries of a distribution are kept."""
+
+    mode: Literal["top_k", "top_p_k"] = Field(
+        "top_p_k", description="top_p_k: the smallest prefix with mass p, k at most"
+    )
+    k: int = Field(100, ge=1, le=255, description="Entries per token at most")
+    p: float = Field(0.95, gt=0, le=1, description="Mass to reach in mode top_p_k")
+
+
+class WalkConfig(StrictModel):
+    """What `dump` and `score` share: rows in, a store out, workers, and when to give up."""
+
+    tokens: StorePlace = Field(description="Sealed tokens store to read")
+    output: StorePlace = Field(description="Store to write")
+    worker: int | None = Field(None, ge=0, description="Number of this worker; None: from the launcher's environment")
+    num_workers: int | None = Field(None, ge=1, description="How many workers share the units")
+    max_rejected_fraction: float = Field(
+        0.001, ge=0, le=1, description="Share of the store's rows that may be refused (NaN or Inf) before the run stops"
+    )
+    max_consecutive_failures: int = Field(3, ge=1, description="Units that fail in a row before the worker stops")
+    finish_threads: int = Field(2, ge=1, le=64, description="Threads that encode and commit beside the forward passes")
+    seal: bool = Field(True, description="Seal the store when all units are there (one worker only)")
+    force: bool = Field(False, description="Delete a store that stands at the output and begin again")
+
+    @model_validator(mode="after")
+    def _worker_in_range(self) -> Self:
+        if self.worker is not None and self.num_workers is not None and self.worker >= self.num_workers:
+            raise ValueError(f"worker {self.worker} is not below num_workers {self.num_workers}")
+        return self
+
+
+class DumpConfig(WalkConfig):
+    """Teacher over a tokens store -> targets store."""
+
+    teacher: TeacherConfig
+    selection: SelectionConfig = Field(default_factory=lambda: SelectionConfig.model_validate({}))
+    temperatures: list[float] = Field(
+        default_factory=list, max_length=16, description="Temperatures besides 1 whose tails are stored exactly"
+    )
+
+    @model_validator(mode="after")
+    def _temperatures(self) -> Self:
+        for value in self.temperatures:
+            if not 0 < value <= 100 or value == 1:
+                raise ValueError(f"temperature {value} must be in (0, 100] and not 1, which is always stored")
+        if len(set(self.temperatures)) != len(self.temperatures):
+            raise ValueError(f"temperatures {self.temperatures} name one twice")
+        return self
+
+
+class ScoreConfig(WalkConfig):
+    """Small language model over a tokens store -> scores store."""
+
+    model: TeacherConfig
+    salt_rank: int = Field(10, ge=1, le=254, description="A label within this rank counts as learnable (SALT: k = 10)")

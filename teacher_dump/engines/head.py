@@ -1,0 +1,126 @@
+"""Find a transformers model's backbone and output layer, and make sure that head(backbone(x)) is the model."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from potstill.common.errors import UserError
+from potstill.teacher_dump.engines.base import Head
+
+log = logging.getLogger(__name__)
+
+# Configuration keys by which architectures scale their logits, and how the factor is read from the value.
+LOGIT_SCALES = {
+    "logit_scale": lambda value: float(value),  # Cohere
+    "logits_scaling": lambda value: 1.0 / float(value),  # Granite, MiniCPM
+    "lm_head_multiplier": lambda value: float(value),  # Falcon-H1
+    "output_multiplier": lambda value: float(value),
+}
+SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap")
+
+_PROBE_TOKENS = 12
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+
+
+def read_head(model: Any) -> Head | None:
+    """The model's output layer with the cap and scale of its configuration; None when it has no plain linear one."""
+    layer = model.get_output_embeddings()
+    if not isinstance(layer, torch.nn.Linear) or not layer.weight.is_floating_point():
+        return None
+    config = model.config.get_text_config()
+    cap = next((float(v) for key in SOFT_CAPS if (v := getattr(config, key, None))), None)
+    scale = 1.0
+    for key, factor in LOGIT_SCALES.items():
+        if getattr(config, key, None) is not None:
+            scale *= factor(getattr(config, key))
+    bias = None if layer.bias is None else layer.bias.detach()
+    return Head(weight=layer.weight.detach(), bias=bias, soft_cap=cap, logit_scale=scale)
+
+
+def apply_head(hidden: Tensor, head: Head) -> Tensor:
+    """Logits [..., V] in the hidden's dtype, as the models themselves compute them."""
+    logits = F.linear(hidden, head.weight, head.bias) * head.logit_scale
+    if head.soft_cap is not None:
+        logits = torch.tanh(logits / head.soft_cap) * head.soft_cap
+    return logits
+
+
+def backbone(model: Any) -> Any:
+    """The part of a causal language model before its head."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return decoder if decoder is not None and decoder is not model else model.base_model
+
+
+def probe_ids(vocab_size: int, device: torch.device) -> Tensor:
+    """A short line of ids [1, L], spread over the vocabulary; the same for every call."""
+    return (torch.arange(_PROBE_TOKENS, device=device) * 7919 + 13)[None] % vocab_size
+
+
+@torch.no_grad()
+def head_agrees(model: Any, head: Head, vocab_size: int) -> float:
+    """Largest difference between head(backbone(x)) and the model's logits, over the largest logit; nan if unusable."""
+    ids = probe_ids(vocab_size, next(model.parameters()).device)
+    places = torch.arange(ids.shape[1], device=ids.device)[None]
+    hidden = backbone(model)(input_ids=ids, position_ids=places, use_cache=False)[0]
+    if hidden.shape[-1] != head.weight.shape[1]:
+        return float("nan")
+    expected = model(input_ids=ids, position_ids=places, use_cache=False).logits.float()
+    return relative_difference(apply_head(hidden, head).float(), expected)
+
+
+@torch.no_grad()
+def packing_agrees(model: Any, vocab_size: int) -> float:
+    """Largest difference between the logits of two documents in one line and apart, over the largest logit.
+
+    Documents must be told apart by position ids that begin again; a model that ignores them (no mask from positions,
+    or a state that runs on) shows here, before a single wrong target is stored.
+    """
+    ids = probe_ids(vocab_size, next(model.parameters()).device)
+    cut = _PROBE_TOKENS // 2 - 1
+    parts = [ids[:, :cut], ids[:, cut:]]
+    places = [torch.arange(part.shape[1], device=ids.device)[None] for part in parts]
+    packed = model(input_ids=ids, position_ids=torch.cat(places, 1), use_cache=False).logits.float()
+    apart = [
+        model(input_ids=part, position_ids=place, use_cache=False).logits.float()
+        for part, place in zip(parts, places, strict=True)
+    ]
+    return relative_difference(packed, torch.cat(apart, 1))
+
+
+def relative_difference(found: Tensor, expected: Tensor) -> float:
+    """Largest absolute difference over the largest finite value of `expected`."""
+    if found.shape != expected.shape:
+        return float("nan")
+    finite = expected.isfinite()
+    if not finite.any():
+        return 0.0  # a broken teacher is found row by row later, where its rows can be named
+    return float((found - expected)[finite].abs().max() / expected[finite].abs().max().clamp_min(1e-9))
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """How far two orders of the same computation may lie apart in this dtype."""
+    return _TOLERANCE.get(dtype, 3e-2)
+
+
+def choose_head(model: Any, *, wanted: str, vocab_size: int, dtype: torch.dtype) -> Head | None:
+    """The head to apply in chunks, or None for the model's own logits; see TeacherConfig.head."""
+    if wanted == "logits":
+        return None
+    head = read_head(model)
+    difference = float("nan") if head is None else head_agrees(model, head, vocab_size)
+    if head is not None and difference <= tolerance(dtype):
+        return head
+    text = (
+        "has no plain linear output layer"
+        if head is None
+        else f"gives logits that are not head(hidden) (relative difference {difference:.2g})"
+    )
+    if wanted == "hidden":
+        raise UserError(f"teacher {type(model).__name__} {text}; set head=logits")
+    log.warning("teacher %s %s: the model's own logits are used, which needs more memory", type(model).__name__, text)
+    return None

@@ -1,0 +1,98 @@
+"""Engine `hf`: a transformers causal language model on one device."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from potstill.common.errors import UserError
+from potstill.teacher_dump.batches import TeacherBatch
+from potstill.teacher_dump.config import TeacherConfig
+from potstill.teacher_dump.engines.base import Head, TeacherOutput
+from potstill.teacher_dump.engines.head import backbone, choose_head, packing_agrees, tolerance
+from potstill.teacher_dump.identity import computing_dtype, load_config
+from potstill.teacher_dump.placing import local_device_index
+
+log = logging.getLogger(__name__)
+
+
+class HfEngine:
+    """See TeacherEngine. Never passes an attention mask: transformers then builds one from the position ids."""
+
+    name = "hf"
+
+    def __init__(self, model: Any, *, teacher: TeacherConfig, device: torch.device) -> None:
+        self._model = model
+        self.device = device
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        self.dtype = str(dtype).removeprefix("torch.")
+        self.vocab_size = int(model.config.get_text_config().vocab_size)
+        if teacher.documents == "packed":
+            _require_packing(model, vocab_size=self.vocab_size, dtype=dtype)
+        self.head: Head | None = choose_head(model, wanted=teacher.head, vocab_size=self.vocab_size, dtype=dtype)
+        self._run = model if self.head is None else backbone(model)
+        if teacher.compile:
+            self._run = torch.compile(self._run)
+
+    @torch.no_grad()
+    def forward(self, batch: TeacherBatch) -> TeacherOutput:
+        """Hidden states or logits at the batch's target positions."""
+        input_ids, position_ids, positions = (
+            self._to_device(array) for array in (batch.input_ids, batch.position_ids, batch.positions)
+        )
+        output = self._run(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        values = output[0] if self.head is not None else output.logits
+        picked = values.reshape(-1, values.shape[-1])[positions]
+        return TeacherOutput(hidden=picked) if self.head is not None else TeacherOutput(logits=picked)
+
+    def _to_device(self, array: Any) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
+
+
+def load(teacher: TeacherConfig) -> HfEngine:
+    """Load the weights onto the worker's device. Raises UserError when that is not possible."""
+    from transformers import AutoModelForCausalLM
+
+    device = choose_device(teacher.device)
+    options: dict[str, Any] = dict(teacher.load_options)
+    # The dtype that run.json names, also where "auto" could mean something else to another version of transformers.
+    options.setdefault("dtype", computing_dtype(teacher, load_config(teacher)))
+    if teacher.attention is not None:
+        options["attn_implementation"] = teacher.attention
+    placed = "device_map" in options or "quantization_config" in options
+    if "quantization_config" in options:
+        options.setdefault("device_map", {"": str(device)})
+    try:
+        model = AutoModelForCausalLM.from_pretrained(teacher.model, **options)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise UserError(f"teacher {teacher.model!r} cannot be loaded: {error}") from error
+    if not placed:
+        model = model.to(device)
+    return HfEngine(model.eval().requires_grad_(False), teacher=teacher, device=device)
+
+
+def choose_device(wanted: str) -> torch.device:
+    """`auto`: this process's GPU if there is one, else the CPU. Raises UserError for a device that is not there."""
+    if wanted == "auto":
+        wanted = f"cuda:{local_device_index() % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise UserError(f"device {wanted!r} is not known; use auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise UserError(f"device {wanted!r}: this machine shows {torch.cuda.device_count()} GPUs; use auto or cpu")
+    return device
+
+
+def _require_packing(model: Any, *, vocab_size: int, dtype: torch.dtype) -> None:
+    difference = packing_agrees(model, vocab_size)
+    if not difference <= tolerance(dtype):
+        raise UserError(
+            f"teacher {type(model).__name__} does not keep packed documents apart: its logits for two documents in one "
+            f"line differ from those apart by {difference:.2g} of the largest logit; set documents=apart"
+        )

@@ -1,0 +1,152 @@
+"""What a teacher is: names, digests of its weights and configuration, and whether it fits a tokens store.
+
+Everything here runs before the weights are loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from potstill.common.errors import UserError
+from potstill.storage import RunSpec
+from potstill.teacher_dump.config import TeacherConfig
+from potstill.teacher_dump.tokenizer import tokenizer_digest
+
+log = logging.getLogger(__name__)
+
+_HASH_THREADS = 4
+# Keys of config.json that do not change what the model computes.
+_IDLE_KEYS = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "use_cache"}
+
+
+def load_config(teacher: TeacherConfig) -> Any:
+    """The model's transformers configuration; UserError when the folder or id has none."""
+    from transformers import AutoConfig
+
+    options = {k: teacher.load_options[k] for k in ("revision", "trust_remote_code") if k in teacher.load_options}
+    try:
+        return AutoConfig.from_pretrained(teacher.model, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"teacher {teacher.model!r}: no readable model configuration: {error}") from error
+
+
+def computing_dtype(teacher: TeacherConfig, model_config: Any) -> str:
+    """The dtype that the weights will have, known before they are loaded: part of run.json."""
+    if teacher.dtype != "auto":
+        return teacher.dtype
+    saved = getattr(model_config, "dtype", None) or getattr(model_config.get_text_config(), "dtype", None)
+    return str(saved).removeprefix("torch.") if saved is not None else "float32"
+
+
+def check_fits(teacher: TeacherConfig, config: Any, tokens: RunSpec) -> None:
+    """Raise UserError when the model cannot read these rows: vocabulary, context length, tokenizer."""
+    text = config.get_text_config()
+    vocab = getattr(text, "vocab_size", None)
+    if vocab is not None and vocab < tokens.vocab_size:
+        raise UserError(
+            f"teacher {teacher.model!r} has {vocab} output rows, but the rows were made with a tokenizer of "
+            f"{tokens.vocab_size} entries; prepare the text with the teacher's own tokenizer"
+        )
+    limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    if limit is not None and limit < tokens.row_length:
+        raise UserError(
+            f"teacher {teacher.model!r} reads at most {limit} positions, but the rows hold {tokens.row_length} tokens; "
+            f"prepare with row_length={limit} or less"
+        )
+    if teacher.check_tokenizer:
+        _check_tokenizer(teacher, tokens)
+
+
+def _check_tokenizer(teacher: TeacherConfig, tokens: RunSpec) -> None:
+    folder = Path(teacher.model)
+    if folder.is_dir() and not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        log.warning("teacher %s holds no tokenizer, so it cannot be compared with that of the rows", folder)
+        return
+    from transformers import AutoTokenizer
+
+    try:
+        found = tokenizer_digest(AutoTokenizer.from_pretrained(teacher.model))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"teacher {teacher.model!r}: its tokenizer cannot be loaded ({error}); "
+            "set check_tokenizer=false if you know that it is that of the rows"
+        ) from error
+    if found != tokens.tokenizer_digest:
+        raise UserError(
+            f"teacher {teacher.model!r} has a tokenizer with digest {found[:16]}, the rows were made with "
+            f"{tokens.tokenizer_digest[:16]}; prepare the text with the teacher's tokenizer "
+            "(check_tokenizer=false skips this check)"
+        )
+
+
+def teacher_id(model: str) -> str:
+    """Name for run.json: a folder's own name (so that it may be moved), or the hub id."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
+
+
+def config_digest(config: Any) -> str:
+    """sha256 over the model configuration without the keys that change nothing."""
+    plain = {key: value for key, value in config.to_dict().items() if key not in _IDLE_KEYS}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def folder_weights_digest(folder: Path) -> str:
+    """sha256 over the names and contents of the weight files, in order of names."""
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    if not files:
+        raise UserError(f"teacher folder {folder} holds no weights (*.safetensors or *.bin)")
+    with ThreadPoolExecutor(_HASH_THREADS) as pool:
+        digests = list(pool.map(_file_digest, files))
+    whole = hashlib.sha256()
+    for file, digest in zip(files, digests, strict=True):
+        whole.update(f"{file.name} {digest}\n".encode())
+    return whole.hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    # A hub cache links to files that are named by their sha256: no need to read 100 GB again.
+    target = os.path.basename(os.path.realpath(path))
+    if path.is_symlink() and len(target) == 64 and set(target) <= set("0123456789abcdef"):
+        return target
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"weights file {path} cannot be read: {error.strerror}") from error
+
+
+def weights_digest(teacher: TeacherConfig) -> str:
+    """Digest of a model's weights on disk: its folder, or the hub's cache (fetched first when it is not there)."""
+    folder = Path(teacher.model)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            patterns = ["*.safetensors", "*.json", "*.bin"]
+            revision = teacher.load_options.get("revision")
+            folder = Path(snapshot_download(teacher.model, revision=revision, allow_patterns=patterns))
+        except Exception as error:  # the hub's client has a dozen classes of its own, without one base
+            raise UserError(f"teacher {teacher.model!r} is no folder and not on the hub: {error}") from error
+    return folder_weights_digest(folder)
+
+
+def describe(teacher: TeacherConfig, config: Any, *, dtype: str) -> Mapping[str, Any]:
+    """The `teacher` field of run.json: what decides the bytes. Batch size and device are left out on purpose."""
+    return {
+        "id": teacher_id(teacher.model),
+        "weights_digest": weights_digest(teacher),
+        "config_digest": config_digest(config),
+        "architecture": (getattr(config, "architectures", None) or [type(config).__name__])[0],
+        "dtype": dtype,
+        "engine": teacher.engine,
+        "attention": teacher.attention or "default",
+        "documents": teacher.documents,
+        "padded_vocab_size": int(getattr(config.get_text_config(), "vocab_size", 0)),
+    }

@@ -1,0 +1,262 @@
+"""The walk of a teacher over the units of a store: read ahead, run the model, finish and commit beside it.
+
+The calling thread drives the model only. One thread reads and lays out the next unit; `finish_threads` threads turn
+results into rows, encode and commit. What is under way is bounded (units read ahead, batches and units unfinished),
+and an error in any thread comes out at the next step of the walk.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from potstill.common.errors import UserError
+from potstill.storage import Row, StoreReader, StoreWriter, TokensRow, WriteFailedError
+from potstill.teacher_dump.batches import TeacherBatch
+from potstill.teacher_dump.selection import Refused
+
+log = logging.getLogger(__name__)
+
+_UNITS_AHEAD = 1
+_UNITS_UNFINISHED = 2
+
+FinishedRow = tuple[Row, Refused | None]
+
+
+class HostResult(Protocol):
+    """Result of a batch on its way to the host."""
+
+    def rows(self) -> BatchRows:
+        """Wait for the copy, then cut the results into rows. Runs in a finishing thread."""
+
+
+@dataclass(frozen=True)
+class BatchRows:
+    """Rows of one batch; `figures` are sums that the worker adds up (e.g. excluded mass)."""
+
+    rows: Sequence[FinishedRow]
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class WalkTotals:
+    """What a walk has done so far. `seconds` by stage: model (calling thread), waiting for input, for the finishers."""
+
+    units: int = 0
+    rows: int = 0
+    tokens: int = 0
+    refused: list[Refused] = field(default_factory=list)
+    failures: dict[int, str] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=lambda: {"model": 0.0, "wait_input": 0.0, "wait_finish": 0.0})
+    stopped_by: str | None = None
+
+
+@dataclass(frozen=True)
+class _Unit:
+    number: int
+    batches: list[TeacherBatch]
+
+
+class Walk:
+    """Run `compute` over the given units of `reader` and commit the rows to `writer`.
+
+    `compute(batch)` runs in the calling thread; the object it returns finishes in another. `refused_allowed` is the
+    number of refused rows above which the run stops; `refused_before` counts those that the store holds already.
+    """
+
+    def __init__(
+        self,
+        *,
+        reader: StoreReader,
+        writer: StoreWriter,
+        compute: Callable[[TeacherBatch], HostResult],
+        layout: Callable[[Sequence[TokensRow]], TeacherBatch],
+        batch_rows: int,
+        finish_threads: int,
+        max_consecutive_failures: int,
+        refused_before: int,
+        refused_allowed: int,
+        on_rows: Callable[[int, int], None] = lambda rows, tokens: None,
+        stop_reason: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        self._reader, self._writer = reader, writer
+        self._compute, self._layout = compute, layout
+        self._batch_rows = batch_rows
+        self._finish_threads = finish_threads
+        self._max_consecutive_failures = max_consecutive_failures
+        self._refused_before, self._refused_allowed = refused_before, refused_allowed
+        self._on_rows, self._stop_reason = on_rows, stop_reason
+        self._consecutive_failures = 0
+        self.totals = WalkTotals()
+
+    def run(self, units: Sequence[int]) -> WalkTotals:
+        """Do the units in order. Raises what may not go on: no space, too many refused rows, failures in a row."""
+        unfinished: deque[tuple[int, Future[_Committed]]] = deque()
+        with (
+            ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reading,
+            ThreadPoolExecutor(self._finish_threads, thread_name_prefix="finish") as finishing,
+        ):
+            try:
+                for number, ahead in self._read_ahead(reading, units):
+                    self._step(number, ahead, finishing, unfinished)
+                    while len(unfinished) >= _UNITS_UNFINISHED or (unfinished and unfinished[0][1].done()):
+                        self._collect(unfinished)
+                    if self.totals.stopped_by is not None:
+                        break
+                while unfinished:
+                    self._collect(unfinished)
+            finally:
+                # After an error nothing that has not begun shall begin; what runs is waited for.
+                reading.shutdown(wait=False, cancel_futures=True)
+                finishing.shutdown(wait=True, cancel_futures=True)
+        return self.totals
+
+    def _read_ahead(self, pool: ThreadPoolExecutor, units: Sequence[int]) -> Iterator[tuple[int, Future[_Unit]]]:
+        ahead: deque[tuple[int, Future[_Unit]]] = deque()
+        for number in units:
+            ahead.append((number, pool.submit(self._load, number)))
+            if len(ahead) > _UNITS_AHEAD:
+                yield ahead.popleft()
+        yield from ahead
+
+    def _load(self, number: int) -> _Unit:
+        rows = self._reader.rows(self._writer.unit_rows(number))
+        tokens = [row for row in rows if isinstance(row, TokensRow)]
+        step = self._batch_rows
+        return _Unit(number, [self._layout(tokens[i : i + step]) for i in range(0, len(tokens), step)])
+
+    def _step(
+        self,
+        number: int,
+        ahead: Future[_Unit],
+        finishing: ThreadPoolExecutor,
+        unfinished: deque[tuple[int, Future[_Committed]]],
+    ) -> None:
+        parts: list[Future[BatchRows]] = []
+        try:
+            with _timed(self.totals.seconds, "wait_input"):
+                unit = ahead.result()
+            for batch in unit.batches:
+                self.totals.stopped_by = self._stop_reason()
+                if self.totals.stopped_by is not None:
+                    log.warning(
+                        "%s received: unit %d is abandoned, none of it is stored", self.totals.stopped_by, number
+                    )
+                    return
+                with _timed(self.totals.seconds, "model"):
+                    result = self._compute(batch)
+                parts.append(finishing.submit(result.rows))
+                self._wait_for_finishers(parts)
+                self._on_rows(len(batch.rows), sum(len(row.tokens) for row in batch.rows))
+        except (UserError, WriteFailedError):
+            raise
+        except Exception as error:
+            self._failed(number, error)
+            return
+        unfinished.append((number, finishing.submit(self._commit, number, parts)))
+
+    def _wait_for_finishers(self, parts: list[Future[BatchRows]]) -> None:
+        """Keep at most a few batches between the model and the finishing threads: they hold memory."""
+        behind = len(parts) - 2 * self._finish_threads
+        if behind > 0 and not parts[behind - 1].done():
+            with _timed(self.totals.seconds, "wait_finish"):
+                parts[behind - 1].exception()
+
+    def _commit(self, number: int, parts: list[Future[BatchRows]]) -> _Committed:
+        # The parts were handed to the same threads before this call, so waiting for them cannot block for ever.
+        done = [part.result() for part in parts]
+        finished = [row for part in done for row in part.rows]
+        refused = [refused for _, refused in finished if refused is not None]
+        figures: dict[str, float] = {}
+        for part in done:
+            for name, value in part.figures.items():
+                figures[name] = figures.get(name, 0.0) + value
+        rows = [row for row, _ in finished]
+        extra: dict[str, Any] = {"figures": figures}
+        if refused:
+            extra["refused"] = [[item.row, item.reason] for item in refused]
+        # Row counts are added up here, at the one place where it is known that the rows are safe.
+        if self._too_many(refused):
+            return _Committed(number, 0, 0, refused, figures, too_many=True)
+        self._writer.commit_unit(number, rows, extra=extra)
+        return _Committed(number, len(rows), sum(_num_tokens(row) for row in rows), refused, figures)
+
+    def _too_many(self, refused: Sequence[Refused]) -> bool:
+        return self._refused_before + len(self.totals.refused) + len(refused) > self._refused_allowed
+
+    def _collect(self, unfinished: deque[tuple[int, Future[_Committed]]]) -> None:
+        number, future = unfinished.popleft()
+        try:
+            with _timed(self.totals.seconds, "wait_finish"):
+                done = future.result()
+        except (UserError, WriteFailedError):
+            raise
+        except Exception as error:
+            self._failed(number, error)
+            return
+        self._consecutive_failures = 0
+        self.totals.refused += done.refused
+        for item in done.refused:
+            log.warning("row %d is refused and stored without targets: %s", item.row, item.reason)
+        if done.too_many or self._too_many([]):
+            raise UserError(self._refusal_text())
+        self.totals.units += 1
+        self.totals.rows += done.num_rows
+        self.totals.tokens += done.num_tokens
+        for name, value in done.figures.items():
+            self.totals.figures[name] = self.totals.figures.get(name, 0.0) + value
+
+    def _failed(self, number: int, error: Exception) -> None:
+        reason = f"{type(error).__name__}: {error}"
+        log.error("unit %d failed: %s", number, reason, exc_info=error)
+        self._writer.record_failure(number, reason)
+        self.totals.failures[number] = reason
+        self._consecutive_failures += 1
+        if self._consecutive_failures >= self._max_consecutive_failures:
+            raise UserError(
+                f"unit {number}: failure {self._consecutive_failures} in a row, the worker stops; the last one was "
+                f"{reason}. Committed units are safe; mend the cause and run again"
+            ) from error
+
+    def _refusal_text(self) -> str:
+        listed = "; ".join(f"row {item.row}: {item.reason}" for item in self.totals.refused[:5])
+        count = self._refused_before + len(self.totals.refused)
+        return (
+            f"{count} rows are refused, {self._refused_allowed} are allowed (max_rejected_fraction): {listed}. "
+            "A teacher that gives NaN or Inf is often one of the wrong dtype; check it, or raise the limit"
+        )
+
+
+@dataclass(frozen=True)
+class _Committed:
+    number: int
+    num_rows: int
+    num_tokens: int
+    refused: list[Refused]
+    figures: Mapping[str, float]
+    too_many: bool = False
+
+
+def _num_tokens(row: Row) -> int:
+    if isinstance(row, TokensRow):
+        return len(row.tokens)
+    return row.targets.num_tokens if hasattr(row, "targets") else len(row.entropy)
+
+
+class _timed:
+    """Add the time of a block to an entry of a dictionary."""
+
+    def __init__(self, into: dict[str, float], name: str) -> None:
+        self._into, self._name = into, name
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._into[self._name] += time.perf_counter() - self._start

@@ -1,0 +1,286 @@
+"""prepare: text files -> tokens stores of packed rows, `train/` and `heldout/`.
+
+One pass in the order of the input; memory holds a few documents and one unit of rows per store. Each commit record
+carries the cursor at its end, so that a run that was killed goes on there and its stores are equal to the bit.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from potstill.common.errors import UserError
+from potstill.common.progress import Progress, format_seconds
+from potstill.storage import RunSpec, StoreWriter, TokensRow, seal_store
+from potstill.teacher_dump.config import PrepareConfig
+from potstill.teacher_dump.documents import Document, DocumentReader, Place
+from potstill.teacher_dump.inputs import InputFile, digest_files, find_files
+from potstill.teacher_dump.packing import Cursor, PackedRow, Packer
+from potstill.teacher_dump.split import Split
+from potstill.teacher_dump.tokenizer import TextEncoder, text_encoder, train_bpe
+
+log = logging.getLogger(__name__)
+
+TRAIN, HELDOUT = "train", "heldout"
+_BATCH_DOCUMENTS, _BATCH_CHARACTERS = 256, 1 << 20
+
+
+@dataclass(frozen=True)
+class StoreSummary:
+    """What one store holds."""
+
+    path: Path
+    documents: int
+    rows: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class PrepareSummary:
+    """What `prepare` has made; `resumed_rows` were there from an earlier run."""
+
+    stores: tuple[StoreSummary, ...]
+    tokenizer: str
+    tokenizer_digest: str
+    vocab_size: int
+    row_length: int
+    num_files: int
+    input_bytes: int
+    bad_lines: int
+    resumed_rows: int
+    seconds: float
+
+    def format(self) -> str:
+        """A few lines for a person."""
+        lines = [
+            f"{store.path.name}: {store.documents} documents, {store.tokens} tokens in {store.rows} rows of "
+            f"{self.row_length} -> {store.path}"
+            for store in self.stores
+        ]
+        lines.append(f"tokenizer: {self.tokenizer} ({self.vocab_size} entries, digest {self.tokenizer_digest[:12]})")
+        lines.append(
+            f"read {self.num_files} files, {self.input_bytes / 1e6:.1f} MB in {format_seconds(self.seconds)}; "
+            f"{self.bad_lines} broken records skipped; {self.resumed_rows} rows were there from an earlier run"
+        )
+        return "\n".join(lines)
+
+
+class _Output:
+    """One tokens store being written: packs documents, commits whole units, goes on where an earlier run ended."""
+
+    def __init__(self, path: Path, spec: RunSpec, *, force: bool) -> None:
+        self.path = path
+        self._writer = StoreWriter.create(path, spec, force=force)
+        records = self._writer.committed()
+        self._unit = next(unit for unit in itertools.count() if unit not in records)
+        self.complete = False
+        self.start: Cursor | None = None
+        self.bad_lines: int | None = None
+        first_row = 0
+        if self._unit:
+            extra = records[self._unit - 1].extra
+            self.start = Cursor.from_json(extra["cursor"])
+            self.complete = bool(extra["end"])
+            self.bad_lines = extra["bad_lines"]
+            first_row = int(extra["rows"])
+        self.resumed_rows = first_row
+        self.rows = first_row
+        self._pending: list[PackedRow] = []
+        self._packer = Packer(row_length=spec.row_length, first_row=first_row, start=self.start)
+
+    def wants(self, place: Place) -> bool:
+        return not self.complete and self._packer.wants(place)
+
+    def add(self, document: Document, ids: np.ndarray) -> None:
+        for packed in self._packer.add(document, ids):
+            self._append(packed)
+
+    def finish(self, end: Place, *, bad_lines: int) -> StoreSummary:
+        """Commit what is left; the store must not be empty."""
+        if not self.complete:
+            for packed in self._packer.finish(end, bad_lines=bad_lines):
+                self._append(packed)
+            if self._pending:
+                self._commit(bad_lines=bad_lines)
+        return StoreSummary(self.path, self._packer.documents, self.rows, self._packer.tokens)
+
+    def _append(self, packed: PackedRow) -> None:
+        # A unit is committed only when a next row shows that it was not the last one, which is marked in its record.
+        if len(self._pending) == self._writer.spec.rows_per_unit:
+            self._commit()
+        self._pending.append(packed)
+
+    def _commit(self, *, bad_lines: int | None = None) -> None:
+        """Commit the pending rows; `bad_lines` of the whole input is given with the last unit only."""
+        rows: list[TokensRow] = [packed.row for packed in self._pending]
+        self.rows += len(rows)
+        cursor = self._pending[-1].cursor
+        extra = {"cursor": cursor.to_json(), "rows": self.rows, "end": bad_lines is not None, "bad_lines": bad_lines}
+        self._writer.commit_unit(self._unit, rows, extra=extra)
+        self._unit += 1
+        self._pending = []
+
+
+def prepare(config: PrepareConfig) -> PrepareSummary:
+    """Tokenize and pack `config.input` into sealed tokens stores under `config.output`.
+
+    Run again after a kill, it goes on; run again after the end, it does nothing. Raises UserError for bad input and
+    StoreError for trouble with the stores.
+    """
+    started = time.monotonic()
+    files = find_files(config.input)
+    if sum(file.num_bytes for file in files) == 0:
+        raise UserError(f"input {config.input}: {len(files)} files, all empty; there is nothing to prepare")
+    input_digest = digest_files(files)
+    config.output.mkdir(parents=True, exist_ok=True)
+    split = _make_split(config, files)
+    source = _tokenizer_source(config, files, split, input_digest)
+    encoder = text_encoder(source, append_eos=config.append_eos, add_bos=config.add_bos)
+    spec = _run_spec(config, files, encoder, split, input_digest)
+    outputs = {
+        name: _Output(config.output / name, spec(name), force=config.force)
+        for name in ((TRAIN, HELDOUT) if split.threshold else (TRAIN,))
+    }
+    bad_lines = _fill(config, files, split, encoder, outputs)
+    end = Place(len(files), 0)
+    stores = [output.finish(end, bad_lines=bad_lines) for output in outputs.values()]
+    for store in stores:
+        if store.rows == 0:
+            raise UserError(_nothing_in(store.path, bad_lines))
+    for store in stores:
+        seal_store(store.path)
+    return PrepareSummary(
+        stores=tuple(stores),
+        tokenizer=source,
+        tokenizer_digest=encoder.digest,
+        vocab_size=encoder.vocab_size,
+        row_length=config.row_length,
+        num_files=len(files),
+        input_bytes=sum(file.num_bytes for file in files),
+        bad_lines=bad_lines,
+        resumed_rows=sum(output.resumed_rows for output in outputs.values()),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _make_split(config: PrepareConfig, files: Sequence[InputFile]) -> Split:
+    if config.heldout_documents:
+        texts = (document.text for document in _reader(config, files) if document.text)
+        return Split.by_count(texts, count=config.heldout_documents, salt=config.split_salt)
+    return Split.by_fraction(config.heldout_fraction, salt=config.split_salt)
+
+
+def _tokenizer_source(config: PrepareConfig, files: Sequence[InputFile], split: Split, input_digest: str) -> str:
+    if config.train_tokenizer is None:
+        assert config.tokenizer is not None
+        return config.tokenizer
+    folder = config.output / "tokenizer"
+    reader = _reader(config, files)
+    with Progress(sum(file.num_bytes for file in files), unit="bytes", description="train tokenizer") as progress:
+
+        def texts() -> Iterator[str]:
+            for document in reader:
+                progress.update(max(0, reader.bytes_read - progress.done))
+                if not split.held_out(document.text):
+                    yield document.text
+
+        settings = config.train_tokenizer
+        train_bpe(folder, texts(), settings=settings, input_digest=input_digest, force=config.force)
+    return str(folder)
+
+
+def _reader(
+    config: PrepareConfig, files: Sequence[InputFile], start: Place | None = None, bad_lines: int = 0
+) -> DocumentReader:
+    return DocumentReader(
+        files,
+        text_field=config.text_field,
+        max_bad_lines=config.max_bad_lines,
+        start=start,
+        bad_lines_before=bad_lines,
+    )
+
+
+def _run_spec(
+    config: PrepareConfig, files: Sequence[InputFile], encoder: TextEncoder, split: Split, digest: str
+) -> Callable[[str], RunSpec]:
+    def spec(part: str) -> RunSpec:
+        return RunSpec(
+            kind="tokens",
+            row_length=config.row_length,
+            rows_per_unit=config.rows_per_unit,
+            num_rows=None,
+            vocab_size=encoder.vocab_size,
+            tokenizer_digest=encoder.digest,
+            info={
+                "part": part,
+                "input": {"digest": digest, "files": len(files), "bytes": sum(file.num_bytes for file in files)},
+                "text_field": config.text_field,
+                "prefix": list(encoder.prefix),
+                "suffix": list(encoder.suffix),
+                "split": {"threshold": str(split.threshold), "salt": split.salt},
+            },
+        )
+
+    return spec
+
+
+def _fill(
+    config: PrepareConfig,
+    files: Sequence[InputFile],
+    split: Split,
+    encoder: TextEncoder,
+    outputs: dict[str, _Output],
+) -> int:
+    """Read from the earliest cursor to the end; returns the number of broken records over the whole input."""
+    open_outputs = [output for output in outputs.values() if not output.complete]
+    if not open_outputs:
+        return max(int(output.bad_lines or 0) for output in outputs.values())
+    behind = min(open_outputs, key=lambda output: output.start.place if output.start else Place(0, 0))
+    start = behind.start.place if behind.start else Place(0, 0)
+    if behind.start:
+        log.info("prepare goes on at file %d of %d, record %d", start.file + 1, len(files), start.record + 1)
+    reader = _reader(config, files, start, behind.start.bad_lines if behind.start else 0)
+    total = sum(file.num_bytes for file in files)
+    with Progress(total, unit="bytes", description="prepare") as progress:
+        for batch in _batches(reader):
+            wanted = []
+            for document in batch:
+                output = outputs[HELDOUT if split.held_out(document.text) else TRAIN]
+                if output.wants(document.place):
+                    wanted.append((document, output))
+            ids_of = encoder.encode([document.text for document, _ in wanted])
+            for (document, output), ids in zip(wanted, ids_of, strict=True):
+                output.add(document, ids)
+            progress.update(max(0, min(reader.bytes_read, total) - progress.done))
+            progress.note(rows=sum(output.rows for output in outputs.values()))
+        progress.update(max(0, total - progress.done))
+    return reader.bad_lines
+
+
+def _batches(reader: DocumentReader) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    characters = 0
+    for document in reader:
+        batch.append(document)
+        characters += len(document.text)
+        if len(batch) >= _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _nothing_in(path: Path, bad_lines: int) -> str:
+    if path.name == HELDOUT:
+        return (
+            f"{path}: no document fell into the held-out part; the input is too small for this heldout_fraction, "
+            "raise it or set heldout_documents"
+        )
+    return f"{path}: the input holds no text to train on ({bad_lines} broken records skipped)"

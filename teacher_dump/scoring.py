@@ -1,0 +1,84 @@
+"""score: a small language model over a tokens store -> a scores store. The same walk as `dump`, without entries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from potstill.kernels.topk import TopK
+from potstill.storage import RunSpec, ScoresRow, StoreReader, token_digest
+from potstill.teacher_dump.batches import TeacherBatch, target_mask
+from potstill.teacher_dump.config import ScoreConfig
+from potstill.teacher_dump.engines import TeacherEngine
+from potstill.teacher_dump.on_device import TopKOnItsWay, batch_topk
+from potstill.teacher_dump.pipeline import BatchRows
+from potstill.teacher_dump.row_scores import SCORE_STATS, row_scores
+from potstill.teacher_dump.selection import NO_RANK, Refused, refusal
+from potstill.teacher_dump.worker import Job, WorkerSummary, run_worker
+
+
+def score(config: ScoreConfig, worker: int | None = None, num_workers: int | None = None) -> WorkerSummary:
+    """Do this worker's share of the units that are missing; see `run_worker` for errors and the end of a run."""
+    return run_worker(config, config.model, _ScoreJob(config), worker=worker, num_workers=num_workers)
+
+
+@dataclass(frozen=True)
+class _ScoreJob(Job):
+    config: ScoreConfig
+    word = "score"
+
+    def spec(self, tokens: StoreReader, teacher: dict[str, object]) -> RunSpec:
+        return RunSpec(
+            kind="scores",
+            row_length=tokens.spec.row_length,
+            rows_per_unit=tokens.spec.rows_per_unit,
+            num_rows=tokens.num_rows,
+            vocab_size=tokens.spec.vocab_size,
+            tokenizer_digest=tokens.spec.tokenizer_digest,
+            input_digest=tokens.digest,
+            stats=SCORE_STATS,
+            teacher=teacher,
+            info={"salt_rank": self.config.salt_rank},
+        )
+
+    def compute(self, engine: TeacherEngine, batch: TeacherBatch, vocab_size: int) -> _ScoreResult:
+        topk = batch_topk(
+            engine, batch, k=1, vocab_size=vocab_size, temperatures=(), chunk_bytes=self.config.model.chunk_bytes
+        )
+        return _ScoreResult(self.config, topk, batch)
+
+
+@dataclass(frozen=True)
+class _ScoreResult:
+    config: ScoreConfig
+    topk: TopKOnItsWay
+    batch: TeacherBatch
+
+    def rows(self) -> BatchRows:
+        return BatchRows(list(_score_rows(self.topk.wait(), self.batch, salt_rank=self.config.salt_rank)))
+
+
+def _score_rows(topk: TopK, batch: TeacherBatch, *, salt_rank: int) -> Iterator[tuple[ScoresRow, Refused | None]]:
+    logprob, entropy, lse = (value.numpy() for value in (topk.label_logprob, topk.entropy, topk.lse))
+    rank = np.minimum(topk.label_rank.numpy(), NO_RANK)
+    start = 0
+    for row in batch.rows:
+        mask = target_mask(row.doc_lens)
+        stop = start + int(mask.sum())
+        here = slice(start, stop)
+        reason = refusal(lse[here], entropy[here], mask)
+        columns = (
+            np.zeros(len(mask), np.float32),
+            np.full(len(mask), NO_RANK, np.int32),
+            np.zeros(len(mask), np.float32),
+        )
+        stats = dict.fromkeys(SCORE_STATS, 0.0)
+        if reason is None:
+            for column, values in zip(columns, (logprob[here], rank[here], entropy[here]), strict=True):
+                column[mask] = values
+            stats = row_scores(-logprob[here], rank[here], entropy[here], salt_rank=salt_rank)
+        digest = token_digest(row.tokens, row.doc_lens)
+        yield ScoresRow(row.row, digest, *columns, stats), None if reason is None else Refused(row.row, reason)
+        start = stop

@@ -1,0 +1,176 @@
+"""From a device's top-k to the rows of a store: entries kept, side columns, refused rows.
+
+Legend: M positions with a target in a batch, E entries, n tokens of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from potstill.storage import SparseTargets, TargetsRow, TokensRow, token_digest
+from potstill.teacher_dump.batches import target_mask
+from potstill.teacher_dump.config import SelectionConfig
+
+if TYPE_CHECKING:
+    from potstill.kernels.topk import TopK
+    from potstill.kernels.types import SparseTargetTensors
+
+NO_RANK = 255
+TARGET_STATS = ("mean_loss", "mean_entropy", "kept_mass", "num_targets")
+
+
+def _top_k(topk: TopK, selection: SelectionConfig) -> SparseTargetTensors:
+    from potstill.kernels.topk import select_top_k
+
+    return select_top_k(topk, min(selection.k, topk.ids.shape[1]))
+
+
+def _top_p_k(topk: TopK, selection: SelectionConfig) -> SparseTargetTensors:
+    from potstill.kernels.topk import select_top_p_k
+
+    return select_top_p_k(topk, selection.p, min(selection.k, topk.ids.shape[1]))
+
+
+SELECTIONS: dict[str, Callable[[TopK, SelectionConfig], SparseTargetTensors]] = {"top_k": _top_k, "top_p_k": _top_p_k}
+
+
+def selection_spec(selection: SelectionConfig) -> Mapping[str, Any]:
+    """The `selection` field of run.json."""
+    spec: dict[str, Any] = {"mode": selection.mode, "k": selection.k}
+    if selection.mode == "top_p_k":
+        spec["p"] = selection.p
+    return spec
+
+
+@dataclass(frozen=True)
+class HostTargets:
+    """Results of a batch on the host, one per target position [M]; entries as CSR (offsets [M + 1])."""
+
+    offsets: np.ndarray
+    ids: np.ndarray
+    logprobs: np.ndarray
+    log_tail: np.ndarray
+    log_tail_at: Mapping[float, np.ndarray]
+    entropy: np.ndarray
+    label_logprob: np.ndarray
+    label_rank: np.ndarray
+    excluded_mass: np.ndarray
+    lse: np.ndarray
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A row that is stored without targets, and why."""
+
+    row: int
+    reason: str
+
+
+def cut_rows(
+    found: HostTargets, rows: Sequence[TokensRow], *, vocab_size: int
+) -> Iterator[tuple[TargetsRow, Refused | None]]:
+    """Cut a batch's results [M] into store rows; a row with NaN or +Inf logits comes out without targets."""
+    start = 0
+    for row in rows:
+        mask = target_mask(row.doc_lens)
+        stop = start + int(mask.sum())
+        reason = refusal(found.lse[start:stop], found.entropy[start:stop], mask)
+        digest = token_digest(row.tokens, row.doc_lens)
+        if reason is not None:
+            targets = without_targets(len(row.tokens), tuple(found.log_tail_at))
+            stats = dict.fromkeys(TARGET_STATS, 0.0)
+            yield TargetsRow(row.row, digest, targets, stats), Refused(row.row, reason)
+        else:
+            targets = _row_targets(found, start, stop, mask, vocab_size=vocab_size)
+            yield TargetsRow(row.row, digest, targets, _stats(found, start, stop)), None
+        start = stop
+
+
+def refusal(lse: np.ndarray, entropy: np.ndarray, mask: np.ndarray) -> str | None:
+    """Why a row is refused, or None: its logits hold NaN or +Inf, or all of them are -Inf."""
+    # The normaliser shows every bad logit of its token: NaN spreads, +Inf stays, and all -Inf makes -Inf.
+    bad = np.flatnonzero(~np.isfinite(lse) | ~np.isfinite(entropy))
+    if not len(bad):
+        return None
+    token = int(np.flatnonzero(mask)[bad[0]])
+    return (
+        f"logits are not finite at {len(bad)} of {len(lse)} positions, first at token {token} (log-sum {lse[bad[0]]})"
+    )
+
+
+def without_targets(num_tokens: int, temperatures: Sequence[float]) -> SparseTargets:
+    """Targets of a row that has none, with the columns that every row of a dump has."""
+    zeros = np.zeros(num_tokens, np.float32)
+    return SparseTargets(
+        offsets=np.zeros(num_tokens + 1, np.int64),
+        ids=np.zeros(0, np.int32),
+        logprobs=np.zeros(0, np.float32),
+        counts=None,
+        num_draws=None,
+        log_tail=zeros,
+        entropy=zeros.copy(),
+        label_logprob=zeros.copy(),
+        label_rank=np.full(num_tokens, NO_RANK, np.int32),
+        log_tail_at={t: zeros.copy() for t in temperatures},
+    )
+
+
+def _row_targets(found: HostTargets, start: int, stop: int, mask: np.ndarray, *, vocab_size: int) -> SparseTargets:
+    num_tokens = len(mask)
+    counts = np.zeros(num_tokens, np.int64)
+    counts[mask] = np.diff(found.offsets[start : stop + 1])
+    first, last = int(found.offsets[start]), int(found.offsets[stop])
+    ids, logprobs = found.ids[first:last], found.logprobs[first:last]
+    live = logprobs > -np.inf  # k reached into ids that the teacher rules out: they are no entries
+    if not live.all():
+        token_of = np.repeat(np.arange(num_tokens), counts)[live]
+        counts = np.bincount(token_of, minlength=num_tokens)
+        ids, logprobs = ids[live], logprobs[live]
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
+    ids, logprobs = ordered(offsets, ids, logprobs)
+
+    def spread(values: np.ndarray, fill: float = 0.0) -> np.ndarray:
+        wide = np.full(num_tokens, fill, values.dtype)
+        wide[mask] = values[start:stop]
+        return wide
+
+    return SparseTargets.build(
+        offsets=offsets,
+        ids=ids,
+        logprobs=logprobs,
+        log_tail=spread(found.log_tail),
+        entropy=spread(found.entropy),
+        label_logprob=spread(found.label_logprob),
+        label_rank=np.minimum(spread(found.label_rank, NO_RANK), NO_RANK),
+        log_tail_at={t: spread(values) for t, values in found.log_tail_at.items()},
+        vocab_size=vocab_size,
+        strict=True,
+    )
+
+
+def ordered(offsets: np.ndarray, ids: np.ndarray, logprobs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Put ties by ascending id. Logits that differ in the last bit can become equal log-probabilities."""
+    tied = (logprobs[1:] == logprobs[:-1]) & (ids[1:] < ids[:-1])
+    edges = offsets[1:-1]
+    tied[edges[(edges > 0) & (edges < len(ids))] - 1] = False
+    if not tied.any():
+        return ids, logprobs
+    token_of = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    order = np.lexsort((ids, -logprobs, token_of))
+    return ids[order], logprobs[order]
+
+
+def _stats(found: HostTargets, start: int, stop: int) -> dict[str, float]:
+    if start == stop:
+        return dict.fromkeys(TARGET_STATS, 0.0)
+    kept = -np.expm1(np.minimum(found.log_tail[start:stop].astype(np.float64), 0.0))
+    return {
+        "mean_loss": -float(found.label_logprob[start:stop].astype(np.float64).mean()),
+        "mean_entropy": float(found.entropy[start:stop].astype(np.float64).mean()),
+        "kept_mass": float(kept.mean()),
+        "num_targets": float(stop - start),
+    }

@@ -1,0 +1,167 @@
+"""Tokenizers: load or train one, name what pins its ids by a digest, turn texts into ids."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from potstill.common.errors import UserError
+from potstill.teacher_dump.config import TrainTokenizer
+
+log = logging.getLogger(__name__)
+
+END_OF_TEXT = "<|endoftext|>"
+_TRAINED_RECORD = "potstill_trained.json"
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """A tokenizer and what is put around each document.
+
+    Special tokens that stand in a text as plain words are encoded as plain words: a corpus must not be able to end
+    a document from inside.
+    """
+
+    tokenizer: Any
+    vocab_size: int  # largest id + 1
+    digest: str
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text, int32 [n]. A text without tokens stays empty, with no bos or eos either."""
+        if not texts:
+            return []
+        batches = self.tokenizer(
+            list(texts), add_special_tokens=False, return_attention_mask=False, split_special_tokens=True, verbose=False
+        )["input_ids"]
+        return [
+            np.array([*self.prefix, *ids, *self.suffix] if ids else [], dtype=np.int32)  # one small copy per document
+            for ids in batches
+        ]
+
+
+def load_tokenizer(source: str) -> Any:
+    """The Hugging Face tokenizer in a folder or of a hub id; UserError when there is none."""
+    from transformers import AutoTokenizer
+
+    if os.path.sep in source and not Path(source).is_dir() and source.count("/") != 1:
+        raise UserError(f"tokenizer {source!r}: no such folder")
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"tokenizer {source!r} cannot be loaded: {error}") from error
+
+
+def text_encoder(source: str, *, append_eos: bool, add_bos: bool) -> TextEncoder:
+    """Load a tokenizer for packing; UserError when it lacks the bos or eos token that is asked for."""
+    tokenizer = load_tokenizer(source)
+
+    def special(name: str, option: str, wanted: bool) -> tuple[int, ...]:
+        if not wanted:
+            return ()
+        token_id = getattr(tokenizer, f"{name}_token_id")
+        if token_id is None:
+            raise UserError(f"tokenizer {source!r} has no {name} token, but {option} is on; set {option}=false")
+        return (int(token_id),)
+
+    return TextEncoder(
+        tokenizer=tokenizer,
+        vocab_size=vocabulary_size(tokenizer),
+        digest=tokenizer_digest(tokenizer),
+        prefix=special("bos", "add_bos", add_bos),
+        suffix=special("eos", "append_eos", append_eos),
+    )
+
+
+def vocabulary_size(tokenizer: Any) -> int:
+    """Largest id + 1, added tokens included."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """sha256 over what decides the ids of a text: normalizer, pre-tokenizer, model and added tokens.
+
+    Truncation, padding, decoder and templates are left out: they do not change how a text is cut.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        whole = json.loads(backend.to_str())
+        added = sorted((token["id"], token["content"]) for token in whole.get("added_tokens") or [])
+        parts = {key: whole.get(key) for key in ("normalizer", "pre_tokenizer", "model")} | {"added": added}
+    else:
+        parts = {"class": type(tokenizer).__name__, "vocab": sorted(tokenizer.get_vocab().items())}
+    canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def train_bpe(folder: Path, texts: Iterable[str], *, settings: TrainTokenizer, input_digest: str, force: bool) -> None:
+    """Train a byte-level BPE on `texts` and save it to `folder`, loadable by AutoTokenizer.
+
+    `<|endoftext|>` (id 0) is its bos, eos and padding token. A folder trained before with the same settings on the
+    same input is left as it is. Raises UserError when the folder holds anything else and `force` is off.
+    """
+    record = {"settings": settings.model_dump(mode="json"), "input_digest": input_digest}
+    if _trained_already(folder, record, force=force):
+        log.info("tokenizer %s is there already, trained on the same input", folder)
+        return
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=settings.vocab_size,
+        min_frequency=settings.min_frequency,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_limited(texts, settings.max_bytes), trainer=trainer)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+    )
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    wrapped.save_pretrained(str(partial))
+    (partial / _TRAINED_RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    if folder.exists():
+        shutil.rmtree(folder)  # only one of ours gets here: _trained_already has looked
+    partial.rename(folder)
+
+
+def _trained_already(folder: Path, record: dict[str, Any], *, force: bool) -> bool:
+    if not folder.exists():
+        return False
+    try:
+        found = json.loads((folder / _TRAINED_RECORD).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} exists and was not trained here; move it away, or use it as tokenizer") from error
+    if found == record and not force:
+        return True
+    if not force:
+        raise UserError(
+            f"{folder} was trained with other settings or on other input ({found['settings']}, wanted "
+            f"{record['settings']}); use another output, or force to train it again"
+        )
+    return False
+
+
+def _limited(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
+    used = 0
+    for text in texts:
+        if used and used + len(text) > max_bytes:
+            log.info("tokenizer is trained on the first %d characters (train_tokenizer.max_bytes)", used)
+            return
+        used += len(text)
+        yield text

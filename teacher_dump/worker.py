@@ -1,0 +1,210 @@
+"""One worker of `dump` or `score`: open, check, load, walk the missing units of its share, seal if that was all."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
+
+from potstill.common.errors import UserError
+from potstill.common.progress import Progress, format_seconds
+from potstill.storage import RunSpec, StoreReader, StoreWriter, seal_store
+from potstill.teacher_dump.batches import TeacherBatch, apart_batch, packed_batch
+from potstill.teacher_dump.config import TeacherConfig, WalkConfig
+from potstill.teacher_dump.identity import check_fits, computing_dtype, describe, load_config
+from potstill.teacher_dump.pipeline import HostResult, Walk, WalkTotals
+from potstill.teacher_dump.placing import WorkerPlace, worker_place
+from potstill.teacher_dump.stopping import StopFlag
+
+if TYPE_CHECKING:
+    from potstill.teacher_dump.engines import TeacherEngine
+
+log = logging.getLogger(__name__)
+
+_MUCH_EXCLUDED = 1e-3
+
+
+class StoppedError(UserError):
+    """A signal ended the worker before its share was done; what is committed is safe."""
+
+
+class Job(Protocol):
+    """What `dump` and `score` differ in."""
+
+    word: str
+
+    def spec(self, tokens: StoreReader, teacher: dict[str, object]) -> RunSpec:
+        """run.json of the store to write."""
+
+    def compute(self, engine: TeacherEngine, batch: TeacherBatch, vocab_size: int) -> HostResult:
+        """Run the model over a batch; the result finishes in another thread."""
+
+
+@dataclass(frozen=True)
+class WorkerSummary:
+    """What a worker did, and how the store stands after it."""
+
+    path: str
+    word: str
+    worker: int
+    num_workers: int
+    units: int
+    rows: int
+    tokens: int
+    refused_rows: tuple[int, ...]
+    excluded_mass: float  # mean softmax mass on ids that no tokenizer entry has
+    seconds: float
+    stage_seconds: Mapping[str, float]
+    num_missing: int  # units of the whole store
+    sealed: bool
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / max(self.seconds, 1e-9)
+
+    def format(self) -> str:
+        """A few lines for a person."""
+        lines = [
+            f"{self.word}: worker {self.worker} of {self.num_workers} did {self.units} units, {self.rows} rows, "
+            f"{self.tokens} tokens in {format_seconds(self.seconds)} ({self.tokens_per_second:,.0f} tokens/s)"
+            f" -> {self.path}"
+        ]
+        if self.refused_rows:
+            lines.append(
+                f"refused rows, stored without targets: {len(self.refused_rows)} {list(self.refused_rows[:10])}"
+            )
+        if self.excluded_mass > 0:
+            lines.append(f"mean mass on ids beyond the tokenizer, left out: {self.excluded_mass:.2g}")
+        if self.sealed:
+            lines.append("the store is complete and sealed")
+        elif self.num_missing:
+            lines.append(f"{self.num_missing} units are still missing; run again, or wait for the other workers")
+        else:
+            lines.append("the store is complete; seal it with: potstill seal")
+        return "\n".join(lines)
+
+
+def run_worker(
+    config: WalkConfig, teacher: TeacherConfig, job: Job, *, worker: int | None, num_workers: int | None
+) -> WorkerSummary:
+    """Do what is missing in this worker's share; seal when everything is there and there is one worker only.
+
+    Nothing is loaded when nothing is missing. Raises UserError (bad input, too many refused rows, failed units),
+    StoppedError after a signal, StoreError for trouble with the stores. Running it again goes on.
+    """
+    started = time.monotonic()
+    place = worker_place(
+        config.worker if worker is None else worker, config.num_workers if num_workers is None else num_workers
+    )
+    tokens = StoreReader(config.tokens)
+    if tokens.spec.kind != "tokens":
+        raise UserError(f"{config.tokens} is a store of {tokens.spec.kind}, expected a tokens store made by prepare")
+    model_config = load_config(teacher)
+    check_fits(teacher, model_config, tokens.spec)
+    dtype = computing_dtype(teacher, model_config)
+    spec = job.spec(tokens, dict(describe(teacher, model_config, dtype=dtype)))
+    # Deleting is for one worker: the others would delete what the first has begun.
+    if config.force and place.num_workers > 1:
+        raise UserError("force deletes the store and may be used by a single worker only; delete it first")
+    writer = StoreWriter.create(config.output, spec, force=config.force)
+    units = writer.todo(worker=place.worker, num_workers=place.num_workers)
+    log.info(
+        "%s: worker %d of %d (%s) has %d units to do",
+        job.word,
+        place.worker,
+        place.num_workers,
+        place.source,
+        len(units),
+    )
+    totals = _walk(config, teacher, job, tokens, writer, units, place) if units else WalkTotals()
+    return _finish(config, job, writer, place, totals, seconds=time.monotonic() - started)
+
+
+def _walk(
+    config: WalkConfig,
+    teacher: TeacherConfig,
+    job: Job,
+    tokens: StoreReader,
+    writer: StoreWriter,
+    units: list[int],
+    place: WorkerPlace,
+) -> WalkTotals:
+    from potstill.teacher_dump.engines import load_engine
+
+    engine = load_engine(teacher)
+    packed = partial(packed_batch, length=tokens.spec.row_length)
+    refused_before = sum(len(record.extra.get("refused", ())) for record in writer.committed().values())
+    num_rows = sum(len(writer.unit_rows(unit)) for unit in units)
+    with StopFlag() as stop, Progress(num_rows, description=job.word) as progress:
+        began = time.monotonic()
+        num_tokens = 0
+
+        def on_rows(rows: int, row_tokens: int) -> None:
+            nonlocal num_tokens
+            num_tokens += row_tokens
+            progress.note(tokens_per_second=round(num_tokens / max(time.monotonic() - began, 1e-9)))
+            progress.update(rows)
+
+        walk = Walk(
+            reader=tokens,
+            writer=writer,
+            compute=lambda batch: job.compute(engine, batch, tokens.spec.vocab_size),
+            layout=packed if teacher.documents == "packed" else apart_batch,
+            batch_rows=teacher.batch_rows,
+            finish_threads=config.finish_threads,
+            max_consecutive_failures=config.max_consecutive_failures,
+            refused_before=refused_before,
+            refused_allowed=int(config.max_rejected_fraction * tokens.num_rows),
+            on_rows=on_rows,
+            stop_reason=lambda: stop.signal_name,
+        )
+        totals = walk.run(units)
+    if totals.stopped_by is not None:
+        raise StoppedError(
+            f"{job.word}: stopped by {totals.stopped_by} after {totals.units} of {len(units)} units of worker "
+            f"{place.worker}; what is committed is safe, run the same command again to go on"
+        )
+    return totals
+
+
+def _finish(
+    config: WalkConfig, job: Job, writer: StoreWriter, place: WorkerPlace, totals: WalkTotals, *, seconds: float
+) -> WorkerSummary:
+    if totals.failures:
+        listed = "; ".join(f"unit {unit}: {reason}" for unit, reason in list(totals.failures.items())[:5])
+        raise UserError(
+            f"{job.word}: {len(totals.failures)} units failed and {totals.units} were committed: {listed}. "
+            "Run the same command again to retry them"
+        )
+    num_missing = len(writer.todo())
+    sealed = False
+    if config.seal and place.num_workers == 1 and num_missing == 0:
+        seal_store(config.output)
+        sealed = True
+    positions = totals.figures.get("positions", 0.0)
+    excluded = totals.figures.get("excluded_mass", 0.0) / positions if positions else 0.0
+    if excluded > _MUCH_EXCLUDED:
+        log.warning(
+            "the teacher puts %.2g of its mass on ids beyond the tokenizer's %d entries; it is left out, but check "
+            "that this tokenizer is the teacher's",
+            excluded,
+            writer.spec.vocab_size,
+        )
+    return WorkerSummary(
+        path=config.output,
+        word=job.word,
+        worker=place.worker,
+        num_workers=place.num_workers,
+        units=totals.units,
+        rows=totals.rows,
+        tokens=totals.tokens,
+        refused_rows=tuple(item.row for item in totals.refused),
+        excluded_mass=excluded,
+        seconds=seconds,
+        stage_seconds=dict(totals.seconds),
+        num_missing=num_missing,
+        sealed=sealed,
+    )
