@@ -171,6 +171,7 @@ def write_targets(
 
 def write_all(folder: Path, *, num_rows: int = 40, last_length: int = 20) -> dict[str, Path]:
     """tokens, two teachers, sampled targets, scores, held-out tokens and targets; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
     true, rough = transition(), 0.6 * transition() + 0.4 * transition(5)
     rough -= np.log(np.exp(rough).sum(1, keepdims=True))
     rows = token_rows(num_rows, last_length=last_length)

@@ -1,0 +1,68 @@
+"""Gradients: DeepSpeed on two ranks equals one rank equals plain torch, and communication is really there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.dist_harness import run_ranks
+from tests.student_train import tiny, workers
+
+# Selected positions differ from rank to rank and micro-batch to micro-batch.
+SELECTED = [{"targets": "teacher", "tokens": {"policy": "label_rank", "source": "slm", "max_rank": 6}}]
+
+
+def tree_of(stores: dict[str, Path], start: Path, **changes: Any) -> dict[str, Any]:
+    changes = {"curriculum": SELECTED, "optimizer": {"lr": 1e-3, "grad_clip": 0.0}, **changes}
+    model = {"path": str(start), "config": None, **changes.pop("model", {})}
+    tree = tiny.config_tree(stores, Path("unused"), **changes)
+    return {**tree, "model": {key: value for key, value in model.items() if value is not None}}
+
+
+def distance(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
+    """Norm of the difference over the norm, over all parameters together."""
+    assert found.keys() == expected.keys()
+    difference = np.sqrt(sum(float(((found[n] - expected[n]) ** 2).sum()) for n in expected))
+    return difference / np.sqrt(sum(float((expected[n] ** 2).sum()) for n in expected))
+
+
+def check(tree: dict[str, Any], *, tolerance: float) -> None:
+    exact = workers.plain_gradients({**tree, "model": {"path": tree["model"]["path"]}})
+    two = run_ranks(workers.engine_gradients, tree, world=2)
+    one = run_ranks(workers.engine_gradients, tree, world=1)
+    assert distance(one[0], exact) < tolerance
+    assert distance(two[0], exact) < tolerance
+    assert distance(two[1], exact) < tolerance
+    half = len(range(tree["data"]["global_batch_rows"])) // 2
+    alone = workers.plain_gradients({**tree, "model": {"path": tree["model"]["path"]}}, rows=slice(0, half))
+    doubled = {name: 2 * value for name, value in alone.items()}
+    assert min(distance(alone, exact), distance(doubled, exact)) > 0.1, "the test could not see missing communication"
+
+
+# float32 sums of some hundred terms: relative error of the order of 1e-6.
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_ranks_equal_one_rank_and_plain_torch(stores, start_weights, stage: int) -> None:
+    data = {"global_batch_rows": 6, "micro_batch_rows": 1 if stage in (1, 3) else 3}
+    check(tree_of(stores, start_weights, zero_stage=stage, data=data), tolerance=1e-5)
+
+
+# bfloat16 keeps 8 bits: weights, activations and gradients each carry 2^-9 of relative error.
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bfloat16_gradients(stores, start_weights, stage: int) -> None:
+    data = {"global_batch_rows": 6, "micro_batch_rows": 1}
+    check(tree_of(stores, start_weights, zero_stage=stage, data=data, model={"dtype": "bfloat16"}), tolerance=3e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("micro_batch_rows", [1, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_gradient_matrix(stores, start_weights, stage, dtype, micro_batch_rows, checkpointing) -> None:
+    data = {"global_batch_rows": 6, "micro_batch_rows": micro_batch_rows}
+    model = {"dtype": dtype, "gradient_checkpointing": checkpointing}
+    tree = tree_of(stores, start_weights, zero_stage=stage, data=data, model=model)
+    check(tree, tolerance=1e-5 if dtype == "float32" else 3e-2)

@@ -1,0 +1,84 @@
+"""Schedules at their corner points: they are pure functions, so exact values are asked for."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from potstill.student_train.config import Cosine, Linear, LinearRatio, LrSchedule, Wsd
+from potstill.student_train.schedules import curve_value, lr_factor, scalar_bounds, share_of_span, span_steps
+
+
+def test_a_span_is_steps_or_a_share() -> None:
+    assert span_steps(7, 100) == 7
+    assert span_steps(0.25, 100) == 25
+    assert span_steps(1.0, 100) == 100
+    assert span_steps(1, 100) == 1
+
+
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine", "wsd"])
+def test_warm_up_is_linear_and_ends_at_one(kind: str) -> None:
+    schedule = LrSchedule(kind=kind, warmup=4, decay=3)
+    assert [lr_factor(schedule, step, 20) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert lr_factor(schedule, 4, 20) == 1.0
+
+
+def test_wsd_corners() -> None:
+    schedule = LrSchedule(kind="wsd", warmup=2, decay=4, min_ratio=0.0)
+    assert [lr_factor(schedule, step, 10) for step in range(10)] == [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+    assert lr_factor(schedule, 10, 10) == 0.0
+
+
+def test_the_stable_phase_of_wsd_does_not_know_the_total() -> None:
+    schedule = LrSchedule(kind="wsd", warmup=5, decay=10)
+    short = [lr_factor(schedule, step, 50) for step in range(40)]
+    long = [lr_factor(schedule, step, 5000) for step in range(40)]
+    assert short == long
+
+
+@pytest.mark.parametrize(("shape", "half"), [("linear", 0.5), ("cosine", 0.5), ("sqrt", 1 - math.sqrt(0.5))])
+def test_decay_shapes_at_half(shape: str, half: float) -> None:
+    schedule = LrSchedule(kind="wsd", decay=10, decay_shape=shape, min_ratio=0.2)
+    assert lr_factor(schedule, 95, 100) == pytest.approx(0.2 + 0.8 * half)
+
+
+def test_cosine_and_linear_reach_the_floor_at_the_end() -> None:
+    for kind in ("cosine", "linear"):
+        schedule = LrSchedule(kind=kind, min_ratio=0.1)
+        assert lr_factor(schedule, 0, 100) == 1.0
+        assert lr_factor(schedule, 50, 100) == pytest.approx(0.55)
+        assert lr_factor(schedule, 100, 100) == pytest.approx(0.1)
+        assert lr_factor(schedule, 150, 100) == pytest.approx(0.1)
+
+
+def test_a_decay_longer_than_the_run_starts_after_the_warm_up() -> None:
+    schedule = LrSchedule(kind="wsd", warmup=2, decay=50, min_ratio=0.0)
+    assert [lr_factor(schedule, step, 6) for step in range(6)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+
+
+def test_curves_reach_both_ends() -> None:
+    for curve in (Linear(start=0.2, end=0.9), Cosine(start=0.2, end=0.9), LinearRatio(start=0.2, end=0.9)):
+        assert curve_value(curve, 0.0) == pytest.approx(0.2)
+        assert curve_value(curve, 1.0) == pytest.approx(0.9)
+    assert curve_value(Cosine(start=0.0, end=1.0), 0.5) == pytest.approx(0.5)
+    # Half way the ratio is the mean of 1/4 and 9: 4.625, so the share is 4.625 / 5.625.
+    assert curve_value(LinearRatio(start=0.2, end=0.9), 0.5) == pytest.approx(4.625 / 5.625)
+
+
+def test_wsd_curve_corners() -> None:
+    curve = Wsd(start=0.1, peak=0.9, end=0.3, warmup=0.25, decay=0.5)
+    assert curve_value(curve, 0.0) == pytest.approx(0.1)
+    assert curve_value(curve, 0.125) == pytest.approx(0.5)
+    assert curve_value(curve, 0.25) == curve_value(curve, 0.5) == 0.9
+    assert curve_value(curve, 0.75) == pytest.approx(0.6)
+    assert curve_value(curve, 1.0) == pytest.approx(0.3)
+    assert scalar_bounds(curve) == (0.1, 0.9)
+    instant = Wsd(peak=1.0, warmup=0.0, decay=0.0)
+    assert curve_value(instant, 0.0) == curve_value(instant, 1.0) == 1.0
+
+
+def test_share_of_a_span() -> None:
+    assert [share_of_span(step, 10, 15) for step in range(10, 15)] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert share_of_span(10, 10, 11) == 0.0
+    assert share_of_span(99, 10, 15) == 1.0

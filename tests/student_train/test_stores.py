@@ -1,0 +1,131 @@
+"""Stores that do not fit the run are refused before a model is built, with key, found, expected and what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from potstill.common.errors import ConfigError, UserError
+from potstill.storage import StoreWriter
+from potstill.student_train.distributed import accumulation_steps, world_from_environment
+from potstill.student_train.model import hf_config
+from potstill.student_train.run_folder import prepare_run_folder
+from potstill.student_train.stores import build_plan, check_objectives, open_stores
+from tests.student_train import tiny, workers
+
+
+def refused(stores: dict[str, Path], **changes: Any) -> str:
+    config = workers.config_of(tiny.config_tree(stores, Path("run"), **changes))
+    with pytest.raises(UserError) as error:
+        opened = open_stores(config)
+        check_objectives(config, opened)
+        build_plan(config, opened)
+        hf_config(config.model, vocab_size=opened.tokens.spec.vocab_size)
+    return str(error.value)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Stores of another text."""
+    return tiny.write_all(tmp_path_factory.mktemp("other"), num_rows=40, last_length=19)
+
+
+def test_a_store_of_another_text(stores, other) -> None:
+    message = refused({**stores, "teacher": other["teacher"]})
+    assert "data.targets.teacher" in message and "input_digest" in message and "dump or score" in message
+    assert "data.scores.slm" in refused({**stores, "scores": other["scores"]})
+    assert "data.heldout_targets" in refused({**stores, "heldout_teacher": stores["teacher"]})
+
+
+def test_a_store_of_the_wrong_kind_or_none_at_all(stores, tmp_path: Path) -> None:
+    message = refused({**stores, "teacher": stores["scores"]})
+    assert "data.targets.teacher" in message and "scores store" in message and "targets" in message
+    assert "data.tokens" in refused({**stores, "tokens": tmp_path / "nowhere"})
+
+
+def test_an_unsealed_store(stores, tmp_path: Path) -> None:
+    StoreWriter.create(tmp_path / "open", tiny.spec_of("tokens", num_rows=None))
+    message = refused({**stores, "tokens": tmp_path / "open"})
+    assert "data.tokens" in message and "seal" in message
+
+
+def test_a_held_out_store_of_another_tokenizer(stores, tmp_path: Path) -> None:
+    rows = tiny.token_rows(4)
+    tiny.write_store(tmp_path / "heldout", tiny.spec_of("tokens", num_rows=None, tokenizer_digest="b" * 64), rows)
+    message = refused({**stores, "heldout": tmp_path / "heldout"})
+    assert "data.heldout" in message and "tokenizer_digest" in message
+
+
+def test_a_student_with_too_small_a_vocabulary(stores) -> None:
+    message = refused(stores, model={"config": {**tiny.STUDENT, "vocab_size": tiny.VOCAB - 1}})
+    assert "47" in message and "48" in message and "vocab_size" in message
+
+
+def test_a_student_that_is_not_there(stores, tmp_path: Path) -> None:
+    assert "model.config" in refused(stores, model={"config": str(tmp_path / "none")})
+    assert "model_type" in refused(stores, model={"config": {"hidden_size": 8}})
+    assert "lama" in refused(stores, model={"config": {"model_type": "lama"}})
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        ({"temperature": 3.0}, ("curriculum.0.temperature", "3.0", "1.0, 1.33")),
+        ({"temperature": {"kind": "linear", "start": 1.0, "end": 2.0}}, ("curriculum.0.temperature", "schedule")),
+        ({"divergence": "sampled"}, ("curriculum.0.divergence", "top_k", "sampled")),
+        ({"divergence": "reverse_kl", "missing_mass": "raw"}, ("curriculum.0", "reverse_kl", "raw")),
+    ],
+)
+def test_losses_that_the_store_cannot_serve(stores, stage: dict[str, Any], words: tuple[str, ...]) -> None:
+    message = refused(stores, curriculum=[{"targets": "teacher", **stage}])
+    assert all(word in message for word in words), message
+
+
+def test_draws_need_the_loss_of_draws(stores) -> None:
+    data = {"targets": {"teacher": str(stores["sampled"])}}
+    assert "selection sample" in refused(stores, data=data, curriculum=[{"targets": "teacher"}])
+
+
+def test_a_temperature_schedule_is_fine_where_no_tail_is_read(stores) -> None:
+    stage = {
+        "targets": "teacher",
+        "temperature": {"kind": "linear", "start": 1.0, "end": 2.0},
+        "missing_mass": "renorm",
+    }
+    config = workers.config_of(tiny.config_tree(stores, Path("run"), curriculum=[stage]))
+    check_objectives(config, open_stores(config))
+
+
+def test_a_statistic_that_is_not_stored(stores) -> None:
+    rows = {"score": {"of": [{"store": "slm", "stat": "hardness"}]}, "share": 0.5}
+    message = refused(stores, curriculum=[{"rows": rows}])
+    assert "hardness" in message and "salt_median_drop" in message
+
+
+def test_a_global_batch_that_does_not_divide(stores) -> None:
+    config = workers.config_of(tiny.config_tree(stores, Path("run"), data={"global_batch_rows": 6}))
+    assert accumulation_steps(config, 3) == 1
+    with pytest.raises(ConfigError, match=r"data\.global_batch_rows 6 .* 2 x 2 ranks = 4"):
+        accumulation_steps(config, 2)
+
+
+def test_half_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert world_from_environment() == (0, 1)
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(UserError, match="WORLD_SIZE, MASTER_ADDR, MASTER_PORT"):
+        world_from_environment()
+
+
+def test_nothing_that_exists_is_overwritten(stores, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    for force in (False, True):
+        config = workers.config_of(tiny.config_tree(stores, tmp_path, run={"force": force}))
+        with pytest.raises(UserError, match="holds other files and no run"):
+            prepare_run_folder(config)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    with pytest.raises(UserError, match="is a file"):
+        prepare_run_folder(workers.config_of(tiny.config_tree(stores, tmp_path / "notes.txt")))

@@ -1,0 +1,130 @@
+"""Token policies against slow, plain code: one row at a time, one position at a time."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from potstill.student_train.config import TokenSelector
+from potstill.student_train.objective import SHARE_POLICIES, TokenChoice
+from potstill.student_train.tokens import TOKEN_POLICIES, choose, kept_count, known_weight_sum
+
+LENGTHS = (7, 1, 12, 5)
+ROW = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
+N = len(ROW)
+NEEDED = {
+    "label_rank": {"source": "slm"},
+    "excess_loss": {"reference": "slm"},
+    "entropy_band": {"low": 0.5, "high": 1.5},
+}
+
+
+def columns_of(seed: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    names = ("loss", "entropy", "reference_loss", "divergence", "key")
+    columns = {name: 2 * torch.rand(N, generator=generator) for name in names}
+    columns["rank"] = torch.randint(0, 30, (N,), generator=generator)
+    return columns, torch.rand(N, generator=generator) < 0.8
+
+
+def choice_of(policy: str, *, share: float = 0.4, floor: float = 0.0, **options: Any) -> TokenChoice:
+    options = {"applies_to": "kd", **NEEDED.get(policy, {}), **options}
+    return TokenChoice(TokenSelector(policy=policy, **options), share, floor)
+
+
+def slow_score(policy: str, columns: dict[str, torch.Tensor], labelled: torch.Tensor, n: int) -> float:
+    at = {name: float(column[n]) for name, column in columns.items()}
+    mates = [m for m in range(N) if ROW[m] == ROW[n] and labelled[m]]
+    if policy == "label_rank":
+        return float(at["rank"] < 10)
+    if policy == "entropy_band":
+        return float(0.5 <= at["entropy"] <= 1.5)
+    if policy == "paced":
+        return math.exp(-at["loss"]) * (1 - math.exp(-at["loss"]))
+    if policy == "soft_or":
+        h = at["entropy"] / max(float(columns["entropy"][m]) for m in mates)
+        d = at["divergence"] / max(float(columns["divergence"][m]) for m in mates)
+        return h + d - h * d
+    return {
+        "top_loss": at["loss"],
+        "top_entropy": at["entropy"],
+        "skip_low_entropy": at["entropy"],
+        "excess_loss": at["loss"] - at["reference_loss"],
+        "random": at["key"],
+    }[policy]
+
+
+def slow_weights(choice: TokenChoice, columns: dict[str, torch.Tensor], labelled: torch.Tensor) -> list[float]:
+    policy = choice.selector.policy
+    weights = [0.0] * N
+    for row in range(len(LENGTHS)):
+        places = [n for n in range(N) if ROW[n] == row and labelled[n]]
+        score = {n: slow_score(policy, columns, labelled, n) for n in places}
+        kind = TOKEN_POLICIES[policy].kind
+        if kind == "share":
+            best = sorted(places, key=lambda n: (-score[n], n))[: math.ceil(choice.share * len(places) - 1e-9)]
+            chosen = {n: float(n in best) for n in places}
+        elif kind == "mask":
+            chosen = score
+        else:
+            total = sum(score.values())
+            chosen = {n: score[n] * len(places) / total for n in places}
+        for n in places:
+            weights[n] = choice.floor + (1 - choice.floor) * chosen[n]
+    return weights
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("floor", [0.0, 0.25])
+@pytest.mark.parametrize("policy", sorted(TOKEN_POLICIES))
+def test_weights_equal_plain_code(policy: str, floor: float, seed: int) -> None:
+    columns, labelled = columns_of(seed)
+    choice = choice_of(policy, floor=floor)
+    found = choose(choice, columns, labelled=labelled, row=ROW, num_rows=len(LENGTHS))
+    assert found.tolist() == pytest.approx(slow_weights(choice, columns, labelled), abs=1e-5)
+    assert not found[~labelled].any()
+
+
+@pytest.mark.parametrize("policy", sorted(name for name, p in TOKEN_POLICIES.items() if p.kind != "mask"))
+def test_the_sum_is_known_before_the_scores(policy: str) -> None:
+    columns, labelled = columns_of(5)
+    counts = torch.bincount(ROW[labelled], minlength=len(LENGTHS)).tolist()
+    for share, floor in ((0.3, 0.0), (0.5, 0.2), (1.0, 0.5)):
+        choice = choice_of(policy, share=share, floor=floor)
+        weights = choose(choice, columns, labelled=labelled, row=ROW, num_rows=len(LENGTHS))
+        assert float(weights.double().sum()) == pytest.approx(known_weight_sum(choice, counts), rel=1e-6)
+
+
+def test_the_choice_does_not_depend_on_the_rows_beside() -> None:
+    columns, labelled = columns_of(7)
+    for policy in TOKEN_POLICIES:
+        choice = choice_of(policy)
+        together = choose(choice, columns, labelled=labelled, row=ROW, num_rows=len(LENGTHS))
+        for row in range(len(LENGTHS)):
+            own = row == ROW
+            alone = choose(
+                choice,
+                {name: column[own] for name, column in columns.items()},
+                labelled=labelled[own],
+                row=torch.zeros(int(own.sum()), dtype=torch.int64),
+                num_rows=1,
+            )
+            assert torch.equal(alone, together[own]), policy
+
+
+def test_every_policy_is_reachable_and_shares_are_marked() -> None:
+    assert set(TOKEN_POLICIES) == set(TokenSelector.model_fields["policy"].annotation.__args__)
+    assert {name for name, policy in TOKEN_POLICIES.items() if policy.kind == "share"} == SHARE_POLICIES
+
+
+def test_a_row_never_falls_silent() -> None:
+    assert [kept_count(n, 0.1) for n in (0, 1, 9, 10, 11)] == [0, 1, 1, 1, 2]
+
+
+def test_full_shares_and_floors_are_uniform() -> None:
+    assert choice_of("top_entropy", share=1.0).is_uniform
+    assert choice_of("paced", floor=1.0).is_uniform
+    assert not choice_of("label_rank", share=1.0).is_uniform

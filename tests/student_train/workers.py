@@ -1,0 +1,78 @@
+"""What tests run on a rank: whole training runs, and the gradients of one optimizer step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from potstill.common.config import build_config
+from potstill.storage import Loader
+from potstill.student_train.batch import collate
+from potstill.student_train.config import TrainConfig
+from potstill.student_train.model import build_student, hf_config
+from potstill.student_train.stores import build_plan, open_stores
+
+
+def config_of(tree: dict[str, Any]) -> TrainConfig:
+    """The checked configuration of plain values."""
+    return build_config(TrainConfig, tree, source="test")
+
+
+def train_run(tree: dict[str, Any]) -> dict[str, Any]:
+    """Train as a rank; returns the summary as plain values."""
+    from potstill.student_train.trainer import train
+
+    summary = train(config_of(tree))
+    return {"status": summary.status, "steps": summary.steps, "tokens": summary.tokens}
+
+
+def engine_gradients(tree: dict[str, Any], step: int = 0) -> dict[str, np.ndarray]:
+    """Gradients of optimizer step `step` by parameter name, as DeepSpeed has them right before it would step."""
+    from deepspeed.utils import safe_get_full_grad
+
+    from potstill.student_train import distributed as dist
+
+    config = config_of(tree)
+    stores = open_stores(config)
+    plan = build_plan(config, stores)
+    topology = dist.start_distributed()
+    ds_config = dist.deepspeed_config(config, world_size=topology.world_size)
+    with dist.zero3_construction(ds_config):
+        student = build_student(config.model, hf_config(config.model, vocab_size=48), seed=config.run.seed)
+        engine = dist.build_engine(student, config, ds_config, topology)
+    with Loader(plan, stores.tokens, dict(stores.joined), rank=topology.rank, world=topology.world_size) as loader:
+        batch = next(batch for batch in loader if batch.batch == step)
+    objective = plan.objective(step)
+    micros = collate(batch, objective, micro_batch_rows=config.data.micro_batch_rows, row_length=32)
+    weight = torch.tensor(sum(micro.weight_sum for micro in micros), dtype=torch.float64)
+    dist.all_reduce_sum(weight)
+    for number, micro in enumerate(micros):
+        loss, _ = engine(micro, objective, weight.float())
+        engine.backward(loss * topology.world_size, scale_wrt_gas=False)
+        if number < len(micros) - 1:
+            engine.step()
+    found = {
+        name: safe_get_full_grad(parameter).detach().float().numpy().copy()
+        for name, parameter in engine.module.named_parameters()
+    }
+    engine.destroy()
+    return found
+
+
+def plain_gradients(tree: dict[str, Any], step: int = 0, *, rows: slice = slice(None)) -> dict[str, np.ndarray]:
+    """The same gradients without DeepSpeed, in float64, over all rows of the global batch or some of them."""
+    config = config_of(tree)
+    stores = open_stores(config)
+    plan = build_plan(config, stores)
+    student = build_student(config.model, hf_config(config.model, vocab_size=48), seed=config.run.seed).double()
+    student.train()
+    with Loader(plan, stores.tokens, dict(stores.joined)) as loader:
+        batch = next(batch for batch in loader if batch.batch == step)
+    objective = plan.objective(step)
+    micros = collate(batch, objective, micro_batch_rows=1, row_length=32)
+    weight = torch.tensor(sum(micro.weight_sum for micro in micros))
+    for micro in micros[rows]:
+        student(micro, objective, weight)[0].backward()
+    return {name: p.grad.float().numpy() for name, p in student.named_parameters() if p.grad is not None}
