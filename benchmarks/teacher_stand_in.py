@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 TOP = 128
 CHUNK = 64
 RANK = 32
+KNOWN_A, KNOWN_B = 2.2, 0.55
 NOISE = 1.1
-ZIPF_EXPONENT = 0.95
-ID_ORDER_NOISE = 1.5
+ZIPF_EXPONENT = 1.05
+ID_ORDER_NOISE = 1.6
 NUM_DRAWS = (12, 50)
 
 
@@ -118,7 +119,7 @@ class _Model:
                 state = 0.6 * state + 0.8 * rng.standard_normal(RANK).astype(np.float32)
                 states[n] = state
                 # How well the context is known varies widely, so entropies do too.
-                known = rng.beta(1.6, 0.9)
+                known = rng.beta(KNOWN_A, KNOWN_B)
                 seen = self._draw(rng, int(2 + rng.pareto(0.7) * 3) % 4000 + 1)
                 weights = rng.pareto(0.75, len(seen)) + 0.02
                 p[n] = (1 - known) * 0.6 * self.unigram

@@ -6,6 +6,7 @@ The format is described in docs/format.md; this facade is the only thing other r
 from potstill.storage.commit import CommitRecord
 from potstill.storage.errors import (
     CorruptError,
+    GaveUpError,
     MismatchError,
     NotAStoreError,
     ReadFailedError,
@@ -15,23 +16,32 @@ from potstill.storage.errors import (
     VersionError,
     WriteFailedError,
 )
+from potstill.storage.gc import GcReport, collect_garbage
+from potstill.storage.id_map import IdMap
+from potstill.storage.inspect import format_row
 from potstill.storage.loader import LoadedBatch, Loader
 from potstill.storage.order import ORDER_VERSION, RowOrder, permute
 from potstill.storage.plan import EpochPlan, RowPlan
 from potstill.storage.reader import StoreReader
 from potstill.storage.rows import Row, ScoresRow, TargetsRow, TokensRow, token_digest
 from potstill.storage.seal import Manifest, seal_store
+from potstill.storage.self_check import AlignmentReport, check_alignment, check_student
 from potstill.storage.sparse_targets import SparseTargets, concatenate
 from potstill.storage.spec import RunSpec
+from potstill.storage.stats import StoreStats, store_stats
 from potstill.storage.status import StoreStatus, store_status
 from potstill.storage.verify import VerifyReport, verify_store
 from potstill.storage.writer import StoreWriter
 
 __all__ = [
     "ORDER_VERSION",
+    "AlignmentReport",
     "CommitRecord",
     "CorruptError",
     "EpochPlan",
+    "GaveUpError",
+    "GcReport",
+    "IdMap",
     "LoadedBatch",
     "Loader",
     "Manifest",
@@ -47,6 +57,7 @@ __all__ = [
     "StoreError",
     "StoreExistsError",
     "StoreReader",
+    "StoreStats",
     "StoreStatus",
     "StoreWriter",
     "TargetsRow",
@@ -55,9 +66,14 @@ __all__ = [
     "VerifyReport",
     "VersionError",
     "WriteFailedError",
+    "check_alignment",
+    "check_student",
+    "collect_garbage",
     "concatenate",
+    "format_row",
     "permute",
     "seal_store",
+    "store_stats",
     "store_status",
     "token_digest",
     "verify_store",

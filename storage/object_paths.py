@@ -42,9 +42,8 @@ class ObjectFolder:
         if not url.startswith(URL_SCHEMES):
             raise StoreError(f"{_clean(url)}: unknown scheme, expected a path or one of {URL_SCHEMES}")
         if "@" in url or "?" in url or "#" in url:
-            raise StoreError(
-                f"{_clean(url.split('@')[-1])}: a store URL holds no credentials and no query; use the environment"
-            )
+            text = _clean(url.split("@")[-1])
+            raise StoreError(f"{text}: a store URL holds no credentials and no query; use the environment")
         self.url = url.rstrip("/")
         self._client: Any = None
 

@@ -164,6 +164,23 @@ class StoreReader:
             out.append(self._decode(batches[key], row, entry))
         return out
 
+    def column_bytes(self, ids: Sequence[int] | NDArray[np.int64]) -> tuple[dict[str, int], int]:
+        """Compressed bytes by column, and tokens, of the record batches that hold these rows."""
+        seen: set[tuple[int, int]] = set()
+        totals: dict[str, int] = {}
+        num_tokens = 0
+        for row in (int(i) for i in ids):
+            entry = self._locate(row)
+            key = (int(entry["unit"]), int(entry["offset"]))
+            if key in seen:
+                continue
+            seen.add(key)
+            batch = self._read_batch(row, entry)
+            num_tokens += int(batch.num_tokens.sum())
+            for name, num_bytes in batch.column_bytes().items():
+                totals[name] = totals.get(name, 0) + num_bytes
+        return totals, num_tokens
+
     def iter_unit_rows(self, first_row: int, count: int) -> Iterator[Row]:
         """Rows [first_row, first_row + count) in order, one record batch in memory at a time."""
         row, stop = first_row, min(first_row + count, self._num_rows)

@@ -208,6 +208,14 @@ class DecodedBatch:
             self._planes[plane.name] = self._layout.buffer(first + 2, num_bytes=int(bounds[-1])), bounds
         return self._planes[plane.name]
 
+    def column_bytes(self) -> dict[str, int]:
+        """Compressed bytes of each plane in this batch."""
+        first = [NUM_HEAD_BUFFERS + 3 * index for index in range(len(self._layout_planes))]
+        return {
+            plane.name: sum(length for _, length in self._layout.buffers[i : i + 3])
+            for i, plane in zip(first, self._layout_planes, strict=True)
+        }
+
     def planes(self, position: int, *, skip: Collection[str] = ()) -> Planes:
         """Decompressed planes of one row, each checked against its size and its crc32."""
         out: Planes = {}

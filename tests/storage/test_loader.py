@@ -164,9 +164,11 @@ def test_joined_stores_must_fit_the_tokens(stores, tmp_path):
         Loader(plan, tokens, {"teacher": wrong_tokenizer})
     with pytest.raises(MismatchError, match="expected tokens"):
         Loader(plan, targets, {})
-    with Loader(EpochPlan(NUM_ROWS, global_batch=6, seed=1, joined=("x",)), tokens, {}) as loader:
-        with pytest.raises(StoreError, match=r"needs the stores \['x'\]"):
-            next(loader)
+    with (
+        Loader(EpochPlan(NUM_ROWS, global_batch=6, seed=1, joined=("x",)), tokens, {}) as loader,
+        pytest.raises(StoreError, match=r"needs the stores \['x'\]"),
+    ):
+        next(loader)
 
 
 def test_rows_made_from_other_tokens_are_refused(stores, monkeypatch):
@@ -303,7 +305,7 @@ def test_interrupt_during_a_blocked_read_ends_the_process(stores, signum):
 
 
 def test_many_readers_and_loaders_share_one_read_only_store(stores):
-    tokens, targets = stores
+    targets = stores[1]
     wanted = {row: targets.row(row).targets for row in range(NUM_ROWS)}
     errors = []
 
