@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import itertools
 import json
 import os
 import shutil
 import sys
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ from potstill.common.progress import format_seconds
 from potstill.launch.demo_corpus import write_corpus
 from potstill.launch.demo_plan import DemoSize, make_stages, write_configs
 from potstill.launch.demo_report import report
-from potstill.launch.processes import count_devices
+from potstill.launch.processes import Child, count_devices, start
 from potstill.launch.stages import StageRunner
+from potstill.launch.warm import WarmChild, warm_up
 
 MARKER = "demo.json"
 TIMES = "times.json"
@@ -58,23 +59,28 @@ def _runner(root: Path, size: DemoSize) -> StageRunner:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     has_gpu = _has_gpu()
     slots = 2 if cores > 1 else 1
-    # One rank on a GPU, whose second rank would need a second device; two on a CPU with two cores or more.
-    stages = make_stages(size, root, num_ranks=1 if has_gpu else slots)
-    environment = {
+    # One rank on a GPU, whose second rank would need a second device.
+    stages = make_stages(size, root, num_ranks=1 if has_gpu else min(slots, size.teacher_ranks))
+    os.environ |= {
         "OMP_NUM_THREADS": str(max(1, cores // slots)),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONWARNINGS": "ignore",
         **({} if has_gpu else {"DS_ACCELERATOR": "cpu"}),
     }
-    return StageRunner(
-        stages,
-        prefix=[sys.executable, "-m", "potstill.launch"],
-        slots=slots,
-        log_folder=root / "logs",
-        show=say,
-        environment=environment,
-    )
+    if not has_gpu:
+        warm_up()
+    return StageRunner(stages, starter=_cold if has_gpu else _warm, slots=slots, log_folder=root / "logs", show=say)
+
+
+def _cold(words: Sequence[str], output: Path) -> Child:
+    return start([sys.executable, "-m", "potstill.launch", *words], output=output)
+
+
+def _warm(words: Sequence[str], output: Path) -> Child:
+    # What starts ranks, and what needs no torch, gains nothing from the server.
+    needs_server = words[0] != "prepare" and ("--num-ranks", "2") not in itertools.pairwise(words)
+    return WarmChild(words, output) if needs_server else _cold(words, output)
 
 
 def _has_gpu() -> bool:
@@ -83,13 +89,11 @@ def _has_gpu() -> bool:
 
 
 _BEGAN = time.monotonic()
-_SAY = threading.Lock()
 
 
 def say(line: str) -> None:
-    """Print one line with the time since the start; stages speak from several threads."""
-    with _SAY:
-        print(f"[{format_seconds(time.monotonic() - _BEGAN):>6}] {line}", flush=True)
+    """Print one line with the time since the start."""
+    print(f"[{format_seconds(time.monotonic() - _BEGAN):>6}] {line}", flush=True)
 
 
 def _claim(root: Path, size: DemoSize, *, force: bool) -> None:

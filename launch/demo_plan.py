@@ -59,6 +59,7 @@ class DemoSize:
     heldout_fraction: float
     batch_rows: int
     kept_entries: int
+    teacher_ranks: int
     teacher: ModelSize
     slm: ModelSize
     student: ModelSize
@@ -71,6 +72,7 @@ FULL = DemoSize(
     heldout_fraction=0.06,
     batch_rows=8,
     kept_entries=64,
+    teacher_ranks=2,
     teacher=ModelSize(hidden_size=160, num_layers=4, num_heads=4, intermediate_size=448, steps=700, learning_rate=3e-3),
     slm=ModelSize(hidden_size=64, num_layers=2, num_heads=2, intermediate_size=192, steps=300, learning_rate=4e-3),
     student=ModelSize(hidden_size=96, num_layers=2, num_heads=3, intermediate_size=256, steps=400, learning_rate=3e-3),
@@ -83,6 +85,7 @@ QUICK = DemoSize(
     heldout_fraction=0.1,
     batch_rows=8,
     kept_entries=32,
+    teacher_ranks=1,
     teacher=ModelSize(hidden_size=64, num_layers=2, num_heads=2, intermediate_size=160, steps=40, learning_rate=5e-3),
     slm=ModelSize(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64, steps=10, learning_rate=5e-3),
     student=ModelSize(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64, steps=20, learning_rate=5e-3),
@@ -102,7 +105,7 @@ def student_config(size: DemoSize, root: Path, *, distilled: bool) -> dict[str, 
         },
         "optimizer": {"lr": size.student.learning_rate},
         "schedule": {"kind": "cosine", "warmup": 0.05, "min_ratio": 0.05},
-        "checkpoint": {"every_steps": max(1, size.student.steps // 4), "keep_last": 1},
+        "checkpoint": {"every_steps": max(10, size.student.steps // 4), "keep_last": 1},
     }
     if distilled:
         tree["data"] |= {
@@ -130,6 +133,7 @@ def student_config(size: DemoSize, root: Path, *, distilled: bool) -> dict[str, 
 
 def write_configs(size: DemoSize, root: Path) -> None:
     """Write the models' config.json and the students' YAML below `root`/configs; the same bytes each time."""
+    (root / "targets").mkdir(exist_ok=True)
     for name, model in (("teacher", size.teacher), ("slm", size.slm), ("student", size.student)):
         folder = root / "configs" / name
         folder.mkdir(parents=True, exist_ok=True)
@@ -153,7 +157,7 @@ def make_stages(size: DemoSize, root: Path, *, num_ranks: int) -> list[Stage]:
             f"train --preset lm --output {{root}}/runs/{name} --steps {model.steps} --num-ranks {ranks} "
             f"--model-config {{root}}/configs/{name} --tokens {{root}}/data/train --set run.name={name} "
             f"data.global_batch_rows={{size.batch_rows}} data.micro_batch_rows={size.batch_rows // ranks} "
-            f"optimizer.lr={model.learning_rate} checkpoint.every_steps={max(1, model.steps // 8)} "
+            f"optimizer.lr={model.learning_rate} checkpoint.every_steps={max(10, model.steps // 8)} "
             "checkpoint.keep_last=1"
         )
         return stage(f"train-{name}", template, "prepare", done=f"runs/{name}/done.json", slots=ranks)
@@ -162,9 +166,11 @@ def make_stages(size: DemoSize, root: Path, *, num_ranks: int) -> list[Stage]:
         template = f"train --config {{root}}/configs/{name}.yaml --num-ranks 1"
         return stage(f"train-{name}", template, *needs, done=f"runs/{name}/done.json")
 
-    def export(name: str) -> Stage:
+    def export(name: str, *, check: bool = False) -> Stage:
+        # The check loads the model in a fresh process, which takes seconds: once is enough to see it.
         template = (
-            f"export --run {{root}}/runs/{name} --output {{root}}/models/{name} --tokenizer {{root}}/data/tokenizer"
+            f"export --run {{root}}/runs/{name} --output {{root}}/models/{name} --tokenizer {{root}}/data/tokenizer "
+            + ("--check" if check else "--no-check")
         )
         return stage(f"export-{name}", template, f"train-{name}", done=f"models/{name}/config.json")
 
@@ -202,5 +208,5 @@ def make_stages(size: DemoSize, root: Path, *, num_ranks: int) -> list[Stage]:
         evaluate("slm", "models/slm", "export-slm"),
         evaluate("labels-only", "runs/labels-only", "train-labels-only"),
         evaluate("distilled", "runs/distilled", "train-distilled"),
-        export("distilled"),
+        export("distilled", check=True),
     ]

@@ -19,7 +19,9 @@ import socket
 import subprocess
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
 STOP_SECONDS = 40.0  # the launcher itself gives its ranks 30 s between TERM and KILL
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -49,40 +51,59 @@ def launcher_command(module: str, arguments: Sequence[str], *, num_ranks: int, p
     ]
 
 
+class Child(Protocol):
+    """A process that was started here: a plain one, or one made by a warm server."""
+
+    @property
+    def pid(self) -> int:
+        """Its id, which is also its group's."""
+        ...
+
+    def poll(self) -> int | None:
+        """Its exit code, None while it runs."""
+        ...
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end; raises subprocess.TimeoutExpired."""
+        ...
+
+
+def die_with_parent(parent: int) -> None:
+    """Ask the kernel to kill this process when `parent`, its parent, ends (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+
 def start(
-    command: Sequence[str], *, environment: Mapping[str, str] | None = None, capture: bool = False
+    command: Sequence[str], *, environment: Mapping[str, str] | None = None, output: Path | None = None
 ) -> subprocess.Popen[bytes]:
     """Start a child in a group of its own; call from the main thread, whose end the kernel takes as the command's.
 
-    `environment` adds to ours. With `capture`, standard output and error of the child come as one pipe.
+    `environment` adds to ours. Standard output and error are appended to `output` if it is given.
     """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     parent = os.getpid()
-
-    def die_with_parent() -> None:
-        if libc is not None:
-            libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != parent:
-                os._exit(1)
-
-    return subprocess.Popen(
-        command,
-        env={**os.environ, **(environment or {})},
-        start_new_session=True,
-        preexec_fn=die_with_parent,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE if capture else None,
-        stderr=subprocess.STDOUT if capture else None,
-    )
+    with contextlib.ExitStack() as stack:
+        sink = stack.enter_context(output.open("ab")) if output is not None else None
+        return subprocess.Popen(
+            command,
+            env={**os.environ, **(environment or {})},
+            start_new_session=True,
+            preexec_fn=lambda: die_with_parent(parent),
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=sink,
+        )
 
 
-def kill_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+def kill_group(process: Child, number: signal.Signals) -> None:
     """Send a signal to the process and everything that it has started; nothing happens if all are gone."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, number)
 
 
-def stop(process: subprocess.Popen[bytes], *, seconds: float = STOP_SECONDS) -> None:
+def stop(process: Child, *, seconds: float = STOP_SECONDS) -> None:
     """End a child and its group: TERM, `seconds` of patience, KILL. Returns when the child is gone."""
     if process.poll() is None:
         kill_group(process, signal.SIGTERM)
@@ -93,7 +114,7 @@ def stop(process: subprocess.Popen[bytes], *, seconds: float = STOP_SECONDS) -> 
 
 
 @contextlib.contextmanager
-def passing_signals_to(processes: Collection[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+def passing_signals_to(processes: Collection[Child]) -> Iterator[list[int]]:
     """While inside, INT, TERM and HUP go to the children as TERM; yields the list of the signals that came."""
     received: list[int] = []
 

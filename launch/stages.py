@@ -1,24 +1,25 @@
 """Run a list of command lines in the order of their needs, as many at a time as there are slots.
 
 A stage that says it is done is left out, so that the same list run again does only what is missing. Output of a stage
-goes line by line to its log file and, marked with its name, to `show`.
+goes to its log file; `show` gets the newest line of it now and then.
 """
 
 from __future__ import annotations
 
 import contextlib
 import shlex
-import subprocess
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from potstill.common.errors import UserError
-from potstill.launch.processes import passing_signals_to, start, stop
+from potstill.common.progress import format_seconds
+from potstill.launch.processes import Child, passing_signals_to, stop
 
 POLL_SECONDS = 0.1
+LINE_EVERY_SECONDS = 10.0
 TAIL_LINES = 15
 
 
@@ -33,12 +34,18 @@ class Stage:
     slots: int = 1
 
 
+# Starts a command whose output goes to a file: (words after the program's name, log file) -> child.
+Starter = Callable[[Sequence[str], Path], Child]
+
+
 @dataclass
 class _Running:
     stage: Stage
-    process: subprocess.Popen[bytes]
+    process: Child
     began: float
-    reader: threading.Thread
+    log: BinaryIO
+    shown: float
+    newest: str = ""
 
 
 def shell_line(command: Sequence[str]) -> str:
@@ -53,20 +60,17 @@ class StageRunner:
         self,
         stages: Sequence[Stage],
         *,
-        prefix: Sequence[str],
+        starter: Starter,
         slots: int,
         log_folder: Path,
         show: Callable[[str], None],
-        environment: dict[str, str] | None = None,
     ) -> None:
-        """`prefix` is put before each command (the interpreter and its module)."""
         self.seconds: dict[str, float] = {}
         self._stages = list(stages)
-        self._prefix = list(prefix)
+        self._starter = starter
         self._slots = slots
         self._log_folder = log_folder
         self._show = show
-        self._environment = environment
         self._finished: set[str] = set()
         self._running: list[_Running] = []
 
@@ -77,7 +81,7 @@ class StageRunner:
             if set(stage.needs) <= self._finished and stage.is_done():
                 self._finished.add(stage.name)
                 self._show(f"{stage.name}: done before")
-        processes: list[subprocess.Popen[bytes]] = []
+        processes: list[Child] = []
         try:
             with passing_signals_to(processes) as received:
                 while len(self._finished) < len(self._stages):
@@ -87,11 +91,13 @@ class StageRunner:
                         self._start(stage)
                         processes.append(self._running[-1].process)
                     time.sleep(POLL_SECONDS)
-                    self._collect()
+                    for running in list(self._running):
+                        self._look_at(running)
+                    processes[:] = [running.process for running in self._running]
         finally:
             for running in self._running:
                 stop(running.process)
-                running.reader.join()
+                running.log.close()
 
     def _ready(self) -> list[Stage]:
         """Stages to start now: needs met, and room beside what runs (a wide one runs alone if it must)."""
@@ -107,43 +113,41 @@ class StageRunner:
             ready.append(stage)
         return ready
 
-    def _start(self, stage: Stage) -> None:
-        self._show(f"{stage.name}: $ {shell_line(stage.command)}")
-        process = start([*self._prefix, *stage.command[1:]], environment=self._environment, capture=True)
-        reader = threading.Thread(target=self._read, args=(stage, process), daemon=True)
-        reader.start()
-        self._running.append(_Running(stage, process, time.monotonic(), reader))
-
     def log_path(self, stage: str) -> Path:
         """Where the output of a stage is kept."""
         return self._log_folder / f"{stage}.log"
 
-    def _read(self, stage: Stage, process: subprocess.Popen[bytes]) -> None:
-        assert process.stdout is not None
-        with self.log_path(stage.name).open("ab") as log:
-            for line in process.stdout:
-                log.write(line)
-                log.flush()
-                self._show(f"{stage.name}: {line.decode('utf-8', 'replace').rstrip()}")
+    def _start(self, stage: Stage) -> None:
+        self._show(f"{stage.name}: $ {shell_line(stage.command)}")
+        path = self.log_path(stage.name)
+        path.touch()
+        log = path.open("rb")
+        log.seek(0, 2)  # an earlier, unfinished run has written before
+        now = time.monotonic()
+        self._running.append(_Running(stage, self._starter(stage.command[1:], path), now, log, shown=now))
 
-    def _collect(self) -> None:
-        for running in list(self._running):
-            code = running.process.poll()
-            if code is None:
-                continue
-            stop(running.process)
-            running.reader.join()
-            self._running.remove(running)
-            name = running.stage.name
-            if code != 0 or not running.stage.is_done():
-                raise UserError(
-                    f"stage {name} ended with code {code}{'' if code else ' but its output is not complete'}; "
-                    f"the end of {self.log_path(name)}:\n{self._tail(name)}\n"
-                    "mend the cause and repeat the command: it goes on from here"
-                )
-            self.seconds[name] = time.monotonic() - running.began
-            self._finished.add(name)
-            self._show(f"{name}: done in {self.seconds[name]:.1f}s")
+    def _look_at(self, running: _Running) -> None:
+        code = running.process.poll()
+        lines = [line for line in running.log.read().decode("utf-8", "replace").splitlines() if line.strip()]
+        running.newest = lines[-1] if lines else running.newest
+        if running.newest and time.monotonic() - running.shown >= LINE_EVERY_SECONDS:
+            self._show(f"{running.stage.name}: {running.newest}")
+            running.newest, running.shown = "", time.monotonic()
+        if code is None:
+            return
+        stop(running.process)
+        running.log.close()
+        self._running.remove(running)
+        name = running.stage.name
+        if code != 0 or not running.stage.is_done():
+            raise UserError(
+                f"stage {name} ended with code {code}{'' if code else ' but its output is not complete'}; "
+                f"the end of {self.log_path(name)}:\n{self._tail(name)}\n"
+                "mend the cause and repeat the command: it goes on from here"
+            )
+        self.seconds[name] = time.monotonic() - running.began
+        self._finished.add(name)
+        self._show(f"{name}: done in {format_seconds(self.seconds[name])}")
 
     def _tail(self, name: str) -> str:
         with contextlib.suppress(OSError):

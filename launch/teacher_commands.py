@@ -51,7 +51,7 @@ PREPARE = Command(
 
 def _walked(work: Callable[[], WorkerSummary]) -> int:
     """Run a worker and say how its part of the work stands: one of several answers for its own share only."""
-    from potstill.teacher_dump.stopping import StoppedError
+    from potstill.teacher_dump.worker import StoppedError
 
     try:
         summary = work()

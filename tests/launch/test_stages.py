@@ -22,7 +22,13 @@ def script(folder: Path, name: str, code: str, *, needs: tuple[str, ...] = (), s
 
 
 def runner(folder: Path, stages: list[Stage], shown: list[str], *, slots: int = 2) -> StageRunner:
-    return StageRunner(stages, prefix=[sys.executable], slots=slots, log_folder=folder / "logs", show=shown.append)
+    return StageRunner(
+        stages,
+        starter=lambda words, output: start([sys.executable, *words], output=output),
+        slots=slots,
+        log_folder=folder / "logs",
+        show=shown.append,
+    )
 
 
 TOUCH = "marker.touch()"
