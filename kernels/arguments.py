@@ -12,6 +12,7 @@ from potstill.kernels import backends
 from potstill.kernels.fused_linear import Plan
 from potstill.kernels.settings import (
     FLOAT_DTYPES,
+    LossSettings,
     check_targets,
     check_tensor,
     make_settings,
@@ -145,7 +146,7 @@ def make_plan(
     )
     device = like.device
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    backend = backends.choose(options["backend"], device)
+    backend = backends.choose(options["backend"], device, like.dtype)
     check_targets(targets, settings, num_tokens=num_tokens, vocab_size=vocab_size, device=device)
     _check_labels(labels, num_tokens, vocab_size, device, read=options["validate"] or device.type == "cpu")
     if options["validate"] and targets is not None:
@@ -156,6 +157,7 @@ def make_plan(
         settings=settings,
         targets=targets,
         labels=labels,
+        factors=_factors(settings, weights),
         weights=weights,
         kd_weights=_vector("kd_weights", options["kd_weights"], num_tokens, dtype, device),
         inverse_normalizer=_inverse_normalizer(options["normalizer"], weights),
@@ -187,6 +189,12 @@ def _inverse_normalizer(normalizer: Tensor | None, weights: Tensor) -> Tensor:
         raise KernelInputError(f"normalizer has shape {list(normalizer.shape)}; expected a 0-d tensor")
     normalizer = normalizer.detach().to(device=weights.device, dtype=weights.dtype).reshape(())
     return torch.where(normalizer == 0, torch.zeros_like(normalizer), 1 / normalizer)
+
+
+def _factors(settings: LossSettings, like: Tensor) -> Tensor:
+    """alpha, ce_weight, z_loss [3], filled on the device: a copy from the host could wait for it."""
+    values = (settings.alpha, settings.ce_weight, settings.z_loss)
+    return torch.stack([torch.full((), v, dtype=like.dtype, device=like.device) for v in values])
 
 
 def _active_rows(weights: Tensor, num_active: int | None) -> Tensor:

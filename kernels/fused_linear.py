@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from potstill.kernels import products
 from potstill.kernels.backends import Backend
-from potstill.kernels.objective import RowTerms, build_fix_set, row_terms
+from potstill.kernels.objective import RowTerms
 from potstill.kernels.settings import LossSettings
 from potstill.kernels.types import LossSums, SparseTargetTensors
 
@@ -27,6 +27,7 @@ class Plan:
     settings: LossSettings
     targets: SparseTargetTensors | None
     labels: Tensor  # int64 [N]
+    factors: Tensor  # [3] alpha, ce_weight, z_loss
     weights: Tensor  # [N], accumulation dtype
     kd_weights: Tensor  # [N]
     inverse_normalizer: Tensor  # 0-d
@@ -47,9 +48,13 @@ def chunk_terms(
     plan: Plan, slab: Tensor, rows: Tensor, weights: Tensor, *, with_gradient: bool
 ) -> tuple[RowTerms, Tensor]:
     """Loss terms of one chunk; `slab` [B, V] holds its logits and then (if asked) their gradient."""
-    fix = build_fix_set(plan.targets, plan.labels, rows, plan.settings, width=plan.width, dtype=plan.weights.dtype)
+    fix = plan.backend.build_fix_set(
+        plan.targets, plan.labels, rows, plan.settings, width=plan.width, dtype=plan.weights.dtype
+    )
     stats, state = plan.backend.row_stats(slab, fix, plan.settings, keep_exp=with_gradient)
-    terms = row_terms(stats, fix, plan.settings, weights=weights, kd_weights=plan.kd_weights[rows])
+    terms = plan.backend.row_terms(
+        stats, fix, plan.settings, factors=plan.factors, weights=weights, kd_weights=plan.kd_weights[rows]
+    )
     if with_gradient:
         slab = plan.backend.row_gradient(slab, state, stats, terms, fix, plan.settings)
     return terms, slab
@@ -80,13 +85,12 @@ def run_chunks(
     all_rows = plan.rows is None
     grads = Gradients(
         (torch.empty_like if all_rows else torch.zeros_like)(hidden) if needs[0] else None,
-        torch.zeros(weight.shape, dtype=dtype, device=device) if needs[1] else None,
+        torch.empty(weight.shape, dtype=dtype, device=device) if needs[1] else None,
         torch.zeros(vocab_size, dtype=dtype, device=device) if needs[2] else None,
     )
     num_rows = num_tokens if plan.rows is None else plan.rows.shape[0]
-    buffer = torch.empty(
-        min(plan.chunk_rows, num_rows), vocab_size, dtype=plan.backend.slab_dtype(weight.dtype), device=device
-    )
+    buffer = plan.backend.slab(min(plan.chunk_rows, num_rows), vocab_size, weight.dtype, device)
+    first = True
     for rows in plan.chunks(num_tokens):
         states = hidden.index_select(0, rows)
         slab = products.logits(states, weight, bias, out=buffer[: rows.shape[0]])
@@ -98,9 +102,12 @@ def run_chunks(
         if grads.hidden is not None:
             grads.hidden[rows] = products.hidden_gradient(slab, weight)
         if grads.weight is not None:
-            products.add_weight_gradient(grads.weight, slab, states)
+            products.add_weight_gradient(grads.weight, slab, states, first=first)
         if grads.bias is not None:
             grads.bias += slab.sum(0, dtype=dtype)
+        first = False
+    if first and grads.weight is not None:
+        grads.weight.zero_()
     return total, sums, grads
 
 
@@ -154,29 +161,49 @@ class LinearTokenLosses(torch.autograd.Function):
         return (*(None if grad is None else grad.to(of.dtype) for grad, of in pairs), None)
 
 
+def run_logits(plan: Plan, logits: Tensor, *, needs_grad: bool, inplace: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(sum of losses, sums [14], its gradient by the logits)."""
+    dtype = plan.weights.dtype
+    total = torch.zeros((), dtype=dtype, device=logits.device)
+    sums = torch.zeros(len(LossSums.names()), dtype=dtype, device=logits.device)
+    # `.data`: the caller gave the buffer up, so its version counter need not guard it.
+    grad = (logits.data if inplace else torch.empty_like(logits)) if needs_grad else None
+    wanted = plan.backend.slab_dtype(logits.dtype)
+    for rows in plan.chunks(logits.shape[0]):
+        slab = logits.index_select(0, rows).to(wanted)
+        terms, slab = chunk_terms(plan, slab, rows, plan.weights[rows], with_gradient=needs_grad)
+        total += terms.loss.sum()
+        sums += terms.sums.sum(1)
+        if grad is not None:
+            grad[rows] = slab.to(grad.dtype)
+    if grad is not None and plan.rows is not None:
+        unused = torch.ones(logits.shape[0], dtype=torch.bool, device=logits.device)
+        unused[plan.rows] = False
+        grad.masked_fill_(unused[:, None], 0)
+    return total, sums, grad
+
+
+def run_whole_logits(plan: Plan, logits: Tensor, *, inplace: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """As run_logits with a gradient, for all rows at once and a slab that is the gradient: no copies."""
+    slab = logits.data if inplace else logits.detach().clone(memory_format=torch.contiguous_format)
+    rows = torch.arange(logits.shape[0], device=logits.device)
+    terms, slab = chunk_terms(plan, slab, rows, plan.weights, with_gradient=True)
+    return terms.loss.sum(), terms.sums.sum(1), slab
+
+
 class FusedLoss(torch.autograd.Function):
     """(logits, plan, needs, inplace) -> (loss, sums); the gradient by the logits is computed here."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, plan: Plan, needs_grad: bool, inplace: bool) -> tuple[Tensor, Tensor]:
-        dtype = plan.weights.dtype
-        total = torch.zeros((), dtype=dtype, device=logits.device)
-        sums = torch.zeros(len(LossSums.names()), dtype=dtype, device=logits.device)
-        grad = None
-        if needs_grad:
-            # `.data`: the caller gave the buffer up, so its version counter need not guard it.
-            grad = logits.data if inplace else torch.empty_like(logits)
-        for rows in plan.chunks(logits.shape[0]):
-            slab = logits.index_select(0, rows).to(plan.backend.slab_dtype(logits.dtype))
-            terms, slab = chunk_terms(plan, slab, rows, plan.weights[rows], with_gradient=needs_grad)
-            total += terms.loss.sum()
-            sums += terms.sums.sum(1)
-            if grad is not None:
-                grad[rows] = slab.to(grad.dtype)
-        if grad is not None and plan.rows is not None:
-            unused = torch.ones(logits.shape[0], dtype=torch.bool, device=logits.device)
-            unused[plan.rows] = False
-            grad.masked_fill_(unused[:, None], 0)
+        same = plan.backend.slab_dtype(logits.dtype) == logits.dtype and logits.is_contiguous()
+        # The torch passes make copies per row block anyway and run in chunks for the cache's sake.
+        whole = plan.backend.name == "triton" and same and plan.rows is None and logits.shape[0] > 0
+        grad: Tensor | None
+        if whole and needs_grad:
+            total, sums, grad = run_whole_logits(plan, logits, inplace=inplace)
+        else:
+            total, sums, grad = run_logits(plan, logits, needs_grad=needs_grad, inplace=inplace)
         ctx.save_for_backward(plan.inverse_normalizer, grad)
         ctx.mark_non_differentiable(sums)
         return total * plan.inverse_normalizer, sums

@@ -10,6 +10,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
+from potstill.kernels import self_check as checking
 from potstill.kernels.arguments import (
     LossOptions,
     check_linear,
@@ -42,6 +43,7 @@ __all__ = [
     "check_combination",
     "linear_sparse_loss",
     "linear_sparse_losses",
+    "self_check",
     "sparse_loss",
     "token_statistics",
 ]
@@ -141,6 +143,43 @@ def sparse_loss(
     needs_grad = torch.is_grad_enabled() and logits.requires_grad
     loss, sums = FusedLoss.apply(logits, plan, needs_grad, inplace)
     return loss, LossSums.unstack(sums)
+
+
+@torch.compiler.disable
+def self_check(
+    *,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: SparseTargetTensors | None,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    **options: Unpack[LossOptions],
+) -> dict[str, float]:
+    """Compares the path that linear_sparse_loss takes for these arguments with float64, on 16 tokens.
+
+    Returns the relative errors of the loss and of each gradient; raises SelfCheckError with them when one
+    is above the tolerance of the dtype, and KernelInputError when the targets hold nonsense. The reference
+    needs the head in float64 on the CPU (8 V D bytes) for a moment. Gradients of the model are not touched.
+    """
+    hidden, weight, bias = under_autocast(hidden, weight, bias)
+    check_linear(hidden, weight, bias)
+    checking.check_values(targets, weight.shape[0])
+    arguments = {"hidden": hidden, "weight": weight, "bias": bias, "targets": targets, "labels": labels}
+    arguments |= options
+    rows = checking.pick_rows(options.get("token_weights"), hidden.shape[0], hidden.device)
+    if rows.shape[0] == 0:
+        return {}
+    chosen = checking.subset(arguments, rows)
+    results = []
+    for call in (chosen, checking.in_float64(chosen)):
+        leaves = [name for name in ("hidden", "weight", "bias") if call.get(name) is not None]
+        with torch.enable_grad():
+            for name in leaves:
+                call[name] = call[name].clone().requires_grad_()
+            loss, _ = linear_sparse_loss(**call)
+            grads = torch.autograd.grad(loss, [call[name] for name in leaves])
+        results.append({"loss": loss.detach(), **{f"{n} gradient": g for n, g in zip(leaves, grads, strict=True)}})
+    return checking.compare(results[0], results[1], hidden.dtype)
 
 
 @torch.compiler.disable

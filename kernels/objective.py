@@ -165,30 +165,34 @@ def row_terms(
     fix: FixSet,
     settings: LossSettings,
     *,
+    factors: Tensor,
     weights: Tensor,
     kd_weights: Tensor,
 ) -> RowTerms:
-    """Loss, sums and gradient of each row from its statistics (weights, kd_weights [B])."""
-    scale_t = settings.temperature
+    """Loss, sums and gradient of each row from its statistics (weights, kd_weights [B]).
+
+    factors [3]: alpha, ce_weight, z_loss. They are tensors because schedules change them at every step, and
+    a compiled function would be compiled anew for each value.
+    """
+    alpha, ce_weight, z_loss = factors.unbind(0)
     lse = torch.logaddexp(stats.log_rest, _safe_lse(stats.fix))
     log_q1 = stats.fix - lse[:, None]  # [B, F]
     label_logit = torch.where(fix.is_label, stats.fix, 0.0).sum(1)
     ce = torch.where(fix.has_label, lse - label_logit, 0.0)
-    gamma = weights * settings.ce_weight * fix.has_label + weights * (2 * settings.z_loss) * lse
+    gamma = weights * (ce_weight * fix.has_label + 2 * z_loss * lse)
     q1 = log_q1.exp()
-    fix_grad = gamma[:, None] * q1 - (weights * settings.ce_weight)[:, None] * fix.is_label
+    fix_grad = gamma[:, None] * q1 - (weights * ce_weight)[:, None] * fix.is_label
     rest_share = (stats.log_rest - lse).exp()
     kd, kd_grad, dense_t, student_mass = _kd_terms(stats, fix, settings)
-    amount = weights * kd_weights * fix.has_target
-    if settings.alpha != 0.0:
-        coefficient = amount * (settings.alpha * scale_t)
-        fix_grad = fix_grad + coefficient[:, None] * kd_grad
-        dense_t = coefficient * dense_t
-    else:
-        dense_t = torch.zeros_like(dense_t)
     kd = torch.where(fix.has_target, kd, 0.0)
-    loss = settings.alpha * scale_t**2 * amount * kd if settings.alpha != 0.0 else torch.zeros_like(kd)
-    loss = loss + weights * (settings.ce_weight * ce + settings.z_loss * lse.square())
+    amount = weights * kd_weights * fix.has_target
+    # T^2 on the loss, T on the gradient by z = T u. With alpha 0 not even an infinite divergence counts.
+    coefficient = amount * (alpha * settings.temperature)
+    counts = coefficient != 0
+    fix_grad = fix_grad + torch.where(counts[:, None], coefficient[:, None] * kd_grad, 0.0)
+    dense_t = torch.where(counts, coefficient * dense_t, 0.0)
+    loss = torch.where(counts, coefficient * settings.temperature * kd, 0.0)
+    loss = loss + weights * (ce_weight * ce + z_loss * lse.square())
     mean = rest_share * stats.mean_rest + torch.where(fix.used, q1 * stats.fix, 0.0).sum(1)
     kept_mass = torch.where(fix.kept, fix.log_p.exp(), 0.0).sum(1)
     agreement = (stats.fix[:, 0] >= stats.row_max) & fix.has_target

@@ -47,14 +47,19 @@ def hidden_gradient(slab: Tensor, weight: Tensor) -> Tensor:
     return total.to(weight.dtype)
 
 
-def add_weight_gradient(total: Tensor, slab: Tensor, hidden: Tensor) -> None:
-    """total [V, D] (float32 or float64) += slab [B, V] transposed times hidden [B, D]."""
+def add_weight_gradient(total: Tensor, slab: Tensor, hidden: Tensor, *, first: bool) -> None:
+    """total [V, D] (float32 or float64) += slab [B, V] transposed times hidden [B, D]; = if `first`."""
+    beta = 0 if first else 1
     if slab.dtype == total.dtype:
-        total.addmm_(slab.t(), hidden.to(total.dtype))
+        total.addmm_(slab.t(), hidden.to(total.dtype), beta=beta)
     elif slab.is_cuda and has_wide_output():
-        torch.addmm(total, slab.t(), hidden, out_dtype=total.dtype, out=total)
+        torch.addmm(total, slab.t(), hidden, out_dtype=total.dtype, beta=beta, out=total)
     else:
-        total += torch.mm(slab.t(), hidden).to(total.dtype)
+        product = torch.mm(slab.t(), hidden)
+        if first:
+            total.copy_(product)
+        else:
+            total += product
 
 
 def scaled(value: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -25,9 +25,8 @@ class TokenStatistics:
 def run_statistics(plan: Plan, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> TokenStatistics:
     names = LossSums.names()
     table = torch.zeros(len(names), hidden.shape[0], dtype=plan.weights.dtype, device=hidden.device)
-    dtype = plan.backend.slab_dtype(weight.dtype)
     for rows in plan.chunks(hidden.shape[0]):
-        slab = torch.empty(rows.shape[0], weight.shape[0], dtype=dtype, device=hidden.device)
+        slab = plan.backend.slab(rows.shape[0], weight.shape[0], weight.dtype, hidden.device)
         slab = products.logits(hidden.index_select(0, rows), weight, bias, out=slab)
         terms, _ = chunk_terms(plan, slab, rows, plan.weights[rows], with_gradient=False)
         table[:, rows] = terms.sums

@@ -85,28 +85,29 @@ class LogitSource:
     def check(
         cls,
         *,
-        hidden: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        logits: Tensor | None,
-        vocab_size: int | None,
-        temperatures: Sequence[float],
-        labels: Tensor | None,
-        soft_cap: float | None,
-        logit_scale: float,
-        chunk_bytes: int | None,
-        backend: str,
+        hidden: Tensor | None = None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        logits: Tensor | None = None,
+        vocab_size: int | None = None,
+        temperatures: Sequence[float] = (),
+        labels: Tensor | None = None,
+        soft_cap: float | None = None,
+        logit_scale: float = 1.0,
+        chunk_bytes: int | None = None,
+        backend: str = "auto",
     ) -> "LogitSource":
         num_tokens, head_size, device = _check_inputs(hidden, weight, bias, logits)
         vocab_size = head_size if vocab_size is None else vocab_size
         if not 1 <= vocab_size <= head_size:
             raise KernelInputError(f"vocab_size is {vocab_size}; expected 1 .. {head_size}, the head's rows")
-        for name, value in (("logit_scale", logit_scale), ("soft_cap", soft_cap)):
+        for name, value in (
+            ("logit_scale", logit_scale),
+            ("soft_cap", soft_cap),
+            *(("each of temperatures", t) for t in temperatures),
+        ):
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise KernelInputError(f"{name} is {value}; expected a finite number > 0")
-        for t in temperatures:
-            if not (math.isfinite(t) and t > 0):
-                raise KernelInputError(f"temperatures hold {t}; expected finite numbers > 0")
         if labels is None:
             labels = torch.full((num_tokens,), IGNORE_LABEL, dtype=torch.int64, device=device)
         check_tensor("labels", labels, shape=(num_tokens,), dtypes=(torch.int64,), device=device)
@@ -129,18 +130,16 @@ class LogitSource:
             soft_cap=soft_cap,
             logit_scale=logit_scale,
             chunk_rows=rows - rows % 128 if rows > 128 else rows,
-            backend=backends.choose(backend, device),
+            backend=backends.choose(backend, device, torch.float32),
         )
 
     def chunks(self) -> Iterator[TeacherChunk]:
+        """In order; one chunk of no rows when there are no tokens, so that joining has something to join."""
         num_tokens = self.labels.shape[0]
         rows = min(self.chunk_rows, num_tokens)
         buffer = self._buffer(rows)
-        for start in range(0, num_tokens, max(1, rows)):
+        for start in range(0, max(1, num_tokens), max(1, rows)):
             yield self._chunk(slice(start, min(start + rows, num_tokens)), buffer)
-
-    def empty_chunk(self) -> TeacherChunk:
-        return self._chunk(slice(0, 0), self._buffer(0))
 
     def _buffer(self, rows: int) -> Tensor:
         width = tiles.padded_width(self.head_size)

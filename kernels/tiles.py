@@ -1,7 +1,7 @@
-"""One pass over teacher logits in tiles of 128 ids, and what follows from the tiles exactly.
+"""One pass over teacher logits in tiles of 64 ids, and what follows from the tiles exactly.
 
 Every one of the k best ids lies in one of the k tiles with the largest maxima, so after one streaming read
-only k * 128 candidates are looked at again. Sums of exp are kept per tile as well: the mass outside the
+only k * 64 candidates are looked at again. Sums of exp are kept per tile as well: the mass outside the
 kept ids is then a sum of what was not taken, free of the cancellation in `1 - kept`.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TILE = 128
+TILE = 64
 # Below every logit; finite, so that (z - max) * exp(z - max) is 0 and not NaN in the padding.
 FILL = -1e30
 BLOCK_BYTES = 2 << 20

@@ -8,15 +8,17 @@ choice among equals.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
+from potstill.kernels.sampling import as_targets, count_draws, draw_ids
 from potstill.kernels.settings import check_tensor
 from potstill.kernels.teacher_rows import LogitSource, TeacherChunk
 from potstill.kernels.types import KernelInputError, SparseTargetTensors
 
-__all__ = ["TopK", "select_top_k", "select_top_p_k", "teacher_topk"]
+__all__ = ["Sampled", "TopK", "select_sample", "select_top_k", "select_top_p_k", "teacher_topk"]
 
 MAX_ENTRIES = 255  # a store keeps the number of entries of a token in one byte
 
@@ -43,45 +45,40 @@ class TopK:
     log_tail_at: Mapping[float, Tensor]
 
 
-@torch.no_grad()
-def teacher_topk(
-    *,
-    hidden: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    logits: Tensor | None = None,
-    k: int,
-    vocab_size: int | None = None,
-    temperatures: Sequence[float] = (),
-    labels: Tensor | None = None,
-    soft_cap: float | None = None,
-    logit_scale: float = 1.0,
-    chunk_bytes: int | None = None,
-    backend: str = "auto",
-) -> TopK:
-    """The k best ids from hidden [N, D] and weight [V, D] (bias [V]), or from logits [N, V].
+class TeacherOptions(TypedDict, total=False):
+    """Keyword options of the teacher's calls, with their defaults.
 
-    vocab_size: ids at and above it are never kept (None: all V). temperatures: further T > 0 for which
-    lse and tails are wanted. labels int64 [N], -100 none. Chunked by chunk_bytes of float32 logits.
+    hidden [N, D] with weight [V, D] and bias [V] (None), or logits [N, V]: floats of one dtype and device.
+    vocab_size (None: V): ids at and above it are never taken.
+    labels (None): int64 [N], -100 none. temperatures (()): further T > 0 for lse and tails.
+    soft_cap (None), logit_scale (1): z = cap * tanh(scale * raw / cap).
+    chunk_bytes (None: 1 GiB on a GPU, 32 MiB on a CPU): bound of the float32 logits kept at a time.
+    backend ("auto"): "torch", "triton", or by device.
     """
-    source = LogitSource.check(
-        hidden=hidden,
-        weight=weight,
-        bias=bias,
-        logits=logits,
-        vocab_size=vocab_size,
-        temperatures=temperatures,
-        labels=labels,
-        soft_cap=soft_cap,
-        logit_scale=logit_scale,
-        chunk_bytes=chunk_bytes,
-        backend=backend,
-    )
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    logits: Tensor | None
+    vocab_size: int | None
+    temperatures: Sequence[float]
+    labels: Tensor | None
+    soft_cap: float | None
+    logit_scale: float
+    chunk_bytes: int | None
+    backend: str
+
+
+@torch.no_grad()
+def teacher_topk(*, k: int, **options: Unpack[TeacherOptions]) -> TopK:
+    """The k best ids of each token (1 <= k <= 255), from hidden states and a head or from logits; chunked.
+
+    Raises KernelInputError that names the argument.
+    """
+    source = LogitSource.check(**options)
     if not 1 <= k <= min(MAX_ENTRIES, source.vocab_size):
         raise KernelInputError(f"k is {k}; expected 1 .. {min(MAX_ENTRIES, source.vocab_size)}")
     parts = [_topk_of(chunk, k) for chunk in source.chunks()]
-    if not parts:
-        parts = [_topk_of(source.empty_chunk(), k)]
 
     def joined(name: str) -> Tensor:
         return torch.cat([getattr(part, name) for part in parts])
@@ -166,3 +163,61 @@ def _selected(topk: TopK, counts: Tensor, valid: Tensor | None) -> SparseTargetT
         },
         max_entries=width,
     )
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Draws from the teacher's distribution at T = 1 and its figures, each [N] as in TopK.
+
+    targets: CSR of drawn ids with counts (most drawn first, then the lowest id); its log_tail is the log
+    mass of the ids that were not drawn.
+    """
+
+    targets: SparseTargetTensors
+    lse: Tensor
+    entropy: Tensor
+    label_logprob: Tensor
+    label_rank: Tensor
+    excluded_mass: Tensor
+
+
+@torch.no_grad()
+def select_sample(
+    *,
+    num_draws: int,
+    seed: int,
+    rows: Tensor,
+    positions: Tensor,
+    valid: Tensor | None = None,
+    **options: Unpack[TeacherOptions],
+) -> Sampled:
+    """num_draws (1 .. 255) ids of each token with replacement, options as in teacher_topk.
+
+    rows, positions: int64 [N], the row of the store and the place in it of each token. With the seed they
+    key the draws, so that batch size, order and ranks do not matter. valid bool [N]: tokens with a target.
+    """
+    source = LogitSource.check(**options)
+    num_tokens, device = source.labels.shape[0], source.labels.device
+    if not 1 <= num_draws <= MAX_ENTRIES:
+        raise KernelInputError(f"num_draws is {num_draws}; expected 1 .. {MAX_ENTRIES}")
+    if source.temperatures:
+        raise KernelInputError("temperatures are given, but draws hold at T = 1 only")
+    for name, value in (("rows", rows), ("positions", positions)):
+        check_tensor(name, value, shape=(num_tokens,), dtypes=(torch.int64,), device=device)
+    if valid is not None:
+        check_tensor("valid", valid, shape=(num_tokens,), dtypes=(torch.bool,), device=device)
+    drawn, figures, start = [], [], 0
+    for chunk in source.chunks():
+        part = slice(start, start + chunk.labels.shape[0])
+        start = part.stop
+        ids = draw_ids(chunk, seed=seed, rows=rows[part], positions=positions[part], num_draws=num_draws)
+        entries, kept, counts = count_draws(ids, None if valid is None else valid[part], vocab_size=source.vocab_size)
+        token = torch.repeat_interleave(torch.arange(ids.shape[0], device=device), entries)
+        mass = torch.zeros(ids.shape[0], dtype=torch.float64, device=device)
+        mass.index_add_(0, token, (chunk.slab[token, kept.long()] - chunk.lse[0][token]).double().exp())
+        tail = torch.where(entries > 0, (1 - mass).clamp_min(0).log(), 0.0).float()
+        drawn.append((entries, kept, counts, tail))
+        figures.append((chunk.lse[0], chunk.entropy, chunk.label_logprob, chunk.label_rank, chunk.excluded_mass))
+    entries, kept, counts, tail = (torch.cat(column) for column in zip(*drawn, strict=True))
+    targets = as_targets(entries, kept, counts, log_tail=tail, num_draws=num_draws)
+    return Sampled(targets, *(torch.cat(column) for column in zip(*figures, strict=True)))

@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
-from potstill.kernels.types import SparseTargetTensors
 from torch import Tensor
+
+from potstill.kernels.types import SparseTargetTensors
 
 FLOOR = math.exp(-30.0)
 

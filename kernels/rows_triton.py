@@ -1,0 +1,174 @@
+"""Launches of the Triton kernels, with the signatures of their torch twins (rows_torch.py, tiles.py).
+
+Importing this needs triton; calling it needs a GPU, or triton's interpreter.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+from potstill.kernels.backends import Backend
+from potstill.kernels.objective import FixSet, RowStats, RowTerms, build_fix_set, row_terms
+from potstill.kernels.settings import LossSettings
+from potstill.kernels.tiles import TILE, TileStats
+from potstill.kernels.triton_kernels import dense_grad_kernel, stats_kernel, tile_stats_kernel
+
+# Columns per step of a row kernel, on 8 warps. Wider ones would need more than 64 registers per thread, and
+# 65536 columns spill 15 KB of them.
+MAX_BLOCK = 8192
+HALF_BLOCK = 4096  # float32 rows, a second temperature or a soft cap need twice as many registers
+TILES_PER_PROGRAM = 32  # 2048 elements on 4 warps
+
+
+def fill_of(dtype: torch.dtype) -> float:
+    """The value that takes a column out of the stream: finite, and far below every logit."""
+    return -65504.0 if dtype == torch.float16 else -1e30
+
+
+def block_shape(vocab_size: int, width: int, *, heavy: bool) -> dict[str, int]:
+    """Block sizes and warps of the row kernels for rows of V columns and F fix-ups."""
+    block = min(HALF_BLOCK if heavy else MAX_BLOCK, max(256, triton.next_power_of_2(vocab_size)))
+    return {
+        "BV": block,
+        "BF": max(16, triton.next_power_of_2(width)),
+        "num_warps": min(8, max(2, block // 512)),
+    }
+
+
+def slab_dtype(dtype: torch.dtype) -> torch.dtype:
+    return dtype
+
+
+def is_heavy(slab: Tensor, settings: LossSettings) -> bool:
+    return slab.dtype == torch.float32 or settings.temperature != 1.0 or settings.soft_cap is not None
+
+
+def row_stats(slab: Tensor, fix: FixSet, settings: LossSettings, *, keep_exp: bool) -> tuple[RowStats, Tensor]:
+    """Twin of rows_torch.row_stats; the second value is `used` as bytes, for the gradient."""
+    num_rows, vocab_size = slab.shape
+    width = fix.ids.shape[1]
+    used = fix.used.to(torch.uint8)
+    fixed = torch.empty(num_rows, width, dtype=torch.float32, device=slab.device)
+    out = torch.empty(4, num_rows, dtype=torch.float32, device=slab.device)
+    stats_kernel[(num_rows,)](
+        slab,
+        fix.ids,
+        used,
+        fixed,
+        out,
+        slab.stride(0),
+        num_rows,
+        vocab_size,
+        width,
+        settings.logit_scale,
+        settings.soft_cap or 1.0,
+        1 / settings.temperature,
+        TWO=settings.temperature != 1.0,
+        CAP=settings.soft_cap is not None,
+        FILL=fill_of(slab.dtype),
+        **block_shape(vocab_size, width, heavy=is_heavy(slab, settings)),
+    )
+    return RowStats(fixed, *out.unbind(0)), used
+
+
+def row_gradient(
+    slab: Tensor, state: Tensor, stats: RowStats, terms: RowTerms, fix: FixSet, settings: LossSettings
+) -> Tensor:
+    """Twin of rows_torch.row_gradient."""
+    num_rows, vocab_size = slab.shape
+    width = fix.ids.shape[1]
+    scale, cap = settings.logit_scale, settings.soft_cap
+    value = terms.fix_grad * scale
+    if cap is not None:
+        value = value * (1 - (torch.where(fix.used, stats.fix, 0.0) / cap).square())
+    single = settings.temperature == 1.0
+    first = terms.dense_t + terms.dense_1 if single else terms.dense_t
+    slope = scale if cap is None else 1.0
+    rows = torch.stack([first * slope, stats.log_rest_t, terms.dense_1 * slope, stats.log_rest])
+    # A row without a rest has lse -inf there; all its columns are fix-ups, so any finite number will do.
+    rows = torch.where(rows == -torch.inf, 0.0, rows)
+    dense_grad_kernel[(num_rows,)](
+        slab,
+        fix.ids,
+        state,
+        value.contiguous(),
+        rows,
+        slab.stride(0),
+        num_rows,
+        vocab_size,
+        width,
+        scale,
+        cap or 1.0,
+        1 / settings.temperature,
+        TWO=not single and settings.plain_gradient,
+        CAP=cap is not None,
+        FILL=fill_of(slab.dtype),
+        **block_shape(vocab_size, width, heavy=is_heavy(slab, settings)),
+    )
+    return slab
+
+
+def tile_stats(slab: Tensor, label_ids: Tensor, temperatures: Sequence[float]) -> TileStats:
+    """Twin of tiles.tile_stats."""
+    num_rows, width = slab.shape
+    num_tiles = width // TILE
+    shape = (num_rows, num_tiles)
+    maxima, moment = (torch.empty(shape, dtype=torch.float32, device=slab.device) for _ in range(2))
+    above = torch.empty(shape, dtype=torch.int32, device=slab.device)
+    sums = torch.empty(1 + len(temperatures), *shape, dtype=torch.float32, device=slab.device)
+    blocks = triton.cdiv(num_tiles, TILES_PER_PROGRAM)
+    inverse = torch.tensor([1 / t for t in temperatures] or [1.0], dtype=torch.float32)
+    if num_rows:
+        tile_stats_kernel[(num_rows * blocks,)](
+            slab,
+            label_ids,
+            inverse.to(slab.device, non_blocking=True),
+            maxima,
+            sums,
+            moment,
+            above,
+            slab.stride(0),
+            num_rows * num_tiles,
+            num_tiles,
+            blocks,
+            NT=len(temperatures),
+            TPP=TILES_PER_PROGRAM,
+            WIDTH=TILE,
+            num_warps=4,
+        )
+    # From each tile's own maximum to the row's: nothing to rescale inside the stream.
+    top = maxima.amax(1)
+    gap = maxima - top[:, None]
+    moments = (gap.exp() * (moment + gap * sums[0])).sum(1)
+    scale = torch.stack([gap / t for t in (1.0, *temperatures)]).exp()
+    return TileStats(top, maxima, sums * scale, moments, above.sum(1, dtype=torch.int32))
+
+
+TRITON = Backend(
+    name="triton",
+    row_stats=row_stats,
+    row_gradient=row_gradient,
+    slab_dtype=slab_dtype,
+    tile_stats=tile_stats,
+    build_fix_set=build_fix_set,
+    row_terms=row_terms,
+    row_alignment=64,
+)
+
+
+@functools.cache
+def compiled() -> Backend:
+    """TRITON with the steps between the passes fused by torch.compile.
+
+    They are about a hundred operations on [B, k] tensors: each is nothing, but launched one by one they
+    take as long as a good part of a pass over the logits. Compiling takes about a minute per setting.
+    """
+    return dataclasses.replace(
+        TRITON,
+        build_fix_set=torch.compile(build_fix_set, dynamic=True),
+        row_terms=torch.compile(row_terms, dynamic=True),
+    )

@@ -1,0 +1,216 @@
+"""The row passes as Triton kernels (launched from rows_triton.py; twins in rows_torch.py and tiles.py).
+
+One program per row, any V, int64 offsets, rows on grid axis 0 only. A row is read in whole unmasked blocks
+and one masked remainder, because a mask over the whole row costs the 16-byte loads when V is odd. Maxima
+and sums are kept in base 2, and the factor log2(e) / T rides on the multiply-add before each exp2: exp2
+alone lowers to one instruction, exp to six. No autotuning: the kernels work in place.
+"""
+
+import triton
+import triton.language as tl
+
+_LN2 = tl.constexpr(0.6931471805599453)
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _tanh(x):
+    """tanh from exp2 (the maths library is not there in the interpreter); right for any size of x."""
+    t = tl.exp2(tl.abs(x) * -2.8853900817779268)  # exp(-2 |x|)
+    y = (1.0 - t) / (1.0 + t)
+    return tl.where(x < 0, -y, y)
+
+
+@triton.jit
+def _load(x, offsets, V, scale, cap, MASKED: tl.constexpr, CAP: tl.constexpr, FILL: tl.constexpr):
+    """z (before the scale when there is no cap: it rides on the multiply-add then)."""
+    if MASKED:
+        raw = tl.load(x + offsets, mask=offsets < V, other=FILL).to(tl.float32)
+    else:
+        raw = tl.load(x + offsets).to(tl.float32)
+    if CAP:
+        # A column taken out must stay out; the cap would bring it back to -cap.
+        return tl.where(raw <= 0.5 * FILL, -1e30, cap * _tanh(raw * (scale / cap)))
+    return raw
+
+
+@triton.jit
+def _accumulate(z, m, s, s_t, x, c, inv_t, TWO: tl.constexpr):
+    """One block into the running maximum m (base 2), sums s (T = 1), s_t (T), x = sum of e * z."""
+    new = tl.maximum(m, tl.max(z, 0) * c)
+    shrink = tl.exp2(m - new)
+    e = tl.exp2(z * c - new)
+    s = s * shrink + tl.sum(e, 0)
+    x = x * shrink + tl.sum(e * z, 0)
+    if TWO:
+        s_t = s_t * tl.exp2((m - new) * inv_t) + tl.sum(tl.exp2(z * (c * inv_t) - new * inv_t), 0)
+    return new, s, s_t, x
+
+
+@triton.jit
+def _log_sum(m, s, empty):
+    return tl.where(empty, -float("inf"), (m + tl.log2(tl.where(empty, 1.0, s))) * _LN2)
+
+
+@triton.jit
+def stats_kernel(
+    x_ptr,  # [B, V] raw logits, row stride stride_x; the fix-up columns are overwritten with FILL
+    id_ptr,  # int64 [B, F]
+    used_ptr,  # uint8 [B, F]
+    fix_ptr,  # float32 [B, F] out: z at the fix-ups
+    out_ptr,  # float32 [4, B] out: log_rest, log_rest_t, mean_rest, row_max
+    stride_x,
+    num_rows,
+    V,
+    F,
+    scale,
+    cap,
+    inv_t,
+    BV: tl.constexpr,
+    BF: tl.constexpr,
+    TWO: tl.constexpr,
+    CAP: tl.constexpr,
+    FILL: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    x = x_ptr + row * stride_x
+    f = tl.arange(0, BF)
+    used = tl.load(used_ptr + row * F + f, mask=f < F, other=0) != 0
+    ids = tl.load(id_ptr + row * F + f, mask=used, other=0)
+    raw = tl.load(x + ids, mask=used, other=0.0).to(tl.float32)
+    # All values are in registers before the columns leave the stream, and out before it starts.
+    tl.debug_barrier()
+    tl.store(x + ids, FILL, mask=used)
+    tl.debug_barrier()
+    if CAP:
+        fixed = cap * _tanh(raw * (scale / cap))
+        c = _LOG2E
+    else:
+        fixed = raw * scale
+        c = scale * _LOG2E
+    fixed = tl.where(used, fixed, -float("inf"))
+    tl.store(fix_ptr + row * F + f, fixed, mask=f < F)
+
+    m = tl.full((), -1e30, tl.float32)
+    s = tl.full((), 0.0, tl.float32)
+    s_t = tl.full((), 0.0, tl.float32)
+    moment = tl.full((), 0.0, tl.float32)
+    offsets = tl.arange(0, BV)
+    whole = (V // BV) * BV
+    for start in range(0, whole, BV):
+        z = _load(x, start + offsets, V, scale, cap, False, CAP, FILL)
+        m, s, s_t, moment = _accumulate(z, m, s, s_t, moment, c, inv_t, TWO)
+    if whole < V:
+        z = _load(x, whole + offsets, V, scale, cap, True, CAP, FILL)
+        m, s, s_t, moment = _accumulate(z, m, s, s_t, moment, c, inv_t, TWO)
+
+    # Nothing but taken-out columns: no rest at all.
+    empty = m <= 0.5 * FILL * c
+    mean = moment / tl.where(empty, 1.0, s)
+    if not CAP:
+        mean = mean * scale
+    log_rest = _log_sum(m, s, empty)
+    log_rest_t = _log_sum(m * inv_t, s_t, empty) if TWO else log_rest
+    tl.store(out_ptr + row, log_rest)
+    tl.store(out_ptr + num_rows + row, log_rest_t)
+    tl.store(out_ptr + 2 * num_rows + row, tl.where(empty, 0.0, mean))
+    top = tl.where(empty, -float("inf"), m * _LN2)
+    tl.store(out_ptr + 3 * num_rows + row, tl.maximum(top, tl.max(fixed, 0)))
+
+
+@triton.jit
+def _gradient(z, c1, l1, w1, c2, l2, w2, scale, cap, TWO: tl.constexpr, CAP: tl.constexpr):
+    g = w1 * tl.exp2(z * c1 - l1)
+    if TWO:
+        g += w2 * tl.exp2(z * c2 - l2)
+    if CAP:
+        ratio = tl.maximum(z * (1.0 / cap), -1.0)  # the maximum only tames columns that were taken out
+        g = g * (scale * (1.0 - ratio * ratio))
+    return g
+
+
+@triton.jit
+def dense_grad_kernel(
+    x_ptr,  # [B, V] the slab after stats_kernel; d loss / d raw logits when done
+    id_ptr,  # int64 [B, F]
+    used_ptr,  # uint8 [B, F]
+    value_ptr,  # float32 [B, F] gradient by the raw logits at the fix-ups
+    row_ptr,  # float32 [4, B]: first weight (times the slope's scale without a cap), first lse, second both
+    stride_x,
+    num_rows,
+    V,
+    F,
+    scale,
+    cap,
+    inv_t,
+    BV: tl.constexpr,
+    BF: tl.constexpr,
+    TWO: tl.constexpr,
+    CAP: tl.constexpr,
+    FILL: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    x = x_ptr + row * stride_x
+    w1 = tl.load(row_ptr + row)
+    l1 = tl.load(row_ptr + num_rows + row) * _LOG2E
+    w2 = tl.load(row_ptr + 2 * num_rows + row)
+    l2 = tl.load(row_ptr + 3 * num_rows + row) * _LOG2E
+    plain = _LOG2E if CAP else scale * _LOG2E
+    c1 = plain * inv_t
+    offsets = tl.arange(0, BV)
+    whole = (V // BV) * BV
+    for start in range(0, whole, BV):
+        z = _load(x, start + offsets, V, scale, cap, False, CAP, FILL)
+        g = _gradient(z, c1, l1, w1, plain, l2, w2, scale, cap, TWO, CAP)
+        tl.store(x + start + offsets, g)
+    if whole < V:
+        z = _load(x, whole + offsets, V, scale, cap, True, CAP, FILL)
+        g = _gradient(z, c1, l1, w1, plain, l2, w2, scale, cap, TWO, CAP)
+        tl.store(x + whole + offsets, g, mask=whole + offsets < V)
+    f = tl.arange(0, BF)
+    used = tl.load(used_ptr + row * F + f, mask=f < F, other=0) != 0
+    ids = tl.load(id_ptr + row * F + f, mask=used, other=0)
+    value = tl.load(value_ptr + row * F + f, mask=used, other=0.0)
+    tl.debug_barrier()  # the dense pass of other threads wrote these columns too
+    tl.store(x + ids, value, mask=used)
+
+
+@triton.jit
+def tile_stats_kernel(
+    x_ptr,  # float32 [B, n * TILE], row stride stride_x
+    label_ptr,  # int64 [B]
+    inv_ptr,  # float32 [NT] 1 / T of the further temperatures
+    max_ptr,  # float32 [B, n] out
+    sum_ptr,  # float32 [1 + NT, B, n] out: sums of exp((z - maximum of the tile) / T)
+    moment_ptr,  # float32 [B, n] out: sum of (z - maximum) exp(z - maximum)
+    above_ptr,  # int32 [B, n] out: logits that come before the label's
+    stride_x,
+    plane,  # B * n
+    num_tiles,
+    blocks_per_row,
+    NT: tl.constexpr,
+    TPP: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    program = tl.program_id(0)
+    row = (program // blocks_per_row).to(tl.int64)
+    tile = (program % blocks_per_row) * TPP + tl.arange(0, TPP)
+    inside = tile < num_tiles
+    x = x_ptr + row * stride_x
+    label = tl.load(label_ptr + row)
+    logit = tl.load(x + label)
+    ids = tile[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    z = tl.load(x + ids, mask=inside[:, None], other=-1e30)
+    best = tl.max(z, 1)
+    before = (z > logit) | ((z == logit) & (ids < label))
+    difference = z - best[:, None]
+    e = tl.exp2(difference * _LOG2E)
+    out = row * num_tiles + tile
+    tl.store(max_ptr + out, best, mask=inside)
+    tl.store(sum_ptr + out, tl.sum(e, 1), mask=inside)
+    tl.store(moment_ptr + out, tl.sum(difference * e, 1), mask=inside)
+    tl.store(above_ptr + out, tl.sum(before.to(tl.int32), 1), mask=inside)
+    for number in tl.static_range(NT):
+        inverse = tl.load(inv_ptr + number) * _LOG2E
+        total = tl.sum(tl.exp2(difference * inverse), 1)
+        tl.store(sum_ptr + (number + 1) * plane + out, total, mask=inside)
