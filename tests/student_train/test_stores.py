@@ -9,6 +9,7 @@ import pytest
 
 from potstill.common.errors import ConfigError, UserError
 from potstill.storage import StoreWriter
+from potstill.student_train.config import TrainConfig
 from potstill.student_train.distributed import accumulation_steps, world_from_environment
 from potstill.student_train.model import hf_config
 from potstill.student_train.run_folder import prepare_run_folder
@@ -16,13 +17,17 @@ from potstill.student_train.stores import build_plan, check_objectives, open_sto
 from tests.student_train import tiny, workers
 
 
+def check(config: TrainConfig) -> None:
+    opened = open_stores(config)
+    check_objectives(config, opened)
+    build_plan(config, opened)
+    hf_config(config.model, vocab_size=opened.tokens.spec.vocab_size)
+
+
 def refused(stores: dict[str, Path], **changes: Any) -> str:
     config = workers.config_of(tiny.config_tree(stores, Path("run"), **changes))
     with pytest.raises(UserError) as error:
-        opened = open_stores(config)
-        check_objectives(config, opened)
-        build_plan(config, opened)
-        hf_config(config.model, vocab_size=opened.tokens.spec.vocab_size)
+        check(config)
     return str(error.value)
 
 

@@ -76,3 +76,20 @@ def plain_gradients(tree: dict[str, Any], step: int = 0, *, rows: slice = slice(
     for micro in micros[rows]:
         student(micro, objective, weight)[0].backward()
     return {name: p.grad.float().numpy() for name, p in student.named_parameters() if p.grad is not None}
+
+
+def train_with_bad_weights(tree: dict[str, Any], step: int) -> dict[str, Any]:
+    """Train, but poison the student's final norm before `step`: its loss is then NaN."""
+    from potstill.student_train import loop, trainer
+
+    honest = loop.agree
+
+    def agree(run: Any, micros: Any) -> Any:
+        answer = honest(run, micros)
+        if run.loop["step"] == step:
+            with torch.no_grad():
+                run.engine.module.hf.model.norm.weight.fill_(float("nan"))
+        return answer
+
+    loop.agree = agree
+    return trainer.train(config_of(tree)).heldout
