@@ -18,10 +18,13 @@ from numpy.typing import NDArray
 TOP = 128
 CHUNK = 64
 RANK = 32
-KNOWN_A, KNOWN_B = 2.2, 0.55
+TOPIC = 300
+FLOOR = 0.5
+KNOWN_A = 2.5
+KNOWN_B = 0.4
 NOISE = 1.1
 ZIPF_EXPONENT = 1.05
-ID_ORDER_NOISE = 1.6
+ID_ORDER_NOISE = 2.2
 NUM_DRAWS = (12, 50)
 
 
@@ -114,7 +117,7 @@ class _Model:
             num = min(CHUNK, positions - start)
             states = np.empty((num, RANK), np.float32)
             p = np.empty((num, self.vocab_size), np.float32)
-            topic = self._draw(rng, 400)
+            topic = self._draw(rng, TOPIC)
             for n in range(num):
                 state = 0.6 * state + 0.8 * rng.standard_normal(RANK).astype(np.float32)
                 states[n] = state
@@ -122,8 +125,8 @@ class _Model:
                 known = rng.beta(KNOWN_A, KNOWN_B)
                 seen = self._draw(rng, int(2 + rng.pareto(0.7) * 3) % 4000 + 1)
                 weights = rng.pareto(0.75, len(seen)) + 0.02
-                p[n] = (1 - known) * 0.6 * self.unigram
-                p[n, topic] += (1 - known) * 0.4 / len(topic)
+                p[n] = (1 - known) * FLOOR * self.unigram
+                p[n, topic] += (1 - known) * (1 - FLOOR) / len(topic)
                 np.add.at(p[n], seen, (known * weights / weights.sum()).astype(np.float32))
             yield self._draw(rng, num).astype(np.int32), np.log(p) + np.float32(NOISE) * (states @ self.directions)
 

@@ -20,6 +20,12 @@ from potstill.storage import (
 )
 
 
+def distinct_ids(rng: np.random.Generator, vocab_size: int, count: int) -> np.ndarray:
+    """`count` distinct ids in random order, without shuffling a large vocabulary."""
+    some = np.unique(rng.integers(0, vocab_size, 3 * count + 8))
+    return rng.permutation(some if len(some) >= count else vocab_size)[:count]
+
+
 def make_targets(
     seed: int,
     num_tokens: int,
@@ -43,8 +49,10 @@ def make_targets(
             continue
         p = np.sort(rng.dirichlet(np.full(count + 1, 0.3)) + 1e-7)[::-1]
         p = p / p.sum()
-        ids.append(rng.permutation(vocab_size)[:count])
-        logprobs.append(np.log(p[:count]))
+        ids.append(distinct_ids(rng, vocab_size, int(count)))
+        logprobs.append(np.log(p[:count]).astype(np.float32))
+        # Equal values must come by ascending id.
+        ids[-1] = ids[-1][np.lexsort((ids[-1], -logprobs[-1]))]
         tail[n] = np.log(p[count])
     labels = rng.uniform(0, 8, num_tokens).astype(np.float32)
     return SparseTargets.build(
