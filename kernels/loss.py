@@ -5,7 +5,7 @@
 This is the room's door for losses. Formulas: objective.py and divergences.py; tour: docs/kernels.md.
 """
 
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -164,8 +164,8 @@ def self_check(
     hidden, weight, bias = under_autocast(hidden, weight, bias)
     check_linear(hidden, weight, bias)
     checking.check_values(targets, weight.shape[0])
-    arguments = {"hidden": hidden, "weight": weight, "bias": bias, "targets": targets, "labels": labels}
-    arguments |= options
+    arguments: dict[str, Any] = dict(options)
+    arguments |= {"hidden": hidden, "weight": weight, "bias": bias, "targets": targets, "labels": labels}
     rows = checking.pick_rows(options.get("token_weights"), hidden.shape[0], hidden.device)
     if rows.shape[0] == 0:
         return {}
@@ -173,7 +173,8 @@ def self_check(
     results = []
     for call in (chosen, checking.in_float64(chosen)):
         leaves = [name for name in ("hidden", "weight", "bias") if call.get(name) is not None]
-        with torch.enable_grad():
+        # Autocast would round the reference's float64 too.
+        with torch.enable_grad(), torch.autocast(call["hidden"].device.type, enabled=False):
             for name in leaves:
                 call[name] = call[name].clone().requires_grad_()
             loss, _ = linear_sparse_loss(**call)

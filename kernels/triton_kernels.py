@@ -82,12 +82,8 @@ def stats_kernel(
     tl.debug_barrier()
     tl.store(x + ids, FILL, mask=used)
     tl.debug_barrier()
-    if CAP:
-        fixed = cap * _tanh(raw * (scale / cap))
-        c = _LOG2E
-    else:
-        fixed = raw * scale
-        c = scale * _LOG2E
+    c = _LOG2E if CAP else scale * _LOG2E
+    fixed = cap * _tanh(raw * (scale / cap)) if CAP else raw * scale
     fixed = tl.where(used, fixed, -float("inf"))
     tl.store(fix_ptr + row * F + f, fixed, mask=f < F)
 
