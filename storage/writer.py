@@ -44,7 +44,6 @@ def load_spec(folder: StoreFolder) -> RunSpec:
         raise NotAStoreError(f"{folder.url} holds no {RUN_NAME}; it is not a store (or not yet)")
     where = f"{folder.url}/{RUN_NAME}"
     value = load_checked(data, where=where)
-    value.pop("crc32", None)
     return RunSpec.from_json(value, where=where)
 
 
