@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from potstill.launch.command import Command
 from potstill.launch.demo_command import DEMO
-from potstill.launch.store_commands import INSPECT, SEAL, STATS, STATUS, VERIFY
+from potstill.launch.store_commands import GC, INSPECT, SEAL, STATS, STATUS, VERIFY
 from potstill.launch.student_commands import EVAL, EXPORT, PRESETS, TRAIN
 from potstill.launch.teacher_commands import DUMP, PREPARE, SCORE
 
@@ -17,6 +17,7 @@ COMMANDS: tuple[Command, ...] = (
     VERIFY,
     INSPECT,
     STATS,
+    GC,
     PRESETS,
     TRAIN,
     EVAL,

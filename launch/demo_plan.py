@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import yaml
 
 from potstill.launch.stages import Stage
 
+DUMP_WORKERS = 2
 DISTILLED_HEAD = """\
 # The distilled student of the demo. Early, the small model's scores choose: rows that it finds easy, and the teacher's
 # word only where the true token is within the small model's reach; later all rows and all tokens.
@@ -174,12 +175,22 @@ def make_stages(size: DemoSize, root: Path, *, num_ranks: int) -> list[Stage]:
         )
         return stage(f"export-{name}", template, f"train-{name}", done=f"models/{name}/config.json")
 
-    def dump(part: str) -> Stage:
+    def dump(part: str, *, worker: int | None = None) -> Stage:
         template = (
             f"dump --tokens {{root}}/data/{part} --teacher {{root}}/models/teacher --output {{root}}/targets/{part} "
             "--mode top_p_k --p 0.98 --k {size.kept_entries} --batch-rows 16"
         )
-        return stage(f"dump-{part}", template, "export-teacher", done=f"targets/{part}/manifest.json")
+        if worker is None:
+            return stage(f"dump-{part}", template, "export-teacher", done=f"targets/{part}/manifest.json")
+        share = f" --worker {worker} --num-workers {DUMP_WORKERS}"
+        name = f"dump-{part}-{worker}"
+        # A worker leaves no mark of its own share; `seal` sees whether all shares are there.
+        made = stage(name, template + share, "export-teacher", done=f"logs/{name}.done")
+        return replace(made, marker=root / "logs" / f"{name}.done")
+
+    def seal(part: str) -> Stage:
+        needs = [f"dump-{part}-{worker}" for worker in range(DUMP_WORKERS)]
+        return stage(f"seal-{part}", f"seal {{root}}/targets/{part}", *needs, done=f"targets/{part}/manifest.json")
 
     def evaluate(name: str, model: str, *needs: str) -> Stage:
         template = (
@@ -198,11 +209,12 @@ def make_stages(size: DemoSize, root: Path, *, num_ranks: int) -> list[Stage]:
         train("teacher", size.teacher, num_ranks),
         train("slm", size.slm, 1),
         export("teacher"),
-        dump("train"),
+        *(dump("train", worker=worker) for worker in range(DUMP_WORKERS)),
         export("slm"),
         stage("score", score, "export-slm", done="scores/manifest.json"),
         dump("heldout"),
-        train_student("distilled", "dump-train", "score"),
+        seal("train"),
+        train_student("distilled", "seal-train", "score"),
         train_student("labels-only", "prepare"),
         evaluate("teacher", "models/teacher", "export-teacher"),
         evaluate("slm", "models/slm", "export-slm"),

@@ -180,8 +180,8 @@ def add_config_options(
             group.add_argument(flag, f"--no-{flag[2:]}", nargs=0, **common)
         else:
             metavar = None if scalar.choices else flag[2:].replace("-", "_").upper()
-            more = {"nargs": "+"} if scalar.many else {}
-            group.add_argument(flag, type=scalar.kind, choices=scalar.choices, metavar=metavar, **more, **common)
+            common["nargs"] = "+" if scalar.many else None
+            group.add_argument(flag, type=scalar.kind, choices=scalar.choices, metavar=metavar, **common)
     parser.epilog = f"{parser.epilog or ''}\n\n{describe_keys(keys.values())}".lstrip("\n")
 
 

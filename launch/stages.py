@@ -25,13 +25,17 @@ TAIL_LINES = 15
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One command line: when it may start (`needs`), how many slots it fills, and how to see that it is done."""
+    """One command line: when it may start (`needs`), how many slots it fills, and how to see that it is done.
+
+    `marker` is a file to write when the command has ended with 0, for work that leaves no mark of its own.
+    """
 
     name: str
     command: tuple[str, ...]
     is_done: Callable[[], bool]
     needs: tuple[str, ...] = ()
     slots: int = 1
+    marker: Path | None = None
 
 
 # Starts a command whose output goes to a file: (words after the program's name, log file) -> child.
@@ -138,7 +142,9 @@ class StageRunner:
         stop(running.process)
         running.log.close()
         self._running.remove(running)
-        name = running.stage.name
+        name, marker = running.stage.name, running.stage.marker
+        if code == 0 and marker is not None:
+            marker.touch()
         if code != 0 or not running.stage.is_done():
             raise UserError(
                 f"stage {name} ended with code {code}{'' if code else ' but its output is not complete'}; "

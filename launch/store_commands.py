@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -121,36 +122,52 @@ VERIFY = Command(
 )
 
 
+def _load_decode(tokenizer: Path | None) -> Callable[[Sequence[int]], str]:
+    """How to show token ids: as text if there is a tokenizer, else as numbers."""
+    if tokenizer is None:
+        return lambda ids: " ".join(map(str, ids))
+    from tokenizers import Tokenizer
+
+    file = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
+    if not file.is_file():
+        raise UserError(f"no tokenizer in {tokenizer}: expected {file}")
+    loaded = Tokenizer.from_file(str(file))
+    return lambda ids: str(loaded.decode(list(ids), skip_special_tokens=False))
+
+
 def _inspect(arguments: argparse.Namespace) -> int:
-    from potstill.launch import inspect_store
-    from potstill.storage import StoreReader
+    from potstill.storage import StoreReader, format_row
 
     reader = StoreReader(arguments.store, allow_partial=arguments.partial)
     if arguments.row is None:
-        print(json.dumps(inspect_store.describe_store(reader)) if arguments.json else inspect_store.store_text(reader))
+        spec = {name: value for name, value in reader.spec.to_json().items() if value not in (None, [], {})}
+        about = {"store": reader.url, "digest": reader.digest, "tokens": reader.num_tokens}
+        about |= {**spec, "num_rows": reader.num_rows}
+        plain = [(name, value if isinstance(value, str | int) else json.dumps(value)) for name, value in about.items()]
+        print(json.dumps(about) if arguments.json else table(["field", "value"], plain, align="<<"))
         return DONE
     if not 0 <= arguments.row < reader.num_rows:
         raise UserError(f"--row {arguments.row}: {arguments.store} has rows 0 to {reader.num_rows - 1}")
-    under = None if arguments.tokens is None else StoreReader(arguments.tokens)
-    text = inspect_store.row_text(
-        reader.row(arguments.row),
-        inspect_store.find_tokens(reader, arguments.row, under),
-        word=inspect_store.load_words(arguments.tokenizer),
-        start=arguments.start,
-        count=arguments.count,
-    )
-    print(text)
+    under, over = (reader, None) if reader.spec.kind == "tokens" else (None, reader)
+    if under is None:
+        if arguments.tokens is None:
+            raise UserError(
+                f"{arguments.store} holds {reader.spec.kind}; name the tokens store that it was made from with --tokens"
+            )
+        under = StoreReader(arguments.tokens)
+    decode = _load_decode(arguments.tokenizer)
+    print(format_row(under, over, arguments.row, decode, arguments.max_tokens, arguments.candidates))
     return DONE
 
 
 def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
     _store_argument(parser)
     _json_argument(parser)
-    parser.add_argument("--row", type=int, metavar="N", help="show this row position by position")
-    parser.add_argument("--start", type=int, default=0, metavar="N", help="first position of the row (default 0)")
-    parser.add_argument("--count", type=int, default=32, metavar="N", help="how many positions (default 32)")
+    parser.add_argument("--row", type=int, metavar="N", help="show this row token by token")
+    parser.add_argument("--max-tokens", type=int, default=32, metavar="N", help="tokens of the row (default 32)")
+    parser.add_argument("--candidates", type=int, default=5, metavar="N", help="candidates per token (default 5)")
     parser.add_argument("--tokens", metavar="STORE", help="tokens store under a targets or scores store")
-    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="show tokens as text")
+    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="show tokens as text, not as numbers")
     parser.add_argument("--partial", action="store_true", help="look into a store that is not sealed yet")
 
 
@@ -158,8 +175,8 @@ INSPECT = Command(
     name="inspect",
     summary="what a store holds, and one row of it with the teacher's candidates",
     description="Without --row, print what the store is: kind, teacher, selection, digests. With --row, print the row "
-    "position by position: the token, and about the token after it the label's rank and probability, the entropy, how "
-    "many entries are kept, the mass outside, and the first candidates. A bar marks the end of a document.",
+    "token by token, and what the teacher or the small model says about the next one: the label's probability and "
+    "rank, the entropy, the mass outside, the first candidates. A bar marks the end of a document, a star the label.",
     examples=(
         "potstill inspect targets/train",
         "potstill inspect targets/train --row 17 --tokens data/train --tokenizer data/tokenizer",
@@ -170,27 +187,47 @@ INSPECT = Command(
 
 
 def _stats(arguments: argparse.Namespace) -> int:
-    from potstill.launch import inspect_store
-    from potstill.storage import StoreReader
+    from potstill.storage import store_stats
 
-    figures = inspect_store.statistics(StoreReader(arguments.store), max_rows=arguments.max_rows)
-    print(json.dumps(figures) if arguments.json else inspect_store.statistics_text(figures))
+    stats = store_stats(arguments.store, max_rows=arguments.max_rows)
+    print(json.dumps(asdict(stats), default=dict) if arguments.json else stats.format())
     return DONE
 
 
 def _stats_arguments(parser: argparse.ArgumentParser) -> None:
     _store_argument(parser)
     _json_argument(parser)
-    parser.add_argument(
-        "--max-rows", type=int, default=256, metavar="N", help="rows whose tokens are read, spread evenly (default 256)"
-    )
+    parser.add_argument("--max-rows", type=int, default=512, metavar="N", help="rows read, evenly spaced (default 512)")
 
 
 STATS = Command(
     name="stats",
-    summary="quantiles of kept entries, kept mass, entropy, ranks; bytes per token",
-    description="Print figures over all rows from the index, and over the tokens of some rows spread evenly.",
+    summary="bytes by column; histograms of kept count, kept mass, entropy, label rank",
+    description="Print the totals of a sealed store, and figures over some of its rows, evenly spaced.",
     examples=("potstill stats targets/train", "potstill stats scores --json"),
     add_arguments=_stats_arguments,
     run=_stats,
+)
+
+
+def _gc(arguments: argparse.Namespace) -> int:
+    from potstill.storage import collect_garbage
+
+    print(collect_garbage(arguments.store, dry_run=not arguments.force).format())
+    return DONE
+
+
+def _gc_arguments(parser: argparse.ArgumentParser) -> None:
+    _store_argument(parser)
+    parser.add_argument("--force", action="store_true", help="remove the files; without it they are only listed")
+
+
+GC = Command(
+    name="gc",
+    summary="remove what killed workers have left in a sealed store",
+    description="List the files of a sealed store that its manifest does not name: attempts that lost a race or were "
+    "killed, temporary files. With --force remove them.",
+    examples=("potstill gc targets/train", "potstill gc targets/train --force"),
+    add_arguments=_gc_arguments,
+    run=_gc,
 )
