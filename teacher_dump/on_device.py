@@ -12,6 +12,7 @@ from torch import Tensor
 from potstill.kernels.topk import TopK, teacher_topk
 from potstill.teacher_dump.batches import TeacherBatch
 from potstill.teacher_dump.engines import TeacherEngine
+from potstill.teacher_dump.selection import RULED_OUT_LOGIT
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,11 @@ def batch_topk(
     output = engine.forward(batch)
     labels = torch.from_numpy(batch.labels).to(engine.device, non_blocking=True)
     head = engine.head
-    values: dict[str, Any] = {"logits": output.logits}
-    if head is not None:
+    values: dict[str, Any]
+    if head is None:
+        assert output.logits is not None
+        values = {"logits": output.logits.clamp(min=RULED_OUT_LOGIT)}
+    else:
         values = {
             "hidden": output.hidden,
             "weight": head.weight,

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from potstill.kernels.types import SparseTargetTensors
 
 NO_RANK = 255
+# Logits of -Inf (ids that a teacher rules out) are read as this: their mass is 0 all the same, but p log p is a number.
+RULED_OUT_LOGIT = -1e4
 TARGET_STATS = ("mean_loss", "mean_entropy", "kept_mass", "num_targets")
 
 
@@ -93,7 +95,7 @@ def cut_rows(
 def refusal(lse: np.ndarray, entropy: np.ndarray, mask: np.ndarray) -> str | None:
     """Why a row is refused, or None: its logits hold NaN or +Inf, or all of them are -Inf."""
     # The normaliser shows every bad logit of its token: NaN spreads, +Inf stays, and all -Inf makes -Inf.
-    bad = np.flatnonzero(~np.isfinite(lse) | ~np.isfinite(entropy))
+    bad = np.flatnonzero(~np.isfinite(lse) | ~np.isfinite(entropy) | (lse < RULED_OUT_LOGIT / 2))
     if not len(bad):
         return None
     token = int(np.flatnonzero(mask)[bad[0]])
@@ -125,7 +127,7 @@ def _row_targets(found: HostTargets, start: int, stop: int, mask: np.ndarray, *,
     counts[mask] = np.diff(found.offsets[start : stop + 1])
     first, last = int(found.offsets[start]), int(found.offsets[stop])
     ids, logprobs = found.ids[first:last], found.logprobs[first:last]
-    live = logprobs > -np.inf  # k reached into ids that the teacher rules out: they are no entries
+    live = logprobs > RULED_OUT_LOGIT / 2  # k reached into ids that the teacher rules out: they are no entries
     if not live.all():
         token_of = np.repeat(np.arange(num_tokens), counts)[live]
         counts = np.bincount(token_of, minlength=num_tokens)

@@ -1,0 +1,95 @@
+"""Small real things for the tests of this room: tokens stores, tokenizers and models made on the spot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from potstill.storage import RunSpec, StoreReader, StoreWriter, TokensRow, seal_store
+
+VOCAB, ROW_LENGTH = 64, 16
+TOKENIZER_DIGEST = "made by a test"
+
+
+def make_tokens(
+    path: Path,
+    rows: Sequence[Sequence[int]] = ((16,), (3, 13), (1, 1, 14), (5, 6, 5), (10, 6), (2, 4, 1)),
+    *,
+    vocab_size: int = VOCAB,
+    row_length: int = ROW_LENGTH,
+    rows_per_unit: int = 2,
+    seed: int = 0,
+) -> Path:
+    """Sealed tokens store; `rows` gives the document lengths of each row, token ids are random."""
+    rng = np.random.default_rng(seed)
+    spec = RunSpec(
+        kind="tokens",
+        row_length=row_length,
+        rows_per_unit=rows_per_unit,
+        num_rows=None,
+        vocab_size=vocab_size,
+        tokenizer_digest=TOKENIZER_DIGEST,
+    )
+    writer = StoreWriter.create(path, spec)
+    made = [
+        TokensRow(number, rng.integers(0, vocab_size, sum(lens)).astype(np.int32), np.array(lens, np.int32))
+        for number, lens in enumerate(rows)
+    ]
+    for unit, first in enumerate(range(0, len(made), rows_per_unit)):
+        writer.commit_unit(unit, made[first : first + rows_per_unit])
+    seal_store(path)
+    return path
+
+
+def token_rows(path: Path) -> list[TokensRow]:
+    reader = StoreReader(path)
+    rows = reader.rows(range(reader.num_rows))
+    return [row for row in rows if isinstance(row, TokensRow)]
+
+
+def save_llama(folder: Path, *, vocab_size: int = VOCAB, seed: int = 0, sharpen: float = 20.0, **settings: Any) -> Path:
+    """A random Llama of 2 layers; `sharpen` scales its head so that distributions are far from uniform."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        **{
+            "vocab_size": vocab_size,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 64,
+            "tie_word_embeddings": False,
+        }
+        | settings
+    )
+    return save_model(LlamaForCausalLM(config), folder, sharpen=sharpen)
+
+
+def save_model(model: Any, folder: Path, *, sharpen: float = 20.0) -> Path:
+    import torch
+
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(sharpen)
+    model.save_pretrained(folder)
+    return folder
+
+
+def write_jsonl(path: Path, texts: Sequence[str], *, field: str = "text") -> Path:
+    path.write_text("".join(json.dumps({field: text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def some_texts(count: int, *, seed: int = 0) -> list[str]:
+    """Different short English-like texts, some of them empty or of one word."""
+    rng = np.random.default_rng(seed)
+    words = ["still", "pot", "copper", "the", "mash", "runs", "slow", "and", "clear", "through", "worm", "é", "酒"]
+    lengths = rng.integers(0, 40, count)
+    return [" ".join([f"n{i}", *rng.choice(words, length)]) if length else "" for i, length in enumerate(lengths)]
