@@ -67,6 +67,7 @@ class RunConfig(StrictModel):
         default=None, gt=0, description="Save and stop (exit code 75) after this time"
     )
     force: bool = Field(default=False, description="Delete what stands in output_dir and start anew")
+    self_check: bool = Field(default=True, description="Compare each stage's loss path with float64 on its first batch")
     num_threads: int | None = Field(
         default=None, ge=1, description="torch CPU threads per rank; null leaves torch's own choice"
     )

@@ -50,6 +50,7 @@ class Run:
     loop: dict[str, Any] = field(default_factory=lambda: {"step": 0, "tokens": 0, "skipped": 0, "runtime_seconds": 0.0})
     last_saved: str | None = None
     bad_loss: torch.Tensor | None = None  # 0-d: > 0 once a local loss of an unchecked step was not finite
+    checked_stages: set[int] = field(default_factory=set)
     lr: float = 0.0
     waited_seconds: float = 0.0
 
@@ -73,7 +74,7 @@ def train_steps(run: Run, progress: Progress) -> str:
         run.lr = run.config.optimizer.lr * lr_factor(run.config.schedule, batch.batch, run.plan.total_steps)
         set_learning_rate(run.engine, run.lr)
         for micro in micros:
-            loss, sums = run.engine(micro.to(run.topology.device), objective, normalizer)
+            loss, sums = run.engine(micro.to(run.topology.device), objective, normalizer, check_due(run))
             # DeepSpeed averages over ranks; the loss is already divided by the weights of the whole step.
             run.engine.backward(loss * world_size, scale_wrt_gas=False)
             run.engine.step()
@@ -110,6 +111,14 @@ def agree(run: Run, micros: list[MicroBatch]) -> tuple[torch.Tensor, str | None]
             "widen the token selector (share, floor, max_rank) of this stage"
         )
     return values[0].float(), None
+
+
+def check_due(run: Run) -> bool:
+    """True once per stage and process: the stage's loss path is then compared with float64 before it is trusted."""
+    stage = run.plan.segment(run.loop["step"]).span.index
+    due = run.config.run.self_check and stage not in run.checked_stages
+    run.checked_stages.add(stage)
+    return due
 
 
 def check_finite(run: Run, bad: float) -> None:

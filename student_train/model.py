@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from potstill.common.errors import UserError
-from potstill.kernels.loss import linear_sparse_loss, token_statistics
+from potstill.kernels.loss import linear_sparse_loss, self_check, token_statistics
 from potstill.kernels.types import IGNORE_LABEL, LossSums
 from potstill.student_train.batch import MicroBatch
 from potstill.student_train.config import ModelConfig
@@ -34,6 +34,17 @@ class LossRequest:
     micro: MicroBatch
     objective: StepObjective
     normalizer: Tensor
+    self_check: bool = False
+
+
+def divergence_arguments(objective: StepObjective) -> dict[str, Any]:
+    """What the kernels call the settings of the KD term."""
+    return {
+        "temperature": objective.temperature,
+        "divergence": objective.divergence,
+        "missing_mass": objective.missing_mass,
+        "divergence_options": objective.options,
+    }
 
 
 class DistillationHead(nn.Module):
@@ -56,25 +67,24 @@ class DistillationHead(nn.Module):
             return F.linear(hidden, self.weight, self.bias)
         micro, objective = request.micro, request.objective
         token_weights, kd_weights = self._choice(hidden, micro, objective)
-        loss, sums = linear_sparse_loss(
-            hidden=hidden,
-            weight=self.weight,
-            bias=self.bias,
-            targets=micro.targets if objective.alpha > 0.0 else None,
-            labels=micro.labels,
-            token_weights=token_weights,
-            kd_weights=kd_weights,
-            alpha=objective.alpha,
-            ce_weight=objective.ce_weight,
-            temperature=objective.temperature,
-            divergence=objective.divergence if objective.alpha > 0.0 else "forward_kl",
-            missing_mass=objective.missing_mass if objective.alpha > 0.0 else "tail",
-            z_loss=objective.z_loss,
-            divergence_options=objective.options if objective.alpha > 0.0 else None,
-            soft_cap=self.soft_cap,
-            logit_scale=self.logit_scale,
-            normalizer=request.normalizer,
-        )
+        distils = objective.alpha > 0.0
+        options: dict[str, Any] = {
+            "token_weights": token_weights,
+            "kd_weights": kd_weights,
+            "alpha": objective.alpha,
+            "ce_weight": objective.ce_weight,
+            "z_loss": objective.z_loss,
+            "soft_cap": self.soft_cap,
+            "logit_scale": self.logit_scale,
+            "normalizer": request.normalizer,
+            **(divergence_arguments(objective) if distils else {}),
+        }
+        tensors = {"hidden": hidden, "weight": self.weight, "bias": self.bias, "labels": micro.labels}
+        targets = micro.targets if distils else None
+        if request.self_check:
+            detached = {name: None if value is None else value.detach() for name, value in tensors.items()}
+            self_check(**detached, targets=targets, **options)
+        loss, sums = linear_sparse_loss(**tensors, targets=targets, **options)
         return loss, sums.stack(), selection_figures(micro, token_weights, kd_weights)
 
     @torch.no_grad()
@@ -94,6 +104,7 @@ class DistillationHead(nn.Module):
             targets=micro.targets if needs_targets else None,
             soft_cap=self.soft_cap,
             logit_scale=self.logit_scale,
+            **(divergence_arguments(objective) if needs_targets else {}),
         )
         columns = {"loss": -figures.label_logprob, "entropy": figures.entropy, **micro.columns}
         if needs_targets:
@@ -128,10 +139,15 @@ class StudentModel(nn.Module):
         hf.lm_head = DistillationHead(hf.lm_head, soft_cap=soft_cap, logit_scale=scale)
         self.hf = hf
 
-    def forward(self, micro: MicroBatch, objective: StepObjective, normalizer: Tensor) -> tuple[Tensor, Tensor]:
-        """loss = (sum over positions of weight * loss) / normalizer, differentiable; sums are detached."""
+    def forward(
+        self, micro: MicroBatch, objective: StepObjective, normalizer: Tensor, self_check: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """loss = (sum over positions of weight * loss) / normalizer, differentiable; sums are detached.
+
+        `self_check` first compares the loss path with float64 on this batch and raises SelfCheckError on a mismatch.
+        """
         hidden = self.hidden_states(micro)
-        loss, sums, selection = self.hf.lm_head(hidden, LossRequest(micro, objective, normalizer))
+        loss, sums, selection = self.hf.lm_head(hidden, LossRequest(micro, objective, normalizer, self_check))
         return loss, torch.cat([sums.float(), selection])
 
     def hidden_states(self, micro: MicroBatch) -> Tensor:

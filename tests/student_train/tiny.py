@@ -176,7 +176,7 @@ def write_all(folder: Path, *, num_rows: int = 40, last_length: int = 20) -> dic
     rough -= np.log(np.exp(rough).sum(1, keepdims=True))
     rows = token_rows(num_rows, last_length=last_length)
     tokens = write_store(folder / "tokens", spec_of("tokens", num_rows=None), rows)
-    write_targets(folder / "teacher", tokens, rows, true, temperatures=(4 / 3, 5 / 3, 2.0))
+    write_targets(folder / "teacher", tokens, rows, true, temperatures=(1.3333, 1.6667, 2.0))
     write_targets(folder / "early_teacher", tokens, rows, rough, checkpoint_step=100)
     sampled = spec_of(
         "targets",
