@@ -1,0 +1,99 @@
+"""The format as docs/format.md tells it: golden stores, and a reader that knows only that page."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from potstill.storage import StoreReader, TargetsRow, TokensRow, verify_store
+from tests.storage import independent_reader
+from tests.storage.stores import write_targets, write_tokens
+
+GOLDEN = Path(__file__).parent / "golden"
+# store digest and sha256 of the decoded rows: a newer version must read these stores to the same values for ever.
+PINNED = {
+    "tokens": ("327cfddd1d28367fafc6c31c77a2a8c1009066a77ec283c0829a6311d22571f9", "e06b09153f28cbd0"),
+    "targets": ("44ac2f182e7ed4d3b42c80c1b1c126730e5f9b32d6e37eab17a249e464b56ff4", "04b79b091a66bcac"),
+    "tokens_small": ("876abdb99a723fc98e01e42c1af2b2449ed68a27906563da16f916e9c67cdf7f", "5063dafdae1ffdee"),
+    "sampled": ("2622027a880a1c479d400db7f645e00867bfbbd7b18f859881541e80491e595b", "12939d3570853369"),
+    "scores": ("6f6e2bb015abd6014da36aec30af8696c197071069e2390c5c7c4e536bd0d4a4", "45293128f36e7f96"),
+}
+
+
+def test_golden_stores_stay_small():
+    assert sum(p.stat().st_size for p in GOLDEN.rglob("*") if p.is_file()) < 100_000
+
+
+@pytest.mark.parametrize("name", sorted(PINNED))
+def test_golden_stores_read_to_the_pinned_values(name):
+    run, manifest, rows = independent_reader.read_store(GOLDEN / name)
+    digest, values = PINNED[name]
+    assert manifest["store_digest"] == digest and run["format"] == {"major": 1, "minor": 0}
+    assert hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest().startswith(values)
+    reader = StoreReader(GOLDEN / name)
+    assert reader.digest == digest and verify_store(GOLDEN / name, deep=True).ok
+    assert_same(reader, rows)
+
+
+def assert_same(reader, rows):
+    """The project's reader and the independent one agree on every value."""
+    assert reader.num_rows == len(rows)
+    for number, other in enumerate(rows):
+        row = reader.row(number)
+        if isinstance(row, TokensRow):
+            assert row.tokens.tolist() == other["tokens"] and row.doc_lens.tolist() == other["doc_lens"]
+            continue
+        assert row.token_digest == other["token_digest"] and dict(row.stats) == other["stats"]
+        if isinstance(row, TargetsRow):
+            assert_same_targets(row.targets, other)
+            continue
+        for name in ("label_logprob", "entropy", "label_rank"):
+            assert getattr(row, name).tolist() == other[name]
+
+
+def assert_same_targets(targets, other):
+    pieces = list(zip(targets.offsets[:-1], targets.offsets[1:], strict=True))
+    assert [targets.ids[a:b].tolist() for a, b in pieces] == other["ids"]
+    if targets.logprobs is not None:
+        assert [targets.logprobs[a:b].tolist() for a, b in pieces] == other["logprobs"]
+    if targets.counts is not None:
+        assert [targets.counts[a:b].tolist() for a, b in pieces] == other["draws"]
+    assert targets.log_tail.tolist() == other["log_tail"]
+    for name in ("entropy", "label_logprob", "label_rank"):
+        value = getattr(targets, name)
+        assert (value.tolist() if value is not None else []) == other[name]
+    assert targets.log_tail_at.keys() == other["log_tail_at"].keys()
+    for temperature, values in other["log_tail_at"].items():
+        np.testing.assert_allclose(targets.log_tail_at[temperature], values, rtol=1e-6)
+
+
+def test_stores_written_now_read_the_same_way(tmp_path):
+    tokens = write_tokens(tmp_path / "t", 7, vocab_size=300)
+    reader = write_targets(tmp_path / "d", tokens, temperatures=(4.0,), selection={"mode": "top_k", "k": 200})
+    for found in (tokens, reader):
+        run, _, rows = independent_reader.read_store(found.url)
+        assert run["kind"] == found.spec.kind
+        assert_same(found, rows)
+
+
+def test_the_independent_reader_is_independent_and_short():
+    source = Path(independent_reader.__file__).read_text()
+    imported = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add((node.module or "").split(".")[0])
+    assert imported == {"hashlib", "json", "math", "struct", "zlib", "pathlib", "pyarrow"}
+    assert len(source.splitlines()) <= 130
+
+
+def test_documented_tail_formula():
+    assert independent_reader.tail_at(0) == -math.inf
+    assert independent_reader.tail_at(128) == pytest.approx(math.log(0.5))
