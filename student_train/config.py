@@ -250,6 +250,14 @@ class TrainConfig(StrictModel):
         return self
 
     @model_validator(mode="after")
+    def _skip(self) -> TrainConfig:
+        if self.nan_policy == "skip" and self.zero_stage not in (1, 2):
+            raise ValueError(
+                f"nan_policy skip works with zero_stage 1 and 2, found {self.zero_stage}; use one, or stop"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _stages(self) -> TrainConfig:
         for number, stage in enumerate(self.curriculum):
             last = number == len(self.curriculum) - 1

@@ -177,6 +177,9 @@ def build_engine(module: nn.Module, config: TrainConfig, ds_config: dict[str, An
 
     optimizer = build_optimizer(module, config.optimizer, topology.device)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=dict(ds_config))
+    if config.nan_policy == "skip":
+        # DeepSpeed's own check, which it switches on for bfloat16 only: the step is dropped whole, on all ranks.
+        engine.optimizer.check_grad_overflow = True
     return engine
 
 

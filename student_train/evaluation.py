@@ -18,6 +18,7 @@ from torch import Tensor
 from potstill.common.errors import UserError
 from potstill.storage import LoadedBatch, StoreReader, TokensRow
 from potstill.student_train.batch import JoinedRow, MicroBatch, collate
+from potstill.student_train.calibration import NUM_BINS, expected_calibration_error
 from potstill.student_train.model import SUM_NAMES
 from potstill.student_train.objective import StepObjective
 
@@ -91,19 +92,21 @@ class HeldoutEvaluation:
         sampled = self.targets is not None and (self.targets.spec.selection or {}).get("mode") == "sample"
         objective = measuring_objective(with_targets=self.targets is not None, sampled=sampled)
         one = torch.ones((), device=self.device)
-        total = torch.zeros(len(SUM_NAMES), dtype=torch.float64, device=self.device)
+        total = torch.zeros(len(SUM_NAMES) + 3 * NUM_BINS, dtype=torch.float64, device=self.device)
         was_training = bool(getattr(model, "training", False))
         model.eval()  # type: ignore[attr-defined]
         for rows, counted in self._batches():
             micro = self._micro_batch(rows, objective).to(self.device)
             if counted == 0:
                 micro = replace(micro, token_weights=torch.zeros(micro.labels.shape[0], device=self.device))
-            _, sums = model(micro, objective, one)
+            _, sums = model(micro, objective, one, calibrate=True)
             total += sums
         model.train(was_training)  # type: ignore[attr-defined]
         if distributed.is_available() and distributed.is_initialized() and self.world_size > 1:
             distributed.all_reduce(total)
-        figures = heldout_figures(dict(zip(SUM_NAMES, total.tolist(), strict=True)), self.num_rows)
+        values = total.tolist()
+        figures = heldout_figures(dict(zip(SUM_NAMES, values, strict=False)), self.num_rows)
+        figures["calibration_error"] = expected_calibration_error(values[len(SUM_NAMES) :])
         # The loss on draws is a cross-entropy, not a KL.
         return {**figures, "teacher_kl": None} if sampled else figures
 

@@ -74,7 +74,7 @@ def train_steps(run: Run, progress: Progress) -> str:
         run.lr = run.config.optimizer.lr * lr_factor(run.config.schedule, batch.batch, run.plan.total_steps)
         set_learning_rate(run.engine, run.lr)
         for micro in micros:
-            loss, sums = run.engine(micro.to(run.topology.device), objective, normalizer, check_due(run))
+            loss, sums = run.engine(micro.to(run.topology.device), objective, normalizer, self_check=check_due(run))
             # DeepSpeed averages over ranks; the loss is already divided by the weights of the whole step.
             run.engine.backward(loss * world_size, scale_wrt_gas=False)
             run.engine.step()
@@ -99,8 +99,7 @@ def agree(run: Run, micros: list[MicroBatch]) -> tuple[torch.Tensor, str | None]
         dtype=torch.float64,
         device=run.topology.device,
     )
-    if run.bad_loss is not None:
-        values[2] = run.bad_loss
+    values[2] = not_finite(run)
     weight, stop, bad = all_reduce_sum(values).tolist()
     check_finite(run, bad)
     if stop:
@@ -121,13 +120,23 @@ def check_due(run: Run) -> bool:
     return due
 
 
+def not_finite(run: Run) -> torch.Tensor:
+    """0-d: > 0 when a loss or a gradient since the last look was not finite, on this rank."""
+    skipped = float(run.engine.skipped_steps - run.loop["skipped"])
+    return run.bad_loss + skipped if run.bad_loss is not None else torch.tensor(skipped, dtype=torch.float64)
+
+
 def check_finite(run: Run, bad: float) -> None:
     """Stop on a loss that was not finite. Raises LossNotFiniteError with the step, its rows and what is saved."""
-    if not bad or run.config.nan_policy == "skip":
-        run.bad_loss = None
-        return
+    run.bad_loss = None
     step = run.loop["step"] - 1
+    if not bad:
+        return
     rows = ", ".join(str(row) for row in run.plan.rows(step).tolist())
+    if run.config.nan_policy == "skip":
+        run.loop["skipped"] = int(run.engine.skipped_steps)
+        log.warning("step %d was not finite; its update was skipped. Rows of its global batch: %s", step, rows)
+        return
     raise LossNotFiniteError(
         f"the loss of step {step} is not finite. Rows of its global batch: {rows}. "
         f"Last checkpoint: {run.last_saved or 'none'}; metrics up to here are in {run.folder / 'metrics.jsonl'}. "
@@ -164,8 +173,7 @@ def after_step(run: Run, batch: LoadedBatch) -> None:
 
 def settle(run: Run) -> None:
     """Let all ranks look at the last loss now, before anything is built on the step."""
-    bad = torch.zeros((), dtype=torch.float64, device=run.topology.device) if run.bad_loss is None else run.bad_loss
-    check_finite(run, float(all_reduce_sum(bad.clone())))
+    check_finite(run, float(all_reduce_sum(not_finite(run).clone().to(run.topology.device))))
 
 
 def log_line(run: Run) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import resource
 import sys
 import time
@@ -199,7 +200,9 @@ class MetricsLog:
         """Append one record; it is on the file system when this returns."""
         if self._file is None:
             return
-        self._file.write(json.dumps(record) + "\n")
+        # JSON has no NaN; a figure that is not a number is null.
+        record = {name: _finite(value) for name, value in record.items()}
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
         for tracker in self._trackers:
             tracker.log(record)
@@ -210,6 +213,12 @@ class MetricsLog:
             self._file.close()
         for tracker in self._trackers:
             tracker.close()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from potstill.common.errors import UserError
 from potstill.kernels.loss import linear_sparse_loss, self_check, token_statistics
 from potstill.kernels.types import IGNORE_LABEL, LossSums
 from potstill.student_train.batch import MicroBatch
+from potstill.student_train.calibration import calibration_bins
 from potstill.student_train.config import ModelConfig
 from potstill.student_train.objective import StepObjective
 from potstill.student_train.tokens import TOKEN_POLICIES, choose
@@ -35,6 +36,7 @@ class LossRequest:
     objective: StepObjective
     normalizer: Tensor
     self_check: bool = False
+    calibrate: bool = False
 
 
 def divergence_arguments(objective: StepObjective) -> dict[str, Any]:
@@ -62,7 +64,7 @@ class DistillationHead(nn.Module):
         self.logit_scale = logit_scale
 
     def forward(self, hidden: Tensor, request: LossRequest | None = None) -> Any:
-        """Logits [..., V] without a request (unscaled, uncapped: the model does that), else (loss, sums, selection)."""
+        """Logits [..., V] without a request (unscaled, uncapped: the model does that), else (loss, sums)."""
         if request is None:
             return F.linear(hidden, self.weight, self.bias)
         micro, objective = request.micro, request.objective
@@ -85,7 +87,20 @@ class DistillationHead(nn.Module):
             detached = {name: None if value is None else value.detach() for name, value in tensors.items()}
             self_check(**detached, targets=targets, **options)
         loss, sums = linear_sparse_loss(**tensors, targets=targets, **options)
-        return loss, sums.stack(), selection_figures(micro, token_weights, kd_weights)
+        figures = [sums.stack().float(), selection_figures(micro, token_weights, kd_weights)]
+        if request.calibrate:
+            figures.append(
+                calibration_bins(
+                    hidden,
+                    self.weight,
+                    self.bias,
+                    micro.labels,
+                    token_weights,
+                    soft_cap=self.soft_cap,
+                    logit_scale=self.logit_scale,
+                )
+            )
+        return loss, torch.cat(figures)
 
     @torch.no_grad()
     def _choice(self, hidden: Tensor, micro: MicroBatch, objective: StepObjective) -> tuple[Tensor, Tensor | None]:
@@ -140,15 +155,23 @@ class StudentModel(nn.Module):
         self.hf = hf
 
     def forward(
-        self, micro: MicroBatch, objective: StepObjective, normalizer: Tensor, self_check: bool = False
+        self,
+        micro: MicroBatch,
+        objective: StepObjective,
+        normalizer: Tensor,
+        *,
+        self_check: bool = False,
+        calibrate: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """loss = (sum over positions of weight * loss) / normalizer, differentiable; sums are detached.
 
         `self_check` first compares the loss path with float64 on this batch and raises SelfCheckError on a mismatch.
+        `calibrate` appends the calibration bins to the sums.
         """
         hidden = self.hidden_states(micro)
-        loss, sums, selection = self.hf.lm_head(hidden, LossRequest(micro, objective, normalizer, self_check))
-        return loss, torch.cat([sums.float(), selection])
+        request = LossRequest(micro, objective, normalizer, self_check=self_check, calibrate=calibrate)
+        loss, sums = self.hf.lm_head(hidden, request)
+        return loss, sums
 
     def hidden_states(self, micro: MicroBatch) -> Tensor:
         """Hidden states before the head [N, D] of the real tokens."""

@@ -114,6 +114,7 @@ def test_a_misspelt_key_names_the_nearest() -> None:
         ({"curriculum": [{"tokens": {"policy": "excess_loss"}}]}, ("excess_loss", "tokens.reference")),
         ({"curriculum": [{"tokens": {"policy": "entropy_band", "low": 1}}]}, ("entropy_band", "applies_to: kd")),
         ({"curriculum": [{"tokens": {"policy": "paced", "applies_to": "kd"}}]}, ("applies_to kd", "without targets")),
+        ({"nan_policy": "skip", "zero_stage": 3}, ("nan_policy", "zero_stage", "3")),
         ({"data": {"scores": {"teacher": "x"}}}, ("teacher", "names must differ")),
         ({"data": {"scores": {"student": "x"}}}, ("student",)),
         ({"checkpoint": {"every_steps": 4, "permanent_every_steps": 6}}, ("permanent_every_steps", "multiple")),

@@ -88,6 +88,24 @@ def test_export_loads_in_a_fresh_process_with_equal_logits(distilled: Path, stor
         evaluate(eval_config(model=str(tmp_path / "hf"), output=str(tmp_path / "e.json"), **common))
 
 
+def calibration_by_hand(model: Any, reader: Any) -> float:
+    """Expected calibration error with 15 bins, document by document."""
+    found = []
+    for number in range(reader.num_rows):
+        row, start = reader.row(number), 0
+        for size in row.doc_lens:
+            ids = torch.from_numpy(row.tokens[start : start + size].astype("int64"))
+            start += size
+            with torch.no_grad():
+                confidence, choice = model(input_ids=ids.unsqueeze(0)).logits[0].softmax(-1).max(-1)
+            found += [(float(c), bool(k == y)) for c, k, y in zip(confidence, choice, ids[1:], strict=False)]
+    error = 0.0
+    for low in range(15):
+        mine = [(c, right) for c, right in found if low / 15 <= c < (low + 1) / 15]
+        error += abs(sum(c for c, _ in mine) - sum(right for _, right in mine)) / len(found)
+    return error
+
+
 def test_the_perplexity_is_that_of_transformers(distilled: Path, stores) -> None:
     """The held-out loss against a loop over documents with the Hugging Face loss."""
     from potstill.storage import StoreReader
@@ -106,6 +124,7 @@ def test_the_perplexity_is_that_of_transformers(distilled: Path, stores) -> None
                     total += float(model(input_ids=ids, labels=ids).loss) * (size - 1)
                 count += size - 1
     found = evaluate(eval_config(model=str(distilled), heldout=str(stores["heldout"])))
+    assert found.figures["calibration_error"] == pytest.approx(calibration_by_hand(model, reader), abs=1e-5)
     assert found.figures["heldout_loss"] == pytest.approx(total / count, rel=1e-5)
     assert found.figures["positions"] == count
     assert found.figures["agreement"] is None
@@ -137,6 +156,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(stores, tmp_path: Path) -> None
     # Nothing was saved from the broken state, and starting again simply goes on from step 4.
     assert run_ranks(workers.train_run, tree, world=2)[0]["steps"] == 8
     assert all(math.isfinite(record["loss"]) for record in lines(run))
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_a_step_that_is_not_finite_is_skipped_if_asked(stores, tmp_path: Path, dtype: str) -> None:
+    run = tmp_path / "run"
+    tree = tiny.config_tree(stores, run, nan_policy="skip", zero_stage=1, logging={"every_steps": 1})
+    tree["model"]["dtype"] = dtype
+    assert run_ranks(workers.train_with_a_bad_batch, tree, 3, world=2)[0] == {"status": "done", "skipped": 1}
+    losses = [record["loss"] for record in lines(run)]
+    assert losses[3] is None and all(loss is not None and loss < 4 for loss in losses[:3] + losses[4:])
+    assert [record["skipped_steps"] for record in lines(run)] == [0, 0, 0, 1, 1, 1, 1, 1]
 
 
 def test_a_stop_file_saves_and_stops(stores, tmp_path: Path) -> None:

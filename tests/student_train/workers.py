@@ -93,3 +93,24 @@ def train_with_bad_weights(tree: dict[str, Any], step: int) -> dict[str, Any]:
 
     loop.agree = agree
     return trainer.train(config_of(tree)).heldout
+
+
+def train_with_a_bad_batch(tree: dict[str, Any], step: int) -> dict[str, Any]:
+    """Train, but the loss of `step` is NaN, as after an overflow in one batch."""
+    from potstill.student_train import loop, trainer
+    from potstill.student_train.model import StudentModel
+
+    honest, agree = StudentModel.forward, loop.agree
+    now = [0]
+
+    def watch(run: Any, micros: Any) -> Any:
+        now[0] = run.loop["step"]
+        return agree(run, micros)
+
+    def forward(self: Any, *args: Any, **options: Any) -> Any:
+        loss, sums = honest(self, *args, **options)
+        return (loss * float("nan") if now[0] == step and self.training else loss), sums
+
+    loop.agree, StudentModel.forward = watch, forward
+    summary = trainer.train(config_of(tree))
+    return {"status": summary.status, "skipped": summary.last.get("skipped_steps")}

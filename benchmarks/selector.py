@@ -1,0 +1,86 @@
+"""What selecting half of the positions saves: the whole step, and the head alone, over training on all of them.
+
+python -m benchmarks.selector [--vocab-size 8192 --hidden-size 256 ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.step import add_arguments, measure
+from potstill.kernels.loss import linear_sparse_loss
+from potstill.kernels.types import SparseTargetTensors
+from potstill.student_train.distributed import stop_distributed
+from potstill.student_train.model import DTYPES
+
+
+def head_seconds(options: argparse.Namespace, share: float, *, repeats: int = 7) -> float:
+    """Median seconds of loss and gradients of the head alone, with a random `share` of the positions weighted 1."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    generator = torch.Generator().manual_seed(0)
+    num_tokens, top_k, vocab = options.micro_batch_rows * options.row_length, options.top_k, options.vocab_size
+    dtype = DTYPES[options.dtype]
+    hidden = torch.randn(num_tokens, options.hidden_size, generator=generator).to(device, dtype).requires_grad_()
+    weight = (0.02 * torch.randn(vocab, options.hidden_size, generator=generator)).to(device, dtype).requires_grad_()
+    starts = torch.randint(vocab, (num_tokens, 1), generator=generator)
+    mass = 1.0 / torch.arange(1, top_k + 1)
+    targets = SparseTargetTensors(
+        offsets=torch.arange(num_tokens + 1) * top_k,
+        ids=((starts + 7 * torch.arange(top_k)) % vocab).int().flatten(),
+        logprobs=(0.95 * mass / mass.sum()).log().repeat(num_tokens),
+        counts=None,
+        num_draws=None,
+        log_tail=torch.full((num_tokens,), 0.05).log(),
+    ).to(device)
+    labels = torch.randint(vocab, (num_tokens,), generator=generator).to(device)
+    chosen = (torch.rand(num_tokens, generator=generator) < share).float().to(device)
+    seconds = []
+    for _ in range(repeats + 2):
+        started = time.perf_counter()
+        loss, _ = linear_sparse_loss(
+            hidden=hidden, weight=weight, targets=targets, labels=labels, token_weights=chosen, alpha=0.9
+        )
+        loss.backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[2:])
+
+
+def main() -> None:
+    """Run and print one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    options = parser.parse_args()
+    half = {"policy": "random", "share": 0.5}
+    stages: dict[str, dict[str, Any]] = {
+        "all": {"targets": "teacher"},
+        "half": {"targets": "teacher", "tokens": half},
+        "half_by_student": {"targets": "teacher", "tokens": {"policy": "top_entropy", "share": 0.5}},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(options, stages, Path(folder))
+    stop_distributed()
+    whole = found["all"]["seconds"]
+    figures = {
+        "half_selected_step_over_all": round(found["half"]["seconds"] / whole, 4),
+        "half_selected_head_over_all": round(head_seconds(options, 0.5) / head_seconds(options, 1.0), 4),
+        # The student's own entropy needs a forward of the head over all positions first.
+        "half_by_student_step_over_all": round(found["half_by_student"]["seconds"] / whole, 4),
+        "all_step_seconds": round(whole, 5),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+    }
+    print(json.dumps({**figures, **vars(options)}))
+
+
+if __name__ == "__main__":
+    main()

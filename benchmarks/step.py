@@ -1,0 +1,175 @@
+"""Distilled step over the label-only step of the same model, batch and loop, and the share of time spent waiting for data.
+
+Both kinds of runs go through the real trainer (loader, collation, DeepSpeed, optimizer) on synthetic stores, one after
+the other, several times; each run gives the median of its steps after a warm-up, and the smallest median per kind counts.
+
+    python -m benchmarks.step [--vocab-size 8192 --hidden-size 256 ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from potstill.common.config import build_config
+from potstill.storage import (
+    RunSpec,
+    SparseTargets,
+    StoreReader,
+    StoreWriter,
+    TargetsRow,
+    TokensRow,
+    seal_store,
+    token_digest,
+)
+from potstill.student_train import train
+from potstill.student_train.config import TrainConfig
+from potstill.student_train.distributed import stop_distributed
+from potstill.student_train.metrics import read_metrics
+
+ROWS_PER_UNIT = 64
+
+
+def synthetic_stores(folder: Path, *, num_rows: int, row_length: int, vocab_size: int, top_k: int) -> None:
+    """Random tokens in two documents per row, and top-k targets with Zipf-like masses over random ids."""
+    rng = np.random.default_rng(0)
+    common = {"row_length": row_length, "rows_per_unit": ROWS_PER_UNIT, "vocab_size": vocab_size}
+    common["tokenizer_digest"] = "0" * 64
+    half = row_length // 2
+    doc_lens = np.array([half, row_length - half], np.int32)
+    rows = [TokensRow(n, rng.integers(0, vocab_size, row_length, np.int32), doc_lens) for n in range(num_rows)]
+    _write(folder / "tokens", RunSpec(kind="tokens", num_rows=None, **common), rows)
+    mass = 1.0 / np.arange(1, top_k + 1)
+    log_p = np.log(0.95 * mass / mass.sum()).astype(np.float32)
+    spec = RunSpec(
+        kind="targets",
+        num_rows=num_rows,
+        input_digest=StoreReader(folder / "tokens").digest,
+        selection={"mode": "top_k", "k": top_k},
+        teacher={"id": "synthetic", "weights_digest": "0" * 64, "dtype": "float32", "engine": "none"},
+        **common,
+    )
+    has_target = np.ones(row_length, bool)
+    has_target[[half - 1, row_length - 1]] = False
+    offsets = np.concatenate([[0], np.cumsum(has_target * top_k)]).astype(np.int64)
+    num_targets = int(has_target.sum())
+
+    def targets(row: TokensRow) -> TargetsRow:
+        starts = rng.integers(0, vocab_size, num_targets)
+        ids = (starts[:, None] + 7 * np.arange(top_k)) % vocab_size
+        built = SparseTargets.build(
+            offsets=offsets,
+            ids=ids.reshape(-1).astype(np.int32),
+            logprobs=np.tile(log_p, num_targets),
+            log_tail=np.where(has_target, np.float32(np.log(0.05)), np.float32(0.0)),
+            entropy=np.where(has_target, 2.0, 0.0).astype(np.float32),
+            label_logprob=np.where(has_target, -5.0, 0.0).astype(np.float32),
+            label_rank=np.where(has_target, 20, 255).astype(np.int32),
+            vocab_size=vocab_size,
+        )
+        return TargetsRow(row.row, token_digest(row.tokens, row.doc_lens), built)
+
+    _write(folder / "targets", spec, [targets(row) for row in rows])
+
+
+def _write(path: Path, spec: RunSpec, rows: list[Any]) -> None:
+    writer = StoreWriter.create(path, spec)
+    for unit, first in enumerate(range(0, len(rows), ROWS_PER_UNIT)):
+        writer.commit_unit(unit, rows[first : first + ROWS_PER_UNIT])
+    seal_store(path)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Sizes that both student benchmarks share; the defaults suit a CPU of two cores."""
+    parser.add_argument("--vocab-size", type=int, default=8192)
+    parser.add_argument("--hidden-size", type=int, default=192)
+    parser.add_argument("--num-layers", type=int, default=4)
+    parser.add_argument("--row-length", type=int, default=256)
+    parser.add_argument("--batch-rows", type=int, default=8)
+    parser.add_argument("--micro-batch-rows", type=int, default=4)
+    parser.add_argument("--top-k", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=14)
+    parser.add_argument("--warmup-steps", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
+
+
+def run_config(options: argparse.Namespace, folder: Path, name: str, stage: dict[str, Any]) -> TrainConfig:
+    """A run of `options.steps` steps of one stage."""
+    heads = max(options.hidden_size // 64, 1)
+    model = {
+        "model_type": "llama",
+        "hidden_size": options.hidden_size,
+        "intermediate_size": options.hidden_size * 11 // 4,
+        "num_hidden_layers": options.num_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "tie_word_embeddings": True,
+    }
+    tree = {
+        "run": {"output_dir": str(folder / name), "max_steps": options.steps, "self_check": False},
+        "model": {"config": model, "dtype": options.dtype},
+        "data": {
+            "tokens": str(folder / "tokens"),
+            "targets": {"teacher": str(folder / "targets")},
+            "global_batch_rows": options.batch_rows,
+            "micro_batch_rows": options.micro_batch_rows,
+        },
+        "objective": {"alpha": 0.9},
+        "curriculum": [stage],
+        "logging": {"every_steps": 1},
+    }
+    return build_config(TrainConfig, tree, source="benchmark")
+
+
+def measure(
+    options: argparse.Namespace, stages: dict[str, dict[str, Any]], folder: Path
+) -> dict[str, dict[str, float]]:
+    """Median seconds per step and share of waiting of each stage, of the fastest of `repeats` runs."""
+    num_rows = options.batch_rows * options.steps
+    sizes = {"num_rows": num_rows, "row_length": options.row_length, "vocab_size": options.vocab_size}
+    synthetic_stores(folder, top_k=options.top_k, **sizes)
+    best: dict[str, dict[str, float]] = {}
+    for repeat in range(options.repeats):
+        for name, stage in stages.items():
+            config = run_config(options, folder, f"{name}-{repeat}", stage)
+            train(config)
+            records = [record for record in read_metrics(config.run.output_dir) if record["kind"] == "train"]
+            records = records[options.warmup_steps :]
+            seconds = statistics.median(record["step_seconds"] for record in records)
+            waited = sum(record["data_wait_seconds"] for record in records)
+            share = waited / sum(record["step_seconds"] for record in records)
+            if name not in best or seconds < best[name]["seconds"]:
+                best[name] = {"seconds": seconds, "data_wait_share": share}
+    return best
+
+
+def main() -> None:
+    """Run and print one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    options = parser.parse_args()
+    stages: dict[str, dict[str, Any]] = {"ce": {}, "kd": {"targets": "teacher"}}
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(options, stages, Path(folder))
+    stop_distributed()
+    figures = {
+        "kd_step_over_ce_step": round(found["kd"]["seconds"] / found["ce"]["seconds"], 4),
+        "data_wait_share": round(found["kd"]["data_wait_share"], 5),
+        "ce_step_seconds": round(found["ce"]["seconds"], 5),
+        "kd_step_seconds": round(found["kd"]["seconds"], 5),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+    }
+    print(json.dumps({**figures, **vars(options)}))
+
+
+if __name__ == "__main__":
+    main()
