@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from potstill.storage.errors import CorruptError, StoreError
+from potstill.storage.paths import StoreFolder
 
+READ_ATTEMPTS = 3
 TAIL_BYTES = len(b',"crc32":"00000000"}\n')
 
 
@@ -43,6 +45,20 @@ def load_checked(data: bytes, *, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CorruptError(f"{where}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def read_checked(folder: StoreFolder, name: str, *, max_bytes: int) -> dict[str, Any] | None:
+    """Read and check one file, or None when there is none; a bad checksum is read again, as transport errors exist."""
+    for attempt in range(1, READ_ATTEMPTS + 1):
+        data = folder.read(name, max_bytes=max_bytes)
+        if data is None:
+            return None
+        try:
+            return load_checked(data, where=f"{folder.url}/{name}")
+        except CorruptError:
+            if attempt == READ_ATTEMPTS:
+                raise
+    raise AssertionError("unreachable")
 
 
 def get_int(value: Mapping[str, Any], key: str, *, where: str, low: int = 0, high: int = 1 << 62) -> int:

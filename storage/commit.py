@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from potstill.storage.checked_json import dump_checked, get_int, get_list, get_text, load_checked
+from potstill.storage.checked_json import dump_checked, get_int, get_list, get_text, read_checked
 from potstill.storage.errors import CorruptError
 from potstill.storage.paths import StoreFolder
 from potstill.storage.spec import RunSpec
@@ -69,9 +69,8 @@ def record_name(unit: int, generation: int = 0) -> str:
     return f"u{unit:07d}.json" if generation == 0 else f"u{unit:07d}.{generation}.json"
 
 
-def parse_record(data: bytes, *, unit: int, spec: RunSpec, where: str) -> CommitRecord:
+def parse_record(value: Mapping[str, Any], *, unit: int, spec: RunSpec, where: str) -> CommitRecord:
     """Check every field against the run; CorruptError on the first that does not fit."""
-    value = load_checked(data, where=where)
     if get_text(value, "fingerprint", where=where) != spec.fingerprint:
         raise CorruptError(f"{where}: record belongs to another run (fingerprint {value['fingerprint'][:16]}...)")
     if get_int(value, "unit", where=where) != unit:
@@ -109,11 +108,10 @@ def read_record(folder: StoreFolder, unit: int, spec: RunSpec, *, generations: i
     """The unit's first readable record among its generations, or None; unreadable ones are logged."""
     for generation in range(generations):
         name = f"units/{record_name(unit, generation)}"
-        data = folder.read(name, max_bytes=MAX_RECORD_BYTES)
-        if data is None:
-            continue
         try:
-            return parse_record(data, unit=unit, spec=spec, where=f"{folder.url}/{name}")
+            value = read_checked(folder, name, max_bytes=MAX_RECORD_BYTES)
+            if value is not None:
+                return parse_record(value, unit=unit, spec=spec, where=f"{folder.url}/{name}")
         except CorruptError as error:
             logger.warning("unit %d counts as not committed: %s", unit, error)
     return None

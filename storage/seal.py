@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from potstill.storage.checked_json import dump_checked, get_int, get_list, get_text, load_checked
-from potstill.storage.commit import CommitRecord, committed_records
+from potstill.storage.checked_json import dump_checked, get_int, get_list, get_text, read_checked
+from potstill.storage.commit import CommitRecord, committed_records, read_record
 from potstill.storage.errors import CorruptError, StoreError, UnsealedError
 from potstill.storage.index import ROWS_PER_BLOCK, IndexBlock, build_columns, encode_index
 from potstill.storage.paths import StoreFolder, StorePath, open_folder
@@ -119,7 +119,7 @@ def seal_store(path: StorePath) -> Manifest:
     return found_manifest
 
 
-def _complete(records: Mapping[int, CommitRecord], spec: RunSpec, folder: StoreFolder) -> list[CommitRecord]:
+def _complete(records: dict[int, CommitRecord], spec: RunSpec, folder: StoreFolder) -> list[CommitRecord]:
     """Records in unit order; UnsealedError unless they cover all rows."""
     if spec.num_rows is None:
         num_units = max(records, default=-1) + 1
@@ -127,7 +127,7 @@ def _complete(records: Mapping[int, CommitRecord], spec: RunSpec, folder: StoreF
             raise UnsealedError(f"{folder.url}: no unit is committed; nothing to seal")
     else:
         num_units = -(-spec.num_rows // spec.rows_per_unit)
-    missing = [u for u in range(num_units) if u not in records]
+    missing = [u for u in range(num_units) if u not in records and not _late(u, records, spec, folder)]
     if missing:
         raise UnsealedError(
             f"{folder.url}: {len(missing)} of {num_units} units are missing (first: {missing[:5]}); "
@@ -143,6 +143,14 @@ def _complete(records: Mapping[int, CommitRecord], spec: RunSpec, folder: StoreF
     return [records[u] for u in range(num_units)]
 
 
+def _late(unit: int, records: dict[int, CommitRecord], spec: RunSpec, folder: StoreFolder) -> bool:
+    """Ask for a unit by name: the listing of an object store may be older than the record."""
+    record = read_record(folder, unit, spec)
+    if record is not None:
+        records[unit] = record
+    return record is not None
+
+
 def _publish_index(folder: StoreFolder, data: memoryview, sha256: str) -> str:
     """Write index.arrow exclusively; a different one left by another sealer is stepped aside from, not replaced."""
     for name in (INDEX_NAME, f"index-{sha256[:12]}.arrow"):
@@ -156,11 +164,10 @@ def _publish_index(folder: StoreFolder, data: memoryview, sha256: str) -> str:
 
 def load_manifest(folder: StoreFolder, spec: RunSpec) -> Manifest | None:
     """manifest.json checked against run.json, or None when the store is not sealed."""
-    data = folder.read(MANIFEST_NAME, max_bytes=MAX_MANIFEST_BYTES)
-    if data is None:
+    value = read_checked(folder, MANIFEST_NAME, max_bytes=MAX_MANIFEST_BYTES)
+    if value is None:
         return None
     where = f"{folder.url}/{MANIFEST_NAME}"
-    value = load_checked(data, where=where)
     if get_text(value, "fingerprint", where=where) != spec.fingerprint:
         raise CorruptError(f"{where}: manifest belongs to another run; run.json or manifest.json was replaced")
     units = tuple(_unit_entry(item, where) for item in get_list(value, "units", where=where))

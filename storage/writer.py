@@ -12,9 +12,10 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
-from potstill.storage.checked_json import dump_checked, load_checked
+from potstill.storage.checked_json import dump_checked, read_checked
 from potstill.storage.commit import (
     MAX_GENERATIONS,
+    MAX_RECORD_BYTES,
     CommitRecord,
     committed_records,
     list_records,
@@ -39,12 +40,10 @@ _OWN_TOP_NAMES = re.compile(r"run\.json|manifest\.json|index(-[0-9a-f]{12})?\.ar
 
 def load_spec(folder: StoreFolder) -> RunSpec:
     """Read run.json; NotAStoreError when there is none."""
-    data = folder.read(RUN_NAME, max_bytes=MAX_RUN_BYTES)
-    if data is None:
+    value = read_checked(folder, RUN_NAME, max_bytes=MAX_RUN_BYTES)
+    if value is None:
         raise NotAStoreError(f"{folder.url} holds no {RUN_NAME}; it is not a store (or not yet)")
-    where = f"{folder.url}/{RUN_NAME}"
-    value = load_checked(data, where=where)
-    return RunSpec.from_json(value, where=where)
+    return RunSpec.from_json(value, where=f"{folder.url}/{RUN_NAME}")
 
 
 def load_id_map(folder: StoreFolder, spec: RunSpec) -> IdMap | None:
@@ -156,29 +155,26 @@ class StoreWriter:
             time_seconds=round(time.time(), 3),
             extra=dict(extra or {}),
         )
-        data = record.to_bytes(self._spec.fingerprint)
         self._folder.put(f"units/{record.file}", encoded.data)
-        won = self._publish_record(unit, data)
+        won = self._publish_record(unit, record.file, record.to_bytes(self._spec.fingerprint))
         if not won:
             self._folder.delete(f"units/{record.file}")
         return won
 
-    def _publish_record(self, unit: int, data: bytes) -> bool:
+    def _publish_record(self, unit: int, file: str, data: bytes) -> bool:
         """Create the record under the first generation whose name is free; readable earlier ones win."""
         for generation in range(MAX_GENERATIONS):
             name = f"units/{record_name(unit, generation)}"
             if self._folder.create(name, data):
                 return True
-            found = self._folder.read(name, max_bytes=len(data) + MAX_RUN_BYTES)
-            if found == data:
-                # A repeated request whose first answer was lost: the record is ours.
-                return True
             try:
-                parse_record(found or b"", unit=unit, spec=self._spec, where=f"{self._folder.url}/{name}")
+                found = read_checked(self._folder, name, max_bytes=MAX_RECORD_BYTES)
+                winner = parse_record(found or {}, unit=unit, spec=self._spec, where=f"{self._folder.url}/{name}")
             except CorruptError as error:
                 logger.warning("stepping over an unreadable record: %s", error)
                 continue
-            return False
+            # A repeated request whose first answer was lost finds our own record.
+            return winner.file == file
         raise StoreError(f"unit {unit}: {MAX_GENERATIONS} unreadable records; the folder {self._folder.url} is broken")
 
     def record_failure(self, unit: int, reason: str) -> None:
