@@ -1,0 +1,95 @@
+"""What the README tells people to type is understood by the command, and its configuration is one."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from potstill.common.config import build_config, load_config, parse_yaml
+from potstill.launch import cli
+from potstill.launch.command import EXIT_CODES
+from potstill.launch.options import OVERRIDES
+from potstill.launch.presets import find_preset, list_presets
+from potstill.student_train import __main__ as rank_main
+from potstill.student_train.config import EvalConfig, ExportConfig, TrainConfig
+from potstill.teacher_dump.config import DumpConfig, PrepareConfig, ScoreConfig
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TREES = {
+    "prepare": PrepareConfig,
+    "dump": DumpConfig,
+    "score": ScoreConfig,
+    "train": TrainConfig,
+    "eval": EvalConfig,
+    "export": ExportConfig,
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+
+
+def commands() -> list[str]:
+    """Every shell line of the README, with continued lines joined and comments taken off."""
+    joined = "\n".join(blocks("sh")).replace("\\\n", " ")
+    lines = [shlex.join(shlex.split(line, comments=True)) for line in joined.splitlines()]
+    return [line for line in lines if line]
+
+
+def test_the_readme_is_short_and_starts_with_the_two_commands() -> None:
+    assert README.count("\n") <= 300
+    assert commands()[:2] == ["make demo", "make test"]
+
+
+@pytest.mark.parametrize("line", [line for line in commands() if line.startswith("potstill ")])
+def test_command_lines_are_understood(line: str) -> None:
+    words = shlex.split(line)[1:]
+    arguments = cli.parse(words)
+    if arguments.command in TREES and arguments.config is None:
+        preset = getattr(arguments, "preset", None)
+        path = None if preset is None else find_preset(preset).path
+        load_config(TREES[arguments.command], path, getattr(arguments, OVERRIDES))
+
+
+@pytest.mark.parametrize("line", [line for line in commands() if "potstill.student_train" in line])
+def test_cluster_lines_are_understood(line: str) -> None:
+    words = shlex.split(line)
+    options = rank_main.parse(words[words.index("potstill.student_train") + 1 :])
+    assert options.config == Path("run.yaml")
+
+
+def test_every_shell_line_is_known() -> None:
+    known = ("potstill ", "make ", "deepspeed ", "srun torchrun ")
+    assert [line for line in commands() if not line.startswith(known)] == []
+
+
+def test_makefile_has_every_target_that_is_named() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    named = set(re.findall(r"(?:^|`)make ([a-z-]+)", README, flags=re.MULTILINE))
+    assert {"demo", "test", "bench"} <= named
+    assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in named), named
+
+
+@pytest.mark.parametrize("text", blocks("yaml"))
+def test_yaml_is_a_student_configuration(text: str) -> None:
+    build_config(TrainConfig, parse_yaml(text, name="README.md"), source="README.md")
+
+
+def test_exit_codes_are_those_of_the_command() -> None:
+    assert [int(code) for code in re.findall(r"^\| (\d+) \|", README, flags=re.MULTILINE)] == list(EXIT_CODES)
+
+
+@pytest.mark.parametrize("preset", list_presets(), ids=lambda preset: preset.name)
+def test_presets_load(preset: object) -> None:
+    assert load_config(TrainConfig, find_preset(preset.name).path)  # type: ignore[attr-defined]
+
+
+def test_files_that_are_named_exist() -> None:
+    rooms = ("common", "kernels", "launch", "storage", "student_train", "teacher_dump", "tests", "benchmarks", "docs")
+    named = re.findall(rf"`((?:{'|'.join(rooms)})/[a-z_/.]*)`", README) + re.findall(r"\]\(([^)]+)\)", README)
+    assert len(named) > 10
+    assert [path for path in named if not (ROOT / path).exists()] == []
