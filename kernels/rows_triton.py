@@ -20,7 +20,7 @@ from potstill.kernels.triton_kernels import dense_grad_kernel, stats_kernel, til
 # Columns per step of a row kernel, on 8 warps. Wider ones would need more than 64 registers per thread, and
 # 65536 columns spill 15 KB of them.
 MAX_BLOCK = 8192
-HALF_BLOCK = 4096  # float32 rows, a second temperature or a soft cap need twice as many registers
+HALF_BLOCK = 4096  # a soft cap needs more registers per element
 TILES_PER_PROGRAM = 32  # 2048 elements on 4 warps
 
 
@@ -29,9 +29,9 @@ def fill_of(dtype: torch.dtype) -> float:
     return -65504.0 if dtype == torch.float16 else -1e30
 
 
-def block_shape(vocab_size: int, width: int, *, heavy: bool) -> dict[str, int]:
+def block_shape(vocab_size: int, width: int, *, capped: bool) -> dict[str, int]:
     """Block sizes and warps of the row kernels for rows of V columns and F fix-ups."""
-    block = min(HALF_BLOCK if heavy else MAX_BLOCK, max(256, triton.next_power_of_2(vocab_size)))
+    block = min(HALF_BLOCK if capped else MAX_BLOCK, max(256, triton.next_power_of_2(vocab_size)))
     return {
         "BV": block,
         "BF": max(16, triton.next_power_of_2(width)),
@@ -41,10 +41,6 @@ def block_shape(vocab_size: int, width: int, *, heavy: bool) -> dict[str, int]:
 
 def slab_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype
-
-
-def is_heavy(slab: Tensor, settings: LossSettings) -> bool:
-    return slab.dtype == torch.float32 or settings.temperature != 1.0 or settings.soft_cap is not None
 
 
 def row_stats(slab: Tensor, fix: FixSet, settings: LossSettings, *, keep_exp: bool) -> tuple[RowStats, Tensor]:
@@ -70,7 +66,7 @@ def row_stats(slab: Tensor, fix: FixSet, settings: LossSettings, *, keep_exp: bo
         TWO=settings.temperature != 1.0,
         CAP=settings.soft_cap is not None,
         FILL=fill_of(slab.dtype),
-        **block_shape(vocab_size, width, heavy=is_heavy(slab, settings)),
+        **block_shape(vocab_size, width, capped=settings.soft_cap is not None),
     )
     return RowStats(fixed, *out.unbind(0)), used
 
@@ -107,7 +103,7 @@ def row_gradient(
         TWO=not single and settings.plain_gradient,
         CAP=cap is not None,
         FILL=fill_of(slab.dtype),
-        **block_shape(vocab_size, width, heavy=is_heavy(slab, settings)),
+        **block_shape(vocab_size, width, capped=settings.soft_cap is not None),
     )
     return slab
 

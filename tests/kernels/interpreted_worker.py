@@ -1,0 +1,124 @@
+"""Runs every Triton kernel in Triton's interpreter and compares it with its torch twin; prints JSON errors.
+
+A process of its own: TRITON_INTERPRET must be set before triton is imported, and turns every kernel of the
+process into an interpreted one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+
+from potstill.kernels import rows_triton
+from potstill.kernels.loss import linear_sparse_loss, sparse_loss
+from potstill.kernels.topk import teacher_topk
+from tests.kernels.reference import as_draws, make_targets
+
+# Masked lanes that compute inf - inf warn in NumPy; on a GPU they would be NaN. Only this class: older
+# interpreters raise a deprecation warning on every loop.
+warnings.simplefilter("error", RuntimeWarning)
+
+
+def compare_loss(*, vocab_size: int, dtype: torch.dtype, divergence: str = "forward_kl", **settings) -> dict:
+    """Errors of loss, gradient and sums: Triton in `dtype` against the torch passes in float64."""
+    targets = make_targets(4, vocab_size, [min(vocab_size, n) for n in (3, 17, 0, 9)], seed=vocab_size)
+    if divergence == "sampled":
+        targets = as_draws(targets, 20)
+    generator = torch.Generator().manual_seed(vocab_size)
+    labels = torch.randint(0, vocab_size, (4,), generator=generator)
+    labels[1] = -100
+    labels[3] = targets.ids[int(targets.offsets[3])]
+    raw = (torch.randn(4, vocab_size, generator=generator) * 3).to(dtype)
+    results = []
+    for backend, values in (("torch", raw.double()), ("triton", raw)):
+        leaf = values.clone().requires_grad_()
+        loss, sums = sparse_loss(
+            logits=leaf,
+            targets=targets,
+            labels=labels,
+            divergence=divergence,
+            backend=backend,
+            token_weights=torch.tensor([1.0, 0.5, 2.0, 1.0]),
+            normalizer=torch.tensor(1.0),
+            **{"alpha": 0.7, "ce_weight": 0.3, **settings},
+        )
+        (grad,) = torch.autograd.grad(loss, leaf)
+        results.append((loss.detach(), grad.double(), sums.stack().double()))
+    (loss, grad, sums), (got, got_grad, got_sums) = results
+    return {
+        "loss": float((got - loss).abs() / loss.abs()),
+        "grad": float((got_grad - grad).abs().max()),
+        "sums": float(((got_sums - sums).abs() / (1 + sums.abs())).max()),
+        "finite": bool(got_grad.isfinite().all()),
+    }
+
+
+def compare_linear() -> dict:
+    """Chunked from hidden states: padded row strides, several chunks, all three gradients."""
+    generator = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(*shape, generator=generator) for shape in ((5, 8), (301, 8), (301,))]
+    targets, labels = make_targets(5, 301, [4, 0, 20]), torch.arange(5)
+    results = []
+    for backend, kind in (("torch", torch.float64), ("triton", torch.float32)):
+        hidden, weight, bias = (x.to(kind).requires_grad_() for x in leaves)
+        loss, _ = linear_sparse_loss(
+            hidden=hidden, weight=weight, bias=bias, targets=targets, labels=labels, alpha=0.5, temperature=2.0,
+            backend=backend, chunk_bytes=2 * 4 * 301,
+        )  # fmt: skip
+        results.append(torch.autograd.grad(loss, (hidden, weight, bias)))
+    errors = [float((a - b).norm() / a.norm()) for a, b in zip(*results, strict=True)]
+    return dict(zip(("hidden", "weight", "bias"), errors, strict=True))
+
+
+def compare_topk(*, head: int, vocab_size: int, k: int, temperatures: tuple[float, ...]) -> dict:
+    raw = torch.randn(3, head, generator=torch.Generator().manual_seed(head)).half().float()  # with ties
+    arguments = {"logits": raw, "k": k, "vocab_size": vocab_size, "temperatures": temperatures}
+    labels = torch.tensor([0, vocab_size - 1, -100])
+    mine, twin = (teacher_topk(**arguments, labels=labels, backend=name) for name in ("triton", "torch"))
+    names = ("logprobs", "lse", "entropy", "label_logprob", "excluded_mass", "log_tail")
+    errors = [float((getattr(mine, n) - getattr(twin, n)).nan_to_num().abs().max()) for n in names]
+    errors += [float((mine.log_tail_at[t] - twin.log_tail_at[t]).nan_to_num().abs().max()) for t in temperatures]
+    same = torch.equal(mine.ids, twin.ids) and torch.equal(mine.label_rank, twin.label_rank)
+    return {"same_ids": same, "error": max(errors)}
+
+
+def main() -> None:
+    # Blocks of 256 columns make several whole ones and a ragged rest out of a small row.
+    rows_triton.MAX_BLOCK = rows_triton.HALF_BLOCK = 256
+    out: dict[str, dict] = {}
+    for vocab_size in (1, 2, 127, 256, 1000):
+        for temperature in (1.0, 2.0):
+            for soft_cap in (None, 8.0):
+                settings = {"temperature": temperature, "soft_cap": soft_cap, "logit_scale": 0.9, "z_loss": 0.01}
+                out[f"float32 V={vocab_size} T={temperature} cap={soft_cap}"] = compare_loss(
+                    vocab_size=vocab_size, dtype=torch.float32, **settings
+                )
+    for temperature in (1.0, 2.0):
+        for soft_cap in (None, 8.0):
+            out[f"float16 V=600 T={temperature} cap={soft_cap}"] = compare_loss(
+                vocab_size=600, dtype=torch.float16, temperature=temperature, soft_cap=soft_cap
+            )
+        # Conversion to bf16 truncates in the interpreter: one unit in the last place is all one can ask.
+        out[f"bfloat16 V=600 T={temperature}"] = compare_loss(
+            vocab_size=600, dtype=torch.bfloat16, temperature=temperature
+        )
+        out[f"float32 KD only V=600 T={temperature}"] = compare_loss(
+            vocab_size=600, dtype=torch.float32, temperature=temperature, alpha=1.0, ce_weight=0.0
+        )
+    for divergence in ("reverse_kl", "jsd", "mse_logprobs", "sampled"):
+        out[f"float32 {divergence}"] = compare_loss(vocab_size=300, dtype=torch.float32, divergence=divergence)
+    out["linear"] = compare_linear()
+    for case in ((1000, 900, 20, (2.0,)), (64, 64, 64, ()), (70, 66, 7, (0.5, 3.0)), (5000, 4990, 20, ())):
+        head, vocab_size, k, temperatures = case
+        out[f"topk {case}"] = compare_topk(head=head, vocab_size=vocab_size, k=k, temperatures=temperatures)
+    json.dump(out, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""The head op inside what a trainer puts around it: ZeRO, tied heads, compile, checkpointing, autocast."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from potstill.kernels.loss import SelfCheckError, linear_sparse_loss, self_check
+from tests.dist_harness import run_ranks
+from tests.kernels import zero_worker
+from tests.kernels.reference import make_targets
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.xdist_group("ranks")
+def test_two_ranks_step_like_one(stage: int, tied: bool) -> None:
+    want = zero_worker.step_alone(tied)
+    start = zero_worker.build(tied=tied).state_dict()
+    results = run_ranks(zero_worker.step_on_rank, stage, tied, world=2)
+    for got in results:
+        assert got.keys() == want.keys()
+        for name, value in want.items():
+            torch.testing.assert_close(torch.from_numpy(got[name]), value, rtol=1e-5, atol=1e-6)
+            # Without the exchange of gradients the first half alone would have moved it.
+            assert float((value - start[name]).abs().max()) > 1e-4, name
+
+
+def gradients(model: torch.nn.Module, run) -> list[torch.Tensor]:
+    batch = zero_worker.whole_batch()
+    loss = run(batch, batch["weights"].sum())
+    return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_activation_checkpointing_changes_nothing(tied: bool) -> None:
+    plain, recomputed = (zero_worker.build(tied=tied, checkpoint=flag) for flag in (False, True))
+    torch.testing.assert_close(gradients(plain, plain), gradients(recomputed, recomputed), rtol=0, atol=0)
+
+
+def test_compiled_module_meets_the_op_at_a_graph_break() -> None:
+    model = zero_worker.build(tied=True)
+    # "eager" traces as any compiler does, without a C++ build: the graph break is what is at stake.
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(gradients(model, compiled), gradients(model, model), rtol=1e-6, atol=1e-7)
+
+
+def test_tied_head_gets_both_gradients() -> None:
+    model, batch = zero_worker.build(tied=True), zero_worker.whole_batch()
+    model(batch, batch["weights"].sum()).backward()
+    untied = zero_worker.build(tied=False)
+    untied.embedding.weight.data.copy_(model.embedding.weight.data)
+    untied.head.weight.data.copy_(model.embedding.weight.data)
+    untied.head.bias.data.zero_()
+    untied(batch, batch["weights"].sum()).backward()
+    both = untied.embedding.weight.grad + untied.head.weight.grad
+    torch.testing.assert_close(model.embedding.weight.grad, both, rtol=1e-6, atol=1e-8)
+
+
+def test_autocast_runs_in_its_dtype_and_returns_full_gradients() -> None:
+    model, batch = zero_worker.build(tied=False), zero_worker.whole_batch()
+    truth = gradients(model, model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = gradients(model, model)
+    assert low[0].dtype == torch.float32
+    for got, want in zip(low, truth, strict=True):
+        assert got.dtype == torch.float32
+        assert float((got - want).norm()) < 2e-2 * float(want.norm())
+        assert not torch.equal(got, want)
+
+
+def test_frozen_parts_get_no_gradient() -> None:
+    hidden = torch.randn(4, 6, requires_grad=True)
+    weight = torch.randn(20, 6)
+    targets, labels = make_targets(4, 20, [3]), torch.arange(4)
+    loss, _ = linear_sparse_loss(hidden=hidden, weight=weight, targets=targets, labels=labels)
+    loss.backward()
+    assert weight.grad is None and hidden.grad is not None
+    with torch.no_grad():
+        loss, _ = linear_sparse_loss(hidden=hidden, weight=weight, targets=targets, labels=labels)
+    assert not loss.requires_grad
+
+
+def check_arguments(dtype: torch.dtype = torch.float32) -> dict:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "hidden": torch.randn(40, 16, generator=generator).to(dtype).requires_grad_(),
+        "weight": torch.randn(90, 16, generator=generator).to(dtype).requires_grad_(),
+        "targets": make_targets(40, 90, [7, 0]),
+        "labels": torch.randint(0, 90, (40,), generator=generator),
+        "token_weights": (torch.arange(40) % 3).float(),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("options", [{}, {"temperature": 2.0, "alpha": 0.5, "soft_cap": 20.0}])
+def test_self_check_passes_on_the_real_path(dtype: torch.dtype, options: dict) -> None:
+    given = check_arguments(dtype)
+    figures = self_check(**given, **options)
+    assert set(figures) == {"loss", "hidden gradient", "weight gradient"}
+    assert given["weight"].grad is None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        self_check(**check_arguments(), **options)
+    assert self_check(**{**given, "token_weights": torch.zeros(40)}) == {}
+
+
+def test_self_check_catches_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mistake others made: only the kept ids get a gradient, the dense part is dropped."""
+    import dataclasses
+
+    from potstill.kernels import backends, rows_torch
+
+    def sparse_only(slab, state, stats, terms, fix, settings):
+        none = torch.zeros_like(terms.dense_t)
+        terms = dataclasses.replace(terms, dense_t=none, dense_1=none)
+        return rows_torch.row_gradient(slab, state, stats, terms, fix, settings)
+
+    broken = dataclasses.replace(backends.TORCH, row_gradient=sparse_only)
+    choose = backends.choose
+    monkeypatch.setattr(backends, "choose", lambda n, d, t: broken if t == torch.float32 else choose(n, d, t))
+    with pytest.raises(SelfCheckError, match=r"hidden gradient \d\.\d+e.*limit for float32"):
+        self_check(**check_arguments())
+
+
+def test_self_check_refuses_nonsense_targets() -> None:
+    given = check_arguments()
+    targets = given["targets"]
+    targets.ids[1] = targets.ids[0]
+    with pytest.raises(ValueError, match="twice"):
+        self_check(**given)
+    given = check_arguments()
+    with torch.no_grad():
+        given["hidden"][:] = float("nan")
+    with pytest.raises(SelfCheckError, match="loss inf"):
+        self_check(**given)
