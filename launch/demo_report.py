@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from potstill.common.progress import format_seconds
+from potstill.launch.stages import shell_line
 from potstill.launch.text import format_bytes, table
 
 MODELS = ("teacher", "slm", "labels-only", "distilled")
@@ -72,18 +73,21 @@ def times_table(times: Mapping[str, float]) -> str:
 
 
 def next_steps(root: Path) -> str:
-    """Commands to go on with."""
+    """Where things are, and commands to go on with."""
+    row = ["--row", "0", "--tokens", f"{root}/data/train", "--tokenizer", f"{root}/data/tokenizer"]
+    other = ["--set", f"run.output_dir={root}/runs/mine", "objective.alpha=0.5"]
+    commands = [
+        ["inspect", f"{root}/targets/train", *row],
+        ["stats", f"{root}/targets/train"],
+        ["verify", f"{root}/targets/train", "--deep"],
+        ["train", "--config", f"{root}/configs/distilled.yaml", *other],
+        ["presets"],
+    ]
     return "\n".join(
         [
             f"Files are in {root}: data/ targets/ scores/ (stores), configs/, runs/ (metrics, checkpoints), "
             "models/ (Hugging Face), logs/",
             "Go on with:",
-            f"  potstill inspect {root}/targets/train --row 0 --tokens {root}/data/train "
-            f"--tokenizer {root}/data/tokenizer",
-            f"  potstill stats {root}/targets/train",
-            f"  potstill verify {root}/targets/train --deep",
-            f"  potstill train --config {root}/configs/distilled.yaml --set run.output_dir={root}/runs/mine "
-            "objective.alpha=0.5",
-            "  potstill presets",
+            *(f"  {shell_line(['potstill', *words])}" for words in commands),
         ]
     )
