@@ -1,7 +1,7 @@
-"""Distilled step over the label-only step of the same model, batch and loop, and the share of time spent waiting for data.
+"""Distilled step over the label-only step of the same model, batch and loop, and the share of time waiting for data.
 
 Both kinds of runs go through the real trainer (loader, collation, DeepSpeed, optimizer) on synthetic stores, one after
-the other, several times; each run gives the median of its steps after a warm-up, and the smallest median per kind counts.
+the other, several times; a run gives the median of its steps after a warm-up, and the smallest median per kind counts.
 
     python -m benchmarks.step [--vocab-size 8192 --hidden-size 256 ...]
 """
@@ -92,10 +92,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hidden-size", type=int, default=192)
     parser.add_argument("--num-layers", type=int, default=4)
     parser.add_argument("--row-length", type=int, default=256)
-    parser.add_argument("--batch-rows", type=int, default=8)
+    parser.add_argument("--batch-rows", type=int, default=4)
     parser.add_argument("--micro-batch-rows", type=int, default=4)
     parser.add_argument("--top-k", type=int, default=50)
-    parser.add_argument("--steps", type=int, default=14)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--warmup-steps", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")

@@ -1,0 +1,83 @@
+"""The report: one page, every run and figure in it, nothing loaded from elsewhere; trackers get the same figures."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from potstill.common.errors import UserError
+from potstill.student_train.metrics import read_metrics
+from potstill.student_train.report import chart, write_report
+from tests.dist_harness import run_ranks
+from tests.student_train import tiny, workers
+
+
+class Balance(HTMLParser):
+    """Fails on a tag that is closed without being open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: object) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def runs(stores, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    found = []
+    for name, curriculum in (("labels", [{}]), ("<distilled>", [{"targets": "teacher"}])):
+        run = folder / name
+        tree = tiny.config_tree(stores, run, curriculum=curriculum, logging={"tensorboard": name == "labels"})
+        tree["eval"] = {"every_steps": 4}
+        run_ranks(workers.train_run, tree, world=1)
+        found.append(run)
+    return found
+
+
+def test_one_page_with_all_runs(runs: list[Path], tmp_path: Path) -> None:
+    page = write_report(runs, tmp_path / "report.html").read_text()
+    parser = Balance()
+    parser.feed(page)
+    assert parser.open == []
+    assert "&lt;distilled&gt;" in page and "<distilled>" not in page
+    assert "http" not in page and "<script" not in page
+    heldout = [r for r in read_metrics(runs[1]) if r["kind"] == "eval"][-1]["heldout_loss"]
+    assert f"{heldout:.4g}" in page
+    assert "curriculum.0.targets" in page and "optimizer.lr" not in page, "only what differs is listed"
+    assert page.count("<polyline") >= 12
+    with pytest.raises(UserError, match="exists"):
+        write_report(runs, tmp_path / "report.html")
+
+
+def test_a_curve_is_where_its_numbers_are() -> None:
+    svg = chart("x", [("a", [(0.0, 1.0), (5.0, 3.0), (10.0, 2.0)])])
+    points = [tuple(map(float, p.split(","))) for p in re.search(r'points="([^"]*)"', svg).group(1).split()]
+    assert points[0][0] == 62 and points[2][0] == 548 and points[1][0] == 305
+    assert points[1][1] < points[2][1] < points[0][1], "larger is higher"
+    assert chart("x", [("a", [])]) == ""
+
+
+def test_tensorboard_gets_the_figures(runs: list[Path]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(runs[0] / "tensorboard"))
+    events.Reload()
+    losses = [record["loss"] for record in read_metrics(runs[0]) if record["kind"] == "train"]
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(losses, rel=1e-6)
+
+
+def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no run folder"):
+        write_report([tmp_path], tmp_path / "report.html")
