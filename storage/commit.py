@@ -88,6 +88,10 @@ def parse_record(value: Mapping[str, Any], *, unit: int, spec: RunSpec, where: s
         raise CorruptError(f"{where}: row sizes do not fit the row length {spec.row_length}")
     if any(e > 255 * t for e, t in zip(num_entries, num_tokens, strict=True)):
         raise CorruptError(f"{where}: a row has more than 255 entries per token")
+    time_seconds: Any = value.get("time_seconds")
+    extra: Any = value.get("extra")
+    if type(time_seconds) not in (int, float) or not isinstance(extra, dict):
+        raise CorruptError(f"{where}: time_seconds must be a number and extra a map")
     return CommitRecord(
         unit=unit,
         file=file,
@@ -99,8 +103,8 @@ def parse_record(value: Mapping[str, Any], *, unit: int, spec: RunSpec, where: s
         num_entries=num_entries,
         num_targets=get_int(value, "num_targets", where=where, high=sum(num_tokens)),
         stats=_stats(value, spec, len(num_tokens), where=where),
-        time_seconds=float(value.get("time_seconds") or 0.0),
-        extra=value.get("extra") or {},
+        time_seconds=float(time_seconds),
+        extra=extra,
     )
 
 

@@ -17,7 +17,7 @@ from potstill.storage.errors import CorruptError, GaveUpError, ReadFailedError, 
 from potstill.storage.index import ROWS_PER_BLOCK, PartialIndex, RowIndex, build_columns
 from potstill.storage.paths import StorePath, open_folder
 from potstill.storage.rows import Row
-from potstill.storage.seal import Manifest, load_manifest, store_digest
+from potstill.storage.seal import Manifest, load_manifest, open_index, store_digest
 from potstill.storage.sparse_targets import Float32, Int32
 from potstill.storage.spec import RunSpec
 from potstill.storage.unit_file import DecodedBatch
@@ -71,14 +71,7 @@ class StoreReader:
             manifest.num_rows,
             manifest.num_tokens,
         )
-        self._index = RowIndex(
-            self._folder,
-            manifest.index_file,
-            num_rows=manifest.num_rows,
-            num_bytes=manifest.index_bytes,
-            blocks=manifest.index_blocks,
-            stats=self._spec.stats,
-        )
+        self._index = open_index(self._folder, manifest, self._spec)
 
     def _open_partial(self, num_units: int | None) -> None:
         records = committed_records(self._folder, self._spec)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from potstill.storage.checked_json import dump_checked, get_int, get_list, get_text, read_checked
 from potstill.storage.commit import CommitRecord, committed_records, read_record
 from potstill.storage.errors import CorruptError, StoreError, UnsealedError
-from potstill.storage.index import ROWS_PER_BLOCK, IndexBlock, build_columns, encode_index
+from potstill.storage.index import ROWS_PER_BLOCK, IndexBlock, RowIndex, build_columns, encode_index
 from potstill.storage.paths import StoreFolder, StorePath, open_folder
 from potstill.storage.spec import RunSpec
 from potstill.storage.writer import load_spec
@@ -167,7 +167,11 @@ def load_manifest(folder: StoreFolder, spec: RunSpec) -> Manifest | None:
     value = read_checked(folder, MANIFEST_NAME, max_bytes=MAX_MANIFEST_BYTES)
     if value is None:
         return None
-    where = f"{folder.url}/{MANIFEST_NAME}"
+    return parse_manifest(value, spec, where=f"{folder.url}/{MANIFEST_NAME}")
+
+
+def parse_manifest(value: Mapping[str, Any], spec: RunSpec, *, where: str) -> Manifest:
+    """Check every field against the run; CorruptError on the first that does not fit."""
     if get_text(value, "fingerprint", where=where) != spec.fingerprint:
         raise CorruptError(f"{where}: manifest belongs to another run; run.json or manifest.json was replaced")
     units = tuple(_unit_entry(item, where) for item in get_list(value, "units", where=where))
@@ -195,6 +199,18 @@ def load_manifest(folder: StoreFolder, spec: RunSpec) -> Manifest | None:
         index_sha256=get_text(index, "sha256", where=where),
         index_blocks=blocks,
         **totals,
+    )
+
+
+def open_index(folder: StoreFolder, manifest: Manifest, spec: RunSpec) -> RowIndex:
+    """The row index that a manifest names; CorruptError when its size is wrong."""
+    return RowIndex(
+        folder,
+        manifest.index_file,
+        num_rows=manifest.num_rows,
+        num_bytes=manifest.index_bytes,
+        blocks=manifest.index_blocks,
+        stats=spec.stats,
     )
 
 

@@ -58,6 +58,10 @@ class RunSpec:
     def __post_init__(self) -> None:
         object.__setattr__(self, "temperatures", tuple(float(t) for t in self.temperatures))
         object.__setattr__(self, "stats", tuple(self.stats))
+        for name in ("selection", "teacher", "info"):
+            value = getattr(self, name)
+            if not (isinstance(value, Mapping) or (value is None and name != "info")):
+                raise StoreError(f"run spec: {name} is {value!r}, expected a map")
         _check_numbers(self)
         _check_kind_fields(self)
         canonical({"teacher": self.teacher, "info": self.info, "unknown": self.unknown})
@@ -115,7 +119,7 @@ class RunSpec:
             unknown["format"] = value["format"]
         try:
             return cls(**{name: value[name] for name in own if name in value}, unknown=unknown)
-        except (TypeError, ValueError, KeyError, OverflowError) as error:
+        except (TypeError, ValueError, KeyError, OverflowError, AttributeError) as error:
             raise CorruptError(f"{where}: {error}") from None
 
 
@@ -135,7 +139,7 @@ def _check_version(value: Mapping[str, Any], *, where: str) -> None:
     if not isinstance(version, dict) or version.get("major") != FORMAT_MAJOR:
         raise VersionError(f"{where}: format is {version!r}, this reader knows major version {FORMAT_MAJOR}; upgrade")
     features = get_list(value, "required_features", where=where)
-    alien = [f for f in features if f not in KNOWN_FEATURES]
+    alien = [f for f in features if not isinstance(f, str) or f not in KNOWN_FEATURES]
     if alien:
         raise VersionError(f"{where}: store needs the features {alien}, which this reader does not know; upgrade")
     if codec != CODEC:
@@ -177,6 +181,9 @@ def _check_kind_fields(spec: RunSpec) -> None:
         raise StoreError(f"run spec: kind is {spec.kind!r}, expected one of {KINDS}")
     if not isinstance(spec.tokenizer_digest, str) or not spec.tokenizer_digest:
         raise StoreError("run spec: tokenizer_digest must be a non-empty text")
+    digests = (spec.input_digest, spec.id_map_sha256)
+    if not all(digest is None or isinstance(digest, str) for digest in digests):
+        raise StoreError(f"run spec: input_digest and id_map_sha256 are texts or absent, found {digests}")
     if (spec.input_digest is None) != (spec.kind == "tokens"):
         raise StoreError("run spec: input_digest is the digest of the tokens store; only kind tokens has none")
     if spec.num_rows is None and spec.kind != "tokens":

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.ipc as ipc
 
@@ -17,7 +18,7 @@ from potstill.storage.ipc_layout import parse_footer
 from potstill.storage.paths import StoreFolder, StorePath, open_folder
 from potstill.storage.reader import StoreReader
 from potstill.storage.rows import TargetsRow
-from potstill.storage.seal import MANIFEST_NAME, Manifest, load_manifest
+from potstill.storage.seal import MANIFEST_NAME, Manifest, load_manifest, open_index
 from potstill.storage.sparse_targets import validate
 from potstill.storage.spec import RunSpec
 from potstill.storage.unit_file import arrow_schema
@@ -95,10 +96,14 @@ def _check_manifest(
     if hashlib.sha256(data).hexdigest() != manifest.index_sha256:
         return [*problems, f"{where}: content does not fit the sha256 of the manifest"]
     if deep and not problems:
-        table = ipc.open_file(pa.py_buffer(data)).read_all()
-        for name, values in build_columns((records[u] for u in sorted(records)), spec.stats).items():
-            if not (table[name].to_numpy() == values).all():
-                problems.append(f"{where}: column {name} does not fit the records")
+        index = open_index(folder, manifest, spec)
+        wanted = build_columns((records[u] for u in range(len(manifest.units))), spec.stats)
+        for name, values in wanted.items():
+            try:
+                if not np.array_equal(index.column(name), values):
+                    problems.append(f"{where}: column {name} does not fit the records")
+            except CorruptError as error:
+                return [*problems, str(error)]
     return problems
 
 
@@ -120,7 +125,10 @@ def _check_unit(folder: StoreFolder, spec: RunSpec, record: CommitRecord, *, dee
     listed = [(b.offset, b.length, b.crc32) for b in record.batches]
     if listed != [(o, n, zlib.crc32(data[o : o + n])) for o, n in blocks]:
         return [f"{where}: batches in the footer are not those of the record"]
-    schema = ipc.open_file(pa.py_buffer(data)).schema
+    try:
+        schema = ipc.open_file(pa.py_buffer(data)).schema
+    except pa.ArrowException as error:
+        return [f"{where}: not an Arrow file ({error})"]
     if not schema.equals(arrow_schema(spec, record.unit), check_metadata=True):
         return [f"{where}: schema or fingerprint belongs to another run"]
     return []
