@@ -1,0 +1,45 @@
+"""A wheel built from the source distribution works away from the checkout: the links have become real files."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+ROOMS = ("common", "kernels", "launch", "storage", "student_train", "teacher_dump")
+
+
+def run(*command: str, cwd: Path, path: Path | None = None) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    if path is not None:
+        environment["PYTHONPATH"] = str(path)
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=170, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_wheel_from_sdist(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    run("git", "clone", "--quiet", str(ROOT), str(tree), cwd=tmp_path)
+    run(sys.executable, "-m", "build", "--outdir", str(tmp_path / "dist"), str(tree), cwd=tmp_path)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    tracked = run("git", "ls-files", *ROOMS, cwd=tree).splitlines()
+    wanted = {f"potstill/{name}" for name in tracked if name.endswith((".py", ".yaml", ".sh", ".sbatch"))}
+    assert wanted - names == set()
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"potstill"}
+    assert "potstill/py.typed" in names
+    assert "potstill/kernels/__init__.py" not in names
+
+    site = tmp_path / "site"
+    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel), cwd=tmp_path)
+    code = "import potstill.kernels.loss, potstill.storage, potstill.teacher_dump, potstill.student_train as s; print(s.__file__)"
+    assert run(sys.executable, "-c", code, cwd=tmp_path, path=site).strip().startswith(str(site))
+    listed = run(sys.executable, "-m", "potstill.launch", "presets", cwd=tmp_path, path=site)
+    assert "distill" in listed
