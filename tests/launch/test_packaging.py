@@ -39,7 +39,8 @@ def test_wheel_from_sdist(tmp_path: Path) -> None:
 
     site = tmp_path / "site"
     run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel), cwd=tmp_path)
-    code = "import potstill.kernels.loss, potstill.storage, potstill.teacher_dump, potstill.student_train as s; print(s.__file__)"
+    rooms = ", ".join(f"potstill.{room}" for room in ("kernels.loss", "storage", "teacher_dump", "student_train"))
+    code = f"import {rooms}; print(potstill.student_train.__file__)"
     assert run(sys.executable, "-c", code, cwd=tmp_path, path=site).strip().startswith(str(site))
     listed = run(sys.executable, "-m", "potstill.launch", "presets", cwd=tmp_path, path=site)
     assert "distill" in listed
