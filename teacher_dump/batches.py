@@ -75,6 +75,13 @@ def apart_batch(rows: Sequence[TokensRow]) -> TeacherBatch:
     return TeacherBatch(tuple(rows), input_ids, position_ids, _joined(positions), _joined(labels))
 
 
+def target_places(rows: Sequence[TokensRow]) -> tuple[np.ndarray, np.ndarray]:
+    """Row number and token number of each target position of a batch, int64 [M] each, in the order of the labels."""
+    places = [np.flatnonzero(target_mask(row.doc_lens)) for row in rows]
+    numbers = [np.full(len(here), row.row) for row, here in zip(rows, places, strict=True)]
+    return _joined(numbers), _joined(places)
+
+
 def _spans(doc_lens: np.ndarray) -> list[tuple[int, int]]:
     ends = np.cumsum(doc_lens, dtype=np.int64)
     return [(int(end - size), int(size)) for end, size in zip(ends, doc_lens, strict=True) if size > 0]

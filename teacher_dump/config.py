@@ -69,7 +69,7 @@ class TeacherConfig(StrictModel):
     )
     batch_rows: int = Field(8, ge=1, description="Rows per forward pass")
     compile: bool = Field(False, description="Run the backbone through torch.compile")
-    chunk_bytes: int = Field(256 << 20, ge=1 << 16, description="Memory for one piece of the logits")
+    chunk_bytes: int | None = Field(None, ge=1 << 16, description="Memory for one piece of the logits; None: by device")
     check_tokenizer: bool = Field(True, description="Refuse a model whose own tokenizer is not that of the rows")
     load_options: dict[str, Any] = Field(default_factory=dict, description="Passed on to from_pretrained")
 
@@ -77,11 +77,13 @@ class TeacherConfig(StrictModel):
 class SelectionConfig(StrictModel):
     """Which entries of a distribution are kept."""
 
-    mode: Literal["top_k", "top_p_k"] = Field(
-        "top_p_k", description="top_p_k: the smallest prefix with mass p, k at most"
+    mode: Literal["top_k", "top_p_k", "sample"] = Field(
+        "top_p_k", description="top_p_k: the smallest prefix with mass p, k at most; sample: unbiased draws"
     )
     k: int = Field(100, ge=1, le=255, description="Entries per token at most")
     p: float = Field(0.95, gt=0, le=1, description="Mass to reach in mode top_p_k")
+    num_draws: int = Field(50, ge=1, le=255, description="Draws per token in mode sample (with replacement, at T = 1)")
+    seed: int = Field(0, ge=0, lt=1 << 63, description="Key of the draws in mode sample, with row and position")
 
 
 class WalkConfig(StrictModel):
@@ -120,6 +122,8 @@ class DumpConfig(WalkConfig):
         for value in self.temperatures:
             if not 0 < value <= 100 or value == 1:
                 raise ValueError(f"temperature {value} must be in (0, 100] and not 1, which is always stored")
+        if self.temperatures and self.selection.mode == "sample":
+            raise ValueError("temperatures have no exact tails in mode sample; leave them out, or use top_p_k")
         if len(set(self.temperatures)) != len(self.temperatures):
             raise ValueError(f"temperatures {self.temperatures} name one twice")
         return self

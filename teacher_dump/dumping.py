@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from potstill.kernels.topk import TopK
+from potstill.kernels.topk import Sampled, TopK
 from potstill.storage import RunSpec, StoreReader
 from potstill.teacher_dump.batches import TeacherBatch
 from potstill.teacher_dump.config import DumpConfig
 from potstill.teacher_dump.engines import TeacherEngine
-from potstill.teacher_dump.on_device import TopKOnItsWay, batch_topk
+from potstill.teacher_dump.on_device import batch_sample, batch_topk
 from potstill.teacher_dump.pipeline import BatchRows
-from potstill.teacher_dump.selection import SELECTIONS, TARGET_STATS, HostTargets, cut_rows, selection_spec
+from potstill.teacher_dump.selection import PREFIXES, TARGET_STATS, HostTargets, cut_rows, selection_spec
 from potstill.teacher_dump.worker import Job, WorkerSummary, run_worker
 
 
 def dump(config: DumpConfig, worker: int | None = None, num_workers: int | None = None) -> WorkerSummary:
     """Do this worker's share of the units that are missing; see `run_worker` for errors and the end of a run."""
-    return run_worker(config, config.teacher, _DumpJob(config), worker=worker, num_workers=num_workers)
+    return run_worker(config, config.teacher, DumpJob(config), worker=worker, num_workers=num_workers)
 
 
 @dataclass(frozen=True)
-class _DumpJob(Job):
+class DumpJob(Job):
+    """What `dump` does with a batch."""
+
     config: DumpConfig
     word = "dump"
 
     def spec(self, tokens: StoreReader, teacher: dict[str, object]) -> RunSpec:
+        selection = self.config.selection
         return RunSpec(
             kind="targets",
             row_length=tokens.spec.row_length,
@@ -37,43 +42,56 @@ class _DumpJob(Job):
             vocab_size=tokens.spec.vocab_size,
             tokenizer_digest=tokens.spec.tokenizer_digest,
             input_digest=tokens.digest,
-            selection=selection_spec(self.config.selection),
+            selection=selection_spec(selection),
             temperatures=tuple(self.config.temperatures),
             stats=TARGET_STATS,
             teacher=teacher,
+            info={"seed": selection.seed} if selection.mode == "sample" else {},
         )
 
-    def compute(self, engine: TeacherEngine, batch: TeacherBatch, vocab_size: int) -> _DumpResult:
+    def compute(self, engine: TeacherEngine, batch: TeacherBatch, vocab_size: int) -> DumpResult:
+        selection, chunk_bytes = self.config.selection, self.config.teacher.chunk_bytes
+        if selection.mode == "sample":
+            drawn = batch_sample(
+                engine,
+                batch,
+                num_draws=selection.num_draws,
+                seed=selection.seed,
+                vocab_size=vocab_size,
+                chunk_bytes=chunk_bytes,
+            )
+            return DumpResult(batch, vocab_size, lambda: host_draws(drawn.wait()))
         topk = batch_topk(
             engine,
             batch,
-            k=self.config.selection.k,
+            k=selection.k,
             vocab_size=vocab_size,
             temperatures=self.config.temperatures,
-            chunk_bytes=self.config.teacher.chunk_bytes,
+            chunk_bytes=chunk_bytes,
         )
-        return _DumpResult(self.config, topk, batch, vocab_size)
+        return DumpResult(batch, vocab_size, lambda: host_prefix(topk.wait(), self.config))
 
 
 @dataclass(frozen=True)
-class _DumpResult:
-    config: DumpConfig
-    topk: TopKOnItsWay
+class DumpResult:
+    """A batch whose figures are on their way to the host."""
+
     batch: TeacherBatch
     vocab_size: int
+    wait: Callable[[], HostTargets]
 
     def rows(self) -> BatchRows:
-        topk = self.topk.wait()
-        found = host_targets(topk, self.config)
-        rows = list(cut_rows(found, self.batch.rows, vocab_size=self.vocab_size))
+        """Wait for the copy, select entries and cut into rows of the store."""
+        found = self.wait()
+        rows = list(cut_rows(found, self.batch.rows))
         excluded = np.nan_to_num(found.excluded_mass.astype(np.float64))
         return BatchRows(rows, {"excluded_mass": float(excluded.sum()), "positions": float(len(excluded))})
 
 
-def host_targets(topk: TopK, config: DumpConfig) -> HostTargets:
-    """Select entries from a top-k on the host, as arrays."""
+def host_prefix(topk: TopK, config: DumpConfig) -> HostTargets:
+    """Select a prefix of each token's top-k, on the host."""
     # On the host: cutting to the kept entries has a result of unknown size, which would stop a GPU's queue.
-    kept = SELECTIONS[config.selection.mode](topk, config.selection)
+    kept = PREFIXES[config.selection.mode](topk, config.selection)
     assert kept.logprobs is not None
     return HostTargets(
         offsets=_array(kept.offsets),
@@ -81,12 +99,27 @@ def host_targets(topk: TopK, config: DumpConfig) -> HostTargets:
         logprobs=_array(kept.logprobs),
         log_tail=_array(kept.log_tail),
         log_tail_at={t: _array(v) for t, v in kept.log_tail_at.items()},
-        entropy=_array(topk.entropy),
-        label_logprob=_array(topk.label_logprob),
-        label_rank=_array(topk.label_rank),
-        excluded_mass=_array(topk.excluded_mass),
-        lse=_array(topk.lse),
+        **_sides(topk),
     )
+
+
+def host_draws(sampled: Sampled) -> HostTargets:
+    """Draws on the host, as arrays."""
+    kept = sampled.targets
+    assert kept.counts is not None
+    return HostTargets(
+        offsets=_array(kept.offsets),
+        ids=_array(kept.ids),
+        counts=_array(kept.counts).astype(np.uint8),
+        num_draws=kept.num_draws,
+        log_tail=_array(kept.log_tail),
+        **_sides(sampled),
+    )
+
+
+def _sides(found: TopK | Sampled) -> dict[str, Any]:
+    names = ("entropy", "label_logprob", "label_rank", "excluded_mass", "lse")
+    return {name: _array(getattr(found, name)) for name in names}
 
 
 def _array(tensor: Tensor) -> np.ndarray:

@@ -1,32 +1,35 @@
-"""Batch -> top-k on the device -> host, without waiting: the copy is waited for where the result is used."""
+"""Batch -> figures on the device -> host, without waiting: the copy is waited for where the result is used."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from potstill.kernels.topk import TopK, teacher_topk
-from potstill.teacher_dump.batches import TeacherBatch
+from potstill.kernels.topk import Sampled, TopK, select_sample, teacher_topk
+from potstill.kernels.types import SparseTargetTensors
+from potstill.teacher_dump.batches import TeacherBatch, target_places
 from potstill.teacher_dump.engines import TeacherEngine
 from potstill.teacher_dump.selection import RULED_OUT_LOGIT
 
+Result = TypeVar("Result", TopK, Sampled)
+
 
 @dataclass(frozen=True)
-class TopKOnItsWay:
-    """Top-k of a batch being copied to the host; `wait` gives it there."""
+class OnItsWay(Generic[Result]):
+    """A result being copied to the host; `wait` gives it there."""
 
-    topk: TopK
+    result: Result
     copied: Any  # a CUDA event, or None on the CPU
 
-    def wait(self) -> TopK:
-        """The top-k with all tensors on the host; blocks until the copy is done."""
+    def wait(self) -> Result:
+        """The result with all tensors on the host; blocks until the copy is done."""
         if self.copied is not None:
             self.copied.synchronize()
-        return self.topk
+        return self.result
 
 
 def batch_topk(
@@ -36,47 +39,61 @@ def batch_topk(
     k: int,
     vocab_size: int,
     temperatures: Sequence[float],
-    chunk_bytes: int,
-) -> TopKOnItsWay:
+    chunk_bytes: int | None,
+) -> OnItsWay[TopK]:
     """Run the teacher over a batch and take the k best ids at its M target positions."""
+    options = _teacher_options(engine, batch, vocab_size=vocab_size, chunk_bytes=chunk_bytes)
+    return _to_host(teacher_topk(**options, k=min(k, vocab_size), temperatures=tuple(temperatures)))
+
+
+def batch_sample(
+    engine: TeacherEngine, batch: TeacherBatch, *, num_draws: int, seed: int, vocab_size: int, chunk_bytes: int | None
+) -> OnItsWay[Sampled]:
+    """Run the teacher over a batch and draw ids at its M target positions; draws are keyed by (seed, row, position)."""
+    options = _teacher_options(engine, batch, vocab_size=vocab_size, chunk_bytes=chunk_bytes)
+    rows, positions = (torch.from_numpy(array).to(engine.device) for array in target_places(batch.rows))
+    return _to_host(select_sample(**options, num_draws=num_draws, seed=seed, rows=rows, positions=positions))
+
+
+def _teacher_options(
+    engine: TeacherEngine, batch: TeacherBatch, *, vocab_size: int, chunk_bytes: int | None
+) -> dict[str, Any]:
+    """Run the model; what the kernels need to know of its output."""
     output = engine.forward(batch)
-    labels = torch.from_numpy(batch.labels).to(engine.device, non_blocking=True)
+    options: dict[str, Any] = {
+        "labels": torch.from_numpy(batch.labels).to(engine.device, non_blocking=True),
+        "vocab_size": vocab_size,
+        "chunk_bytes": chunk_bytes,
+    }
     head = engine.head
-    values: dict[str, Any]
     if head is None:
         assert output.logits is not None
-        values = {"logits": output.logits.clamp(min=RULED_OUT_LOGIT)}
-    else:
-        values = {
-            "hidden": output.hidden,
-            "weight": head.weight,
-            "bias": head.bias,
-            "soft_cap": head.soft_cap,
-            "logit_scale": head.logit_scale,
-        }
-    topk = teacher_topk(
-        **values,
-        k=min(k, vocab_size),
-        vocab_size=vocab_size,
-        temperatures=tuple(temperatures),
-        labels=labels,
-        chunk_bytes=chunk_bytes,
-    )
-    return _to_host(topk)
+        return options | {"logits": output.logits.clamp(min=RULED_OUT_LOGIT)}
+    return options | {
+        "hidden": output.hidden,
+        "weight": head.weight,
+        "bias": head.bias,
+        "soft_cap": head.soft_cap,
+        "logit_scale": head.logit_scale,
+    }
 
 
-def _to_host(topk: TopK) -> TopKOnItsWay:
-    if topk.ids.device.type != "cuda":
-        return TopKOnItsWay(topk, None)
-
-    def move(value: Tensor) -> Tensor:
-        pinned = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-        return pinned.copy_(value, non_blocking=True)
-
-    moved: dict[str, Any] = {}
-    for field in fields(topk):
-        value = getattr(topk, field.name)
-        moved[field.name] = {t: move(v) for t, v in value.items()} if isinstance(value, dict) else move(value)
+def _to_host(result: Result) -> OnItsWay[Result]:
+    if result.lse.device.type != "cuda":
+        return OnItsWay(result, None)
+    moved = _moved(result)
     copied = torch.cuda.Event()
     copied.record()
-    return TopKOnItsWay(replace(topk, **moved), copied)
+    return OnItsWay(moved, copied)
+
+
+def _moved(value: Any) -> Any:
+    """The same value with its tensors on their way into pinned memory."""
+    if isinstance(value, Tensor):
+        pinned = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+        return pinned.copy_(value, non_blocking=True)
+    if isinstance(value, dict):
+        return {key: _moved(item) for key, item in value.items()}
+    if isinstance(value, TopK | Sampled | SparseTargetTensors):
+        return replace(value, **{field.name: _moved(getattr(value, field.name)) for field in fields(value)})
+    return value

@@ -12,7 +12,7 @@ from potstill.storage import RunSpec, ScoresRow, StoreReader, token_digest
 from potstill.teacher_dump.batches import TeacherBatch, target_mask
 from potstill.teacher_dump.config import ScoreConfig
 from potstill.teacher_dump.engines import TeacherEngine
-from potstill.teacher_dump.on_device import TopKOnItsWay, batch_topk
+from potstill.teacher_dump.on_device import OnItsWay, batch_topk
 from potstill.teacher_dump.pipeline import BatchRows
 from potstill.teacher_dump.row_scores import SCORE_STATS, row_scores
 from potstill.teacher_dump.selection import NO_RANK, Refused, refusal
@@ -53,7 +53,7 @@ class _ScoreJob(Job):
 @dataclass(frozen=True)
 class _ScoreResult:
     config: ScoreConfig
-    topk: TopKOnItsWay
+    topk: OnItsWay[TopK]
     batch: TeacherBatch
 
     def rows(self) -> BatchRows:

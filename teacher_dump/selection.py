@@ -6,7 +6,7 @@ Legend: M positions with a target in a batch, E entries, n tokens of a row.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,26 +37,33 @@ def _top_p_k(topk: TopK, selection: SelectionConfig) -> SparseTargetTensors:
     return select_top_p_k(topk, selection.p, min(selection.k, topk.ids.shape[1]))
 
 
-SELECTIONS: dict[str, Callable[[TopK, SelectionConfig], SparseTargetTensors]] = {"top_k": _top_k, "top_p_k": _top_p_k}
+# Selections that are a prefix of the top-k; mode `sample` draws on the device instead.
+PREFIXES: dict[str, Callable[[TopK, SelectionConfig], SparseTargetTensors]] = {"top_k": _top_k, "top_p_k": _top_p_k}
 
 
 def selection_spec(selection: SelectionConfig) -> Mapping[str, Any]:
     """The `selection` field of run.json."""
-    spec: dict[str, Any] = {"mode": selection.mode, "k": selection.k}
+    if selection.mode == "sample":
+        return {"mode": "sample", "num_draws": selection.num_draws}
     if selection.mode == "top_p_k":
-        spec["p"] = selection.p
-    return spec
+        return {"mode": "top_p_k", "k": selection.k, "p": selection.p}
+    return {"mode": "top_k", "k": selection.k}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HostTargets:
-    """Results of a batch on the host, one per target position [M]; entries as CSR (offsets [M + 1])."""
+    """Results of a batch on the host, one per target position [M]; entries as CSR (offsets [M + 1]).
+
+    Entries carry logprobs, or counts out of `num_draws`.
+    """
 
     offsets: np.ndarray
     ids: np.ndarray
-    logprobs: np.ndarray
+    logprobs: np.ndarray | None = None
+    counts: np.ndarray | None = None
+    num_draws: int | None = None
     log_tail: np.ndarray
-    log_tail_at: Mapping[float, np.ndarray]
+    log_tail_at: Mapping[float, np.ndarray] = field(default_factory=dict)
     entropy: np.ndarray
     label_logprob: np.ndarray
     label_rank: np.ndarray
@@ -72,10 +79,11 @@ class Refused:
     reason: str
 
 
-def cut_rows(
-    found: HostTargets, rows: Sequence[TokensRow], *, vocab_size: int
-) -> Iterator[tuple[TargetsRow, Refused | None]]:
-    """Cut a batch's results [M] into store rows; a row with NaN or +Inf logits comes out without targets."""
+def cut_rows(found: HostTargets, rows: Sequence[TokensRow]) -> Iterator[tuple[TargetsRow, Refused | None]]:
+    """Cut a batch's results [M] into store rows; a row with NaN or +Inf logits comes out without targets.
+
+    Nothing is checked here: the store's writer checks every rule once, as for any other caller.
+    """
     start = 0
     for row in rows:
         mask = target_mask(row.doc_lens)
@@ -83,12 +91,10 @@ def cut_rows(
         reason = refusal(found.lse[start:stop], found.entropy[start:stop], mask)
         digest = token_digest(row.tokens, row.doc_lens)
         if reason is not None:
-            targets = without_targets(len(row.tokens), tuple(found.log_tail_at))
             stats = dict.fromkeys(TARGET_STATS, 0.0)
-            yield TargetsRow(row.row, digest, targets, stats), Refused(row.row, reason)
+            yield TargetsRow(row.row, digest, without_targets(found, len(row.tokens)), stats), Refused(row.row, reason)
         else:
-            targets = _row_targets(found, start, stop, mask, vocab_size=vocab_size)
-            yield TargetsRow(row.row, digest, targets, _stats(found, start, stop)), None
+            yield TargetsRow(row.row, digest, _row_targets(found, start, stop, mask), _stats(found, start, stop)), None
         start = stop
 
 
@@ -104,53 +110,56 @@ def refusal(lse: np.ndarray, entropy: np.ndarray, mask: np.ndarray) -> str | Non
     )
 
 
-def without_targets(num_tokens: int, temperatures: Sequence[float]) -> SparseTargets:
-    """Targets of a row that has none, with the columns that every row of a dump has."""
+def without_targets(found: HostTargets, num_tokens: int) -> SparseTargets:
+    """Targets of a row that has none, with the columns that every row of this dump has."""
     zeros = np.zeros(num_tokens, np.float32)
     return SparseTargets(
         offsets=np.zeros(num_tokens + 1, np.int64),
         ids=np.zeros(0, np.int32),
-        logprobs=np.zeros(0, np.float32),
-        counts=None,
-        num_draws=None,
+        logprobs=None if found.logprobs is None else np.zeros(0, np.float32),
+        counts=None if found.counts is None else np.zeros(0, np.uint8),
+        num_draws=found.num_draws,
         log_tail=zeros,
         entropy=zeros.copy(),
         label_logprob=zeros.copy(),
         label_rank=np.full(num_tokens, NO_RANK, np.int32),
-        log_tail_at={t: zeros.copy() for t in temperatures},
+        log_tail_at={t: zeros.copy() for t in found.log_tail_at},
     )
 
 
-def _row_targets(found: HostTargets, start: int, stop: int, mask: np.ndarray, *, vocab_size: int) -> SparseTargets:
+def _row_targets(found: HostTargets, start: int, stop: int, mask: np.ndarray) -> SparseTargets:
     num_tokens = len(mask)
-    counts = np.zeros(num_tokens, np.int64)
-    counts[mask] = np.diff(found.offsets[start : stop + 1])
-    first, last = int(found.offsets[start]), int(found.offsets[stop])
-    ids, logprobs = found.ids[first:last], found.logprobs[first:last]
-    live = logprobs > RULED_OUT_LOGIT / 2  # k reached into ids that the teacher rules out: they are no entries
-    if not live.all():
-        token_of = np.repeat(np.arange(num_tokens), counts)[live]
-        counts = np.bincount(token_of, minlength=num_tokens)
-        ids, logprobs = ids[live], logprobs[live]
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
-    ids, logprobs = ordered(offsets, ids, logprobs)
+    entries = np.zeros(num_tokens, np.int64)
+    entries[mask] = np.diff(found.offsets[start : stop + 1])
+    part = slice(int(found.offsets[start]), int(found.offsets[stop]))
+    ids = found.ids[part]
+    logprobs = None if found.logprobs is None else found.logprobs[part]
+    if logprobs is not None:
+        live = logprobs > RULED_OUT_LOGIT / 2  # k reached into ids that the teacher rules out: they are no entries
+        if not live.all():
+            token_of = np.repeat(np.arange(num_tokens), entries)[live]
+            entries = np.bincount(token_of, minlength=num_tokens)
+            ids, logprobs = ids[live], logprobs[live]
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(entries, dtype=np.int64)])
+    if logprobs is not None:
+        ids, logprobs = ordered(offsets, ids, logprobs)
 
     def spread(values: np.ndarray, fill: float = 0.0) -> np.ndarray:
         wide = np.full(num_tokens, fill, values.dtype)
         wide[mask] = values[start:stop]
         return wide
 
-    return SparseTargets.build(
+    return SparseTargets(
         offsets=offsets,
         ids=ids,
         logprobs=logprobs,
+        counts=None if found.counts is None else found.counts[part],
+        num_draws=found.num_draws,
         log_tail=spread(found.log_tail),
         entropy=spread(found.entropy),
         label_logprob=spread(found.label_logprob),
-        label_rank=np.minimum(spread(found.label_rank, NO_RANK), NO_RANK),
+        label_rank=np.minimum(spread(found.label_rank, NO_RANK), NO_RANK).astype(np.int32),
         log_tail_at={t: spread(values) for t, values in found.log_tail_at.items()},
-        vocab_size=vocab_size,
-        strict=True,
     )
 
 

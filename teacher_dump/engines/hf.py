@@ -24,7 +24,7 @@ class HfEngine:
     name = "hf"
 
     def __init__(self, model: Any, *, teacher: TeacherConfig, device: torch.device) -> None:
-        self._model = model
+        self.model = model
         self.device = device
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         self.dtype = str(dtype).removeprefix("torch.")

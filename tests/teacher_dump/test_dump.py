@@ -343,3 +343,53 @@ def test_a_bfloat16_teacher_stays_near_the_float32_one(tokens: Path, tmp_path: P
     full, half = (StoreReader(tmp_path / name).row_stats["mean_loss"] for name in ("full", "half"))
     np.testing.assert_allclose(half, full, atol=0.1)
     assert not np.array_equal(half, full)
+
+
+def test_draws_are_the_same_for_every_layout(tokens: Path, tmp_path: Path, llama: Path) -> None:
+    selection = {"mode": "sample", "num_draws": 20, "seed": 5}
+    dump(config(tokens, tmp_path / "a", llama, selection=selection))
+    for worker in (1, 0):
+        dump(config(tokens, tmp_path / "b", llama, selection=selection), worker=worker, num_workers=2)
+    assert dump(config(tokens, tmp_path / "b", llama, selection=selection)).sealed
+    assert StoreReader(tmp_path / "a").digest == StoreReader(tmp_path / "b").digest
+    # Other batches give other last bits of the logits; a draw may fall on the other side of a bound, hardly ever.
+    dump(config(tokens, tmp_path / "c", llama, selection=selection, teacher={"batch_rows": 1}))
+    for a, c in zip(targets_of(tmp_path / "a"), targets_of(tmp_path / "c"), strict=True):
+        assert a.targets.counts is not None and c.targets.counts is not None
+        assert np.array_equal(a.targets.ids, c.targets.ids) and np.array_equal(a.targets.counts, c.targets.counts)
+    other = selection | {"seed": 6}
+    dump(config(tokens, tmp_path / "d", llama, selection=other))
+    assert StoreReader(tmp_path / "d").digest != StoreReader(tmp_path / "a").digest
+    with pytest.raises(MismatchError, match="info"):
+        dump(config(tokens, tmp_path / "a", llama, selection=other))
+
+
+def test_draws_are_unbiased(tokens: Path, tmp_path: Path, llama: Path) -> None:
+    truth = dense_truth(llama, tokens, vocab_size=VOCAB)
+    total = np.zeros(0)
+    expected = np.concatenate([np.exp(t.logprobs) for row in truth for t in row if t.label is not None])
+    num_draws, num_seeds = 255, 4
+    for seed in range(num_seeds):
+        output = tmp_path / str(seed)
+        dump(config(tokens, output, llama, selection={"mode": "sample", "num_draws": num_draws, "seed": seed}))
+        counts = []
+        for row, tokens_of_row in zip(targets_of(output), truth, strict=True):
+            for place, token in enumerate(tokens_of_row):
+                here = slice(*row.targets.offsets[place : place + 2])
+                dense = np.zeros(VOCAB)
+                assert row.targets.counts is not None
+                dense[row.targets.ids[here]] = row.targets.counts[here]
+                assert dense.sum() == (0 if token.label is None else num_draws)
+                if token.label is not None:
+                    counts.append(dense)
+                    drawn = np.exp(token.logprobs[dense > 0]).sum()
+                    np.testing.assert_allclose(np.exp(row.targets.log_tail[place]), 1 - drawn, atol=0.02)
+        total = np.concatenate(counts) + (total if len(total) else 0)
+    count = num_draws * num_seeds
+    deviation = (total - count * expected) / np.sqrt(count * expected * (1 - expected) + 1)
+    assert abs(deviation).max() < 6 and abs(deviation.mean()) < 0.05
+
+
+def test_temperatures_do_not_go_with_draws(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no exact tails in mode sample"):
+        config(tmp_path, tmp_path, tmp_path, selection={"mode": "sample"}, temperatures=[2.0])

@@ -1,0 +1,225 @@
+"""How much a dump costs over the bare forward pass of the same teacher, and what its parts cost.
+
+    python -m benchmarks.dump [--hidden 384] [--layers 6] [--vocab 8192] [--rows 16] [--row-length 256] [--device auto]
+                              [--model FOLDER] [--mode top_k] [--k 64] [--output FILE]
+
+A random Llama (or a given model) reads rows of random tokens. In turn, several times over: the model's own forward
+pass with all logits, in the same batches; and the whole dump of the same rows, from the tokens store to committed
+units. The figure is the median over rounds of dump speed / forward speed. The encoder is timed apart, on one thread.
+The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import transformers
+
+from potstill.storage import RunSpec, StoreReader, StoreWriter, TokensRow, seal_store
+from potstill.teacher_dump.batches import packed_batch
+from potstill.teacher_dump.config import DumpConfig
+from potstill.teacher_dump.dumping import DumpJob
+from potstill.teacher_dump.engines import load_engine
+from potstill.teacher_dump.engines.hf import HfEngine
+from potstill.teacher_dump.pipeline import Walk
+
+Result = TypeVar("Result")
+
+
+@dataclass
+class Stage:
+    """One benchmark set-up: the stores, the engine and the way to run either side."""
+
+    config: DumpConfig
+    engine: HfEngine
+    tokens: StoreReader
+    folder: Path
+    batch_rows: int
+
+    def sync(self) -> None:
+        if self.engine.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def timed(self, work: Callable[[], Result]) -> tuple[float, Result]:
+        self.sync()
+        start = time.perf_counter()
+        result = work()
+        self.sync()
+        return time.perf_counter() - start, result
+
+    def bare_forward(self) -> None:
+        """The model's own forward pass over all rows, all logits, one batch after another."""
+        rows = [row for row in self.tokens.rows(range(self.tokens.num_rows)) if isinstance(row, TokensRow)]
+        for first in range(0, len(rows), self.batch_rows):
+            batch = packed_batch(rows[first : first + self.batch_rows], length=self.tokens.spec.row_length)
+            with torch.no_grad():
+                self.engine.model(
+                    input_ids=torch.from_numpy(batch.input_ids).to(self.engine.device),
+                    position_ids=torch.from_numpy(batch.position_ids).to(self.engine.device),
+                    use_cache=False,
+                )
+
+    def new_writer(self, name: str) -> StoreWriter:
+        spec = DumpJob(self.config).spec(self.tokens, {"id": "benchmark"})
+        return StoreWriter.create(self.folder / name, spec, force=True)
+
+    def walk(self) -> Walk:
+        job, spec = DumpJob(self.config), self.tokens.spec
+        writer = self.new_writer("targets")
+        walk = Walk(
+            reader=self.tokens,
+            writer=writer,
+            compute=lambda batch: job.compute(self.engine, batch, spec.vocab_size),
+            layout=lambda rows: packed_batch(rows, length=spec.row_length),
+            batch_rows=self.batch_rows,
+            finish_threads=self.config.finish_threads,
+            max_consecutive_failures=1,
+            refused_before=0,
+            refused_allowed=0,
+        )
+        walk.run(writer.todo())
+        return walk
+
+
+def set_up(arguments: argparse.Namespace, folder: Path) -> Stage:
+    """Make the model and the rows, load the engine."""
+    model = arguments.model
+    if model is None:
+        model = folder / "model"
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(
+            vocab_size=arguments.vocab,
+            hidden_size=arguments.hidden,
+            intermediate_size=arguments.hidden * 11 // 4,
+            num_hidden_layers=arguments.layers,
+            num_attention_heads=max(1, arguments.hidden // 64),
+            num_key_value_heads=max(1, arguments.hidden // 64),
+            max_position_embeddings=arguments.row_length,
+            dtype=arguments.dtype,
+        )
+        transformers.LlamaForCausalLM(config).to(getattr(torch, arguments.dtype)).save_pretrained(model)
+    spec = RunSpec(
+        kind="tokens",
+        row_length=arguments.row_length,
+        rows_per_unit=max(1, arguments.rows // 4),
+        num_rows=None,
+        vocab_size=arguments.vocab,
+        tokenizer_digest="benchmark",
+    )
+    rng = np.random.default_rng(0)
+    writer = StoreWriter.create(folder / "tokens", spec)
+    half = arguments.row_length // 2
+    rows = [
+        TokensRow(
+            number,
+            rng.integers(0, arguments.vocab, arguments.row_length).astype(np.int32),
+            np.array([half, arguments.row_length - half], np.int32),
+        )
+        for number in range(arguments.rows)
+    ]
+    for unit, first in enumerate(range(0, arguments.rows, spec.rows_per_unit)):
+        writer.commit_unit(unit, rows[first : first + spec.rows_per_unit])
+    seal_store(folder / "tokens")
+    teacher = {"model": model, "dtype": arguments.dtype, "device": arguments.device, "batch_rows": arguments.batch_rows}
+    selection = {"mode": arguments.mode, "k": arguments.k}
+    config_of_dump = DumpConfig(
+        tokens=folder / "tokens", output=folder / "targets", teacher=teacher, selection=selection
+    )
+    engine = load_engine(config_of_dump.teacher)
+    assert isinstance(engine, HfEngine)
+    return Stage(config_of_dump, engine, StoreReader(folder / "tokens"), folder, arguments.batch_rows)
+
+
+def encoder_rate(stage: Stage) -> float:
+    """Tokens per CPU second of one thread from top-k on the host to a committed unit."""
+    job, spec = DumpJob(stage.config), stage.tokens.spec
+    rows = [row for row in stage.tokens.rows(range(spec.rows_per_unit)) if isinstance(row, TokensRow)]
+    result = job.compute(stage.engine, packed_batch(rows, length=spec.row_length), spec.vocab_size)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    best = float("inf")
+    for _ in range(3):
+        writer = stage.new_writer("encoded")
+        start = time.thread_time()
+        writer.commit_unit(0, [row for row, _ in result.rows().rows])
+        best = min(best, time.thread_time() - start)
+    torch.set_num_threads(threads)
+    return len(rows) * spec.row_length / best
+
+
+def measure(stage: Stage, rounds: int) -> dict[str, Any]:
+    """Forward and dump in turn; the figures by their JSON names."""
+    num_tokens = stage.tokens.num_tokens
+    stage.bare_forward()
+    stage.walk()
+    forwards, dumps, stages = [], [], []
+    for _ in range(rounds):
+        forwards.append(stage.timed(stage.bare_forward)[0])
+        seconds, walk = stage.timed(stage.walk)
+        dumps.append(seconds)
+        stages.append(walk.totals.seconds)
+    ratios = [forward / dump for forward, dump in zip(forwards, dumps, strict=True)]
+    if stage.engine.device.type == "cuda":
+        peak = int(torch.cuda.max_memory_allocated())
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "dump_over_forward": round(statistics.median(ratios), 4),
+        "dump_over_forward_range": [round(min(ratios), 4), round(max(ratios), 4)],
+        "forward_tokens_per_s": round(num_tokens / statistics.median(forwards)),
+        "dump_tokens_per_s": round(num_tokens / statistics.median(dumps)),
+        "encode_tokens_per_core_s": round(encoder_rate(stage)),
+        "peak_bytes": peak,
+        "stage_seconds": {name: round(statistics.median(s[name] for s in stages), 4) for name in stages[0]},
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model")
+    for name, value in (("hidden", 384), ("layers", 6), ("vocab", 8192), ("rows", 16), ("row-length", 256)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--batch-rows", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--mode", default="top_k")
+    parser.add_argument("--k", type=int, default=64)
+    parser.add_argument("--output", help="also write the figures to this file")
+    arguments = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="potstill_bench_"))
+    try:
+        stage = set_up(arguments, folder)
+        device = stage.engine.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} cores"
+        machine = f"{platform.machine()} {name}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
+        versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+        figures = {"machine": machine, "versions": versions, "date": time.strftime("%Y-%m-%d")}
+        figures |= {"settings": {k: v for k, v in vars(arguments).items() if k != "output"}}
+        figures |= measure(stage, arguments.rounds)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    text = json.dumps(figures)
+    print(text)
+    if arguments.output:
+        Path(arguments.output).write_text(text + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
