@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from potstill.storage.errors import CorruptError, MismatchError, ReadFailedError, StoreError
 from potstill.storage.order import ORDER_VERSION, Int64
+from potstill.storage.pinning import cuda_is_there, pin
 from potstill.storage.plan import RowPlan
 from potstill.storage.prefetch import Prefetcher
 from potstill.storage.reader import StoreReader
@@ -56,11 +57,13 @@ class Loader:
         prefetch_batches: int = 2,
         num_threads: int = 2,
         on_bad_row: str = "raise",
+        pin_memory: bool = False,
     ) -> None:
         """`joined` stores must have been made from `tokens`; MismatchError names the field otherwise.
 
         `on_bad_row="drop_target"` replaces a permanently unreadable targets row by one without targets, counted in
-        `num_bad_rows` and capped at 1e-4 of the rows of an epoch (at least one).
+        `num_bad_rows` and capped at 1e-4 of the rows of an epoch (at least one). `pin_memory` puts the arrays into
+        page-locked memory where CUDA is there (imports torch).
         """
         if not 0 <= rank < world or prefetch_batches < 1 or num_threads < 1:
             raise StoreError(
@@ -74,6 +77,7 @@ class Loader:
             _check_joined(name, reader, tokens)
         self._plan, self._tokens, self._joined = plan, tokens, dict(joined)
         self._rank, self._world, self._drop = rank, world, on_bad_row == "drop_target"
+        self._pin = pin_memory and cuda_is_there()
         self._prefetch_batches, self._num_threads = prefetch_batches, num_threads
         self._committed, self._next_batch, self._submitted = 0, 0, 0
         self._prefetcher: Prefetcher[_Piece] | None = None
@@ -206,6 +210,9 @@ class Loader:
                         f"{row.token_digest:#x}, the tokens store has {digest:#x}); make the store again"
                     )
             joined[name] = found
+        if self._pin:
+            tokens = [pin(row) for row in tokens]
+            joined = {name: [pin(row) for row in found] for name, found in joined.items()}
         return _Piece(tokens, joined, num_bad)
 
     def _load_joined(

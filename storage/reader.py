@@ -15,6 +15,7 @@ from potstill.storage.codec import TARGET_EXTRAS
 from potstill.storage.commit import CommitRecord, committed_records
 from potstill.storage.errors import CorruptError, GaveUpError, ReadFailedError, StoreError, UnsealedError
 from potstill.storage.index import ROWS_PER_BLOCK, PartialIndex, RowIndex, build_columns
+from potstill.storage.node_cache import NodeCache
 from potstill.storage.paths import StorePath, open_folder
 from potstill.storage.rows import Row
 from potstill.storage.seal import Manifest, load_manifest, open_index, store_digest
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 READ_ATTEMPTS = 3
 RETRY_SECONDS = 0.05
+DEFAULT_CACHE_BYTES = 64 << 30
 
 
 class StoreReader:
@@ -39,12 +41,15 @@ class StoreReader:
         allow_partial: bool = False,
         num_units: int | None = None,
         skip: Collection[str] = (),
+        cache_dir: StorePath | None = None,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
     ) -> None:
         """Open a sealed store; UnsealedError otherwise.
 
         `allow_partial` opens an unsealed one as the longest run of committed units from 0, or exactly the first
         `num_units` of them, so that a resumed run sees the same rows although more units have arrived.
         `skip` names target columns that are not decoded: entropy, label, label_rank, tail_at.
+        `cache_dir` keeps what was read on a local disk, at most about `cache_bytes`; for remote stores.
         """
         if set(skip) - set(TARGET_EXTRAS):
             raise StoreError(f"skip: {sorted(set(skip) - set(TARGET_EXTRAS))} are not among {TARGET_EXTRAS}")
@@ -53,6 +58,7 @@ class StoreReader:
         self._skip = frozenset(skip)
         self._id_map = load_id_map(self._folder, self._spec)
         self._manifest = load_manifest(self._folder, self._spec)
+        self._cache = None if cache_dir is None else NodeCache(cache_dir, max_bytes=cache_bytes)
         self._files: Sequence[str]
         self._index: RowIndex | PartialIndex
         if self._manifest is not None and num_units is None:
@@ -199,10 +205,15 @@ class StoreReader:
         """Read and check one message; transport errors exist, so a bad checksum is read again before it counts."""
         file = f"units/{self._files[int(entry['unit'])]}"
         where = f"{self.url}/{file}, row {row}"
+        data = self._cached(entry)
+        if data is not None:
+            return DecodedBatch(data, spec=self._spec, where=where)
         for attempt in range(1, READ_ATTEMPTS + 1):
             try:
                 data = self._folder.read_range(file, int(entry["offset"]), int(entry["length"]))
                 if zlib.crc32(data) == int(entry["crc32"]):
+                    if self._cache is not None:
+                        self._cache.put(self._cache_key(entry), data)
                     return DecodedBatch(data, spec=self._spec, where=where)
                 problem: StoreError = CorruptError(
                     f"{where}: record batch at {int(entry['offset'])} does not fit its crc32; "
@@ -216,6 +227,20 @@ class StoreReader:
             if attempt < READ_ATTEMPTS:
                 time.sleep(RETRY_SECONDS * 2**attempt)
         raise problem
+
+    def _cache_key(self, entry: Mapping[str, Any]) -> str:
+        return f"{self._digest[:24]}-{int(entry['unit'])}-{int(entry['offset'])}"
+
+    def _cached(self, entry: Mapping[str, Any]) -> bytes | None:
+        if self._cache is None:
+            return None
+        key = self._cache_key(entry)
+        data = self._cache.get(key)
+        if data is not None and zlib.crc32(data) != int(entry["crc32"]):
+            logger.warning("%s: a cached record batch is damaged, reading it again", self.url)
+            self._cache.drop(key)
+            return None
+        return data
 
     def _decode(self, batch: DecodedBatch, row: int, entry: Mapping[str, Any]) -> Row:
         position = int(entry["position"])

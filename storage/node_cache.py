@@ -1,0 +1,81 @@
+"""NodeCache: record batches of remote stores kept on a local disk, shared by the processes of a node.
+
+Entries are written once under their final name by rename; two processes may fetch the same one, the second rename is
+harmless. What is read from here passes the same checksum as what comes from the store. Eviction is by size, oldest use
+first; losing an entry only costs another fetch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import threading
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+SUFFIX = ".batch"
+
+
+class NodeCache:
+    """A folder of cached byte ranges, at most `max_bytes` as far as this process knows."""
+
+    def __init__(self, folder: str | Path, *, max_bytes: int) -> None:
+        self._folder, self._max_bytes = Path(os.path.abspath(folder)), max_bytes
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+        self._num_bytes = sum(size for _, size, _ in self._entries())
+
+    def get(self, key: str) -> bytes | None:
+        """Cached bytes of `key`, or None."""
+        path = self._folder / (key + SUFFIX)
+        try:
+            data = path.read_bytes()
+            os.utime(path)
+        except OSError:
+            # Another process may have evicted it, or the disk failed: the store still has it.
+            return None
+        return data
+
+    def put(self, key: str, data: bytes) -> None:
+        """Keep bytes that passed their checksum; a full or failing disk only disables caching of this entry."""
+        tmp = self._folder / f"{os.getpid():x}-{secrets.token_hex(6)}.tmp"
+        try:
+            tmp.write_bytes(data)
+            os.rename(tmp, self._folder / (key + SUFFIX))
+        except OSError as error:
+            logger.warning("node cache %s: could not keep an entry (%s)", self._folder, error.strerror)
+            with contextlib.suppress(OSError):
+                tmp.unlink(missing_ok=True)
+            return
+        with self._lock:
+            self._num_bytes += len(data)
+            if self._num_bytes > self._max_bytes:
+                self._evict()
+
+    def drop(self, key: str) -> None:
+        """Forget an entry that failed its checksum."""
+        with contextlib.suppress(OSError):
+            (self._folder / (key + SUFFIX)).unlink(missing_ok=True)
+
+    def _entries(self) -> list[tuple[float, int, Path]]:
+        found = []
+        for entry in os.scandir(self._folder):
+            with contextlib.suppress(OSError):
+                if entry.name.endswith(SUFFIX):
+                    status = entry.stat()
+                    found.append((status.st_mtime, status.st_size, Path(entry.path)))
+        return found
+
+    def _evict(self) -> None:
+        """Down to three quarters, so that a full cache is not swept on every put."""
+        entries = sorted(self._entries())
+        self._num_bytes = sum(size for _, size, _ in entries)
+        for _, size, path in entries:
+            if self._num_bytes <= self._max_bytes * 3 // 4:
+                return
+            with contextlib.suppress(OSError):
+                path.unlink()
+            self._num_bytes -= size
