@@ -30,9 +30,10 @@ def encode_gaps(logprobs: Float32, offsets: Int64) -> UInt8:
 
     A step above 255 (15.9 nats) saturates and the next steps catch up, so that later values stay exact.
     """
+    # Logs are at most 1e-3, so rounding never goes below 0.
     scaled = np.multiply(logprobs, np.float32(-VALUE_STEP))
     np.rint(scaled, out=scaled)
-    np.clip(scaled, 0, 1 << 20, out=scaled)
+    np.minimum(scaled, 1 << 20, out=scaled)
     codes = scaled.astype(np.int32)
     gaps = np.empty_like(codes)
     if not codes.size:

@@ -6,8 +6,7 @@ import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -32,8 +31,7 @@ COLUMNS = (
 )
 
 
-@dataclass(frozen=True)
-class IndexBlock:
+class IndexBlock(NamedTuple):
     """Where one block of rows lies in index.arrow."""
 
     offset: int

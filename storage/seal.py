@@ -7,7 +7,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from potstill.storage.checked_json import dump_checked, get_int, get_list, get_text, read_checked
 from potstill.storage.commit import CommitRecord, committed_records, read_record
@@ -27,8 +27,7 @@ _INDEX_FILE = re.compile(r"index(-[0-9a-f]{12})?\.arrow")
 TOTALS = ("num_rows", "num_tokens", "num_entries", "num_targets", "num_bytes")
 
 
-@dataclass(frozen=True)
-class UnitEntry:
+class UnitEntry(NamedTuple):
     """A sealed unit: file name in units/, bytes and sha256."""
 
     file: str

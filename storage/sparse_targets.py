@@ -140,6 +140,8 @@ def concatenate(parts: Sequence[SparseTargets]) -> SparseTargets:
     if not parts:
         raise StoreError("concatenate needs at least one SparseTargets, found none")
     head = parts[0]
+    if len(parts) == 1:
+        return head
     for name in ("logprobs", "counts", "entropy", "label_logprob", "label_rank"):
         if len({getattr(part, name) is None for part in parts}) > 1:
             raise StoreError(f"concatenate: some parts have {name} and some have not; drop or add it everywhere")
