@@ -1,0 +1,189 @@
+"""The kernels on a GPU: what the interpreter cannot show (barriers, wide loads, bf16, sizes beyond int32, waits).
+
+Skips itself without a CUDA device. Run: PYTHONPATH=src python -m pytest tests/gpu -q
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from potstill.kernels.counter_random import uniforms
+from potstill.kernels.expand import decode_gaps
+from potstill.kernels.loss import linear_sparse_loss, self_check, sparse_loss
+from potstill.kernels.topk import select_sample, teacher_topk
+from tests.kernels.reference import as_draws, make_targets
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.timeout(600),
+]
+ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+def batch(num_tokens: int, vocab_size: int, dtype: torch.dtype):
+    generator = torch.Generator().manual_seed(vocab_size)
+    targets = make_targets(num_tokens, vocab_size, [min(vocab_size, n) for n in (64, 1, 0, 17)])
+    labels = torch.randint(0, vocab_size, (num_tokens,), generator=generator)
+    labels[1] = -100
+    raw = (torch.randn(num_tokens, vocab_size, generator=generator) * 3).to(dtype)
+    return targets, labels, raw
+
+
+@pytest.mark.parametrize("backend", ["triton", "triton_compiled"])
+@pytest.mark.parametrize("soft_cap", [None, 15.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("vocab_size", [1, 127, 8192, 32000, 50257])
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+def test_loss_and_gradient_from_logits(dtype, vocab_size, temperature, soft_cap, backend) -> None:
+    if backend == "triton_compiled" and (dtype != torch.bfloat16 or vocab_size < 8192):
+        pytest.skip("the compiled steps do not see the dtype and the vocabulary")
+    targets, labels, raw = batch(16, vocab_size, dtype)
+    results = []
+    for name, device, values in (("torch", "cpu", raw.double()), (backend, "cuda", raw)):
+        leaf = values.to(device).requires_grad_()
+        loss, sums = sparse_loss(
+            logits=leaf,
+            targets=targets.to(device),
+            labels=labels.to(device),
+            alpha=0.6,
+            temperature=temperature,
+            soft_cap=soft_cap,
+            z_loss=1e-3,
+            backend=name,
+            normalizer=torch.tensor(1.0),
+        )
+        results.append((loss.detach().cpu().double(), torch.autograd.grad(loss, leaf)[0].cpu().double(), sums))
+    (loss, grad, sums), (got, got_grad, got_sums) = results
+    assert float((got - loss).abs()) <= 1e-5 * float(loss.abs())
+    # Every entry, the dense ones off the support too: one rounding to the dtype, and float32 arithmetic.
+    limit = ROUNDING[dtype] * grad.abs() + 2e-6
+    assert bool(((got_grad - grad).abs() <= limit).all())
+    torch.testing.assert_close(got_sums.stack().cpu().double(), sums.stack().double(), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "skew_forward", "jsd", "total_variation", "sampled"])
+def test_each_divergence(divergence: str) -> None:
+    targets, labels, raw = batch(16, 32000, torch.float32)
+    if divergence == "sampled":
+        targets = as_draws(targets, 70)
+    grads = []
+    for device, values in (("cpu", raw.double()), ("cuda", raw)):
+        leaf = values.to(device).requires_grad_()
+        loss, _ = sparse_loss(logits=leaf, targets=targets.to(device), labels=labels.to(device), divergence=divergence)
+        grads.append(torch.autograd.grad(loss, leaf)[0].cpu().double())
+    assert float((grads[0] - grads[1]).norm()) <= 2e-5 * float(grads[0].norm())
+
+
+def test_rows_beyond_int32_offsets() -> None:
+    num_tokens, vocab_size = 17000, 128256  # 2.18e9 elements
+    raw = torch.randn(num_tokens, vocab_size, device="cuda", dtype=torch.bfloat16)
+    keep = torch.tensor([0, 16743, 16744, 16745, 16999], device="cuda")
+    targets = make_targets(4, vocab_size, [64]).select(torch.arange(num_tokens) % 4).to("cuda")
+    labels = torch.arange(num_tokens, device="cuda")
+    small = raw[keep].float().requires_grad_()
+    loss, _ = sparse_loss(
+        logits=small, targets=targets.select(keep), labels=labels[keep], alpha=0.5, normalizer=torch.tensor(1.0)
+    )
+    (want,) = torch.autograd.grad(loss, small)
+    raw.requires_grad_()
+    loss, _ = sparse_loss(
+        logits=raw, targets=targets, labels=labels, alpha=0.5, normalizer=torch.tensor(1.0), inplace=True
+    )
+    (got,) = torch.autograd.grad(loss, raw)
+    assert bool(((got[keep].float() - want).abs() <= 2.0**-8 * want.abs() + 1e-6).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_linear_op_and_self_check(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(300, 256, generator=generator).to("cuda", dtype).requires_grad_()
+    weight = (torch.randn(32000, 256, generator=generator) * 0.1).to("cuda", dtype).requires_grad_()
+    targets = make_targets(6, 32000, [64, 0, 9]).select(torch.arange(300) % 6).to("cuda")
+    labels = torch.randint(0, 32000, (300,), generator=generator).cuda()
+    weights = (torch.arange(300) % 3).float().cuda()
+    arguments = {
+        "hidden": hidden,
+        "weight": weight,
+        "targets": targets,
+        "labels": labels,
+        "token_weights": weights,
+        "alpha": 0.5,
+        "temperature": 2.0,
+        "chunk_bytes": 64 * 32000 * hidden.element_size(),
+    }
+    figures = self_check(**arguments)
+    assert max(figures.values()) < (1e-4 if dtype == torch.float32 else 2e-2)
+    loss, _ = linear_sparse_loss(**arguments)
+    one, _ = linear_sparse_loss(**{**arguments, "chunk_bytes": 1 << 30})
+    assert float((loss - one).detach().abs()) <= 1e-5 * float(loss.detach())
+    grads = torch.autograd.grad(loss, (hidden, weight))
+    assert bool((grads[0][weights == 0] == 0).all())
+    for grad, other in zip(grads, torch.autograd.grad(one, (hidden, weight)), strict=True):
+        assert float((grad - other).norm()) <= 5e-3 * float(other.norm())
+
+
+def test_no_wait_for_the_gpu() -> None:
+    hidden = torch.randn(64, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(4096, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    targets = make_targets(64, 4096, [16, 3]).to("cuda")
+    labels = torch.randint(0, 4096, (64,), device="cuda")
+    weights = torch.ones(64, device="cuda")
+    norm = weights.sum()
+
+    def step() -> None:
+        loss, _ = linear_sparse_loss(
+            hidden=hidden, weight=weight, targets=targets, labels=labels, token_weights=weights, num_active=64,
+            normalizer=norm, alpha=0.5, temperature=2.0,
+        )  # fmt: skip
+        loss.backward()
+
+    step()  # compiles the kernels, which may wait
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_nan_reaches_the_loss() -> None:
+    targets, labels, raw = batch(4, 32000, torch.bfloat16)
+    raw[2, 20000] = math.nan
+    loss, _ = sparse_loss(logits=raw.cuda(), targets=targets.to("cuda"), labels=labels.cuda(), alpha=0.5)
+    assert bool(loss.isnan())
+
+
+def test_teacher_equals_the_cpu() -> None:
+    raw = torch.randn(33, 50257, generator=torch.Generator().manual_seed(0)).bfloat16().float() * 4
+    labels = torch.arange(33)
+    arguments = {"k": 64, "vocab_size": 50000, "temperatures": (2.0, 0.5)}
+    cpu = teacher_topk(logits=raw, labels=labels, **arguments)
+    gpu = teacher_topk(logits=raw.cuda(), labels=labels.cuda(), **arguments)
+    assert torch.equal(cpu.ids, gpu.ids.cpu()) and torch.equal(cpu.label_rank, gpu.label_rank.cpu())
+    for name in ("logprobs", "lse", "entropy", "label_logprob", "log_tail", "excluded_mass"):
+        torch.testing.assert_close(getattr(gpu, name).cpu(), getattr(cpu, name), rtol=3e-6, atol=6e-6)
+    for temperature, tail in cpu.log_tail_at.items():
+        torch.testing.assert_close(gpu.log_tail_at[temperature].cpu(), tail, rtol=3e-6, atol=6e-6)
+
+
+def test_draws_and_expansion_have_the_bits_of_the_cpu() -> None:
+    rows, positions = torch.arange(1000) * 2**33, torch.arange(1000)
+    arguments = {"seed": 7, "num_draws": 50}
+    cpu = uniforms(rows=rows, positions=positions, **arguments)
+    assert torch.equal(cpu, uniforms(rows=rows.cuda(), positions=positions.cuda(), **arguments).cpu())
+    gaps = torch.randint(0, 256, (100_000,), dtype=torch.uint8)
+    offsets = torch.arange(0, 100_001, 100)
+    assert torch.equal(decode_gaps(gaps, offsets), decode_gaps(gaps.cuda(), offsets.cuda()).cpu())
+    logits = torch.randn(40, 32000, generator=torch.Generator().manual_seed(1)) * 3
+    place = torch.arange(40)
+    drawn = [
+        select_sample(logits=logits.to(d), num_draws=50, seed=3, rows=place.to(d), positions=place.to(d)).targets
+        for d in ("cpu", "cuda")
+    ]
+    # The same numbers meet sums that differ in the last bit: at most a draw or two on a boundary.
+    same = torch.isin(drawn[0].ids, drawn[1].ids.cpu()).float().mean()
+    assert float(same) > 0.99
