@@ -150,78 +150,94 @@ def write_configs(size: DemoSize, root: Path) -> None:
 
 def make_stages(size: DemoSize, root: Path, *, num_ranks: int) -> list[Stage]:
     """The stages in order. `num_ranks` is how many ranks the teacher's run is spread over."""
+    make = _StageMaker(size, root)
+    return [
+        make.prepare(),
+        make.train_lm("teacher", size.teacher, num_ranks),
+        make.train_lm("slm", size.slm, 1),
+        make.export("teacher"),
+        *(make.dump_share("train", worker) for worker in range(DUMP_WORKERS)),
+        make.export("slm"),
+        make.score(),
+        make.dump("heldout"),
+        make.seal("train"),
+        make.train_student("distilled", "seal-train", "score"),
+        make.train_student("labels-only", "prepare"),
+        make.evaluate("teacher", "models/teacher", "export-teacher"),
+        make.evaluate("slm", "models/slm", "export-slm"),
+        make.evaluate("labels-only", "runs/labels-only", "train-labels-only"),
+        make.evaluate("distilled", "runs/distilled", "train-distilled"),
+        make.export("distilled", check=size.check_export),
+    ]
 
-    def stage(name: str, template: str, *needs: str, done: str, slots: int = 1) -> Stage:
+
+@dataclass(frozen=True)
+class _StageMaker:
+    """One method for each kind of stage: its command line as a template, what it needs, what it leaves when done."""
+
+    size: DemoSize
+    root: Path
+
+    def stage(self, name: str, template: str, *needs: str, done: str, slots: int = 1) -> Stage:
         # Words are made before the names are put in, so that a folder with a space stays one word.
-        words = [word.format(root=root, size=size) for word in template.split()]
-        return Stage(name=name, command=("potstill", *words), needs=needs, is_done=(root / done).is_file, slots=slots)
+        words = [word.format(root=self.root, size=self.size) for word in template.split()]
+        is_done = (self.root / done).is_file
+        return Stage(name=name, command=("potstill", *words), needs=needs, is_done=is_done, slots=slots)
 
-    def train(name: str, model: ModelSize, ranks: int) -> Stage:
+    def prepare(self) -> Stage:
+        template = (
+            "prepare --input {root}/corpus --output {root}/data --vocab-size {size.vocab_size} "
+            "--row-length {size.row_length} --rows-per-unit 128 --heldout-fraction {size.heldout_fraction}"
+        )
+        return self.stage("prepare", template, done="data/heldout/manifest.json")
+
+    def train_lm(self, name: str, model: ModelSize, ranks: int) -> Stage:
         template = (
             f"train --preset lm --output {{root}}/runs/{name} --steps {model.steps} --num-ranks {ranks} "
             f"--model-config {{root}}/configs/{name} --tokens {{root}}/data/train --set run.name={name} "
-            f"data.global_batch_rows={{size.batch_rows}} data.micro_batch_rows={size.batch_rows // ranks} "
+            f"data.global_batch_rows={{size.batch_rows}} data.micro_batch_rows={self.size.batch_rows // ranks} "
             f"optimizer.lr={model.learning_rate} checkpoint.every_steps={max(10, model.steps // 8)} "
             "checkpoint.keep_last=1"
         )
-        return stage(f"train-{name}", template, "prepare", done=f"runs/{name}/done.json", slots=ranks)
+        return self.stage(f"train-{name}", template, "prepare", done=f"runs/{name}/done.json", slots=ranks)
 
-    def train_student(name: str, *needs: str) -> Stage:
+    def train_student(self, name: str, *needs: str) -> Stage:
         template = f"train --config {{root}}/configs/{name}.yaml --num-ranks 1"
-        return stage(f"train-{name}", template, *needs, done=f"runs/{name}/done.json")
+        return self.stage(f"train-{name}", template, *needs, done=f"runs/{name}/done.json")
 
-    def export(name: str, *, check: bool = False) -> Stage:
+    def export(self, name: str, *, check: bool = False) -> Stage:
         # The check loads the model in a fresh process, which takes seconds: once is enough to see it.
         template = (
             f"export --run {{root}}/runs/{name} --output {{root}}/models/{name} --tokenizer {{root}}/data/tokenizer "
             + ("--check" if check else "--no-check")
         )
-        return stage(f"export-{name}", template, f"train-{name}", done=f"models/{name}/config.json")
+        return self.stage(f"export-{name}", template, f"train-{name}", done=f"models/{name}/config.json")
 
-    def dump(part: str, *, worker: int | None = None) -> Stage:
+    def dump(self, part: str, share: str = "") -> Stage:
         template = (
             f"dump --tokens {{root}}/data/{part} --teacher {{root}}/models/teacher --output {{root}}/targets/{part} "
-            "--mode top_p_k --p 0.98 --k {size.kept_entries} --batch-rows 16"
+            f"--mode top_p_k --p 0.98 --k {{size.kept_entries}} --batch-rows 16 {share}"
         )
-        if worker is None:
-            return stage(f"dump-{part}", template, "export-teacher", done=f"targets/{part}/manifest.json")
-        share = f" --worker {worker} --num-workers {DUMP_WORKERS}"
-        name = f"dump-{part}-{worker}"
+        return self.stage(f"dump-{part}", template, "export-teacher", done=f"targets/{part}/manifest.json")
+
+    def dump_share(self, part: str, worker: int) -> Stage:
+        made = self.dump(part, f"--worker {worker} --num-workers {DUMP_WORKERS}")
         # A worker leaves no mark of its own share; `seal` sees whether all shares are there.
-        made = stage(name, template + share, "export-teacher", done=f"logs/{name}.done")
-        return replace(made, marker=root / "logs" / f"{name}.done")
+        name = f"{made.name}-{worker}"
+        marker = self.root / "logs" / f"{name}.done"
+        return replace(made, name=name, marker=marker, is_done=marker.is_file)
 
-    def seal(part: str) -> Stage:
+    def seal(self, part: str) -> Stage:
         needs = [f"dump-{part}-{worker}" for worker in range(DUMP_WORKERS)]
-        return stage(f"seal-{part}", f"seal {{root}}/targets/{part}", *needs, done=f"targets/{part}/manifest.json")
+        return self.stage(f"seal-{part}", f"seal {{root}}/targets/{part}", *needs, done=f"targets/{part}/manifest.json")
 
-    def evaluate(name: str, model: str, *needs: str) -> Stage:
+    def score(self) -> Stage:
+        template = "score --tokens {root}/data/train --slm {root}/models/slm --output {root}/scores --batch-rows 16"
+        return self.stage("score", template, "export-slm", done="scores/manifest.json")
+
+    def evaluate(self, name: str, model: str, *needs: str) -> Stage:
         template = (
             f"eval --model {{root}}/{model} --heldout {{root}}/data/heldout --targets {{root}}/targets/heldout "
             f"--output {{root}}/eval/{name}.json --batch-rows 16"
         )
-        return stage(f"eval-{name}", template, "dump-heldout", *needs, done=f"eval/{name}.json")
-
-    prepare = (
-        "prepare --input {root}/corpus --output {root}/data --vocab-size {size.vocab_size} "
-        "--row-length {size.row_length} --rows-per-unit 128 --heldout-fraction {size.heldout_fraction}"
-    )
-    score = "score --tokens {root}/data/train --slm {root}/models/slm --output {root}/scores --batch-rows 16"
-    return [
-        stage("prepare", prepare, done="data/heldout/manifest.json"),
-        train("teacher", size.teacher, num_ranks),
-        train("slm", size.slm, 1),
-        export("teacher"),
-        *(dump("train", worker=worker) for worker in range(DUMP_WORKERS)),
-        export("slm"),
-        stage("score", score, "export-slm", done="scores/manifest.json"),
-        dump("heldout"),
-        seal("train"),
-        train_student("distilled", "seal-train", "score"),
-        train_student("labels-only", "prepare"),
-        evaluate("teacher", "models/teacher", "export-teacher"),
-        evaluate("slm", "models/slm", "export-slm"),
-        evaluate("labels-only", "runs/labels-only", "train-labels-only"),
-        evaluate("distilled", "runs/distilled", "train-distilled"),
-        export("distilled", check=size.check_export),
-    ]
+        return self.stage(f"eval-{name}", template, "dump-heldout", *needs, done=f"eval/{name}.json")

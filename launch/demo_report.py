@@ -81,7 +81,7 @@ def next_steps(root: Path) -> str:
         ["stats", f"{root}/targets/train"],
         ["verify", f"{root}/targets/train", "--deep"],
         ["train", "--config", f"{root}/configs/distilled.yaml", *other],
-        ["presets"],
+        ["report", f"{root}/runs/labels-only", f"{root}/runs/distilled", "--output", f"{root}/report.html"],
     ]
     return "\n".join(
         [

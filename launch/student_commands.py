@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from pathlib import Path
 
 from potstill.common.errors import ConfigError
 from potstill.launch.command import DONE, ERROR, PREEMPTED, Command
@@ -159,6 +160,29 @@ def _export(arguments: argparse.Namespace) -> int:
     print(export(read_config(ExportConfig, arguments)).format())
     return DONE
 
+
+def _report(arguments: argparse.Namespace) -> int:
+    from potstill.student_train.report import write_report
+
+    print(f"wrote {write_report(arguments.runs, arguments.output, force=arguments.force)}")
+    return DONE
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders to compare")
+    parser.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE", help="default %(default)s")
+    parser.add_argument("--force", action="store_true", help="overwrite the file")
+
+
+REPORT = Command(
+    name="report",
+    summary="one page of curves and figures over several runs",
+    description="Write one HTML page that needs no network: curves over tokens and time, the final figures, and what "
+    "differs between the configurations.",
+    examples=("potstill report runs/labels-only runs/distilled", "potstill report runs/* --output all.html --force"),
+    add_arguments=_report_arguments,
+    run=_report,
+)
 
 EXPORT = Command(
     name="export",

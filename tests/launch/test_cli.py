@@ -50,7 +50,7 @@ def test_help_is_fast_and_loads_nothing_heavy() -> None:
 
 
 def test_the_table_holds_every_command_that_is_promised() -> None:
-    promised = "prepare dump score seal status verify inspect stats gc presets train eval export demo"
+    promised = "prepare dump score seal status verify inspect stats gc presets train eval report export demo"
     assert sorted(NAMES) == sorted(promised.split())
 
 
@@ -178,3 +178,20 @@ def test_installed_as_a_module() -> None:
     done = run("--version")
     assert done.returncode == 0
     assert done.stdout.startswith("potstill ")
+
+
+def test_benchmarks_are_one_command_and_end_with_their_json() -> None:
+    from benchmarks.__main__ import last_json
+
+    assert last_json('table\n{"a": 1}\n{"b": 2}\nsaved {x}\n') == {"b": 2}
+    assert last_json("nothing\n") is None
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "--help"],
+        cwd=Path(__file__).resolve().parent.parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 0
+    assert "store_codec" in done.stdout
