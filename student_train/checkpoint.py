@@ -183,14 +183,29 @@ def save_checkpoint(
 
 def load_checkpoint(engine: Any, folder: Path, *, loop: dict[str, Any], universal: bool) -> None:
     """Load weights and optimizer into the engine and compare what came back. Raises ResumeError."""
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
     path, client = engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
     if path is None:
         raise ResumeError(f"DeepSpeed found nothing to load in {folder}; the checkpoint is damaged, take another one")
+    mend_optimizer(engine.optimizer, settings)
     if not universal and (client or {}).get("potstill", {}).get("step") != loop["step"]:
         raise ResumeError(
             f"{folder}: the manifest says step {loop['step']}, the model file {client.get('potstill')}; the files "
             "belong to different saves, take another checkpoint"
         )
+
+
+def mend_optimizer(optimizer: Any, settings: list[dict[str, Any]]) -> None:
+    """Undo what a universal ZeRO-3 load of DeepSpeed 0.19 does to an optimizer with several parameter groups.
+
+    It gives every group the settings of the first (so weight decay would reach norms and biases), and one and the same
+    step counter to all (so it would count once per group, and Adam's bias correction would drift).
+    """
+    for group, setting in zip(optimizer.param_groups, settings, strict=True):
+        group.update(setting)
+    for state in getattr(optimizer, "optimizer", optimizer).state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()
 
 
 def remove_checkpoint(folder: Path) -> None:
