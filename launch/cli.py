@@ -36,7 +36,8 @@ exit codes:
 # Errors of the rooms below that a person can mend; only a module that is loaded can have raised one.
 MENDABLE = (
     ("potstill.storage.errors", "StoreError"),
-    ("potstill.kernels.loss", "SelfCheckError"),
+    ("potstill.kernels.types", "SelfCheckError"),
+    ("potstill.student_train.loop", "LossNotFiniteError"),
 )
 
 

@@ -76,7 +76,12 @@ def _train(arguments: argparse.Namespace) -> int:
     if num_ranks < 1:
         raise ConfigError(f"--num-ranks {num_ranks}: expected 1 or more")
     if num_ranks == 1:
-        summary = train(config)
+        from potstill.student_train.distributed import stop_distributed
+
+        try:
+            summary = train(config)
+        finally:
+            stop_distributed()
         print(summary.format())
         return DONE if summary.is_done else PREEMPTED
     words = [f"--set={override}" for override in getattr(arguments, OVERRIDES)]

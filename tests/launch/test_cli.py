@@ -195,3 +195,10 @@ def test_benchmarks_are_one_command_and_end_with_their_json() -> None:
     )
     assert done.returncode == 0
     assert "store_codec" in done.stdout
+
+
+def test_errors_of_the_rooms_that_a_person_can_mend_are_found_by_name() -> None:
+    import importlib
+
+    for module, name in cli.MENDABLE:
+        assert issubclass(getattr(importlib.import_module(module), name), Exception)
