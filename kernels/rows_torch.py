@@ -5,6 +5,7 @@ Both work on blocks of rows that stay in a core's cache. The fix-up columns leav
 starts, so the mass of the rest is a plain sum and never `1 - sum q`, which loses all digits when small.
 """
 
+import enum
 import math
 from dataclasses import dataclass
 
@@ -19,13 +20,27 @@ FILL = -1e30
 BLOCK_BYTES = 2 << 20
 
 
+class Form(enum.Enum):
+    """What the slab holds between the passes, to spare the second one its exponentials."""
+
+    LOGITS = enum.auto()
+    EXP = enum.auto()  # exp(z - shift)
+    ROOT = enum.auto()  # exp((z - shift) / 2); its square is the softmax at T = 1
+
+
 @dataclass(frozen=True)
 class SlabState:
-    """What the slab holds between the passes: positions of the fix-ups; exp(z - shift) if `is_exp`."""
-
     position: Tensor  # int64 [M] flat positions of the used fix-ups
     shift: Tensor  # [B]
-    is_exp: bool
+    form: Form
+
+
+def _form(settings: LossSettings, *, keep_exp: bool) -> Form:
+    """A soft cap's slope needs the logits themselves; no gradient needs nothing kept."""
+    forms = {1.0: Form.EXP, 2.0: Form.ROOT}
+    if settings.soft_cap is not None or not keep_exp:
+        return Form.LOGITS
+    return forms.get(settings.temperature, Form.LOGITS)
 
 
 def slab_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -66,20 +81,23 @@ def row_stats(slab: Tensor, fix: FixSet, settings: LossSettings, *, keep_exp: bo
     slab.view(-1)[position] = FILL
     maximum = slab.new_empty(num_rows)
     total, total_t, moment = (torch.empty_like(maximum) for _ in range(3))
-    is_exp = single and keep_exp and settings.soft_cap is None
-    for block in _blocks(slab):
+    form = _form(settings, keep_exp=keep_exp)
+    blocks = _blocks(slab)
+    # Two buffers for all blocks: fresh memory would cost more in page faults than the arithmetic.
+    first, second = (torch.empty_like(slab[blocks[0]]) for _ in range(2)) if blocks else (slab, slab)
+    for block in blocks:
         z = slab[block]
         top = z.amax(1)
         maximum[block] = top
         shift = torch.where(top <= FILL / 2, 0.0, top)[:, None]
-        difference = z.sub_(shift) if is_exp else z - shift
-        exponential = difference.exp()
-        torch.sum(exponential, 1, out=total[block])
-        moment[block] = torch.bmm(difference[:, None], exponential[:, :, None])[:, 0, 0]
-        if is_exp:
-            z.copy_(exponential)
-        elif not single:
-            torch.sum(difference.div_(settings.temperature).exp_(), 1, out=total_t[block])
+        size = z.shape[0]
+        sums = _block_sums(
+            z.sub_(shift) if form != Form.LOGITS else torch.sub(z, shift, out=first[:size]),
+            second[:size],
+            settings,
+            form,
+        )
+        total[block], total_t[block], moment[block] = sums
     empty = maximum <= FILL / 2
     shift = torch.where(empty, 0.0, maximum)
     log_rest = torch.where(empty, -math.inf, shift + total.log())
@@ -88,16 +106,50 @@ def row_stats(slab: Tensor, fix: FixSet, settings: LossSettings, *, keep_exp: bo
         log_rest_t = torch.where(empty, -math.inf, shift / settings.temperature + total_t.log())
     mean_rest = torch.where(empty, 0.0, shift + moment / total)
     row_max = torch.maximum(torch.where(empty, -math.inf, maximum), fixed.amax(1))
-    return RowStats(fixed, log_rest, log_rest_t, mean_rest, row_max), SlabState(position, shift, is_exp)
+    return RowStats(fixed, log_rest, log_rest_t, mean_rest, row_max), SlabState(position, shift, form)
+
+
+def _block_sums(
+    difference: Tensor, buffer: Tensor, settings: LossSettings, form: Form
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of exp(d), exp(d / T) and d exp(d) per row; turns `difference` d into the form to keep."""
+    temperature = settings.temperature
+    if temperature == 2.0:
+        # One exponential serves both temperatures: exp(d) is the square of exp(d / 2).
+        torch.mul(difference, 0.5, out=buffer).exp_()
+        total_t = buffer.sum(1)
+        moment = difference.mul_(buffer).mul_(buffer).sum(1)
+        total = torch.mul(buffer, buffer, out=difference).sum(1)
+    else:
+        torch.exp(difference, out=buffer)
+        total = total_t = buffer.sum(1)
+        if temperature == 1.0:
+            moment = difference.mul_(buffer).sum(1)
+        else:
+            moment = buffer.mul_(difference).sum(1)
+            total_t = difference.div_(temperature).exp_().sum(1)
+    if form != Form.LOGITS:
+        difference.copy_(buffer)
+    return total, total_t, moment
 
 
 def row_gradient(
     slab: Tensor, state: SlabState, stats: RowStats, terms: RowTerms, fix: FixSet, settings: LossSettings
 ) -> Tensor:
     """Overwrites `slab` with d loss / d raw logits."""
-    if state.is_exp:
+    scale = settings.logit_scale
+    if state.form == Form.EXP:
         weight = (terms.dense_t + terms.dense_1) * (state.shift - stats.log_rest).exp()
-        slab.mul_(weight[:, None] * settings.logit_scale)
+        slab.mul_(weight[:, None] * scale)
+    elif state.form == Form.ROOT:
+        weight_t = terms.dense_t * (state.shift / 2 - stats.log_rest_t).exp() * scale
+        weight_1 = terms.dense_1 * (state.shift - stats.log_rest).exp() * scale
+        for block in _blocks(slab):
+            z = slab[block]
+            if settings.plain_gradient:
+                z.mul_(torch.mul(z, weight_1[block, None]).add_(weight_t[block, None]))
+            else:
+                z.mul_(weight_t[block, None])
     else:
         for block in _blocks(slab):
             _dense_block(slab[block], block, stats, terms, settings)

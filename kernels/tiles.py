@@ -43,24 +43,35 @@ def tile_stats(slab: Tensor, label_ids: Tensor, temperatures: Sequence[float]) -
     sums = slab.new_empty(1 + len(temperatures), num_rows, num_tiles)
     moment = slab.new_empty(num_rows)
     above = torch.empty(num_rows, dtype=torch.int32, device=slab.device)
-    ids = torch.arange(width, device=slab.device)
     rows = max(1, BLOCK_BYTES // (width * slab.element_size()))
+    # One pair of buffers for all blocks: fresh memory would cost more in page faults than the arithmetic.
+    buffers = slab.new_empty(2, min(rows, num_rows), width)
     for start in range(0, num_rows, rows):
         block = slice(start, start + rows)
         z = slab[block]
+        difference, exponential = buffers[:, : z.shape[0]]
         best = z.unflatten(1, (num_tiles, TILE)).amax(2)
         maxima[block] = best
-        logit = label_logit[block]
-        before = (z > logit) | ((z == logit) & (ids < label_ids[block, None]))
-        above[block] = before.sum(1, dtype=torch.int32)
-        difference = z - best.amax(1, keepdim=True)
-        exponential = difference.exp()
+        above[block] = _before_label(z, label_logit[block], label_ids[block], exponential)
+        torch.sub(z, best.amax(1, keepdim=True), out=difference)
+        torch.exp(difference, out=exponential)
         sums[0, block] = exponential.unflatten(1, (num_tiles, TILE)).sum(2)
-        moment[block] = torch.bmm(difference[:, None], exponential[:, :, None])[:, 0, 0]
+        moment[block] = exponential.mul_(difference).sum(1)
         for number, temperature in enumerate(temperatures, start=1):
             torch.div(difference, temperature, out=exponential).exp_()
             sums[number, block] = exponential.unflatten(1, (num_tiles, TILE)).sum(2)
     return TileStats(maxima.amax(1), maxima, sums, moment, above)
+
+
+def _before_label(z: Tensor, logit: Tensor, label_ids: Tensor, buffer: Tensor) -> Tensor:
+    """How many of z [B, V] come before the label (int32 [B]): larger ones, and equal ones with a lower id."""
+    # Ones and zeros in the float buffer: a sum of booleans would first be widened to int64.
+    larger = torch.gt(z, logit, out=buffer).sum(1).int()
+    equal = torch.eq(z, logit, out=buffer).sum(1)
+    if bool((equal > 1).any()):
+        ids = torch.arange(z.shape[1], device=z.device)
+        larger += ((z == logit) & (ids < label_ids[:, None])).sum(1)
+    return larger
 
 
 def order_keys(values: Tensor, ids: Tensor) -> Tensor:
