@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -133,13 +134,18 @@ def list_records(folder: StoreFolder) -> dict[int, int]:
 
 
 def committed_records(folder: StoreFolder, spec: RunSpec) -> dict[int, CommitRecord]:
-    """All readable records by unit."""
-    found = {}
-    for unit, generations in list_records(folder).items():
-        record = read_record(folder, unit, spec, generations=generations)
-        if record is not None:
-            found[unit] = record
-    return found
+    """All readable records by unit; read by several threads where each read is a request over a network."""
+    listed = list_records(folder)
+
+    def read(unit: int) -> CommitRecord | None:
+        return read_record(folder, unit, spec, generations=listed[unit])
+
+    if folder.parallel_reads == 1:
+        records = [read(unit) for unit in listed]
+    else:
+        with ThreadPoolExecutor(folder.parallel_reads, thread_name_prefix="potstill-records") as pool:
+            records = list(pool.map(read, listed))
+    return {record.unit: record for record in records if record is not None}
 
 
 def _ints(value: Mapping[str, Any], key: str, *, where: str) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from potstill.storage.ipc_layout import parse_batch, parse_footer
 from potstill.storage.paths import StoreFolder
 
 ROWS_PER_BLOCK = 4096
-BLOCK_CACHE = 64
+BLOCK_CACHE = 512
 COLUMNS = (
     ("unit", "<u4"),
     ("offset", "<u8"),

@@ -30,12 +30,15 @@ REQUEST_TIMEOUT_SECONDS = 120.0
 CLIENT_RETRIES = 3
 PART_BYTES = 8 << 20
 PARALLEL_PARTS = 8
+PARALLEL_REQUESTS = 16
 _QUERY = re.compile(r"\?[^\s\"'>)]*")
 _PERMANENT = ("PermissionDeniedError", "UnauthenticatedError", "InvalidPathError", "NotSupportedError")
 
 
 class ObjectFolder:
     """One prefix of an object store, seen as a StoreFolder."""
+
+    parallel_reads = PARALLEL_REQUESTS
 
     def __init__(self, url: str) -> None:
         """Raises StoreError for a URL of an unknown scheme or one that carries credentials."""

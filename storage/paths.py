@@ -26,6 +26,7 @@ class StoreFolder(Protocol):
     """A flat set of named objects; names are relative with `/` and never leave the folder."""
 
     url: str
+    parallel_reads: int
 
     def prepare(self) -> None:
         """Make the folder ready for writing; raises WriteFailedError when it cannot be written."""
@@ -80,6 +81,8 @@ def writing(what: str) -> Iterator[None]:
 
 class LocalFolder:
     """A POSIX or NFS folder. Files appear whole: temporary file, fsync, rename or link, fsync of the folder."""
+
+    parallel_reads = 1
 
     def __init__(self, root: Path) -> None:
         # Fixed at once, so that a later chdir does not move the store.

@@ -115,7 +115,7 @@ def test_truncation_and_trailing_garbage_are_noticed(original, store, name):
     path = unit_files(store)[0] if name == "unit" else store / name
     data = path.read_bytes()
     rng = np.random.default_rng(0)
-    lengths = {0, 1, len(data) - 1, *rng.integers(0, len(data), 50).tolist()}
+    lengths = {0, 1, len(data) - 1, *rng.integers(0, len(data), 200).tolist()}
     for length in lengths:
         path.write_bytes(data[:length])
         result = outcome(store, original[1])

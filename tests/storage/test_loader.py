@@ -14,8 +14,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from potstill.storage import CorruptError, EpochPlan, Loader, MismatchError, StoreError, StoreReader
-from tests.storage.stores import same_targets, write_targets, write_tokens
+from potstill.storage import (
+    CorruptError,
+    EpochPlan,
+    Loader,
+    MismatchError,
+    StoreError,
+    StoreReader,
+    StoreWriter,
+    seal_store,
+)
+from tests.storage.stores import make_scores_row, same_targets, targets_spec, write_targets, write_tokens
 
 NUM_ROWS = 23
 
@@ -169,6 +178,27 @@ def test_joined_stores_must_fit_the_tokens(stores, tmp_path):
         pytest.raises(StoreError, match=r"needs the stores \['x'\]"),
     ):
         next(loader)
+
+
+def test_two_teachers_and_scores_are_joined_by_row(stores, tmp_path):
+    tokens, teacher = stores
+    late = write_targets(tmp_path / "late", tokens, seed=5)
+    spec = targets_spec(NUM_ROWS, tokens.digest, kind="scores", selection=None, teacher=None)
+    writer = StoreWriter.create(tmp_path / "s", spec)
+    for unit in writer.todo():
+        writer.commit_unit(unit, [make_scores_row(tokens.row(r), spec) for r in writer.unit_rows(unit)])
+    seal_store(tmp_path / "s")
+    joined = {"early": teacher, "late": late, "slm": StoreReader(tmp_path / "s")}
+    plan = EpochPlan(NUM_ROWS, global_batch=6, seed=1, joined=("early", "late", "slm"))
+    with Loader(plan, tokens, joined) as loader:
+        for _ in range(4):
+            batch = next(loader)
+            for place, row in enumerate(batch.rows.tolist()):
+                assert same_targets(batch.joined["early"][place].targets, teacher.row(row).targets)
+                assert same_targets(batch.joined["late"][place].targets, late.row(row).targets)
+                assert batch.joined["slm"][place].stats == {"mean_loss": float(np.float32(row / 3))}
+            loader.commit(batch.batch)
+        assert len(json.dumps(loader.state_dict())) < 1024
 
 
 def test_rows_made_from_other_tokens_are_refused(stores, monkeypatch):
