@@ -127,6 +127,16 @@ def on_main(topology: Topology, function: Any, *args: Any) -> None:
         raise error
 
 
+def check_continuable(checkpoint: Checkpoint, config: TrainConfig, plan: CurriculumPlan) -> None:
+    """Refuse a checkpoint of other pinned settings, or one behind the end of the run. Raises ResumeError."""
+    check_pinned(checkpoint, pinned_values(config))
+    if checkpoint.step > plan.total_steps:
+        raise ResumeError(
+            f"{checkpoint.folder} is at step {checkpoint.step}, behind the end of the run at {plan.total_steps}; "
+            "raise run.max_steps or name an earlier checkpoint"
+        )
+
+
 @contextmanager
 def open_run(
     config: TrainConfig,
@@ -140,12 +150,7 @@ def open_run(
     universal = checkpoint is not None and needs_conversion(checkpoint, topology.world_size)
     ds_config = deepspeed_config(config, world_size=topology.world_size, load_universal=universal)
     if checkpoint is not None:
-        check_pinned(checkpoint, pinned_values(config))
-        if checkpoint.step > plan.total_steps:
-            raise ResumeError(
-                f"{checkpoint.folder} is at step {checkpoint.step}, behind the end of the run at {plan.total_steps}; "
-                "raise run.max_steps or name an earlier checkpoint"
-            )
+        check_continuable(checkpoint, config, plan)
     if topology.is_main:
         (config.run.output_dir / DONE_FILE).unlink(missing_ok=True)
         write_start(config, student_config, ds_config, describe(plan))
