@@ -52,6 +52,7 @@ def children_of_the_demo(folder: Path) -> list[str]:
     return found
 
 
+@pytest.mark.timeout(420)  # some 25 s of work; the rest is patience with a busy machine
 def test_killed_in_the_middle_it_goes_on_and_repeated_it_has_nothing_to_do(tmp_path: Path) -> None:
     folder, log = tmp_path / "demo folder", tmp_path / "log"  # a space in the name must not matter
     log.touch()
