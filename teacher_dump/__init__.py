@@ -11,6 +11,7 @@ from potstill.teacher_dump.config import DumpConfig, PrepareConfig, ScoreConfig
 
 if TYPE_CHECKING:
     from potstill.teacher_dump.preparing import PrepareSummary
+    from potstill.teacher_dump.series import SeriesSummary
     from potstill.teacher_dump.worker import WorkerSummary
 
 __all__ = ["DumpConfig", "PrepareConfig", "ScoreConfig", "dump", "prepare", "score"]
@@ -23,7 +24,9 @@ def prepare(config: PrepareConfig) -> PrepareSummary:
     return preparing.prepare(config)
 
 
-def dump(config: DumpConfig, worker: int | None = None, num_workers: int | None = None) -> WorkerSummary:
+def dump(
+    config: DumpConfig, worker: int | None = None, num_workers: int | None = None
+) -> WorkerSummary | SeriesSummary:
     """Teacher over a tokens store -> targets store; see potstill.teacher_dump.dumping."""
     from potstill.teacher_dump import dumping
 

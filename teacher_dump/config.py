@@ -53,6 +53,13 @@ class PrepareConfig(StrictModel):
         return self
 
 
+class EnsembleMember(StrictModel):
+    """A further teacher, run with the settings of the first one."""
+
+    model: StorePlace = Field(min_length=1, description="Hugging Face causal language model: folder or hub id")
+    weight: float = Field(1.0, gt=0, description="Its share in the mixture, beside the other weights")
+
+
 class TeacherConfig(StrictModel):
     """One model that reads rows: where it is and how it runs."""
 
@@ -72,6 +79,19 @@ class TeacherConfig(StrictModel):
     chunk_bytes: int | None = Field(None, ge=1 << 16, description="Memory for one piece of the logits; None: by device")
     check_tokenizer: bool = Field(True, description="Refuse a model whose own tokenizer is not that of the rows")
     load_options: dict[str, Any] = Field(default_factory=dict, description="Passed on to from_pretrained")
+    checkpoints: list[StorePlace] = Field(
+        default_factory=list, description="Checkpoints of `model` (folders, or revisions), each into OUTPUT/NAME"
+    )
+    weight: float = Field(1.0, gt=0, description="Share of `model` in an ensemble")
+    ensemble: list[EnsembleMember] = Field(
+        default_factory=list, description="Further teachers: targets are of the weighted mixture of all"
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.ensemble and (self.checkpoints or self.engine != "hf"):
+            raise ValueError("an ensemble has no checkpoints and runs on engine hf")
+        return self
 
 
 class SelectionConfig(StrictModel):

@@ -17,12 +17,22 @@ from potstill.teacher_dump.engines import TeacherEngine
 from potstill.teacher_dump.on_device import batch_sample, batch_topk
 from potstill.teacher_dump.pipeline import BatchRows
 from potstill.teacher_dump.selection import PREFIXES, TARGET_STATS, HostTargets, cut_rows, selection_spec
+from potstill.teacher_dump.series import SeriesSummary, dump_series
 from potstill.teacher_dump.worker import Job, WorkerSummary, run_worker
 
 
-def dump(config: DumpConfig, worker: int | None = None, num_workers: int | None = None) -> WorkerSummary:
-    """Do this worker's share of the units that are missing; see `run_worker` for errors and the end of a run."""
-    return run_worker(config, config.teacher, DumpJob(config), worker=worker, num_workers=num_workers)
+def dump(
+    config: DumpConfig, worker: int | None = None, num_workers: int | None = None
+) -> WorkerSummary | SeriesSummary:
+    """Do this worker's share of the units that are missing, of each checkpoint in turn if there are several.
+
+    See `run_worker` for errors and the end of a run.
+    """
+
+    def run(member: DumpConfig) -> WorkerSummary:
+        return run_worker(member, member.teacher, DumpJob(member), worker=worker, num_workers=num_workers)
+
+    return dump_series(config, run) if config.teacher.checkpoints else run(config)
 
 
 @dataclass(frozen=True)

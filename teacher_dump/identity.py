@@ -86,9 +86,12 @@ def _check_tokenizer(teacher: TeacherConfig, tokens: RunSpec) -> None:
         )
 
 
-def teacher_id(model: str) -> str:
-    """Name for run.json: a folder's own name (so that it may be moved), or the hub id."""
-    return Path(model).resolve().name if Path(model).is_dir() else model
+def teacher_id(teacher: TeacherConfig) -> str:
+    """Name for run.json: a folder's own name (so that it may be moved), or the hub id and revision."""
+    if Path(teacher.model).is_dir():
+        return Path(teacher.model).resolve().name
+    revision = teacher.load_options.get("revision")
+    return teacher.model if revision is None else f"{teacher.model}@{revision}"
 
 
 def config_digest(config: Any) -> str:
@@ -139,8 +142,8 @@ def weights_digest(teacher: TeacherConfig) -> str:
 
 def describe(teacher: TeacherConfig, config: Any, *, dtype: str) -> Mapping[str, Any]:
     """The `teacher` field of run.json: what decides the bytes. Batch size and device are left out on purpose."""
-    return {
-        "id": teacher_id(teacher.model),
+    found = {
+        "id": teacher_id(teacher),
         "weights_digest": weights_digest(teacher),
         "config_digest": config_digest(config),
         "architecture": (getattr(config, "architectures", None) or [type(config).__name__])[0],
@@ -149,4 +152,24 @@ def describe(teacher: TeacherConfig, config: Any, *, dtype: str) -> Mapping[str,
         "attention": teacher.attention or "default",
         "documents": teacher.documents,
         "padded_vocab_size": int(getattr(config.get_text_config(), "vocab_size", 0)),
+    }
+    if teacher.ensemble:
+        others = [_describe_member(one, weight) for one, weight in members(teacher)]
+        found |= {"weight": teacher.weight, "ensemble": others}
+    return found
+
+
+def members(teacher: TeacherConfig) -> list[tuple[TeacherConfig, float]]:
+    """The further teachers of an ensemble, each as a configuration of its own, and their weights."""
+    alone = teacher.model_copy(update={"ensemble": []})
+    return [(alone.model_copy(update={"model": one.model}), one.weight) for one in teacher.ensemble]
+
+
+def _describe_member(teacher: TeacherConfig, weight: float) -> dict[str, Any]:
+    config = load_config(teacher)
+    return {
+        "id": teacher_id(teacher),
+        "weights_digest": weights_digest(teacher),
+        "config_digest": config_digest(config),
+        "weight": weight,
     }

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-SCORE_STATS = ("mean_loss", "mean_entropy", "salt_median_zero", "salt_median_drop", "learnable_fraction", "num_targets")
+SCORE_STATS = (
+    "mean_loss",
+    "mean_entropy",
+    "accuracy",
+    "salt_median_zero",
+    "salt_median_drop",
+    "learnable_fraction",
+    "num_targets",
+)
 
 
 def row_scores(loss: np.ndarray, rank: np.ndarray, entropy: np.ndarray, *, salt_rank: int) -> dict[str, float]:
@@ -21,6 +29,7 @@ def row_scores(loss: np.ndarray, rank: np.ndarray, entropy: np.ndarray, *, salt_
     return {
         "mean_loss": float(loss.mean()),
         "mean_entropy": float(entropy.astype(np.float64).mean()),
+        "accuracy": float((rank == 0).mean()),
         "salt_median_zero": float(np.median(np.where(learnable, loss, 0.0))),
         "salt_median_drop": float(np.median(loss[learnable])) if learnable.any() else 0.0,
         "learnable_fraction": float(learnable.mean()),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 NO_RANK = 255
 # Logits of -Inf (ids that a teacher rules out) are read as this: their mass is 0 all the same, but p log p is a number.
 RULED_OUT_LOGIT = -1e4
-TARGET_STATS = ("mean_loss", "mean_entropy", "kept_mass", "num_targets")
+TARGET_STATS = ("mean_loss", "mean_entropy", "accuracy", "kept_mass", "num_targets")
 
 
 def _top_k(topk: TopK, selection: SelectionConfig) -> SparseTargetTensors:
@@ -182,6 +182,7 @@ def _stats(found: HostTargets, start: int, stop: int) -> dict[str, float]:
     return {
         "mean_loss": -float(found.label_logprob[start:stop].astype(np.float64).mean()),
         "mean_entropy": float(found.entropy[start:stop].astype(np.float64).mean()),
+        "accuracy": float((found.label_rank[start:stop] == 0).mean()),
         "kept_mass": float(kept.mean()),
         "num_targets": float(stop - start),
     }

@@ -14,13 +14,14 @@ from potstill.common.progress import Progress, format_seconds
 from potstill.storage import RunSpec, StoreReader, StoreWriter, seal_store
 from potstill.teacher_dump.batches import TeacherBatch, apart_batch, packed_batch
 from potstill.teacher_dump.config import TeacherConfig, WalkConfig
-from potstill.teacher_dump.identity import check_fits, computing_dtype, describe, load_config
+from potstill.teacher_dump.identity import check_fits, computing_dtype, describe, load_config, members
 from potstill.teacher_dump.pipeline import HostResult, Walk, WalkTotals
 from potstill.teacher_dump.placing import WorkerPlace, worker_place
 from potstill.teacher_dump.stopping import StopFlag
 
 if TYPE_CHECKING:
     from potstill.teacher_dump.engines import TeacherEngine
+    from potstill.teacher_dump.engines.zero3 import Group
 
 log = logging.getLogger(__name__)
 
@@ -96,14 +97,14 @@ def run_worker(
     StoppedError after a signal, StoreError for trouble with the stores. Running it again goes on.
     """
     started = time.monotonic()
-    place = worker_place(
-        config.worker if worker is None else worker, config.num_workers if num_workers is None else num_workers
-    )
+    place, group = _join(config, teacher, worker=worker, num_workers=num_workers)
     tokens = StoreReader(config.tokens)
     if tokens.spec.kind != "tokens":
         raise UserError(f"{config.tokens} is a store of {tokens.spec.kind}, expected a tokens store made by prepare")
     model_config = load_config(teacher)
     check_fits(teacher, model_config, tokens.spec)
+    for member, _ in members(teacher):
+        check_fits(member, load_config(member), tokens.spec)
     dtype = computing_dtype(teacher, model_config)
     spec = job.spec(tokens, dict(describe(teacher, model_config, dtype=dtype)))
     # Deleting is for one worker: the others would delete what the first has begun.
@@ -119,8 +120,34 @@ def run_worker(
         place.source,
         len(units),
     )
-    totals = _walk(config, teacher, job, tokens, writer, units, place) if units else WalkTotals()
-    return _finish(config, job, writer, place, totals, seconds=time.monotonic() - started)
+    # In a group a rank without units of its own takes part in the passes of the others.
+    passes = sum(-(-len(writer.unit_rows(unit)) // teacher.batch_rows) for unit in units)
+    most_passes = passes if group is None else group.largest(passes)
+    totals = WalkTotals()
+    if most_passes:
+        totals = _walk(config, teacher, job, tokens, writer, units, group, idle_passes=most_passes - passes)
+    if totals.stopped_by is not None:
+        raise StoppedError(
+            f"{job.word}: stopped by {totals.stopped_by} after {totals.units} of {len(units)} units of worker "
+            f"{place.worker}; what is committed is safe, run the same command again to go on"
+        )
+    return _finish(config, job, writer, place, group, totals, seconds=time.monotonic() - started)
+
+
+def _join(
+    config: WalkConfig, teacher: TeacherConfig, *, worker: int | None, num_workers: int | None
+) -> tuple[WorkerPlace, Group | None]:
+    """This process's place, and its group if several ranks hold one teacher: then each rank is a part of a worker."""
+    worker = config.worker if worker is None else worker
+    num_workers = config.num_workers if num_workers is None else num_workers
+    if teacher.engine != "zero3":
+        return worker_place(worker, num_workers), None
+    from potstill.teacher_dump.engines.zero3 import join_group
+
+    group = join_group(teacher)
+    place = worker_place(worker or 0, num_workers or 1)
+    whole = f"{place.source}, group of {group.world}"
+    return WorkerPlace(place.worker * group.world + group.rank, place.num_workers * group.world, whole), group
 
 
 def _walk(
@@ -130,7 +157,9 @@ def _walk(
     tokens: StoreReader,
     writer: StoreWriter,
     units: list[int],
-    place: WorkerPlace,
+    group: Group | None,
+    *,
+    idle_passes: int,
 ) -> WalkTotals:
     from potstill.teacher_dump.engines import load_engine
 
@@ -148,6 +177,9 @@ def _walk(
             progress.note(tokens_per_second=round(num_tokens / max(time.monotonic() - began, 1e-9)))
             progress.update(rows)
 
+        def stop_reason() -> str | None:
+            return stop.signal_name if group is None else group.agree_to_stop(stop.signal_name)
+
         walk = Walk(
             reader=tokens,
             writer=writer,
@@ -155,23 +187,31 @@ def _walk(
             layout=packed if teacher.documents == "packed" else apart_batch,
             batch_rows=teacher.batch_rows,
             finish_threads=config.finish_threads,
-            max_consecutive_failures=config.max_consecutive_failures,
+            # One rank that skips a unit would leave the others waiting for it.
+            max_consecutive_failures=config.max_consecutive_failures if group is None else 1,
             refused_before=refused_before,
             refused_allowed=int(config.max_rejected_fraction * tokens.num_rows),
             on_rows=on_rows,
-            stop_reason=lambda: stop.signal_name,
+            stop_reason=stop_reason,
         )
         totals = walk.run(units)
-    if totals.stopped_by is not None:
-        raise StoppedError(
-            f"{job.word}: stopped by {totals.stopped_by} after {totals.units} of {len(units)} units of worker "
-            f"{place.worker}; what is committed is safe, run the same command again to go on"
-        )
+        while idle_passes and totals.stopped_by is None:
+            totals.stopped_by = stop_reason()
+            if totals.stopped_by is None:
+                engine.idle_pass()
+                idle_passes -= 1
     return totals
 
 
 def _finish(
-    config: WalkConfig, job: Job, writer: StoreWriter, place: WorkerPlace, totals: WalkTotals, *, seconds: float
+    config: WalkConfig,
+    job: Job,
+    writer: StoreWriter,
+    place: WorkerPlace,
+    group: Group | None,
+    totals: WalkTotals,
+    *,
+    seconds: float,
 ) -> WorkerSummary:
     if totals.failures:
         listed = "; ".join(f"unit {unit}: {reason}" for unit, reason in list(totals.failures.items())[:5])
@@ -179,9 +219,11 @@ def _finish(
             f"{job.word}: {len(totals.failures)} units failed and {totals.units} were committed: {listed}. "
             "Run the same command again to retry them"
         )
+    if group is not None:
+        group.barrier()
     num_missing = len(writer.todo())
     sealed = False
-    if config.seal and place.num_workers == 1 and num_missing == 0:
+    if config.seal and place.num_workers == (1 if group is None else group.world) and num_missing == 0:
         seal_store(config.output)
         sealed = True
     positions = totals.figures.get("positions", 0.0)

@@ -10,11 +10,12 @@ from potstill.teacher_dump.engines.base import Head, TeacherEngine, TeacherOutpu
 __all__ = ["ENGINES", "Head", "TeacherEngine", "TeacherOutput", "load_engine"]
 
 # Name in the configuration -> module below this folder that holds `load(teacher) -> TeacherEngine`.
-ENGINES = {"hf": "hf"}
+ENGINES = {"hf": "hf", "ensemble": "ensemble", "zero3": "zero3"}
 
 
 def load_engine(teacher: TeacherConfig) -> TeacherEngine:
     """Load the teacher's weights and return its engine, ready to run. Raises UserError."""
-    module = import_module(f"potstill.teacher_dump.engines.{ENGINES[teacher.engine]}")
+    name = "ensemble" if teacher.ensemble else teacher.engine
+    module = import_module(f"potstill.teacher_dump.engines.{ENGINES[name]}")
     engine: TeacherEngine = module.load(teacher)
     return engine

@@ -55,3 +55,6 @@ class TeacherEngine(Protocol):
 
     def forward(self, batch: TeacherBatch) -> TeacherOutput:
         """Run the model over a batch."""
+
+    def idle_pass(self) -> None:
+        """Take part in a pass of a group's other ranks; nothing to do for an engine without a group."""

@@ -47,6 +47,9 @@ class HfEngine:
         picked = values.reshape(-1, values.shape[-1])[positions]
         return TeacherOutput(hidden=picked) if self.head is not None else TeacherOutput(logits=picked)
 
+    def idle_pass(self) -> None:
+        """Nothing to do: there is no group."""
+
     def _to_device(self, array: Any) -> torch.Tensor:
         tensor = torch.from_numpy(array)
         if self.device.type == "cuda":

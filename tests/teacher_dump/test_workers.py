@@ -98,7 +98,9 @@ def test_sigterm_ends_a_worker_in_time_and_says_so(tmp_path: Path, llama: Path) 
 
 
 @pytest.mark.parametrize("output", ["data", "file"])
-def test_a_place_that_holds_something_else_is_left_alone(tokens: Path, tmp_path: Path, llama: Path, output: str) -> None:
+def test_a_place_that_holds_something_else_is_left_alone(
+    tokens: Path, tmp_path: Path, llama: Path, output: str
+) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "thesis.txt").write_text("years of work")
     (tmp_path / "file").write_text("more of it")

@@ -1,0 +1,172 @@
+"""Engine `zero3`: a teacher larger than one GPU, its weights spread over a group of ranks by DeepSpeed ZeRO-3.
+
+Every forward pass gathers each layer from all ranks, so the ranks run the same number of passes: the group moves in
+lock-step. Each rank has units of its own; one that has none left runs empty passes until the last is done. An error
+on one rank ends the group.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from potstill.common.errors import UserError
+from potstill.teacher_dump.batches import TeacherBatch
+from potstill.teacher_dump.config import TeacherConfig
+from potstill.teacher_dump.engines.base import Head, TeacherOutput
+from potstill.teacher_dump.engines.head import (
+    apply_head,
+    backbone,
+    packing_agrees,
+    probe_ids,
+    read_head,
+    relative_difference,
+    tolerance,
+)
+from potstill.teacher_dump.engines.hf import choose_device
+from potstill.teacher_dump.identity import computing_dtype, load_config
+
+log = logging.getLogger(__name__)
+
+
+class Group:
+    """The ranks that hold one teacher together. Every method is a collective call."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self._device = device
+
+    def largest(self, value: int) -> int:
+        """The largest of the ranks' values."""
+        shared = torch.tensor([value], dtype=torch.int64, device=self._device)
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+        return int(shared)
+
+    def agree_to_stop(self, reason: str | None) -> str | None:
+        """Stop on all ranks at the same pass when any of them was asked to."""
+        return (reason or "a signal to another rank") if self.largest(int(reason is not None)) else None
+
+    def barrier(self) -> None:
+        self.largest(0)
+
+
+def join_group(teacher: TeacherConfig) -> Group:
+    """Join the launcher's process group (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT); UserError without a launcher."""
+    import os
+
+    device = choose_device(teacher.device)
+    if not dist.is_initialized():
+        missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise UserError(f"engine zero3 needs a launcher such as torchrun: {', '.join(missing)} are not set")
+        import deepspeed
+        import deepspeed.ops
+
+        if device.type == "cpu":
+            # Else a communication op that gloo does not need is compiled for a minute.
+            deepspeed.ops.__compatible_ops__ = {}
+        else:
+            torch.cuda.set_device(device)
+        deepspeed.init_distributed("gloo" if device.type == "cpu" else "nccl", verbose=False)
+    return Group(device)
+
+
+class Zero3Engine:
+    """See TeacherEngine. `forward` is a collective call of the group."""
+
+    name = "zero3"
+
+    def __init__(self, engine: Any, *, teacher: TeacherConfig, device: torch.device, keep: Any) -> None:
+        self._engine, self._keep = engine, keep  # transformers holds its DeepSpeed settings by a weak reference
+        self.device = device
+        self.model = engine.module
+        dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+        self.dtype = str(dtype).removeprefix("torch.")
+        self.vocab_size = int(self.model.config.get_text_config().vocab_size)
+        self._hidden: torch.Tensor | None = None
+        backbone(self.model).register_forward_hook(self._catch_hidden)
+        self.head = self._gathered_head()
+        self._check(teacher, dtype)
+
+    @torch.no_grad()
+    def forward(self, batch: TeacherBatch) -> TeacherOutput:
+        """Hidden states at the batch's target positions."""
+        hidden = self._run(torch.from_numpy(batch.input_ids), torch.from_numpy(batch.position_ids))
+        return TeacherOutput(hidden=hidden.reshape(-1, hidden.shape[-1])[torch.from_numpy(batch.positions)])
+
+    @torch.no_grad()
+    def idle_pass(self) -> None:
+        """Take part in a pass of the others without rows of one's own."""
+        empty = torch.zeros(1, 2, dtype=torch.int64)
+        self._run(empty, torch.arange(2)[None])
+
+    def _run(self, input_ids: torch.Tensor, position_ids: torch.Tensor, **options: Any) -> torch.Tensor:
+        # Through the whole model, because ZeRO-3 counts its passes there; one logit keeps its head cheap.
+        options = {"logits_to_keep": 1} | options
+        self._engine(
+            input_ids=input_ids.to(self.device), position_ids=position_ids.to(self.device), use_cache=False, **options
+        )
+        assert self._hidden is not None
+        hidden, self._hidden = self._hidden, None
+        return hidden
+
+    def _catch_hidden(self, module: Any, arguments: Any, output: Any) -> None:
+        self._hidden = output[0]
+
+    def _gathered_head(self) -> Head:
+        import deepspeed
+
+        layer = self.model.get_output_embeddings()
+        with deepspeed.zero.GatheredParameters(list(layer.parameters())):
+            head = read_head(self.model)
+            if head is None:
+                raise UserError(f"teacher {type(self.model).__name__} has no plain linear head, which zero3 needs")
+            bias = None if head.bias is None else head.bias.clone()
+            return Head(head.weight.clone(), bias, head.soft_cap, head.logit_scale)
+
+    @torch.no_grad()
+    def _check(self, teacher: TeacherConfig, dtype: torch.dtype) -> None:
+        ids = probe_ids(self.vocab_size, self.device)
+        logits = self._engine(input_ids=ids, use_cache=False).logits.float()
+        assert self._hidden is not None
+        difference = relative_difference(apply_head(self._hidden, self.head).float(), logits)
+        if not difference <= tolerance(dtype):
+            raise UserError(
+                f"teacher {type(self.model).__name__} gives logits that are not head(hidden) (relative difference "
+                f"{difference:.2g}); engine zero3 cannot run it"
+            )
+        if teacher.documents == "packed":
+            difference = packing_agrees(self._engine, self.vocab_size)
+            if not difference <= tolerance(dtype):
+                raise UserError(f"teacher {type(self.model).__name__} mixes packed documents; set documents=apart")
+
+
+def load(teacher: TeacherConfig) -> Zero3Engine:
+    """Load the weights by shards over the group. Raises UserError. Collective."""
+    import deepspeed
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
+
+    join_group(teacher)
+    device = choose_device(teacher.device)
+    dtype = computing_dtype(teacher, load_config(teacher))
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3},
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "fp16": {"enabled": dtype == "float16"},
+    }
+    options: dict[str, Any] = {"dtype": dtype} | dict(teacher.load_options)
+    if teacher.attention is not None:
+        options["attn_implementation"] = teacher.attention
+    keep = HfDeepSpeedConfig(settings)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(teacher.model, **options)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise UserError(f"teacher {teacher.model!r} cannot be loaded: {error}") from error
+    engine, *_ = deepspeed.initialize(model=model.eval(), config=settings)
+    engine.eval()
+    return Zero3Engine(engine, teacher=teacher, device=device, keep=keep)
