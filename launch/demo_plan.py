@@ -76,7 +76,7 @@ FULL = DemoSize(
     kept_entries=32,
     check_export=True,
     teacher_ranks=2,
-    teacher=ModelSize(hidden_size=160, num_layers=4, num_heads=4, intermediate_size=448, steps=600, learning_rate=3e-3),
+    teacher=ModelSize(hidden_size=160, num_layers=4, num_heads=4, intermediate_size=448, steps=500, learning_rate=3e-3),
     slm=ModelSize(hidden_size=64, num_layers=2, num_heads=2, intermediate_size=192, steps=200, learning_rate=4e-3),
     student=ModelSize(hidden_size=96, num_layers=2, num_heads=3, intermediate_size=256, steps=400, learning_rate=3e-3),
 )
