@@ -7,6 +7,8 @@ it. The head takes the place of `lm_head`, keeps its parameter names, and withou
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -224,6 +226,7 @@ def build_student(model: ModelConfig, config: Any, *, seed: int) -> StudentModel
         hf = AutoModelForCausalLM.from_pretrained(model.path, config=config, local_files_only=True, **options)
     else:
         hf = AutoModelForCausalLM.from_config(config, **options)
+        draw_weights(hf, seed=seed)
         check_initial_std(hf, config.get_text_config())
     if model.gradient_checkpointing:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -232,18 +235,42 @@ def build_student(model: ModelConfig, config: Any, *, seed: int) -> StudentModel
     return StudentModel(hf)
 
 
+@contextmanager
+def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Whole parameters while open, changes kept; does nothing for parameters that ZeRO-3 has not cut."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
+        yield
+
+
+@torch.no_grad()
+def draw_weights(hf: Any, *, seed: int) -> None:
+    """Draw the initial weights again, module by module in a fixed order, by the architecture's own rule.
+
+    While ZeRO-3 builds a model its constructors take random numbers that they do not take elsewhere; drawing once
+    more makes a seed mean the same weights for every stage and number of ranks (on one kind of device).
+    """
+    torch.manual_seed(seed)
+    owners = {id(module): hf for module in hf.modules()}
+    for inner in hf.modules():
+        if hasattr(inner, "_init_weights"):
+            owners |= {id(module): inner for module in inner.modules()}
+    for module in hf.modules():
+        with gathered(list(module.parameters(recurse=False))):
+            owners[id(module)]._init_weights(module)
+
+
 def check_initial_std(hf: Any, config: Any) -> None:
     """Refuse weights whose std is not the configured one (the silent ZeRO-3 trap). Raises RuntimeError."""
     expected = getattr(config, "initializer_range", None)
     if not expected:
         return
     weight = hf.get_input_embeddings().weight
-    if hasattr(weight, "ds_id"):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([weight]):
-            found = float(weight.detach().float().std())
-    else:
+    with gathered([weight]):
         found = float(weight.detach().float().std())
     if not 0.8 * expected < found < 1.2 * expected:
         raise RuntimeError(

@@ -130,6 +130,17 @@ def test_the_perplexity_is_that_of_transformers(distilled: Path, stores) -> None
     assert found.figures["agreement"] is None
 
 
+def test_a_seed_means_the_same_weights_for_every_stage(stores, tmp_path: Path) -> None:
+    losses = {}
+    for stage, world in ((0, 1), (2, 2), (3, 2)):
+        run = tmp_path / f"stage{stage}"
+        tree = tiny.config_tree(stores, run, run={"max_steps": 2}, zero_stage=stage, logging={"every_steps": 1})
+        run_ranks(workers.train_run, tree, world=world)
+        losses[stage] = lines(run)[0]["loss"]
+    assert losses[2] == pytest.approx(losses[0], rel=1e-6)
+    assert losses[3] == pytest.approx(losses[0], rel=1e-6)
+
+
 def test_export_of_zero_three_in_bfloat16(stores, tmp_path: Path) -> None:
     run = tmp_path / "run"
     tree = tiny.config_tree(stores, run, run={"max_steps": 3}, zero_stage=3)
