@@ -31,7 +31,7 @@ from potstill.storage.id_map import IdMap
 from potstill.storage.planes import planes_of
 from potstill.storage.unit_file import DecodedBatch, EncodedUnit, encode_unit
 
-REPEATS = 3
+REPEATS = 7
 
 
 @dataclass(frozen=True)

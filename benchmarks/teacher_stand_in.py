@@ -4,7 +4,12 @@ Each position mixes three parts, as an interpolated n-gram model over text does:
 context has seen (drawn from the unigram, with skewed weights), a broader topic, and the Zipf-Mandelbrot unigram itself;
 a low-rank Gaussian term on the logits stands in for the tails of a neural network. A temperature is solved so that the
 mean entropy meets a target. Token ids follow frequency only roughly (a merge order with noise), as real tokenizers do.
-Neighbouring positions share topic and low-rank state. See `calibration` for the figures this is held against.
+Neighbouring positions share topic and low-rank state.
+
+The constants were fitted by hand to figures of n-gram and small neural teachers on real text: mass in the top
+8/32/128 about .80/.90/.95 at 2.1 nats, 42-45 entries at top-p .95 with k <= 100 (18-22 at 1.4 nats), 5 and 13 distinct
+ids in 12 and 50 draws, k=64 planes of about 126 B/token at V=32000 and 130 at V=128256, frequency ranks 8% less.
+`calibration` prints what came out; it keeps more mass in the top 8 and 3% more id bytes at V=128256.
 """
 
 from __future__ import annotations
@@ -21,10 +26,10 @@ RANK = 32
 TOPIC = 300
 FLOOR = 0.5
 KNOWN_A = 2.5
-KNOWN_B = 0.4
+KNOWN_B = 0.33
 NOISE = 1.1
-ZIPF_EXPONENT = 1.05
-ID_ORDER_NOISE = 2.2
+# (largest vocabulary, Zipf exponent, noise of the id order): larger tokenizers keep closer to merge order.
+VOCAB_SHAPES = ((65_536, 1.05, 2.2), (1 << 24, 1.1, 1.5))
 NUM_DRAWS = (12, 50)
 
 
@@ -100,9 +105,10 @@ class _Model:
     def __init__(self, vocab_size: int, seed: int) -> None:
         rng = np.random.default_rng(seed)
         rank = np.arange(vocab_size)
-        by_rank = 1.0 / (rank + 2.7) ** ZIPF_EXPONENT
+        exponent, id_noise = next(shape[1:] for shape in VOCAB_SHAPES if vocab_size <= shape[0])
+        by_rank = 1.0 / (rank + 2.7) ** exponent
         # Frequency rank -> id: merge order is frequency order with multiplicative noise.
-        id_of_rank = np.argsort(np.argsort(np.log(rank + 20.0) + ID_ORDER_NOISE * rng.standard_normal(vocab_size)))
+        id_of_rank = np.argsort(np.argsort(np.log(rank + 20.0) + id_noise * rng.standard_normal(vocab_size)))
         self.unigram = np.empty(vocab_size)
         self.unigram[id_of_rank] = by_rank / by_rank.sum()
         self.cumulative = np.cumsum(self.unigram)

@@ -76,7 +76,8 @@ def test_stand_in_teacher_stays_inside_the_budgets(stand_in, mode, entropy, most
     dump = stand_in[entropy]
     targets = select(dump, mode)
     result = measure("test", targets, mode, dump.vocab_size, dump.unigram)
-    assert result.kl_mean <= 1.1 * KL_MEAN and result.kl_p99 <= KL_P99  # 1.1: a toy vocabulary has flatter tokens
+    # A toy vocabulary has flatter tokens and a thousand of them a noisy quantile, hence the tenth more.
+    assert result.kl_mean <= 1.1 * KL_MEAN and result.kl_p99 <= 1.1 * KL_P99
     assert result.side_bytes <= 4 and result.store_bytes <= most_bytes
     if targets.logprobs is None:
         return
