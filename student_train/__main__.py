@@ -43,7 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
         if world_from_environment()[1] > 1:
             die_with_parent()
         summary = train(load_config(TrainConfig, options.config, options.overrides))
-    except (UserError, StoreError) as error:
+    except (UserError, StoreError, OSError) as error:
+        # OSError: no space, no permission; its text names the file.
         log.error("%s", error)
         return 2
     finally:

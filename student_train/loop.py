@@ -26,7 +26,7 @@ from potstill.student_train.stop import StopRequest
 log = logging.getLogger(__name__)
 
 
-class LossNotFiniteError(RuntimeError):
+class LossNotFiniteError(UserError):
     """The loss became NaN or infinite; the message says at which step, on which rows, and what was saved."""
 
 

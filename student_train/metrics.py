@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -174,7 +175,9 @@ class WandbTracker:
             import wandb  # type: ignore[import-not-found,unused-ignore]
         except ImportError as error:
             raise UserError("logging.wandb needs the package wandb: pip install wandb") from error
-        self._run = wandb.init(project="potstill", name=name, dir=str(run), mode=mode, id=run.name, resume="allow")
+        # One id per folder: a resumed run goes on in the same place, and two folders never meet.
+        key = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
+        self._run = wandb.init(project="potstill", name=name, dir=str(run), mode=mode, id=key, resume="allow")
 
     def log(self, record: dict[str, Any]) -> None:
         self._run.log(flat_numbers(record), step=record["step"])
