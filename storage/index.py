@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -139,6 +139,29 @@ class RowIndex:
         parts = [self.block(i)[name] for i in range(len(self._blocks))]
         dtype = dict(self._types)[name]
         return np.concatenate([np.zeros(0, dtype), *parts])
+
+
+class StatColumns(Mapping[str, "NDArray[np.float32]"]):
+    """Statistics of all rows by name; a column is read when first asked for and kept."""
+
+    def __init__(self, index: RowIndex | PartialIndex, names: Sequence[str]) -> None:
+        self._index, self._names = index, tuple(names)
+        self._columns: dict[str, NDArray[np.float32]] = {}
+
+    def __getitem__(self, name: str) -> NDArray[np.float32]:
+        if name not in self._names:
+            raise KeyError(name)
+        if name not in self._columns:
+            column = self._index.column(f"stat.{name}").astype(np.float32)
+            column.flags.writeable = False
+            self._columns[name] = column
+        return self._columns[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 class PartialIndex:

@@ -61,6 +61,8 @@ class Loader:
     ) -> None:
         """`joined` stores must have been made from `tokens`; MismatchError names the field otherwise.
 
+        `prefetch_batches` batches are read ahead of the one in use, by `num_threads` threads (take more for stores on
+        object storage, where a read mostly waits).
         `on_bad_row="drop_target"` replaces a permanently unreadable targets row by one without targets, counted in
         `num_bad_rows` and capped at 1e-4 of the rows of an epoch (at least one). `pin_memory` puts the arrays into
         page-locked memory where CUDA is there (imports torch).
@@ -94,7 +96,7 @@ class Loader:
             raise StoreError("loader: closed; build a new one")
         if self._prefetcher is None:
             self._prefetcher = Prefetcher(num_threads=self._num_threads, name="potstill-loader")
-        while self._submitted < self._next_batch + self._prefetch_batches:
+        while self._submitted <= self._next_batch + self._prefetch_batches:
             self._submit(self._prefetcher, self._submitted)
             self._submitted += 1
         batch, rows = self._next_batch, self._rank_rows(self._next_batch)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from potstill.storage.codec import TARGET_EXTRAS
 from potstill.storage.commit import CommitRecord, committed_records
 from potstill.storage.errors import CorruptError, GaveUpError, ReadFailedError, StoreError, UnsealedError
-from potstill.storage.index import ROWS_PER_BLOCK, PartialIndex, RowIndex, build_columns
+from potstill.storage.index import ROWS_PER_BLOCK, PartialIndex, RowIndex, StatColumns, build_columns
 from potstill.storage.node_cache import NodeCache
 from potstill.storage.paths import StorePath, open_folder
 from potstill.storage.rows import Row
@@ -69,6 +69,8 @@ class StoreReader:
             raise UnsealedError(
                 f"{self.url} is not sealed; complete the stage that writes it, or open it with allow_partial"
             )
+
+        self._stats = StatColumns(self._index, self._spec.stats)
 
     def _open_sealed(self, manifest: Manifest) -> None:
         self._files = [unit.file for unit in manifest.units]
@@ -129,8 +131,8 @@ class StoreReader:
 
     @property
     def row_stats(self) -> Mapping[str, Float32]:
-        """Per-row statistics [num_rows] float32 by name, from the index alone."""
-        return {name: self._index.column(f"stat.{name}") for name in self._spec.stats}
+        """Per-row statistics [num_rows] float32 by name, from the index alone; read-only arrays."""
+        return self._stats
 
     @property
     def row_lengths(self) -> Int32:
