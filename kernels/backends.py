@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from potstill.kernels import objective, rows_torch, tiles
+from potstill.kernels import objective, products, rows_torch, tiles
 from potstill.kernels.types import KernelInputError
 
 BACKENDS = ("auto", "torch", "triton", "triton_compiled")
@@ -17,7 +17,7 @@ BACKENDS = ("auto", "torch", "triton", "triton_compiled")
 @dataclass(frozen=True)
 class Backend:
     """The two row passes of the student, the dtype and row alignment of the slab they work on, the teacher's
-    pass, and the functions of size k between the passes."""
+    pass, the functions of size k between the passes, and a gradient times the upstream one."""
 
     name: str
     row_stats: Callable[..., Any]
@@ -26,6 +26,7 @@ class Backend:
     tile_stats: Callable[..., tiles.TileStats]
     build_fix_set: Callable[..., objective.FixSet]
     row_terms: Callable[..., objective.RowTerms]
+    scale: Callable[[Tensor, Tensor, torch.dtype], Tensor]
     row_alignment: int  # elements
 
     def slab(self, num_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -43,6 +44,7 @@ TORCH = Backend(
     tile_stats=tiles.tile_stats,
     build_fix_set=objective.build_fix_set,
     row_terms=objective.row_terms,
+    scale=products.scale,
     row_alignment=1,
 )
 

@@ -45,9 +45,16 @@ class Plan:
 
 
 def chunk_terms(
-    plan: Plan, slab: Tensor, rows: Tensor, weights: Tensor, *, with_gradient: bool
+    plan: Plan,
+    slab: Tensor,
+    rows: Tensor,
+    weights: Tensor,
+    *,
+    with_gradient: bool,
+    factor: Tensor | None = None,
 ) -> tuple[RowTerms, Tensor]:
-    """Loss terms of one chunk; `slab` [B, V] holds its logits and then (if asked) their gradient."""
+    """Loss terms of one chunk; `slab` [B, V] holds its logits and then (if asked) their gradient, times the
+    0-d `factor`."""
     fix = plan.backend.build_fix_set(
         plan.targets, plan.labels, rows, plan.settings, width=plan.width, dtype=plan.weights.dtype
     )
@@ -56,6 +63,9 @@ def chunk_terms(
         stats, fix, plan.settings, factors=plan.factors, weights=weights, kd_weights=plan.kd_weights[rows]
     )
     if with_gradient:
+        if factor is not None:
+            parts = (terms.fix_grad * factor, terms.dense_t * factor, terms.dense_1 * factor)
+            terms = RowTerms(terms.loss, terms.sums, *parts)
         slab = plan.backend.row_gradient(slab, state, stats, terms, fix, plan.settings)
     return terms, slab
 
@@ -111,6 +121,17 @@ def run_chunks(
     return total, sums, grads
 
 
+def take_gradients(ctx: Any) -> Any:
+    """What forward left for backward, once: it is scaled in place, and handed on without a copy."""
+    kept, ctx.gradients = ctx.gradients, None
+    if kept is None:
+        raise RuntimeError(
+            "backward through the sparse loss a second time: its gradients are gone after the first"
+            " (retain_graph does not keep them); compute the loss again"
+        )
+    return kept
+
+
 class FusedLinearLoss(torch.autograd.Function):
     """(hidden, weight, bias, plan, needs) -> (loss, sums); gradients are computed here, in the forward."""
 
@@ -120,19 +141,22 @@ class FusedLinearLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         flags = (needs[0], needs[1], needs[2])
         total, sums, grads = run_chunks(plan, hidden, weight, bias, weights=plan.weights, needs=flags)
-        ctx.save_for_backward(plan.inverse_normalizer, grads.hidden, grads.weight, grads.bias)
+        # Neither inputs nor outputs, so they may hang on ctx itself, where backward can let them go.
+        ctx.gradients = (grads.hidden, grads.weight, grads.bias)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.plan = plan
         ctx.mark_non_differentiable(sums)
         return total * plan.inverse_normalizer, sums
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _grad_sums: Tensor) -> tuple[Any, ...]:
-        inverse, *grads = ctx.saved_tensors
-        factor = grad_loss * inverse
+        # 1 / normalizer comes in here and not in the forward: times q it would underflow in float16 slabs.
+        factor = grad_loss * ctx.plan.inverse_normalizer
+        scale = ctx.plan.backend.scale
         out = [
-            None if grad is None else products.scaled(grad, factor, dtype)
-            for grad, dtype in zip(grads, ctx.dtypes, strict=True)
+            None if grad is None else scale(grad, factor, dtype)
+            for grad, dtype in zip(take_gradients(ctx), ctx.dtypes, strict=True)
         ]
         return (*out, None, None)
 
@@ -161,34 +185,37 @@ class LinearTokenLosses(torch.autograd.Function):
         return (*(None if grad is None else grad.to(of.dtype) for grad, of in pairs), None)
 
 
-def run_logits(plan: Plan, logits: Tensor, *, needs_grad: bool, inplace: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(sum of losses, sums [14], its gradient by the logits)."""
-    dtype = plan.weights.dtype
+def run_logits(
+    plan: Plan, logits: Tensor, *, needs_grad: bool, inplace: bool, factor: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(sum of losses, sums [14], the gradient of that sum times `factor` by the logits)."""
+    dtype, num_tokens = plan.weights.dtype, logits.shape[0]
     total = torch.zeros((), dtype=dtype, device=logits.device)
     sums = torch.zeros(len(LossSums.names()), dtype=dtype, device=logits.device)
     # `.data`: the caller gave the buffer up, so its version counter need not guard it.
     grad = (logits.data if inplace else torch.empty_like(logits)) if needs_grad else None
     wanted = plan.backend.slab_dtype(logits.dtype)
-    for rows in plan.chunks(logits.shape[0]):
-        slab = logits.index_select(0, rows).to(wanted)
-        terms, slab = chunk_terms(plan, slab, rows, plan.weights[rows], with_gradient=needs_grad)
+    direct = plan.rows is None and grad is not None and grad.dtype == wanted and grad.is_contiguous()
+    # A slab that is the gradient itself costs nothing: on a GPU all rows then go at once.
+    chunk_rows = num_tokens if direct and logits.is_cuda else plan.chunk_rows
+    every = torch.arange(num_tokens, device=logits.device) if plan.rows is None else plan.rows
+    for start in range(0, every.shape[0], max(1, chunk_rows)):
+        part = slice(start, start + chunk_rows)
+        rows = every[part]
+        if direct and grad is not None:
+            slab = grad[part] if inplace else grad[part].copy_(logits[part])
+        else:
+            slab = logits.index_select(0, rows).to(wanted)
+        terms, slab = chunk_terms(plan, slab, rows, plan.weights[rows], with_gradient=needs_grad, factor=factor)
         total += terms.loss.sum()
         sums += terms.sums.sum(1)
-        if grad is not None:
+        if grad is not None and not direct:
             grad[rows] = slab.to(grad.dtype)
     if grad is not None and plan.rows is not None:
-        unused = torch.ones(logits.shape[0], dtype=torch.bool, device=logits.device)
+        unused = torch.ones(num_tokens, dtype=torch.bool, device=logits.device)
         unused[plan.rows] = False
         grad.masked_fill_(unused[:, None], 0)
     return total, sums, grad
-
-
-def run_whole_logits(plan: Plan, logits: Tensor, *, inplace: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """As run_logits with a gradient, for all rows at once and a slab that is the gradient: no copies."""
-    slab = logits.data if inplace else logits.detach().clone(memory_format=torch.contiguous_format)
-    rows = torch.arange(logits.shape[0], device=logits.device)
-    terms, slab = chunk_terms(plan, slab, rows, plan.weights, with_gradient=True)
-    return terms.loss.sum(), terms.sums.sum(1), slab
 
 
 class FusedLoss(torch.autograd.Function):
@@ -196,20 +223,18 @@ class FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, plan: Plan, needs_grad: bool, inplace: bool) -> tuple[Tensor, Tensor]:
-        same = plan.backend.slab_dtype(logits.dtype) == logits.dtype and logits.is_contiguous()
-        # The torch passes make copies per row block anyway and run in chunks for the cache's sake.
-        whole = plan.backend.name == "triton" and same and plan.rows is None and logits.shape[0] > 0
-        grad: Tensor | None
-        if whole and needs_grad:
-            total, sums, grad = run_whole_logits(plan, logits, inplace=inplace)
-        else:
-            total, sums, grad = run_logits(plan, logits, needs_grad=needs_grad, inplace=inplace)
-        ctx.save_for_backward(plan.inverse_normalizer, grad)
+        # With 1 / normalizer in it already, the gradient needs no further pass when the upstream one is 1.
+        # In float16 it would underflow times q, and is left for backward.
+        late = logits.dtype == torch.float16
+        factor = None if late else plan.inverse_normalizer
+        total, sums, ctx.gradients = run_logits(plan, logits, needs_grad=needs_grad, inplace=inplace, factor=factor)
+        ctx.plan, ctx.late = plan, late
         ctx.mark_non_differentiable(sums)
         return total * plan.inverse_normalizer, sums
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _grad_sums: Tensor) -> tuple[Any, ...]:
-        inverse, grad = ctx.saved_tensors
-        return products.scaled(grad, grad_loss * inverse, grad.dtype), None, None, None
+        grad = take_gradients(ctx)
+        factor = grad_loss * ctx.plan.inverse_normalizer if ctx.late else grad_loss
+        return ctx.plan.backend.scale(grad, factor, grad.dtype), None, None, None

@@ -62,7 +62,12 @@ def add_weight_gradient(total: Tensor, slab: Tensor, hidden: Tensor, *, first: b
             total += product
 
 
-def scaled(value: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """value * factor in `dtype`, in one pass (the upstream gradient rides on the cast)."""
+def scale(value: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """value * factor (0-d) in `dtype`; the cast and the factor in one pass, in place where there is no cast."""
+    if value.dtype == dtype:
+        # Reading the factor is free on a CPU, and it is 1 more often than not.
+        if value.device.type != "cpu" or float(factor) != 1.0:
+            value.mul_(factor.to(dtype) if dtype == torch.float64 else factor)
+        return value
     out = torch.empty(value.shape, dtype=dtype, device=value.device)
     return torch.mul(value, factor.to(value.dtype), out=out)

@@ -11,16 +11,18 @@ import torch
 import triton
 from torch import Tensor
 
+from potstill.kernels import products
 from potstill.kernels.backends import Backend
 from potstill.kernels.objective import FixSet, RowStats, RowTerms, build_fix_set, row_terms
 from potstill.kernels.settings import LossSettings
 from potstill.kernels.tiles import TILE, TileStats
-from potstill.kernels.triton_kernels import dense_grad_kernel, stats_kernel, tile_stats_kernel
+from potstill.kernels.triton_kernels import dense_grad_kernel, scale_kernel, stats_kernel, tile_stats_kernel
 
 # Columns per step of a row kernel, on 8 warps. Wider ones would need more than 64 registers per thread, and
 # 65536 columns spill 15 KB of them.
 MAX_BLOCK = 8192
 HALF_BLOCK = 4096  # a soft cap needs more registers per element
+SCALE_BLOCK = 16384
 TILES_PER_PROGRAM = 32  # 2048 elements on 4 warps
 
 
@@ -144,6 +146,18 @@ def tile_stats(slab: Tensor, label_ids: Tensor, temperatures: Sequence[float]) -
     return TileStats(top, maxima, sums * scale, moments, above.sum(1, dtype=torch.int32))
 
 
+def scale(value: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Twin of products.scale: in place, it reads the factor on the GPU and touches nothing when that is 1."""
+    if value.dtype != dtype or not value.is_contiguous():
+        return products.scale(value, factor, dtype)
+    count = value.numel()
+    if count:
+        scale_kernel[(triton.cdiv(count, SCALE_BLOCK),)](
+            value, factor.float().reshape(1), count, BLOCK=SCALE_BLOCK, num_warps=8
+        )
+    return value
+
+
 TRITON = Backend(
     name="triton",
     row_stats=row_stats,
@@ -152,6 +166,7 @@ TRITON = Backend(
     tile_stats=tile_stats,
     build_fix_set=build_fix_set,
     row_terms=row_terms,
+    scale=scale,
     row_alignment=64,
 )
 

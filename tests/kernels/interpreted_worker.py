@@ -25,7 +25,9 @@ from tests.kernels.reference import as_draws, make_targets
 warnings.simplefilter("error", RuntimeWarning)
 
 
-def compare_loss(*, vocab_size: int, dtype: torch.dtype, divergence: str = "forward_kl", **settings) -> dict:
+def compare_loss(
+    *, vocab_size: int, dtype: torch.dtype, divergence: str = "forward_kl", upstream: float = 1.0, **settings
+) -> dict:
     """Errors of loss, gradient and sums: Triton in `dtype` against the torch passes in float64."""
     targets = make_targets(4, vocab_size, [min(vocab_size, n) for n in (3, 17, 0, 9)], seed=vocab_size)
     if divergence == "sampled":
@@ -48,8 +50,8 @@ def compare_loss(*, vocab_size: int, dtype: torch.dtype, divergence: str = "forw
             normalizer=torch.tensor(1.0),
             **{"alpha": 0.7, "ce_weight": 0.3, **settings},
         )
-        (grad,) = torch.autograd.grad(loss, leaf)
-        results.append((loss.detach(), grad.double(), sums.stack().double()))
+        (grad,) = torch.autograd.grad(loss * upstream, leaf)
+        results.append((loss.detach(), grad.double() / upstream, sums.stack().double()))
     (loss, grad, sums), (got, got_grad, got_sums) = results
     return {
         "loss": float((got - loss).abs() / loss.abs()),
@@ -113,6 +115,8 @@ def main() -> None:
         )
     for divergence in ("reverse_kl", "jsd", "mse_logprobs", "sampled"):
         out[f"float32 {divergence}"] = compare_loss(vocab_size=300, dtype=torch.float32, divergence=divergence)
+    for dtype, name in ((torch.float32, "float32"), (torch.float16, "float16")):
+        out[f"{name} upstream 4"] = compare_loss(vocab_size=20000, dtype=dtype, upstream=4.0)
     out["linear"] = compare_linear()
     for case in ((1000, 900, 20, (2.0,)), (64, 64, 64, ()), (70, 66, 7, (0.5, 3.0)), (5000, 4990, 20, ())):
         head, vocab_size, k, temperatures = case

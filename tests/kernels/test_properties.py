@@ -171,6 +171,21 @@ def test_linear_in_weights_and_upstream() -> None:
     torch.testing.assert_close(scaled, tuple(1024 * g for g in one[2:]), rtol=1e-12, atol=1e-12)
 
 
+def test_second_backward_is_refused_and_linear_in_upstream_in_place() -> None:
+    hidden, weight, labels = inputs()
+    arguments = {"targets": make_targets(N, V, [5]), "labels": labels, "alpha": 0.5}
+    loss, _ = linear_sparse_loss(hidden=hidden, weight=weight, **arguments)
+    torch.autograd.grad(loss, hidden, retain_graph=True)
+    with pytest.raises(RuntimeError, match="a second time"):
+        torch.autograd.grad(loss, hidden)
+    results = []
+    for inplace, upstream in ((False, 1.0), (False, 3.0), (True, 1.0), (True, 3.0)):
+        logits = (hidden @ weight.t()).detach().requires_grad_()
+        value, _ = sparse_loss(logits=logits, inplace=inplace, **arguments)
+        results.append(torch.autograd.grad(value * upstream, logits)[0] / upstream)
+    torch.testing.assert_close(torch.stack(results), results[0].expand(4, N, V), rtol=1e-13, atol=1e-16)
+
+
 def test_losses_per_token_take_any_upstream_gradient() -> None:
     hidden, weight, labels = inputs()
     targets = make_targets(N, V, [5, 0, 3])
