@@ -21,7 +21,7 @@ from potstill.student_train import evaluate, export
 from potstill.student_train.config import EvalConfig, ExportConfig
 from potstill.student_train.metrics import read_metrics
 from potstill.student_train.stop import EXIT_STOPPED
-from tests.dist_harness import free_port, run_ranks
+from tests.dist_harness import Ranks, free_port, run_ranks
 from tests.student_train import tiny, workers
 
 
@@ -180,7 +180,27 @@ def test_a_step_that_is_not_finite_is_skipped_if_asked(stores, tmp_path: Path, d
     assert [record["skipped_steps"] for record in lines(run)] == [0, 0, 0, 1, 1, 1, 1, 1]
 
 
-def test_a_stop_file_saves_and_stops(stores, tmp_path: Path) -> None:
+def test_a_stop_file_saves_and_stops_all_ranks(stores, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    tree = tiny.config_tree(stores, run, run={"max_steps": 100000})
+    with Ranks(workers.train_run, world=2, args=(tree,)) as ranks:
+        end = time.monotonic() + 60
+        while not lines(run) and time.monotonic() < end:
+            time.sleep(0.02)
+        (run / "stop").touch()
+        results = ranks.results(timeout_seconds=60)
+    assert [result["status"].split()[0] for result in results] == ["stop", "stop"]
+    steps = results[0]["steps"]
+    assert steps == results[1]["steps"] < 100000
+    assert (run / "checkpoints" / f"step_{steps:08d}" / "potstill.json").is_file()
+    assert not (run / "done.json").exists()
+    # The file is taken away by the next start, which goes on.
+    shorter = tiny.config_tree(stores, run, run={"max_steps": steps + 2})
+    result = run_ranks(workers.train_run, shorter, world=2)[0]
+    assert (result["status"], result["steps"]) == ("done", steps + 2)
+
+
+def test_a_deadline_saves_and_stops(stores, tmp_path: Path) -> None:
     run = tmp_path / "run"
     tree = tiny.config_tree(stores, run, run={"max_steps": 4})
     run_ranks(workers.train_run, tree, world=1)
@@ -228,6 +248,27 @@ def test_a_mistake_exits_with_two_and_one_line(stores, tmp_path: Path) -> None:
     assert process.returncode == 2
     assert "data.tokens" in errors and "Traceback" not in errors
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_cpu_offload_changes_nothing(stores, tmp_path: Path, stage: int) -> None:
+    losses = []
+    for name, zero in (("plain", {}), ("offload", {"offload_optimizer": {"device": "cpu"}})):
+        run = tmp_path / name
+        passed = {"zero_optimization": zero} if zero else {}
+        tree = tiny.config_tree(stores, run, zero_stage=stage, deepspeed=passed, model={"dtype": "bfloat16"})
+        run_ranks(workers.train_run, tree, world=2)
+        losses.append([loss for record in lines(run) for loss in record["step_losses"]])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_tokens_make_steps(stores, tmp_path: Path) -> None:
+    tree = tiny.config_tree(stores, tmp_path / "run")
+    tree["run"] = {"output_dir": str(tmp_path / "run"), "max_tokens": 1000}
+    config = workers.config_of(tree)
+    plan = workers.build_plan(config, workers.open_stores(config))
+    assert plan.total_steps == 8, "1000 tokens are 7.8 global batches of 4 rows of 32"
 
 
 @pytest.mark.slow
