@@ -11,6 +11,7 @@ from potstill.launch.command import DONE, INCOMPLETE, PREEMPTED, Command
 from potstill.launch.options import add_config_options, read_config
 
 if TYPE_CHECKING:
+    from potstill.teacher_dump.series import SeriesSummary
     from potstill.teacher_dump.worker import WorkerSummary
 
 WORKER_NOTE = (
@@ -49,7 +50,7 @@ PREPARE = Command(
 )
 
 
-def _walked(work: Callable[[], WorkerSummary]) -> int:
+def _walked(work: Callable[[], WorkerSummary | SeriesSummary]) -> int:
     """Run a worker and say how its part of the work stands: one of several answers for its own share only."""
     from potstill.teacher_dump.worker import StoppedError
 
