@@ -16,6 +16,7 @@ from tests.teacher_dump.ranks import dump_as_group
 from tests.teacher_dump.tiny import make_tokens
 
 
+@pytest.mark.xdist_group("ranks")
 def test_two_ranks_give_what_one_gives(tmp_path: Path, llama: Path) -> None:
     # Three units for two ranks: one of them has none left and still takes part in the other's passes.
     tokens = make_tokens(tmp_path / "tokens", [(16,), (3, 13), (1, 1, 14), (5, 6, 5), (2, 4, 1)])

@@ -1,0 +1,267 @@
+"""`potstill plan`: what a dump and a student run will cost, before they are started; and what they did cost, after.
+
+Costs come from the models' own shapes (counted on torch's meta device, no weights), a table of GPUs and a utilisation;
+`calibrate` replaces table and utilisation by what a short real dump does on this machine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from potstill.common.config import StrictModel
+from potstill.common.errors import UserError
+from potstill.common.progress import format_seconds
+from potstill.teacher_dump.config import DumpConfig, SelectionConfig, StorePlace
+
+# Dense bfloat16 operations per second and memory, from the makers' data sheets.
+GPUS = {
+    "h200": (989e12, 141e9),
+    "h100": (989e12, 80e9),
+    "a100": (312e12, 80e9),
+    "l40s": (362e12, 48e9),
+    "a10": (125e12, 24e9),
+    "rtx4090": (165e12, 24e9),
+}
+# Bytes per stored entry (id planes and value gaps after zstd) and of all side columns per token.
+_ENTRY_BYTES_SMALL, _ENTRY_BYTES_LARGE, _SIDE_BYTES, _DRAW_BYTES = 1.97, 2.03, 4.0, 1.8
+# Mean entries of top-p 0.95 at 2.1 nats of teacher entropy, and how they grow with it.
+_ENTRIES_AT, _ENTROPY_AT, _ENTRIES_GROWTH = 42.0, 2.1, 1.13
+_BACKWARD = 3.0  # a training step costs three forward passes
+
+
+class PlanConfig(StrictModel):
+    """What to plan for."""
+
+    teacher: StorePlace = Field(description="Model whose configuration is read: folder or hub id")
+    tokens: int = Field(ge=1, description="Tokens to dump")
+    row_length: int = Field(4096, ge=2, description="Tokens per row")
+    selection: SelectionConfig = Field(
+        default_factory=lambda: SelectionConfig.model_validate({}), description="As in the dump"
+    )
+    num_temperatures: int = Field(0, ge=0, le=16, description="Temperatures besides 1 whose tails are stored")
+    teacher_entropy: float = Field(2.1, gt=0, lt=20, description="Mean entropy in nats; better: calibrate")
+    gpu: str = Field("h100", description=f"One of {', '.join(GPUS)}")
+    num_gpus: int = Field(1, ge=1, description="GPUs, each a worker of the dump")
+    dump_utilisation: float = Field(0.45, gt=0, le=1, description="Share of the GPU's speed that a dump reaches")
+    student: StorePlace | None = Field(None, description="Student model, to plan its run as well")
+    student_tokens: int | None = Field(None, ge=1, description="Tokens the student sees; None: those of the dump")
+    train_utilisation: float = Field(0.4, gt=0, le=1, description="Share of the GPU's speed that training reaches")
+
+
+@dataclass(frozen=True)
+class ModelCosts:
+    """Size of a model: parameters, those that a token meets, and what one token of a forward pass costs."""
+
+    parameters: int
+    active_parameters: int
+    forward_flops: float  # per token, attention included
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a short dump did on this machine: one worker."""
+
+    tokens_per_second: float
+    bytes_per_token: float
+    startup_seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Figures of a dump, and of a student's run if one was asked for; `format` shows them."""
+
+    dump_seconds: float
+    dump_gpu_hours: float
+    dump_bytes: float
+    bytes_per_token: float
+    dump_write_bytes_per_second: float
+    teacher_memory_bytes: float
+    student_seconds: float | None
+    student_gpu_hours: float | None
+    student_read_bytes_per_second: float | None
+    notes: tuple[str, ...] = ()
+
+    def rows(self) -> list[tuple[str, str]]:
+        """What and how much, as text."""
+        rows = [
+            ("dump, wall time", format_seconds(self.dump_seconds)),
+            ("dump, GPU hours", f"{self.dump_gpu_hours:,.2f}"),
+            ("store", f"{self.dump_bytes / 1e9:,.3f} GB ({self.bytes_per_token:.1f} B/token)"),
+            ("dump writes", f"{self.dump_write_bytes_per_second / 1e6:,.2f} MB/s over all workers"),
+            ("teacher weights", f"{self.teacher_memory_bytes / 1e9:,.2f} GB"),
+        ]
+        if self.student_seconds is not None and self.student_gpu_hours is not None:
+            rows += [
+                ("student, wall time", format_seconds(self.student_seconds)),
+                ("student, GPU hours", f"{self.student_gpu_hours:,.2f}"),
+                ("student reads", f"{(self.student_read_bytes_per_second or 0) / 1e6:,.2f} MB/s over all ranks"),
+            ]
+        return rows
+
+    def format(self) -> str:
+        """A table and notes for a person."""
+        rows = self.rows()
+        width = max(len(what) for what, _ in rows)
+        return "\n".join([*(f"{what:<{width}}  {figure}" for what, figure in rows), *self.notes])
+
+
+def model_costs(source: str, *, row_length: int) -> ModelCosts:
+    """Costs of a model from its configuration; raises UserError when there is none.
+
+    A token costs two operations per parameter it meets in a matrix product, and per layer two products with on
+    average half a row of keys and values. Of a mixture of experts it meets the share that the router chooses.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(source)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model {source!r}: no configuration that transformers can build: {error}") from error
+    text = config.get_text_config()
+    num_experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 1
+    share = (getattr(text, "num_experts_per_tok", None) or num_experts) / num_experts
+    named = list(model.named_parameters())
+    total = sum(p.numel() for _, p in named)
+    active = sum(p.numel() * (share if ".experts." in name else 1.0) for name, p in named)
+    embedding = model.get_input_embeddings().weight
+    tied = model.get_output_embeddings() is not None and model.get_output_embeddings().weight is embedding
+    multiplied = active - (0 if tied else embedding.numel())
+    heads = getattr(text, "num_attention_heads", 1)
+    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
+    attention = text.num_hidden_layers * 4.0 * width * row_length / 2
+    return ModelCosts(total, round(active), 2.0 * multiplied + attention, text.vocab_size)
+
+
+def store_bytes_per_token(
+    selection: SelectionConfig, *, vocab_size: int, entropy: float, num_temperatures: int
+) -> float:
+    """Expected bytes per token of a targets store at this mean teacher entropy (nats)."""
+    per_entry = _ENTRY_BYTES_SMALL if vocab_size <= 1 << 16 else _ENTRY_BYTES_LARGE
+    side = _SIDE_BYTES + num_temperatures
+    if selection.mode == "sample":
+        # Distinct ids of n draws grow slower than n: about 13 of 50 at 2.1 nats, 5 of 12.
+        distinct = min(selection.num_draws, 13.0 * (selection.num_draws / 50) ** 0.65 * entropy / _ENTROPY_AT)
+        return _DRAW_BYTES * distinct + side
+    entries = float(min(selection.k, vocab_size))
+    if selection.mode == "top_p_k":
+        at_95 = _ENTRIES_AT * math.exp(_ENTRIES_GROWTH * (entropy - _ENTROPY_AT))
+        # Entries needed grow about with a power of the mass that is left out (31, 42, 74 at .90, .95, .99).
+        entries = min(entries, max(1.0, at_95 * ((1 - min(selection.p, 0.9999)) / 0.05) ** -0.4))
+    return per_entry * entries + side
+
+
+def make_plan(config: PlanConfig, *, measured: Measured | None = None) -> Plan:
+    """Work out a plan; `measured` (of one worker on this machine) replaces the GPU table for the dump."""
+    if config.gpu not in GPUS:
+        raise UserError(f"gpu {config.gpu!r} is not known; use one of {', '.join(GPUS)}")
+    peak, memory = GPUS[config.gpu]
+    teacher = model_costs(config.teacher, row_length=config.row_length)
+    per_token = store_bytes_per_token(
+        config.selection,
+        vocab_size=teacher.vocab_size,
+        entropy=config.teacher_entropy,
+        num_temperatures=config.num_temperatures,
+    )
+    rate, startup = peak * config.dump_utilisation / teacher.forward_flops, 0.0
+    if measured is not None:
+        rate, startup, per_token = measured.tokens_per_second, measured.startup_seconds, measured.bytes_per_token
+    seconds = config.tokens / (rate * config.num_gpus) + startup
+    notes: list[str] = []
+    weights = 2.0 * teacher.parameters
+    if weights > 0.9 * memory:
+        notes.append(
+            f"the teacher's weights ({weights / 1e9:.0f} GB) do not fit a {config.gpu}: engine zero3, "
+            f"groups of {math.ceil(weights / (0.7 * memory))} GPUs or more"
+        )
+    student_seconds = student_read = None
+    if config.student is not None:
+        student = model_costs(config.student, row_length=config.row_length)
+        student_tokens = config.student_tokens or config.tokens
+        student_rate = peak * config.train_utilisation * config.num_gpus / (_BACKWARD * student.forward_flops)
+        student_seconds = student_tokens / student_rate
+        student_read = student_rate * per_token
+    return Plan(
+        dump_seconds=seconds,
+        dump_gpu_hours=seconds * config.num_gpus / 3600,
+        dump_bytes=config.tokens * per_token,
+        bytes_per_token=per_token,
+        dump_write_bytes_per_second=config.tokens * per_token / seconds,
+        teacher_memory_bytes=weights,
+        student_seconds=student_seconds,
+        student_gpu_hours=None if student_seconds is None else student_seconds * config.num_gpus / 3600,
+        student_read_bytes_per_second=student_read,
+        notes=tuple(notes),
+    )
+
+
+def calibrate(dump: DumpConfig, *, num_rows: int, folder: Path) -> Measured:
+    """Dump `num_rows` rows spread over `dump.tokens` into `folder`, and measure speed, bytes and start-up time.
+
+    One worker on this machine, with the settings of the real dump. Nothing of `dump.output` is touched.
+    """
+    import time
+
+    from potstill.storage import StoreReader, seal_store
+    from potstill.teacher_dump import dump as run_dump
+
+    sample = _sample_store(StoreReader(dump.tokens), num_rows=num_rows, path=folder / "tokens")
+    settings = dump.model_copy(
+        update={"tokens": str(sample), "output": str(folder / "targets"), "worker": 0, "num_workers": 1, "force": False}
+    )
+    began = time.monotonic()
+    summary: Any = run_dump(settings, worker=0, num_workers=1)
+    whole = time.monotonic() - began
+    walking = sum(summary.stage_seconds.values())
+    manifest = seal_store(folder / "targets")
+    return Measured(summary.tokens / walking, manifest.num_bytes / manifest.num_tokens, whole - walking)
+
+
+def _sample_store(tokens: Any, *, num_rows: int, path: Path) -> Path:
+    from dataclasses import replace
+
+    from potstill.storage import StoreWriter, seal_store
+
+    num_rows = min(num_rows, tokens.num_rows)
+    chosen = [number * tokens.num_rows // num_rows for number in range(num_rows)]
+    rows = [replace(row, row=number) for number, row in enumerate(tokens.rows(chosen))]
+    per_unit = max(1, min(tokens.spec.rows_per_unit, num_rows // 2))
+    spec = replace(tokens.spec, rows_per_unit=per_unit)
+    writer = StoreWriter.create(path, spec)
+    for unit, first in enumerate(range(0, num_rows, per_unit)):
+        writer.commit_unit(unit, rows[first : first + per_unit])
+    seal_store(path)
+    return path
+
+
+def compare(plan: Plan, store: str) -> list[tuple[str, str, str]]:
+    """What, planned and actual, of a sealed targets store. Raises StoreError when it is not one."""
+    from potstill.storage import StoreReader, store_status
+
+    reader, status = StoreReader(store), store_status(store)
+    assert reader.manifest is not None
+    actual_bytes = reader.manifest.num_bytes
+    rate = status.rate_rows_per_second
+    rows = [
+        ("bytes per token", f"{plan.bytes_per_token:.2f}", f"{actual_bytes / max(1, reader.num_tokens):.2f}"),
+        ("store, bytes", f"{plan.dump_bytes:,.0f}", f"{actual_bytes:,}"),
+    ]
+    if rate:
+        rows.append(("wall time", format_seconds(plan.dump_seconds), format_seconds(reader.num_rows / rate)))
+    return rows
+
+
+def format_comparison(rows: Sequence[tuple[str, str, str]]) -> str:
+    """Three columns for a person."""
+    table = [("", "planned", "actual"), *rows]
+    widths = [max(len(row[column]) for row in table) for column in range(3)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table)

@@ -1,0 +1,95 @@
+"""The planner: costs counted from shapes, sizes near those measured, and a calibrated plan near what a dump does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from potstill.common.errors import UserError
+from potstill.launch.plan import PlanConfig, calibrate, compare, make_plan, model_costs, store_bytes_per_token
+from potstill.storage import StoreReader
+from potstill.teacher_dump.config import DumpConfig, SelectionConfig
+from tests.teacher_dump.tiny import make_tokens, save_llama
+
+
+def test_costs_are_counted_from_shapes(tmp_path: Path) -> None:
+    folder = save_llama(tmp_path / "model")
+    costs = model_costs(str(folder), row_length=16)
+    per_layer = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48 + 2 * 32
+    assert costs.parameters == 2 * per_layer + 2 * 64 * 32 + 32
+    assert costs.active_parameters == costs.parameters
+    assert costs.forward_flops == 2 * (2 * per_layer + 64 * 32 + 32) + 2 * 4 * 32 * 8
+    tied = save_llama(tmp_path / "tied", tie_word_embeddings=True)
+    assert model_costs(str(tied), row_length=16).parameters == costs.parameters - 64 * 32
+
+
+def test_of_a_mixture_of_experts_a_token_meets_a_share(tmp_path: Path) -> None:
+    from transformers import MixtralConfig
+
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = MixtralConfig(
+        **shape, num_attention_heads=4, num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2
+    )
+    config.save_pretrained(tmp_path)
+    costs = model_costs(str(tmp_path), row_length=16)
+    experts = 2 * 8 * 3 * 32 * 48
+    assert costs.parameters - costs.active_parameters == pytest.approx(experts * 6 / 8)
+
+
+# Bytes per token, entropy and selection of stores that were measured with the real codec.
+MEASURED = [
+    ({"mode": "top_k", "k": 64}, 128_256, 2.1, 134.0),
+    ({"mode": "top_k", "k": 32}, 32_000, 2.1, 69.0),
+    ({"mode": "top_p_k", "k": 100, "p": 0.95}, 128_256, 2.1, 90.0),
+    ({"mode": "top_p_k", "k": 100, "p": 0.95}, 128_256, 1.38, 43.5),
+    ({"mode": "top_p_k", "k": 100, "p": 0.90}, 128_256, 2.1, 67.5),
+    ({"mode": "sample", "num_draws": 50}, 128_256, 2.1, 28.0),
+    ({"mode": "sample", "num_draws": 12}, 128_256, 2.1, 13.4),
+]
+
+
+@pytest.mark.parametrize(("selection", "vocab_size", "entropy", "expected"), MEASURED)
+def test_sizes_are_near_those_measured(selection: Any, vocab_size: int, entropy: float, expected: float) -> None:
+    chosen = SelectionConfig(**selection)
+    found = store_bytes_per_token(chosen, vocab_size=vocab_size, entropy=entropy, num_temperatures=0)
+    assert found == pytest.approx(expected, rel=0.15)
+
+
+def test_a_plan_scales_and_warns(tmp_path: Path) -> None:
+    folder = save_llama(tmp_path / "model")
+    one = make_plan(PlanConfig(teacher=folder, tokens=10**9, student=folder))
+    eight = make_plan(PlanConfig(teacher=folder, tokens=10**9, student=folder, num_gpus=8))
+    assert eight.dump_seconds == pytest.approx(one.dump_seconds / 8)
+    assert eight.dump_gpu_hours == pytest.approx(one.dump_gpu_hours)
+    assert one.student_seconds == pytest.approx(one.dump_seconds * 3 * 0.45 / 0.4)
+    assert "store" in one.format() and not one.notes
+    from transformers import LlamaConfig
+
+    large = LlamaConfig(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64)
+    large.save_pretrained(tmp_path / "large")
+    assert "engine zero3" in make_plan(PlanConfig(teacher=tmp_path / "large", tokens=10**9)).format()
+    with pytest.raises(UserError, match="gpu 'abacus' is not known"):
+        make_plan(PlanConfig(teacher=folder, tokens=1, gpu="abacus"))
+    with pytest.raises(UserError, match="no configuration"):
+        make_plan(PlanConfig(teacher=tmp_path / "nothing", tokens=1))
+
+
+def test_a_calibrated_plan_is_near_the_dump(tmp_path: Path) -> None:
+    from potstill.teacher_dump import dump
+
+    model = save_llama(tmp_path / "model")
+    tokens = make_tokens(tmp_path / "tokens", [(16,), (9, 7)] * 200, rows_per_unit=50)
+    teacher = {"model": model, "check_tokenizer": False}
+    config = DumpConfig(tokens=tokens, output=tmp_path / "out", teacher=teacher, selection={"mode": "top_k", "k": 8})
+    (tmp_path / "calibration").mkdir()
+    measured = calibrate(config, num_rows=100, folder=tmp_path / "calibration")
+    assert not (tmp_path / "out").exists()
+    dump(config)
+    reader = StoreReader(tmp_path / "out")
+    plan = make_plan(PlanConfig(teacher=model, tokens=reader.num_tokens), measured=measured)
+    assert reader.manifest is not None
+    assert plan.dump_bytes == pytest.approx(reader.manifest.num_bytes, rel=0.1)
+    rows = compare(plan, str(tmp_path / "out"))
+    assert [row[0] for row in rows][:2] == ["bytes per token", "store, bytes"]
