@@ -29,6 +29,11 @@ if not _has_gpu():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
+def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
+    """Name bytes by their length: their content (a gzip header holds the time) can differ between test processes."""
+    return f"{argname}-{len(val)}-bytes" if isinstance(val, bytes) else None
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """Keep torch to one thread: two ranks with two threads each thrash on two cores."""
