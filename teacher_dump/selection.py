@@ -26,9 +26,23 @@ TARGET_STATS = ("mean_loss", "mean_entropy", "accuracy", "kept_mass", "num_targe
 
 
 def _top_k(topk: TopK, selection: SelectionConfig) -> SparseTargetTensors:
-    from potstill.kernels.topk import select_top_k
+    import torch
 
-    return select_top_k(topk, min(selection.k, topk.ids.shape[1]))
+    from potstill.kernels.types import SparseTargetTensors
+
+    # Nothing is dropped: the width of the top-k is the k of the selection, or the whole vocabulary.
+    num_tokens, width = topk.ids.shape
+    assert width <= selection.k
+    return SparseTargetTensors(
+        offsets=torch.arange(num_tokens + 1) * width,
+        ids=topk.ids.flatten(),
+        logprobs=topk.logprobs.flatten(),
+        counts=None,
+        num_draws=None,
+        log_tail=topk.log_tail,
+        log_tail_at=topk.log_tail_at,
+        max_entries=width,
+    )
 
 
 def _top_p_k(topk: TopK, selection: SelectionConfig) -> SparseTargetTensors:
