@@ -52,7 +52,8 @@ def planes_of(spec: RunSpec) -> tuple[Plane, ...]:
 
 def split_ids(ids: Int32, num_planes: int) -> list[UInt8]:
     """Little-endian bytes of each id, one array per byte."""
-    return [((ids >> (8 * i)) & 255).astype(np.uint8) for i in range(num_planes)]
+    # The cast keeps the lowest byte.
+    return [(ids >> (8 * i) if i else ids).astype(np.uint8) for i in range(num_planes)]
 
 
 def join_ids(planes: list[UInt8]) -> Int32:

@@ -98,6 +98,29 @@ def test_flipped_bits_are_never_silent(original, store, name):
         assert outcomes.count("noticed") > len(outcomes) / 3
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_flips_and_cuts_of_a_large_unit(tmp_path, capsys):
+    """One bit at every 1000th byte of every file of a store with megabyte units, and 200 cuts of each: 0 silent."""
+    tokens = write_tokens(tmp_path / "t", 6, row_length=4096, rows_per_unit=3, vocab_size=128_256)
+    write_targets(tmp_path / "d", tokens, rows_per_unit=3, selection={"mode": "top_k", "k": 100})
+    store, counts = tmp_path / "d", {"noticed": 0, "harmless": 0, "silent": 0}
+    wanted = read_all(store)
+    files = [*unit_files(store), *(store / name for name in ("index.arrow", "manifest.json", "run.json"))]
+    for path in files:
+        data = path.read_bytes()
+        damaged = [(data[:i] + bytes([data[i] ^ (1 << i % 8)]) + data[i + 1 :]) for i in range(0, len(data), 1000)]
+        cuts = [data[:n] for n in np.random.default_rng(0).integers(0, len(data), 200)]
+        for content in damaged + cuts:
+            path.write_bytes(content)
+            counts[outcome(store, wanted)] += 1
+        path.write_bytes(data)
+    num_bytes = sum(path.stat().st_size for path in files)
+    with capsys.disabled():
+        print(f"\n{num_bytes} bytes in {len(files)} files, {sum(counts.values())} flips and cuts: {counts}")
+    assert counts["silent"] == 0 and counts["noticed"] > 0.9 * sum(counts.values())
+
+
 def test_error_names_file_and_row(store):
     reader = StoreReader(store)
     entry = reader._locate(6)
