@@ -6,17 +6,21 @@ Costs come from the models' own shapes (counted on torch's meta device, no weigh
 
 from __future__ import annotations
 
+import argparse
 import math
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
 from potstill.common.config import StrictModel
 from potstill.common.errors import UserError
 from potstill.common.progress import format_seconds
+from potstill.launch.command import DONE, Command
+from potstill.launch.options import add_config_options, read_config
 from potstill.teacher_dump.config import DumpConfig, SelectionConfig, StorePlace
 
 # Dense bfloat16 operations per second and memory, from the makers' data sheets.
@@ -40,18 +44,29 @@ class PlanConfig(StrictModel):
 
     teacher: StorePlace = Field(description="Model whose configuration is read: folder or hub id")
     tokens: int = Field(ge=1, description="Tokens to dump")
-    row_length: int = Field(4096, ge=2, description="Tokens per row")
+    row_length: int = Field(default=4096, ge=2, description="Tokens per row")
     selection: SelectionConfig = Field(
         default_factory=lambda: SelectionConfig.model_validate({}), description="As in the dump"
     )
-    num_temperatures: int = Field(0, ge=0, le=16, description="Temperatures besides 1 whose tails are stored")
-    teacher_entropy: float = Field(2.1, gt=0, lt=20, description="Mean entropy in nats; better: calibrate")
-    gpu: str = Field("h100", description=f"One of {', '.join(GPUS)}")
-    num_gpus: int = Field(1, ge=1, description="GPUs, each a worker of the dump")
-    dump_utilisation: float = Field(0.45, gt=0, le=1, description="Share of the GPU's speed that a dump reaches")
-    student: StorePlace | None = Field(None, description="Student model, to plan its run as well")
-    student_tokens: int | None = Field(None, ge=1, description="Tokens the student sees; None: those of the dump")
-    train_utilisation: float = Field(0.4, gt=0, le=1, description="Share of the GPU's speed that training reaches")
+    num_temperatures: int = Field(default=0, ge=0, le=16, description="Temperatures besides 1 whose tails are stored")
+    teacher_entropy: float = Field(default=2.1, gt=0, lt=20, description="Mean entropy in nats; better: calibrate")
+    gpu: str = Field(default="h100", description=f"One of {', '.join(GPUS)}")
+    num_gpus: int = Field(default=1, ge=1, description="GPUs, each a worker of the dump")
+    dump_utilisation: float = Field(
+        default=0.45, gt=0, le=1, description="Share of the GPU's speed that a dump reaches"
+    )
+    batch_rows: int = Field(default=8, ge=1, description="Rows per forward pass of a calibration")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(default="auto", description="As in the dump")
+    student: StorePlace | None = Field(default=None, description="Student model, to plan its run as well")
+    student_tokens: int | None = Field(
+        default=None, ge=1, description="Tokens the student sees; None: those of the dump"
+    )
+    student_tokens_per_second: float | None = Field(
+        default=None, gt=0, description="Measured over all GPUs (a run's metrics tell it), instead of the next key"
+    )
+    train_utilisation: float = Field(
+        default=0.4, gt=0, le=1, description="Share of the GPU's speed that training reaches"
+    )
 
 
 @dataclass(frozen=True)
@@ -187,7 +202,9 @@ def make_plan(config: PlanConfig, *, measured: Measured | None = None) -> Plan:
     if config.student is not None:
         student = model_costs(config.student, row_length=config.row_length)
         student_tokens = config.student_tokens or config.tokens
-        student_rate = peak * config.train_utilisation * config.num_gpus / (_BACKWARD * student.forward_flops)
+        student_rate = config.student_tokens_per_second or (
+            peak * config.train_utilisation * config.num_gpus / (_BACKWARD * student.forward_flops)
+        )
         student_seconds = student_tokens / student_rate
         student_read = student_rate * per_token
     return Plan(
@@ -265,3 +282,47 @@ def format_comparison(rows: Sequence[tuple[str, str, str]]) -> str:
     table = [("", "planned", "actual"), *rows]
     widths = [max(len(row[column]) for row in table) for column in range(3)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table)
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--calibrate", metavar="TOKENS_STORE", help="measure speed and size by a short real dump of rows of this store"
+    )
+    parser.add_argument("--calibrate-rows", type=int, default=64, metavar="N", help="rows of it (64)")
+    parser.add_argument("--beside", metavar="TARGETS_STORE", help="show a store's actual figures beside the plan")
+    flags = {"--mode": "selection.mode", "--k": "selection.k", "--p": "selection.p"}
+    add_config_options(parser, PlanConfig, flags=flags)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    config = read_config(PlanConfig, arguments)
+    measured = None
+    if arguments.calibrate:
+        teacher = {"model": config.teacher, "batch_rows": config.batch_rows, "dtype": config.dtype}
+        settings = {"tokens": arguments.calibrate, "output": "-", "teacher": teacher, "selection": config.selection}
+        dump = DumpConfig.model_validate(settings)
+        with tempfile.TemporaryDirectory(prefix="potstill_plan_") as folder:
+            measured = calibrate(dump, num_rows=arguments.calibrate_rows, folder=Path(folder))
+        print(
+            f"measured on this machine, one worker: {measured.tokens_per_second:,.0f} tokens/s, "
+            f"{measured.bytes_per_token:.1f} B/token, {measured.startup_seconds:.1f}s to start"
+        )
+    plan = make_plan(config, measured=measured)
+    print(plan.format())
+    if arguments.beside:
+        print(format_comparison(compare(plan, arguments.beside)))
+    return DONE
+
+
+PLAN = Command(
+    name="plan",
+    summary="what a dump and a student run will cost: bytes, GPU hours, wall time, rates",
+    description="Work out, from the models' configurations, what a dump and a student's run will cost, before they are "
+    "started. --calibrate measures instead of assuming; --beside shows afterwards what a dump did cost.",
+    examples=(
+        "potstill plan --teacher models/teacher --tokens 100000000000 --gpu h100 --num-gpus 64",
+        "potstill plan --teacher models/teacher --tokens 2000000 --calibrate data/train --beside data/targets",
+    ),
+    add_arguments=_arguments,
+    run=_run,
+)

@@ -22,8 +22,10 @@ class TrainTokenizer(StrictModel):
     """How to train a byte-level BPE on the training side of the input."""
 
     vocab_size: int = Field(ge=257, le=1 << 20, description="Entries, the 256 bytes and <|endoftext|> among them")
-    min_frequency: int = Field(2, ge=1, description="A pair seen less often than this is never merged")
-    max_bytes: int = Field(1 << 30, ge=1, description="Stop reading after this much text; bounds time and memory")
+    min_frequency: int = Field(default=2, ge=1, description="A pair seen less often than this is never merged")
+    max_bytes: int = Field(
+        default=1 << 30, ge=1, description="Stop reading after this much text; bounds time and memory"
+    )
 
 
 class PrepareConfig(StrictModel):
@@ -31,18 +33,26 @@ class PrepareConfig(StrictModel):
 
     input: list[StorePlace] = Field(min_length=1, description="Files, folders or globs, read in the order given")
     output: Path = Field(description="Folder for the stores train/ and heldout/, and tokenizer/ if one is trained")
-    text_field: str = Field("text", min_length=1, description="Field (JSON lines) or column (Parquet) with the text")
-    tokenizer: StorePlace | None = Field(None, description="Hugging Face tokenizer: folder or hub id")
-    train_tokenizer: TrainTokenizer | None = Field(None, description="Train a tokenizer instead of naming one")
-    row_length: int = Field(1024, ge=2, le=1 << 20, description="Tokens per row")
-    rows_per_unit: int = Field(256, ge=1, le=1 << 20, description="Rows per unit of work and of commit")
-    heldout_fraction: float = Field(0.0, ge=0, lt=1, description="Share of documents held out, chosen by hash")
-    heldout_documents: int = Field(0, ge=0, description="Or: hold out this many documents, those of smallest hash")
-    split_salt: str = Field("potstill", description="Goes into the hash of the split; another salt, another split")
-    append_eos: bool = Field(True, description="End each document with the tokenizer's eos token")
-    add_bos: bool = Field(False, description="Begin each document with the tokenizer's bos token")
-    max_bad_lines: int = Field(0, ge=0, description="Broken records (lines, rows, files) skipped before an error")
-    force: bool = Field(False, description="Delete stores that stand at the output and begin again")
+    text_field: str = Field(
+        default="text", min_length=1, description="Field (JSON lines) or column (Parquet) with the text"
+    )
+    tokenizer: StorePlace | None = Field(default=None, description="Hugging Face tokenizer: folder or hub id")
+    train_tokenizer: TrainTokenizer | None = Field(default=None, description="Train a tokenizer instead of naming one")
+    row_length: int = Field(default=1024, ge=2, le=1 << 20, description="Tokens per row")
+    rows_per_unit: int = Field(default=256, ge=1, le=1 << 20, description="Rows per unit of work and of commit")
+    heldout_fraction: float = Field(default=0.0, ge=0, lt=1, description="Share of documents held out, chosen by hash")
+    heldout_documents: int = Field(
+        default=0, ge=0, description="Or: hold out this many documents, those of smallest hash"
+    )
+    split_salt: str = Field(
+        default="potstill", description="Goes into the hash of the split; another salt, another split"
+    )
+    append_eos: bool = Field(default=True, description="End each document with the tokenizer's eos token")
+    add_bos: bool = Field(default=False, description="Begin each document with the tokenizer's bos token")
+    max_bad_lines: int = Field(
+        default=0, ge=0, description="Broken records (lines, rows, files) skipped before an error"
+    )
+    force: bool = Field(default=False, description="Delete stores that stand at the output and begin again")
 
     @model_validator(mode="after")
     def _one_of_each(self) -> Self:
@@ -57,32 +67,44 @@ class EnsembleMember(StrictModel):
     """A further teacher, run with the settings of the first one."""
 
     model: StorePlace = Field(min_length=1, description="Hugging Face causal language model: folder or hub id")
-    weight: float = Field(1.0, gt=0, description="Its share in the mixture, beside the other weights")
+    weight: float = Field(default=1.0, gt=0, description="Its share in the mixture, beside the other weights")
 
 
 class TeacherConfig(StrictModel):
     """One model that reads rows: where it is and how it runs."""
 
     model: StorePlace = Field(min_length=1, description="Hugging Face causal language model: folder or hub id")
-    engine: Literal["hf", "zero3"] = Field("hf", description="hf: one device; zero3: a group of ranks is one worker")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: as the model was saved")
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N; auto takes the worker's GPU if there is one")
-    attention: str | None = Field(None, description="Attention backend of transformers; None lets it choose")
+    engine: Literal["hf", "zero3"] = Field(
+        default="hf", description="hf: one device; zero3: a group of ranks is one worker"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="auto: as the model was saved"
+    )
+    device: str = Field(
+        default="auto", description="auto, cpu, cuda or cuda:N; auto takes the worker's GPU if there is one"
+    )
+    attention: str | None = Field(default=None, description="Attention backend of transformers; None lets it choose")
     documents: Literal["packed", "apart"] = Field(
-        "packed", description="packed: one row, positions restart per document; apart: each document is its own line"
+        default="packed",
+        description="packed: one row, positions restart per document; apart: each document is its own line",
     )
     head: Literal["auto", "hidden", "logits"] = Field(
-        "auto", description="hidden: the head is applied in chunks; logits: the model's own; auto: hidden if they agree"
+        default="auto",
+        description="hidden: the head is applied in chunks; logits: the model's own; auto: hidden if they agree",
     )
-    batch_rows: int = Field(8, ge=1, description="Rows per forward pass")
-    compile: bool = Field(False, description="Run the backbone through torch.compile")
-    chunk_bytes: int | None = Field(None, ge=1 << 16, description="Memory for one piece of the logits; None: by device")
-    check_tokenizer: bool = Field(True, description="Refuse a model whose own tokenizer is not that of the rows")
+    batch_rows: int = Field(default=8, ge=1, description="Rows per forward pass")
+    compile: bool = Field(default=False, description="Run the backbone through torch.compile")
+    chunk_bytes: int | None = Field(
+        default=None, ge=1 << 16, description="Memory for one piece of the logits; None: by device"
+    )
+    check_tokenizer: bool = Field(
+        default=True, description="Refuse a model whose own tokenizer is not that of the rows"
+    )
     load_options: dict[str, Any] = Field(default_factory=dict, description="Passed on to from_pretrained")
     checkpoints: list[StorePlace] = Field(
         default_factory=list, description="Checkpoints of `model` (folders, or revisions), each into OUTPUT/NAME"
     )
-    weight: float = Field(1.0, gt=0, description="Share of `model` in an ensemble")
+    weight: float = Field(default=1.0, gt=0, description="Share of `model` in an ensemble")
     ensemble: list[EnsembleMember] = Field(
         default_factory=list, description="Further teachers: targets are of the weighted mixture of all"
     )
@@ -98,12 +120,14 @@ class SelectionConfig(StrictModel):
     """Which entries of a distribution are kept."""
 
     mode: Literal["top_k", "top_p_k", "sample"] = Field(
-        "top_p_k", description="top_p_k: the smallest prefix with mass p, k at most; sample: unbiased draws"
+        default="top_p_k", description="top_p_k: the smallest prefix with mass p, k at most; sample: unbiased draws"
     )
-    k: int = Field(100, ge=1, le=255, description="Entries per token at most")
-    p: float = Field(0.95, gt=0, le=1, description="Mass to reach in mode top_p_k")
-    num_draws: int = Field(50, ge=1, le=255, description="Draws per token in mode sample (with replacement, at T = 1)")
-    seed: int = Field(0, ge=0, lt=1 << 63, description="Key of the draws in mode sample, with row and position")
+    k: int = Field(default=100, ge=1, le=255, description="Entries per token at most")
+    p: float = Field(default=0.95, gt=0, le=1, description="Mass to reach in mode top_p_k")
+    num_draws: int = Field(
+        default=50, ge=1, le=255, description="Draws per token in mode sample (with replacement, at T = 1)"
+    )
+    seed: int = Field(default=0, ge=0, lt=1 << 63, description="Key of the draws in mode sample, with row and position")
 
 
 class WalkConfig(StrictModel):
@@ -111,15 +135,24 @@ class WalkConfig(StrictModel):
 
     tokens: StorePlace = Field(description="Sealed tokens store to read")
     output: StorePlace = Field(description="Store to write")
-    worker: int | None = Field(None, ge=0, description="Number of this worker; None: from the launcher's environment")
-    num_workers: int | None = Field(None, ge=1, description="How many workers share the units")
-    max_rejected_fraction: float = Field(
-        0.001, ge=0, le=1, description="Share of the store's rows that may be refused (NaN or Inf) before the run stops"
+    worker: int | None = Field(
+        default=None, ge=0, description="Number of this worker; None: from the launcher's environment"
     )
-    max_consecutive_failures: int = Field(3, ge=1, description="Units that fail in a row before the worker stops")
-    finish_threads: int = Field(2, ge=1, le=64, description="Threads that encode and commit beside the forward passes")
-    seal: bool = Field(True, description="Seal the store when all units are there (one worker only)")
-    force: bool = Field(False, description="Delete a store that stands at the output and begin again")
+    num_workers: int | None = Field(default=None, ge=1, description="How many workers share the units")
+    max_rejected_fraction: float = Field(
+        default=0.001,
+        ge=0,
+        le=1,
+        description="Share of the store's rows that may be refused (NaN or Inf) before the run stops",
+    )
+    max_consecutive_failures: int = Field(
+        default=3, ge=1, description="Units that fail in a row before the worker stops"
+    )
+    finish_threads: int = Field(
+        default=2, ge=1, le=64, description="Threads that encode and commit beside the forward passes"
+    )
+    seal: bool = Field(default=True, description="Seal the store when all units are there (one worker only)")
+    force: bool = Field(default=False, description="Delete a store that stands at the output and begin again")
 
     @model_validator(mode="after")
     def _worker_in_range(self) -> Self:
@@ -153,4 +186,6 @@ class ScoreConfig(WalkConfig):
     """Small language model over a tokens store -> scores store."""
 
     model: TeacherConfig
-    salt_rank: int = Field(10, ge=1, le=254, description="A label within this rank counts as learnable (SALT: k = 10)")
+    salt_rank: int = Field(
+        default=10, ge=1, le=254, description="A label within this rank counts as learnable (SALT: k = 10)"
+    )

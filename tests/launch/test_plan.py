@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from potstill.common.errors import UserError
-from potstill.launch.plan import PlanConfig, calibrate, compare, make_plan, model_costs, store_bytes_per_token
+from potstill.launch.plan import PLAN, PlanConfig, calibrate, compare, make_plan, model_costs, store_bytes_per_token
 from potstill.storage import StoreReader
 from potstill.teacher_dump.config import DumpConfig, SelectionConfig
 from tests.teacher_dump.tiny import make_tokens, save_llama
@@ -93,3 +94,19 @@ def test_a_calibrated_plan_is_near_the_dump(tmp_path: Path) -> None:
     assert plan.dump_bytes == pytest.approx(reader.manifest.num_bytes, rel=0.1)
     rows = compare(plan, str(tmp_path / "out"))
     assert [row[0] for row in rows][:2] == ["bytes per token", "store, bytes"]
+
+
+def test_the_command_calibrates_and_shows_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from potstill.teacher_dump import dump
+
+    model = save_llama(tmp_path / "model")
+    tokens = make_tokens(tmp_path / "tokens", [(16,)] * 40)
+    teacher = {"model": model, "check_tokenizer": False}
+    dump(DumpConfig(tokens=tokens, output=tmp_path / "out", teacher=teacher))
+    parser = argparse.ArgumentParser()
+    PLAN.add_arguments(parser)
+    command = ["--teacher", str(model), "--tokens", "640", "--student", str(model), "--row-length", "16"]
+    measure = ["--calibrate", str(tokens), "--calibrate-rows", "20", "--beside", str(tmp_path / "out")]
+    assert PLAN.run(parser.parse_args(command + measure)) == 0
+    printed = capsys.readouterr().out
+    assert "measured on this machine" in printed and "planned" in printed and "student, GPU hours" in printed
