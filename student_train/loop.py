@@ -75,10 +75,10 @@ def train_steps(run: Run, progress: Progress) -> str:
         set_learning_rate(run.engine, run.lr)
         for micro in micros:
             loss, sums = run.engine(micro.to(run.topology.device), objective, normalizer, self_check=check_due(run))
-            # DeepSpeed averages over ranks; the loss is already divided by the weights of the whole step.
-            run.engine.backward(loss * world_size, scale_wrt_gas=False)
+            # Times 1: DeepSpeed 0.19 divides by the accumulation after all when it gets the module's own output.
+            run.engine.backward(loss * 1.0, scale_wrt_gas=False)
             run.engine.step()
-            note_micro_batch(run, micro, loss, sums)
+            note_micro_batch(run, micro, loss / world_size, sums)
         run.loader.commit(batch.batch)
         after_step(run, batch)
         progress.update()
@@ -90,7 +90,8 @@ def train_steps(run: Run, progress: Progress) -> str:
 def agree(run: Run, micros: list[MicroBatch]) -> tuple[torch.Tensor, str | None]:
     """One small all-reduce: the step's global weight sum, whether to stop, and whether the last loss was finite.
 
-    Returns the normalizer (0-d float32) and the reason to stop, if any rank has one. Raises LossNotFiniteError, and
+    Returns the normalizer (0-d float32) and the reason to stop, if any rank has one. The normalizer is the weight sum
+    over the number of ranks, because DeepSpeed then averages gradients over ranks. Raises LossNotFiniteError, and
     UserError when the token selector left nothing to train on.
     """
     reason = run.stop.reason()
@@ -109,7 +110,7 @@ def agree(run: Run, micros: list[MicroBatch]) -> tuple[torch.Tensor, str | None]
             f"step {run.loop['step']}: no position of the global batch is selected, so there is nothing to train on; "
             "widen the token selector (share, floor, max_rank) of this stage"
         )
-    return values[0].float(), None
+    return (values[0] / run.topology.world_size).float(), None
 
 
 def check_due(run: Run) -> bool:

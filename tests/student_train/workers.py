@@ -49,8 +49,8 @@ def engine_gradients(tree: dict[str, Any], step: int = 0) -> dict[str, np.ndarra
     weight = torch.tensor(sum(micro.weight_sum for micro in micros), dtype=torch.float64)
     dist.all_reduce_sum(weight)
     for number, micro in enumerate(micros):
-        loss, _ = engine(micro, objective, weight.float())
-        engine.backward(loss * topology.world_size, scale_wrt_gas=False)
+        loss, _ = engine(micro, objective, (weight / topology.world_size).float())
+        engine.backward(loss * 1.0, scale_wrt_gas=False)
         if number < len(micros) - 1:
             engine.step()
     found = {
