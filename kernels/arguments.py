@@ -38,7 +38,7 @@ class LossOptions(TypedDict, total=False):
     chunk_bytes (None: 512 MiB on a GPU, 32 MiB on a CPU): bound of the logits kept at a time.
     num_active (None): number of tokens with a weight, if the host knows it; saves the one wait for the GPU
         that counting them takes.
-    backend ("auto"): "torch", "triton", or by device.
+    backend ("auto", by device and dtype): "torch", "triton", or "triton_compiled" (docs/kernels.md).
     validate (False): also check every entry (distinct ids, range, mass); waits for a GPU.
     """
 

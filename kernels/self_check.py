@@ -6,6 +6,8 @@ compares loss and gradients with the closed forms in float64 on the CPU.
 """
 
 import logging
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from potstill.kernels.types import SelfCheckError, SparseTargetTensors
 logger = logging.getLogger(__name__)
 
 MAX_ROWS = 16
+BLOCK_ROWS = 4096
 # Error of a whole gradient over its norm. One rounding of each factor of the products, then sums.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
@@ -44,32 +47,69 @@ def subset(arguments: dict[str, Any], rows: Tensor) -> dict[str, Any]:
     return out
 
 
-def in_float64(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The same call for the reference: float64 on the CPU, the torch path."""
+def on_cpu(arguments: dict[str, Any]) -> dict[str, Any]:
+    """What of the call is not the head or the hidden states, for the reference: the torch path on the CPU."""
     out = dict(arguments, backend="torch", chunk_bytes=None)
     for name in ("hidden", "weight", "bias"):
-        if out.get(name) is not None:
-            out[name] = out[name].to("cpu", torch.float64)
-    for name in ("labels", "token_weights", "kd_weights"):
+        out.pop(name, None)
+    for name in ("targets", "labels", "token_weights", "kd_weights"):
         if out.get(name) is not None:
             out[name] = out[name].to("cpu")
-    if out["targets"] is not None:
-        out["targets"] = out["targets"].to("cpu")
     return out
 
 
-def relative_error(value: Tensor, truth: Tensor) -> float:
-    """|value - truth| / |truth| in the Euclidean norm; inf where value is not finite."""
-    difference = float((value.to("cpu", torch.float64) - truth).norm())
-    scale = float(truth.norm())
-    if difference != difference:
-        return float("inf")
-    return difference / scale if scale > 0 else difference
+def _blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The head in float64 on the CPU, some rows at a time: whole it would be four times its size."""
+    for start in range(0, weight.shape[0], BLOCK_ROWS):
+        block = slice(start, start + BLOCK_ROWS)
+        yield block, weight[block].to("cpu", torch.float64)
 
 
-def compare(values: dict[str, Tensor], truths: dict[str, Tensor], dtype: torch.dtype) -> dict[str, float]:
-    """Relative errors by name; SelfCheckError when one is above the tolerance of `dtype`."""
-    figures = {name: relative_error(values[name], truth) for name, truth in truths.items()}
+@torch.no_grad()
+def wide_logits(arguments: dict[str, Any]) -> Tensor:
+    """Raw logits [R, V] in float64 on the CPU, a leaf that wants a gradient."""
+    hidden, weight, bias = arguments["hidden"], arguments["weight"], arguments["bias"]
+    wide = hidden.to("cpu", torch.float64)
+    logits = torch.empty(hidden.shape[0], weight.shape[0], dtype=torch.float64)
+    for block, rows in _blocks(weight):
+        logits[:, block] = wide @ rows.t()
+    if bias is not None:
+        logits += bias.to("cpu", torch.float64)
+    return logits.requires_grad_()
+
+
+def relative_errors(
+    arguments: dict[str, Any], values: dict[str, Tensor], loss: Tensor, slope: Tensor
+) -> dict[str, float]:
+    """|value - truth| / |truth| (Euclidean) of the loss and of each gradient, from the reference's loss and
+    its gradient by the logits, `slope` [R, V]; inf where a value is not finite."""
+    hidden = arguments["hidden"].to("cpu", torch.float64)
+    grad_hidden = torch.zeros_like(hidden)
+    squares = torch.zeros(2, dtype=torch.float64)  # of the difference and of the truth, of the head's gradient
+    for block, rows in _blocks(arguments["weight"]):
+        grad_hidden += slope[:, block] @ rows
+        truth = slope[:, block].t() @ hidden
+        difference = values["weight gradient"][block].to("cpu", torch.float64) - truth
+        squares += torch.stack([difference.square().sum(), truth.square().sum()])
+    pairs = {"loss": loss, "hidden gradient": grad_hidden}
+    if "bias gradient" in values:
+        pairs["bias gradient"] = slope.sum(0)
+    figures = {}
+    for name, truth in pairs.items():
+        difference = values[name].to("cpu", torch.float64) - truth
+        figures[name] = _ratio(float(difference.norm()), float(truth.norm()))
+    error, size = squares.sqrt().tolist()
+    return figures | {"weight gradient": _ratio(error, size)}
+
+
+def _ratio(error: float, size: float) -> float:
+    if math.isnan(error):
+        return math.inf
+    return error / size if size > 0 else error
+
+
+def judge(figures: dict[str, float], dtype: torch.dtype) -> None:
+    """SelfCheckError when one relative error is above the tolerance of `dtype`."""
     limit = TOLERANCES[dtype]
     listed = ", ".join(f"{name} {figure:.2e}" for name, figure in figures.items())
     if not all(figure <= limit for figure in figures.values()):
@@ -79,7 +119,6 @@ def compare(values: dict[str, Tensor], truths: dict[str, Tensor], dtype: torch.d
             " backend='torch', and report the versions of torch, triton and the driver"
         )
     logger.info("loss path agrees with float64: relative errors %s (limit %g)", listed, limit)
-    return figures
 
 
 def check_values(targets: SparseTargetTensors | None, vocab_size: int) -> None:

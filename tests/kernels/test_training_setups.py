@@ -104,6 +104,13 @@ def test_self_check_passes_on_the_real_path(dtype: torch.dtype, options: dict) -
     assert self_check(**{**given, "token_weights": torch.zeros(40)}) == {}
 
 
+def test_self_check_covers_the_bias_and_plain_training() -> None:
+    given = check_arguments()
+    bias = torch.randn(90, requires_grad=True)
+    assert set(self_check(**given, bias=bias)) == {"loss", "hidden gradient", "weight gradient", "bias gradient"}
+    assert max(self_check(**{**given, "targets": None}, alpha=0.0).values()) < 1e-5
+
+
 def test_self_check_catches_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The mistake others made: only the kept ids get a gradient, the dense part is dropped."""
     import dataclasses
