@@ -1,4 +1,4 @@
-"""index.arrow: one fixed-width record per row, in crc-checked blocks of 4096 rows, memory-mapped and read lazily."""
+"""index.arrow: one fixed-width record per row, in crc-checked blocks of 1024 rows, memory-mapped and read lazily."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from potstill.storage.errors import CorruptError
 from potstill.storage.ipc_layout import parse_batch, parse_footer
 from potstill.storage.paths import StoreFolder
 
-ROWS_PER_BLOCK = 4096
-BLOCK_CACHE = 512
+# A row in global order costs one block read, so blocks are small; the manifest says what a store has.
+ROWS_PER_BLOCK = 1024
+BLOCK_CACHE = 2048
 COLUMNS = (
     ("unit", "<u4"),
     ("offset", "<u8"),
@@ -91,10 +92,12 @@ class RowIndex:
         num_rows: int,
         num_bytes: int,
         blocks: Sequence[IndexBlock],
+        rows_per_block: int,
         stats: Sequence[str],
     ) -> None:
         self._folder, self._name, self._blocks = folder, name, blocks
         self._types, self._num_rows = column_types(stats), num_rows
+        self.rows_per_block = rows_per_block
         self.where = f"{folder.url}/{name}"
         found = folder.size(name)
         if found != num_bytes:
@@ -114,8 +117,9 @@ class RowIndex:
             data: memoryview | bytes = self._map[entry.offset : entry.offset + entry.length]
         else:
             data = self._folder.read_range(self._name, entry.offset, entry.length)
-        rows = min(ROWS_PER_BLOCK, self._num_rows - number * ROWS_PER_BLOCK)
-        columns = self._parse(data, entry, rows, f"{self.where}, rows from {number * ROWS_PER_BLOCK}")
+        first = number * self.rows_per_block
+        rows = min(self.rows_per_block, self._num_rows - first)
+        columns = self._parse(data, entry, rows, f"{self.where}, rows from {first}")
         with self._lock:
             self._cache[number] = columns
             # Mapped blocks are views into the page cache and cost next to nothing; fetched ones are bounded.
@@ -126,7 +130,7 @@ class RowIndex:
     def _parse(self, data: memoryview | bytes, entry: IndexBlock, rows: int, where: str) -> dict[str, NDArray[Any]]:
         if len(data) != entry.length or zlib.crc32(data) != entry.crc32:
             raise CorruptError(f"{where}: block does not fit its crc32; restore the index from a copy or seal again")
-        layout = parse_batch(data, where=where, max_rows=ROWS_PER_BLOCK, num_buffers=2 * len(self._types))
+        layout = parse_batch(data, where=where, max_rows=self.rows_per_block, num_buffers=2 * len(self._types))
         if layout.num_rows != rows or layout.compressed:
             raise CorruptError(f"{where}: block holds {layout.num_rows} rows, expected {rows}")
         return {
@@ -166,6 +170,8 @@ class StatColumns(Mapping[str, "NDArray[np.float32]"]):
 
 class PartialIndex:
     """The same interface over records in memory, for unsealed stores."""
+
+    rows_per_block = ROWS_PER_BLOCK
 
     def __init__(self, columns: dict[str, NDArray[Any]]) -> None:
         self._columns = columns

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from potstill.storage.codec import TARGET_EXTRAS
 from potstill.storage.commit import CommitRecord, committed_records
 from potstill.storage.errors import CorruptError, GaveUpError, ReadFailedError, StoreError, UnsealedError
-from potstill.storage.index import ROWS_PER_BLOCK, PartialIndex, RowIndex, StatColumns, build_columns
+from potstill.storage.index import PartialIndex, RowIndex, StatColumns, build_columns
 from potstill.storage.node_cache import NodeCache
 from potstill.storage.paths import StorePath, open_folder
 from potstill.storage.rows import Row
@@ -197,8 +197,8 @@ class StoreReader:
         return bool(a["unit"] == b["unit"] and a["offset"] == b["offset"])
 
     def _locate(self, row: int) -> dict[str, Any]:
-        block = self._index.block(row // ROWS_PER_BLOCK)
-        entry = {name: values[row % ROWS_PER_BLOCK] for name, values in block.items()}
+        number, line = divmod(row, self._index.rows_per_block)
+        entry = {name: values[line] for name, values in self._index.block(number).items()}
         if int(entry["unit"]) != row // self._spec.rows_per_unit or int(entry["unit"]) >= len(self._files):
             raise CorruptError(f"{self.url}: the index puts row {row} into unit {int(entry['unit'])}")
         return entry

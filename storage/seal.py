@@ -51,6 +51,7 @@ class Manifest:
     index_bytes: int
     index_sha256: str
     index_blocks: tuple[IndexBlock, ...]
+    rows_per_block: int = ROWS_PER_BLOCK
 
     def to_bytes(self) -> bytes:
         """Checked JSON as written to manifest.json."""
@@ -63,7 +64,7 @@ class Manifest:
                 "file": self.index_file,
                 "bytes": self.index_bytes,
                 "sha256": self.index_sha256,
-                "rows_per_block": ROWS_PER_BLOCK,
+                "rows_per_block": self.rows_per_block,
                 "blocks": [[b.offset, b.length, b.crc32] for b in self.index_blocks],
             },
         }
@@ -72,10 +73,7 @@ class Manifest:
 
 def store_digest(fingerprint: str, unit_digests: Sequence[str]) -> str:
     """sha256 over the run's fingerprint and the sha256 of every unit file, in unit order."""
-    digest = hashlib.sha256(fingerprint.encode())
-    for item in unit_digests:
-        digest.update(item.encode())
-    return digest.hexdigest()
+    return hashlib.sha256((fingerprint + "".join(unit_digests)).encode()).hexdigest()
 
 
 def seal_store(path: StorePath) -> Manifest:
@@ -173,7 +171,7 @@ def parse_manifest(value: Mapping[str, Any], spec: RunSpec, *, where: str) -> Ma
     """Check every field against the run; CorruptError on the first that does not fit."""
     if get_text(value, "fingerprint", where=where) != spec.fingerprint:
         raise CorruptError(f"{where}: manifest belongs to another run; run.json or manifest.json was replaced")
-    units = tuple(_unit_entry(item, where) for item in get_list(value, "units", where=where))
+    units = _unit_entries(get_list(value, "units", where=where), where)
     digest = get_text(value, "store_digest", where=where)
     if digest != store_digest(spec.fingerprint, [u.sha256 for u in units]):
         raise CorruptError(f"{where}: store digest does not fit the units it lists")
@@ -181,10 +179,11 @@ def parse_manifest(value: Mapping[str, Any], spec: RunSpec, *, where: str) -> Ma
     if not isinstance(index, dict) or not _INDEX_FILE.fullmatch(get_text(index, "file", where=where)):
         raise CorruptError(f"{where}: field 'index' is damaged")
     index_bytes = get_int(index, "bytes", where=where)
-    blocks = tuple(_index_block(item, index_bytes, where) for item in get_list(index, "blocks", where=where))
+    blocks = _index_blocks(get_list(index, "blocks", where=where), index_bytes, where)
     totals = {name: get_int(value, name, where=where) for name in TOTALS}
-    if get_int(index, "rows_per_block", where=where) != ROWS_PER_BLOCK or (
-        len(blocks) != -(-totals["num_rows"] // ROWS_PER_BLOCK)
+    rows_per_block = get_int(index, "rows_per_block", where=where, low=1, high=1 << 20)
+    if (
+        len(blocks) != -(-totals["num_rows"] // rows_per_block)
         or len(units) != -(-totals["num_rows"] // spec.rows_per_unit)
         or (spec.num_rows is not None and totals["num_rows"] != spec.num_rows)
     ):
@@ -197,6 +196,7 @@ def parse_manifest(value: Mapping[str, Any], spec: RunSpec, *, where: str) -> Ma
         index_bytes=index_bytes,
         index_sha256=get_text(index, "sha256", where=where),
         index_blocks=blocks,
+        rows_per_block=rows_per_block,
         **totals,
     )
 
@@ -209,27 +209,32 @@ def open_index(folder: StoreFolder, manifest: Manifest, spec: RunSpec) -> RowInd
         num_rows=manifest.num_rows,
         num_bytes=manifest.index_bytes,
         blocks=manifest.index_blocks,
+        rows_per_block=manifest.rows_per_block,
         stats=spec.stats,
     )
 
 
-def _unit_entry(item: Any, where: str) -> UnitEntry:
+def _unit_entries(items: list[Any], where: str) -> tuple[UnitEntry, ...]:
+    """`[file, bytes, sha256]` of every unit; checked column-wise, as there may be many thousand."""
+    shape = set(map(type, items)) <= {list} and set(map(len, items)) <= {3}
+    files, sizes, digests = zip(*items, strict=True) if shape and items else ((), (), ())
     if not (
-        isinstance(item, list)
-        and len(item) == 3
-        and isinstance(item[0], str)
-        and _UNIT_FILE.fullmatch(item[0])
-        and type(item[1]) is int
-        and item[1] >= 0
-        and isinstance(item[2], str)
+        shape
+        and set(map(type, files)) | set(map(type, digests)) <= {str}
+        and set(map(type, sizes)) <= {int}
+        and min(sizes, default=0) >= 0
+        and all(map(_UNIT_FILE.fullmatch, files))
     ):
-        raise CorruptError(f"{where}: unit entry {item!r} must be [file, bytes, sha256]")
-    return UnitEntry(*item)
+        raise CorruptError(f"{where}: a unit entry is not [file, bytes, sha256] with the file name of an attempt")
+    return tuple(map(UnitEntry._make, items))
 
 
-def _index_block(item: Any, index_bytes: int, where: str) -> IndexBlock:
-    if not (isinstance(item, list) and len(item) == 3 and all(type(x) is int and x >= 0 for x in item)):
-        raise CorruptError(f"{where}: index block {item!r} must be [offset, length, crc32]")
-    if item[0] + item[1] > index_bytes:
-        raise CorruptError(f"{where}: index block {item!r} lies outside the {index_bytes} bytes of the index")
-    return IndexBlock(*item)
+def _index_blocks(items: list[Any], index_bytes: int, where: str) -> tuple[IndexBlock, ...]:
+    """`[offset, length, crc32]` of every block of the index."""
+    shape = set(map(type, items)) <= {list} and set(map(len, items)) <= {3}
+    if not shape or not {type(value) for item in items for value in item} <= {int}:
+        raise CorruptError(f"{where}: an index block is not [offset, length, crc32]")
+    for offset, length, crc in items:
+        if min(offset, length, crc) < 0 or offset + length > index_bytes:
+            raise CorruptError(f"{where}: index block at {offset} lies outside the {index_bytes} bytes of the index")
+    return tuple(map(IndexBlock._make, items))

@@ -12,7 +12,7 @@ from typing import Any
 from potstill.storage import RunSpec, StoreError, StoreReader
 from potstill.storage.checked_json import load_checked
 from potstill.storage.commit import parse_record
-from potstill.storage.index import ROWS_PER_BLOCK, column_types
+from potstill.storage.index import column_types
 from potstill.storage.ipc_layout import parse_batch, parse_footer
 from potstill.storage.seal import parse_manifest
 from potstill.storage.unit_file import DecodedBatch
@@ -56,7 +56,7 @@ class Targets:
         types = column_types(spec.stats)
 
         def blocks(message: bytes) -> object:
-            layout = parse_batch(message, where="fuzz", max_rows=ROWS_PER_BLOCK, num_buffers=2 * len(types))
+            layout = parse_batch(message, where="fuzz", max_rows=4096, num_buffers=2 * len(types))
             return [layout.buffer(2 * i + 1, num_bytes=layout.num_rows * 4) for i in range(len(types))]
 
         self.seeds[f"index {name}"] = [index[o : o + n] for o, n in parse_footer(index, where="seed")]
