@@ -75,7 +75,8 @@ class TrainSummary:
             f"{self.num_parameters:,} parameters, {self.seconds:.1f} s"
         ]
         if self.last:
-            lines.append(f"  last loss {self.last['loss']:.4f} (ce {self.last['ce']:.4f})")
+            loss, ce = ("not finite" if self.last[key] is None else f"{self.last[key]:.4f}" for key in ("loss", "ce"))
+            lines.append(f"  last loss {loss} (ce {ce})")
         if self.heldout:
             figures = {name: value for name, value in self.heldout.items() if isinstance(value, float)}
             lines.append("  held-out: " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
