@@ -15,11 +15,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One script of this folder: what figure it prints, and whether it needs a GPU."""
+    """One script of this folder: what figure it prints, and what keeps it out of a run of all of them."""
 
     script: str
     measures: str
     needs_gpu: bool = False
+    needs_stores: bool = False  # of the user's own, named on its command line: run it by itself
     arguments: tuple[str, ...] = ()
 
 
@@ -31,6 +32,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     Benchmark("dump", "the dump over the bare forward pass of the same teacher"),
     Benchmark("step", "the distilled step over the label-only step; waiting for data"),
     Benchmark("selector", "what selecting half of the positions saves"),
+    Benchmark("methods", "a preset against label-only and plain KD over several seeds", needs_stores=True),
 )
 
 
@@ -67,7 +69,15 @@ def main() -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="\n".join(
-            f"  {entry.script:<16}{entry.measures}{' (needs a GPU)' if entry.needs_gpu else ''}" for entry in BENCHMARKS
+            f"  {entry.script:<16}{entry.measures}"
+            + (
+                " (needs a GPU)"
+                if entry.needs_gpu
+                else " (run it by itself, on your stores)"
+                if entry.needs_stores
+                else ""
+            )
+            for entry in BENCHMARKS
         ),
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="scripts to run, below")
@@ -75,7 +85,8 @@ def main() -> int:
     unknown = sorted(set(names) - {entry.script for entry in BENCHMARKS})
     if unknown:
         parser.error(f"no such benchmark: {', '.join(unknown)}")
-    chosen = [entry for entry in BENCHMARKS if (entry.script in names if names else not entry.needs_gpu)]
+    everywhere = {entry.script for entry in BENCHMARKS if not (entry.needs_gpu or entry.needs_stores)}
+    chosen = [entry for entry in BENCHMARKS if entry.script in (names or everywhere)]
     failed = [entry.script for entry in chosen if not run(entry)]
     return 1 if failed else 0
 

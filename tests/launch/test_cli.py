@@ -50,7 +50,7 @@ def test_help_is_fast_and_loads_nothing_heavy() -> None:
 
 
 def test_the_table_holds_every_command_that_is_promised() -> None:
-    promised = "prepare dump score seal status verify inspect stats gc presets train eval report export demo"
+    promised = "plan prepare dump score seal status verify inspect stats gc presets train eval report export demo"
     assert sorted(NAMES) == sorted(promised.split())
 
 
@@ -73,10 +73,12 @@ def test_help_explains_by_examples_that_parse(command: Command, capsys: pytest.C
 def _tree_of(name: str, parsed: object) -> object:
     """Build the checked tree of an example, so that a flag that sets a key wrongly is found."""
     from potstill.launch.options import read_config
+    from potstill.launch.plan import PlanConfig
     from potstill.student_train import config as student
     from potstill.teacher_dump import config as teacher
 
     trees = {
+        "plan": PlanConfig,
         "prepare": teacher.PrepareConfig,
         "dump": teacher.DumpConfig,
         "score": teacher.ScoreConfig,
