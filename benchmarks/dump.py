@@ -5,7 +5,8 @@
 
 A random Llama (or a given model) reads rows of random tokens. In turn, several times over: the model's own forward
 pass with all logits, in the same batches; and the whole dump of the same rows, from the tokens store to committed
-units. The figure is the median over rounds of dump speed / forward speed. The encoder is timed apart, on one thread.
+units. The figure is the median over rounds of dump speed / forward speed; on a CPU also by processor time, encoding
+and all, which a busy machine does not disturb. The encoder is timed apart, on one thread.
 The last line is one JSON object.
 """
 
@@ -22,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,6 +42,14 @@ from potstill.teacher_dump.pipeline import Walk
 Result = TypeVar("Result")
 
 
+@dataclass(frozen=True)
+class Seconds:
+    """Time by the clock, and by the processor over all threads (which other programs on the machine do not change)."""
+
+    wall: float
+    cpu: float
+
+
 @dataclass
 class Stage:
     """One benchmark set-up: the stores, the engine and the way to run either side."""
@@ -55,12 +64,12 @@ class Stage:
         if self.engine.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def timed(self, work: Callable[[], Result]) -> tuple[float, Result]:
+    def timed(self, work: Callable[[], Result]) -> tuple[Seconds, Result]:
         self.sync()
-        start = time.perf_counter()
+        wall, cpu = time.perf_counter(), time.process_time()
         result = work()
         self.sync()
-        return time.perf_counter() - start, result
+        return Seconds(time.perf_counter() - wall, time.process_time() - cpu), result
 
     def bare_forward(self) -> None:
         """The model's own forward pass over all rows, all logits, one batch after another."""
@@ -74,8 +83,9 @@ class Stage:
                     use_cache=False,
                 )
 
-    def new_writer(self, name: str) -> StoreWriter:
+    def new_writer(self, name: str, *, rows_per_unit: int | None = None) -> StoreWriter:
         spec = DumpJob(self.config).spec(self.tokens, {"id": "benchmark"})
+        spec = replace(spec, rows_per_unit=rows_per_unit or spec.rows_per_unit)
         return StoreWriter.create(self.folder / name, spec, force=True)
 
     def walk(self) -> Walk:
@@ -148,13 +158,13 @@ def set_up(arguments: argparse.Namespace, folder: Path) -> Stage:
 def encoder_rate(stage: Stage) -> float:
     """Tokens per CPU second of one thread from top-k on the host to a committed unit."""
     job, spec = DumpJob(stage.config), stage.tokens.spec
-    rows = [row for row in stage.tokens.rows(range(spec.rows_per_unit)) if isinstance(row, TokensRow)]
+    rows = [row for row in stage.tokens.rows(range(stage.tokens.num_rows)) if isinstance(row, TokensRow)]
     result = job.compute(stage.engine, packed_batch(rows, length=spec.row_length), spec.vocab_size)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     best = float("inf")
     for _ in range(3):
-        writer = stage.new_writer("encoded")
+        writer = stage.new_writer("encoded", rows_per_unit=len(rows))
         start = time.thread_time()
         writer.commit_unit(0, [row for row, _ in result.rows().rows])
         best = min(best, time.thread_time() - start)
@@ -173,16 +183,19 @@ def measure(stage: Stage, rounds: int) -> dict[str, Any]:
         seconds, walk = stage.timed(stage.walk)
         dumps.append(seconds)
         stages.append(walk.totals.seconds)
-    ratios = [forward / dump for forward, dump in zip(forwards, dumps, strict=True)]
-    if stage.engine.device.type == "cuda":
+    ratios = [forward.wall / dump.wall for forward, dump in zip(forwards, dumps, strict=True)]
+    work = [forward.cpu / dump.cpu for forward, dump in zip(forwards, dumps, strict=True)]
+    on_gpu = stage.engine.device.type == "cuda"
+    if on_gpu:
         peak = int(torch.cuda.max_memory_allocated())
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "dump_over_forward": round(statistics.median(ratios), 4),
         "dump_over_forward_range": [round(min(ratios), 4), round(max(ratios), 4)],
-        "forward_tokens_per_s": round(num_tokens / statistics.median(forwards)),
-        "dump_tokens_per_s": round(num_tokens / statistics.median(dumps)),
+        "dump_over_forward_cpu_time": None if on_gpu else round(statistics.median(work), 4),
+        "forward_tokens_per_s": round(num_tokens / statistics.median(forward.wall for forward in forwards)),
+        "dump_tokens_per_s": round(num_tokens / statistics.median(dump.wall for dump in dumps)),
         "encode_tokens_per_core_s": round(encoder_rate(stage)),
         "peak_bytes": peak,
         "stage_seconds": {name: round(statistics.median(s[name] for s in stages), 4) for name in stages[0]},
