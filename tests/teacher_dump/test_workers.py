@@ -64,8 +64,8 @@ def test_killed_workers_leave_every_row_once(tmp_path: Path, llama: Path) -> Non
     began, kills, rounds = time.monotonic(), 0, 0
     workers: list[Any] = []
     try:
-        while not (tmp_path / "many").exists() or store_status(tmp_path / "many").missing:
-            assert time.monotonic() - began < DEADLINE_SECONDS, store_status(tmp_path / "many")
+        while not (tmp_path / "many" / "run.json").exists() or store_status(tmp_path / "many").missing:
+            assert time.monotonic() - began < DEADLINE_SECONDS
             workers = _start(config, (4, 3, 2)[rounds % 3], pace_seconds=0.05)
             rounds += 1
             time.sleep(rng.uniform(0.3, 0.9))
@@ -84,7 +84,7 @@ def test_sigterm_ends_a_worker_in_time_and_says_so(tmp_path: Path, llama: Path) 
     workers = _start(config, 1, pace_seconds=0.05)
     try:
         deadline = time.monotonic() + 60
-        while not (tmp_path / "out").exists() or not store_status(tmp_path / "out").committed:
+        while not (tmp_path / "out" / "run.json").exists() or not store_status(tmp_path / "out").committed:
             assert time.monotonic() < deadline and workers[0].is_alive()
             time.sleep(0.05)
         asked = time.monotonic()
