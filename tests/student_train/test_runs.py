@@ -189,7 +189,10 @@ def test_a_stop_file_saves_and_stops_all_ranks(stores, tmp_path: Path) -> None:
             time.sleep(0.02)
         (run / "stop").touch()
         results = ranks.results(timeout_seconds=60)
-    assert [result["status"].split()[0] for result in results] == ["stop", "stop"]
+    # A rank that had not seen the file yet when the others had stops with them.
+    statuses = {result["status"] for result in results}
+    assert statuses <= {f"stop file {run / 'stop'}", "another rank's request"}
+    assert any(status.startswith("stop file") for status in statuses)
     steps = results[0]["steps"]
     assert steps == results[1]["steps"] < 100000
     assert (run / "checkpoints" / f"step_{steps:08d}" / "potstill.json").is_file()
