@@ -12,6 +12,7 @@ from potstill.common.config import build_config, load_config, parse_yaml
 from potstill.launch import cli
 from potstill.launch.command import EXIT_CODES
 from potstill.launch.options import OVERRIDES
+from potstill.launch.plan import PlanConfig
 from potstill.launch.presets import find_preset, list_presets
 from potstill.student_train import __main__ as rank_main
 from potstill.student_train.config import EvalConfig, ExportConfig, TrainConfig
@@ -20,6 +21,7 @@ from potstill.teacher_dump.config import DumpConfig, PrepareConfig, ScoreConfig
 ROOT = Path(__file__).resolve().parent.parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TREES = {
+    "plan": PlanConfig,
     "prepare": PrepareConfig,
     "dump": DumpConfig,
     "score": ScoreConfig,
