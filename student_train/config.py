@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from potstill.common.config import StrictModel
 from potstill.student_train.config_stages import (
@@ -53,6 +53,14 @@ __all__ = [
 ]
 
 Dtype = Literal["float32", "bfloat16"]
+
+
+def _plain_off(value: Any) -> Any:
+    """YAML 1.1 reads a plain `off` as false; here it is the word."""
+    return "off" if value is False else value
+
+
+WordOff = BeforeValidator(_plain_off)
 
 
 class RunConfig(StrictModel):
@@ -190,7 +198,9 @@ class LoggingConfig(StrictModel):
 
     every_steps: int = Field(default=10, ge=1, description="Steps per line of metrics")
     tensorboard: bool = Field(default=False, description="Also write TensorBoard events (extra: tracking)")
-    wandb: Literal["off", "offline", "online"] = Field(default="off", description="Also send to Weights & Biases")
+    wandb: Annotated[Literal["off", "offline", "online"], WordOff] = Field(
+        default="off", description="Also send to Weights & Biases"
+    )
 
 
 class HeldoutConfig(StrictModel):
@@ -239,6 +249,12 @@ class TrainConfig(StrictModel):
         default="stop",
         description="A loss that is not finite: stop with an error, or drop that step's update and count it",
     )
+    spike_policy: Annotated[Literal["off", "warn", "stop"], WordOff] = Field(
+        default="off",
+        description="A loss above mean + spike_sigma * std of the last losses: count and warn, or stop with an error",
+    )
+    spike_window: int = Field(default=128, ge=8, le=4096, description="Steps that a loss is judged by, within a stage")
+    spike_sigma: float = Field(default=6.0, gt=0, description="Standard deviations above the mean that make a spike")
     zero_stage: Literal[0, 1, 2, 3] = Field(default=1, description="DeepSpeed ZeRO stage")
     deepspeed: dict[str, Any] = Field(default_factory=dict, description="Passed on to DeepSpeed unchanged")
 

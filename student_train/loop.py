@@ -21,6 +21,7 @@ from potstill.student_train.distributed import Topology, all_reduce_sum, set_lea
 from potstill.student_train.evaluation import HeldoutEvaluation
 from potstill.student_train.metrics import Meter, MetricsLog, ModelCost, loss_figures, peak_memory_bytes
 from potstill.student_train.schedules import lr_factor
+from potstill.student_train.spikes import LossSpikeError, remember
 from potstill.student_train.stop import StopRequest
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class Run:
     loop: dict[str, Any] = field(default_factory=lambda: {"step": 0, "tokens": 0, "skipped": 0, "runtime_seconds": 0.0})
     last_saved: str | None = None
     bad_loss: torch.Tensor | None = None  # 0-d: > 0 once a local loss of an unchecked step was not finite
+    step_loss: torch.Tensor | None = None  # 0-d: this rank's share of the unchecked step's global loss
     checked_stages: set[int] = field(default_factory=set)
     lr: float = 0.0
     waited_seconds: float = 0.0
@@ -88,21 +90,21 @@ def train_steps(run: Run, progress: Progress) -> str:
 
 
 def agree(run: Run, micros: list[MicroBatch]) -> tuple[torch.Tensor, str | None]:
-    """One small all-reduce: the step's global weight sum, whether to stop, and whether the last loss was finite.
+    """One small all-reduce: the step's global weight sum, whether to stop, and how the last loss was.
 
     Returns the normalizer (0-d float32) and the reason to stop, if any rank has one. The normalizer is the weight sum
-    over the number of ranks, because DeepSpeed then averages gradients over ranks. Raises LossNotFiniteError, and
-    UserError when the token selector left nothing to train on.
+    over the number of ranks, because DeepSpeed then averages gradients over ranks. Raises LossNotFiniteError and
+    LossSpikeError, and UserError when the token selector left nothing to train on.
     """
     reason = run.stop.reason()
     values = torch.tensor(
-        [sum(micro.weight_sum for micro in micros), float(reason is not None), 0.0],
+        [sum(micro.weight_sum for micro in micros), float(reason is not None), 0.0, 0.0],
         dtype=torch.float64,
         device=run.topology.device,
     )
-    values[2] = not_finite(run)
-    weight, stop, bad = all_reduce_sum(values).tolist()
-    check_finite(run, bad)
+    values[2:] = unchecked(run)
+    weight, stop, bad, loss = all_reduce_sum(values).tolist()
+    check_last_step(run, bad, loss)
     if stop:
         return values[0], reason or "another rank's request"
     if weight <= 0:
@@ -121,15 +123,47 @@ def check_due(run: Run) -> bool:
     return due
 
 
-def not_finite(run: Run) -> torch.Tensor:
-    """0-d: > 0 when a loss or a gradient since the last look was not finite, on this rank."""
-    skipped = float(run.engine.skipped_steps - run.loop["skipped"])
-    return run.bad_loss + skipped if run.bad_loss is not None else torch.tensor(skipped, dtype=torch.float64)
+def unchecked(run: Run) -> torch.Tensor:
+    """[2] float64, this rank's: > 0 when a loss or gradient since the last look was not finite; share of the loss."""
+    values = torch.zeros(2, dtype=torch.float64, device=run.topology.device)
+    values[0] = float(run.engine.skipped_steps - run.loop["skipped"])
+    if run.bad_loss is not None and run.step_loss is not None:
+        values[0] += run.bad_loss
+        values[1] = run.step_loss
+    return values
+
+
+def check_last_step(run: Run, bad: float, loss: float) -> None:
+    """Judge the step since the last look, if there was one, by its all-reduced figures."""
+    was_step = run.step_loss is not None
+    run.bad_loss = run.step_loss = None
+    check_finite(run, bad)
+    if was_step and run.config.spike_policy != "off":
+        check_spike(run, loss)
+
+
+def check_spike(run: Run, loss: float) -> None:
+    """Warn of a loss far above the window, or stop. Raises LossSpikeError with the step, its rows and the figures."""
+    config, step = run.config, run.loop["step"] - 1
+    stage = run.plan.segment(step).span.index
+    spike = remember(run.loop, loss, stage=stage, window=config.spike_window, sigma=config.spike_sigma)
+    if spike is None:
+        return
+    rows = ", ".join(str(row) for row in run.plan.rows(step).tolist())
+    found = f"step {step} is a loss spike: {spike.format(sigma=config.spike_sigma)}. Rows of its global batch: {rows}"
+    if config.spike_policy == "warn":
+        if run.topology.is_main:
+            log.warning("%s. Spikes of this run so far: %d", found, run.loop["spikes"])
+        return
+    raise LossSpikeError(
+        f"{found}. Nothing was saved after it. Last checkpoint: {run.last_saved or 'none'}; metrics up to here are in "
+        f"{run.folder / 'metrics.jsonl'}. Look at these rows (potstill inspect), lower optimizer.lr, raise "
+        "spike_sigma, or set spike_policy: warn, then start again: the run resumes from that checkpoint"
+    )
 
 
 def check_finite(run: Run, bad: float) -> None:
     """Stop on a loss that was not finite. Raises LossNotFiniteError with the step, its rows and what is saved."""
-    run.bad_loss = None
     step = run.loop["step"] - 1
     if not bad:
         return
@@ -147,10 +181,12 @@ def check_finite(run: Run, bad: float) -> None:
 
 
 def note_micro_batch(run: Run, micro: MicroBatch, loss: torch.Tensor, sums: torch.Tensor) -> None:
-    """Add one micro-batch to the figures, and remember on the device whether its loss was finite."""
+    """Add one micro-batch to the figures, and remember on the device its loss and whether it was finite."""
     run.meter.add(loss, sums, micro.labels.shape[0])
-    bad = (~torch.isfinite(loss.detach())).double()
+    share = loss.detach().double()
+    bad = (~torch.isfinite(share)).double()
     run.bad_loss = bad if run.bad_loss is None else run.bad_loss + bad
+    run.step_loss = share if run.step_loss is None else run.step_loss + share
 
 
 def after_step(run: Run, batch: LoadedBatch) -> None:
@@ -174,7 +210,8 @@ def after_step(run: Run, batch: LoadedBatch) -> None:
 
 def settle(run: Run) -> None:
     """Let all ranks look at the last loss now, before anything is built on the step."""
-    check_finite(run, float(all_reduce_sum(not_finite(run).clone().to(run.topology.device))))
+    bad, loss = all_reduce_sum(unchecked(run)).tolist()
+    check_last_step(run, bad, loss)
 
 
 def log_line(run: Run) -> None:
@@ -196,6 +233,7 @@ def log_line(run: Run) -> None:
         "lr": run.lr,
         "grad_norm": None if norm is None else float(norm),
         "skipped_steps": int(run.engine.skipped_steps),
+        **({} if run.config.spike_policy == "off" else {"loss_spikes": run.loop.get("spikes", 0)}),
         "tokens_per_second": sums["tokens"] / seconds,
         "mfu": run.cost.utilisation(sums, seconds=seconds, world_size=run.topology.world_size),
         "flops_saved_share": run.cost.saved_share(sums),

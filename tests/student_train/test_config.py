@@ -125,6 +125,14 @@ def test_values_that_cannot_be_meant(changes: dict[str, Any], words: tuple[str, 
     assert all(word in message for word in words), message
 
 
+def test_a_plain_off_of_yaml_is_the_word() -> None:
+    tree = tiny.config_tree(STORES, Path("run"), **yaml.safe_load("{spike_policy: off, logging: {wandb: off}}"))
+    assert tree["spike_policy"] is False
+    config = build_config(TrainConfig, tree, source="x")
+    assert (config.spike_policy, config.logging.wandb) == ("off", "off")
+    assert "warn" in refused(spike_policy=True)
+
+
 def test_scalars_on_the_command_line() -> None:
     tree = yaml.safe_dump(tiny.config_tree(STORES, Path("run")))
     config = build_config(TrainConfig, yaml.safe_load(tree), source="x")

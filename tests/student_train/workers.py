@@ -114,3 +114,18 @@ def train_with_a_bad_batch(tree: dict[str, Any], step: int) -> dict[str, Any]:
     loop.agree, StudentModel.forward = watch, forward
     summary = trainer.train(config_of(tree))
     return {"status": summary.status, "skipped": summary.last.get("skipped_steps")}
+
+
+def train_with_a_spike(tree: dict[str, Any], step: int) -> dict[str, Any]:
+    """Train, but at `step` rank 0's share of each micro-batch's loss is 30 larger: the other ranks must learn of it."""
+    from potstill.student_train import loop, trainer
+
+    honest = loop.note_micro_batch
+
+    def note(run: Any, micro: Any, loss: torch.Tensor, sums: torch.Tensor) -> None:
+        jump = 30.0 if run.loop["step"] == step and run.topology.is_main else 0.0
+        honest(run, micro, loss + jump, sums)
+
+    loop.note_micro_batch = note
+    summary = trainer.train(config_of(tree))
+    return {"status": summary.status, "spikes": summary.last.get("loss_spikes")}
