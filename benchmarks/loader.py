@@ -135,7 +135,7 @@ def first_batch(root: Path, num_rows: int, source: Rows, show: Callable[[str], N
     opened = time.perf_counter() - start
     with Loader(plan, tokens, {"teacher": targets}, prefetch_batches=1) as loader:
         batch = next(loader)
-    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     assert len(batch.tokens) == GLOBAL_BATCH
     start = time.perf_counter()
     assert len(targets.row_stats["mean_loss"]) == num_rows
@@ -214,10 +214,10 @@ def memory(root: Path, num_rows: int, minutes: float, show: Callable[[str], None
         time.sleep(0.1)
         if time.monotonic() >= next_sample:
             samples.append(resident_bytes())
-            next_sample = time.monotonic() + max(0.2, minutes)
+            next_sample = time.monotonic() + 0.5
     stream.close()  # type: ignore[attr-defined]  # a generator
     quarter = max(1, len(samples) // 4)
-    early, late = np.median(samples[quarter : 2 * quarter + 1]), np.median(samples[-quarter:])
+    early, late = np.mean(samples[quarter : 2 * quarter + 1]), np.mean(samples[-quarter:])
     growth = float(late / early - 1)
     show(f"memory: {count} batches in {minutes} min, {early / 2**20:.0f} MiB early, {late / 2**20:.0f} MiB late")
     return {"rss_growth": round(growth, 4), "minutes": minutes}
