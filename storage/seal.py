@@ -118,12 +118,7 @@ def seal_store(path: StorePath) -> Manifest:
 
 def _complete(records: dict[int, CommitRecord], spec: RunSpec, folder: StoreFolder) -> list[CommitRecord]:
     """Records in unit order; UnsealedError unless they cover all rows."""
-    if spec.num_rows is None:
-        num_units = max(records, default=-1) + 1
-        if not num_units:
-            raise UnsealedError(f"{folder.url}: no unit is committed; nothing to seal")
-    else:
-        num_units = -(-spec.num_rows // spec.rows_per_unit)
+    num_units = _open_end(records, spec, folder) if spec.num_rows is None else -(-spec.num_rows // spec.rows_per_unit)
     missing = [u for u in range(num_units) if u not in records and not _late(u, records, spec, folder)]
     if missing:
         raise UnsealedError(
@@ -138,6 +133,25 @@ def _complete(records: dict[int, CommitRecord], spec: RunSpec, folder: StoreFold
         if rows != full and not (spec.num_rows is None and unit == num_units - 1):
             raise CorruptError(f"{folder.url}: unit {unit} holds {rows} rows, expected {full}")
     return [records[u] for u in range(num_units)]
+
+
+def _open_end(records: dict[int, CommitRecord], spec: RunSpec, folder: StoreFolder) -> int:
+    """Number of units of a store whose length is known at the seal only.
+
+    A writer that marks its last unit (`extra.end`) is held to it: without that mark a prepare that was killed in the
+    middle would be sealed as a shorter corpus, and nobody would see it.
+    """
+    num_units = max(records, default=-1) + 1
+    while _late(num_units, records, spec, folder):
+        num_units += 1
+    if not num_units:
+        raise UnsealedError(f"{folder.url}: no unit is committed; nothing to seal")
+    if num_units - 1 in records and records[num_units - 1].extra.get("end") is False:
+        raise UnsealedError(
+            f"{folder.url}: {num_units} units are committed, but the last one is not marked as the end of the input; "
+            "run prepare again to complete the store"
+        )
+    return num_units
 
 
 def _late(unit: int, records: dict[int, CommitRecord], spec: RunSpec, folder: StoreFolder) -> bool:
