@@ -125,7 +125,7 @@ def loss_figures(sums: dict[str, float]) -> dict[str, float | None]:
         "accuracy": mean("correct", "label_weight"),
         "entropy": mean("entropy", "weight"),
         "selected_share": mean("positions", "labelled"),
-        "kd_share": mean("kd_positions", "labelled"),
+        "kd_share": mean("kd_positions", "labelled") if sums["kd_weight"] > 0 else None,
         "effective_positions": sums["weight"] ** 2 / sums["squared_weight"] if sums["squared_weight"] > 0 else None,
     }
 

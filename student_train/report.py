@@ -12,16 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from potstill.common.errors import UserError
+from potstill.student_train.chart import chart, key
 from potstill.student_train.metrics import read_metrics
 from potstill.student_train.run_folder import read_done, read_run_config
 
-COLOURS = ("#1f6fb4", "#d1495b", "#2e8b57", "#8a5fbf", "#c77d11", "#4a4a4a", "#0f8b8d", "#a0522d")
-WIDTH, HEIGHT, LEFT, BOTTOM = 560, 240, 62, 34
-
 # Title, kind of record, figure on the y axis, figure on the x axis.
 CHARTS = (
-    ("Loss over tokens", "train", "loss", "tokens"),
-    ("Loss over wall time (s)", "train", "loss", "runtime_seconds"),
+    ("Training loss (each run's own objective) over tokens", "train", "loss", "tokens"),
+    ("Training loss (each run's own objective) over wall time (s)", "train", "loss", "runtime_seconds"),
     ("Cross-entropy over tokens", "train", "ce", "tokens"),
     ("KD term over tokens", "train", "kd", "tokens"),
     ("Agreement with the teacher over tokens", "train", "agreement", "tokens"),
@@ -55,7 +53,9 @@ td, th { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: right
 td:first-child, th:first-child { text-align: left; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(500px, 1fr)); gap: 1rem; }
 figure { margin: 0; } figcaption { font-weight: 600; } svg { width: 100%; height: auto; }
-.key { display: inline-block; width: .8em; height: .8em; margin-right: .35em; border-radius: 2px; }
+.legend { position: sticky; top: 0; background: #fff; padding: .5rem 0; border-bottom: 1px solid #ddd; }
+.legend span { margin-right: 1.4em; white-space: nowrap; }
+.legend .key { width: 34px; margin-right: .4em; vertical-align: middle; }
 """
 
 
@@ -104,42 +104,6 @@ def number(value: Any) -> str:
     return f"{int(value):,}" if isinstance(value, int | float) else str(value)
 
 
-def chart(title: str, series: list[tuple[str, list[tuple[float, float]]]]) -> str:
-    """One SVG figure; a series without points is left out, a chart without series is empty."""
-    points = [point for _, line in series for point in line]
-    if not points:
-        return ""
-    (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*points, strict=True))
-    x1, y1 = (x1 if x1 > x0 else x0 + 1), (y1 if y1 > y0 else y0 + abs(y0 or 1) * 0.1)
-
-    def place(x: float, y: float) -> str:
-        across = LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - 12)
-        return f"{across:.1f},{HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - BOTTOM - 12):.1f}"
-
-    parts = []
-    for step in range(5):
-        y, x = y0 + (y1 - y0) * step / 4, x0 + (x1 - x0) * step / 4
-        line_y, text_x = place(x0, y).split(",")[1], place(x, y0).split(",")[0]
-        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - 12}" y1="{line_y}" y2="{line_y}" stroke="#e4e4e4"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{line_y}" text-anchor="end" dy="4">{html.escape(number(y))}</text>')
-        parts.append(
-            f'<text x="{text_x}" y="{HEIGHT - 12}" text-anchor="middle">{html.escape(number(round(x)))}</text>'
-        )
-    for index, (_, line) in enumerate(series):
-        colour = COLOURS[index % len(COLOURS)]
-        path = " ".join(place(x, y) for x, y in line)
-        if len(line) == 1:
-            x, y = path.split(",")
-            parts.append(f'<circle cx="{x}" cy="{y}" r="3.5" fill="{colour}"/>')
-        elif line:
-            parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
-    inner = "".join(parts)
-    return (
-        f"<figure><figcaption>{html.escape(title)}</figcaption>"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" font-size="11" fill="#444" role="img">{inner}</svg></figure>'
-    )
-
-
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted keys of a configuration."""
     if isinstance(tree, dict) and tree:
@@ -159,24 +123,21 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def render(runs: Sequence[RunRecords]) -> str:
     """The page."""
     names = [run.name for run in runs]
-    keys = " &nbsp; ".join(
-        f'<span><span class="key" style="background:{COLOURS[i % len(COLOURS)]}"></span>{html.escape(name)}</span>'
-        for i, name in enumerate(names)
-    )
+    legend = "".join(f"<span>{key(i)}{html.escape(name)}</span>" for i, name in enumerate(names))
     states = ["done" if run.is_done else "not done" for run in runs]
-    figures = [[title, *(number(run.last(kind, key)) for run in runs)] for title, kind, key in TABLE]
+    figures = [[title, *(number(run.last(kind, name)) for run in runs)] for title, kind, name in TABLE]
+    figures = [row for row in figures if any(cell != "-" for cell in row[1:])]
     charts = [chart(title, [(run.name, run.points(kind, y, x)) for run in runs]) for title, kind, y, x in CHARTS]
     flat = [flatten(run.config) for run in runs]
-    keys_of_all = sorted({key for tree in flat for key in tree})
     differing = [
-        [key, *(str(tree.get(key, "-")) for tree in flat)]
-        for key in keys_of_all
-        if len({str(tree.get(key, "-")) for tree in flat}) > 1
+        [name, *(str(tree.get(name, "-")) for tree in flat)]
+        for name in sorted({name for tree in flat for name in tree})
+        if len({str(tree.get(name, "-")) for tree in flat}) > 1
     ]
     differences = table(["key", *names], differing) if differing else "<p>None (or a single run).</p>"
     return (
         f"<!doctype html><html lang='en'><meta charset='utf-8'><title>potstill report</title><style>{STYLE}</style>"
-        f"<h1>potstill: {html.escape(', '.join(names))}</h1><p>{keys}</p>"
+        f"<h1>potstill: {html.escape(', '.join(names))}</h1><div class='legend'>{legend}</div>"
         f"<h2>Final figures</h2>{table(['', *names], [['state', *states], *figures])}"
         f"<h2>Curves</h2><div class='charts'>{''.join(charts)}</div>"
         f"<h2>Differences of configuration</h2>{differences}</html>\n"

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from potstill.common.errors import UserError
+from potstill.student_train.chart import chart, tick_label, ticks, value_range
 from potstill.student_train.metrics import read_metrics
-from potstill.student_train.report import chart, write_report
+from potstill.student_train.report import write_report
 from tests.dist_harness import run_ranks
 from tests.student_train import tiny, workers
 
@@ -64,9 +65,33 @@ def test_one_page_with_all_runs(runs: list[Path], tmp_path: Path) -> None:
 def test_a_curve_is_where_its_numbers_are() -> None:
     svg = chart("x", [("a", [(0.0, 1.0), (5.0, 3.0), (10.0, 2.0)])])
     points = [tuple(map(float, p.split(","))) for p in re.search(r'points="([^"]*)"', svg).group(1).split()]
-    assert points[0][0] == 62 and points[2][0] == 548 and points[1][0] == 305
+    assert points[0][0] == 62 and points[2][0] == 534 and points[1][0] == 298
     assert points[1][1] < points[2][1] < points[0][1], "larger is higher"
     assert chart("x", [("a", [])]) == ""
+
+
+def test_ticks_are_round_and_inside() -> None:
+    assert ticks(0.0, 10.0) == [0, 2, 4, 6, 8, 10]
+    assert [tick_label(x) for x in ticks(20480, 818_998)] == ["200k", "400k", "600k", "800k"]
+    assert [tick_label(y) for y in ticks(0.0, 0.003)] == ["0", "0.001", "0.002", "0.003"]
+    assert [tick_label(v) for v in (1.5e6, 2e9, 9999.0, -25000.0, 0.66)] == ["1.5M", "2G", "9999", "-25k", "0.66"]
+    low, high = value_range([0.491, 7.47])
+    assert low == 0.0 and high == 8.0
+    for value in (1.0, 0.0, -3.0, 1e-7):
+        low, high = value_range([value, value])
+        assert low < value < high, "a curve that never changes is in the middle"
+
+
+@pytest.mark.parametrize("points", [[(1.0, 2.0)], [(1.0, 2.0), (2.0, 2.0)], [(5.0, 1e-9), (5e9, 3e9)]])
+def test_labels_stay_inside_the_figure(points: list[tuple[float, float]]) -> None:
+    svg = chart("x", [("a", points), ("b", points)])
+    labels = re.findall(r'<text x="([\d.]+)" y="([\d.]+)" text-anchor="(\w+)"[^>]*>([^<]*)<', svg)
+    assert len(labels) == svg.count("<text") >= 4
+    for x, y, anchor, text in labels:
+        width = 6.5 * len(text)
+        left = float(x) - (width if anchor == "end" else width / 2)
+        assert left >= 0 and left + width <= 560 and 0 < float(y) < 240, (text, x, y)
+    assert svg.count("stroke-dasharray") == (len(points) > 1), "the second run shows the first below it"
 
 
 def test_tensorboard_gets_the_figures(runs: list[Path]) -> None:
