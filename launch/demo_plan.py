@@ -30,7 +30,8 @@ class ModelSize:
     num_heads: int
     intermediate_size: int
     steps: int
-    learning_rate: float
+    batch_rows: int = 8
+    learning_rate: float = 3e-3
 
     def config(self, *, vocab_size: int, row_length: int) -> dict[str, Any]:
         """As Hugging Face's config.json."""
@@ -58,7 +59,6 @@ class DemoSize:
     vocab_size: int
     row_length: int
     heldout_fraction: float
-    batch_rows: int
     kept_entries: int
     check_export: bool
     teacher_ranks: int
@@ -68,17 +68,24 @@ class DemoSize:
 
 
 FULL = DemoSize(
-    corpus_bytes=3_200_000,
+    corpus_bytes=2_600_000,
     vocab_size=2048,
     row_length=256,
     heldout_fraction=0.05,
-    batch_rows=8,
     kept_entries=32,
     check_export=True,
     teacher_ranks=2,
-    teacher=ModelSize(hidden_size=160, num_layers=4, num_heads=4, intermediate_size=448, steps=500, learning_rate=3e-3),
+    teacher=ModelSize(
+        hidden_size=160,
+        num_layers=4,
+        num_heads=4,
+        intermediate_size=448,
+        steps=1200,
+        batch_rows=4,
+        learning_rate=2.5e-3,
+    ),
     slm=ModelSize(hidden_size=64, num_layers=2, num_heads=2, intermediate_size=192, steps=200, learning_rate=4e-3),
-    student=ModelSize(hidden_size=96, num_layers=2, num_heads=3, intermediate_size=256, steps=400, learning_rate=3e-3),
+    student=ModelSize(hidden_size=96, num_layers=2, num_heads=3, intermediate_size=256, steps=300, learning_rate=3e-3),
 )
 # For tests: every stage runs, the numbers mean little.
 QUICK = DemoSize(
@@ -86,7 +93,6 @@ QUICK = DemoSize(
     vocab_size=512,
     row_length=64,
     heldout_fraction=0.1,
-    batch_rows=8,
     kept_entries=32,
     check_export=False,
     teacher_ranks=1,
@@ -104,8 +110,8 @@ def student_config(size: DemoSize, root: Path, *, distilled: bool) -> dict[str, 
         "model": {"config": str(root / "configs" / "student")},
         "data": {
             "tokens": str(root / "data" / "train"),
-            "global_batch_rows": size.batch_rows,
-            "micro_batch_rows": size.batch_rows,
+            "global_batch_rows": size.student.batch_rows,
+            "micro_batch_rows": size.student.batch_rows,
         },
         "optimizer": {"lr": size.student.learning_rate},
         "schedule": {"kind": "cosine", "warmup": 0.05, "min_ratio": 0.05},
@@ -195,7 +201,7 @@ class _StageMaker:
         template = (
             f"train --preset lm --output {{root}}/runs/{name} --steps {model.steps} --num-ranks {ranks} "
             f"--model-config {{root}}/configs/{name} --tokens {{root}}/data/train --set run.name={name} "
-            f"data.global_batch_rows={{size.batch_rows}} data.micro_batch_rows={self.size.batch_rows // ranks} "
+            f"data.global_batch_rows={model.batch_rows} data.micro_batch_rows={model.batch_rows // ranks} "
             f"optimizer.lr={model.learning_rate} checkpoint.every_steps={max(10, model.steps // 8)} "
             "checkpoint.keep_last=1"
         )
