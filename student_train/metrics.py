@@ -38,21 +38,26 @@ PEAK_FLOPS = {
 
 @dataclass(frozen=True)
 class ModelCost:
-    """FLOPs of a token in the backbone and of a trained position in the head; `peak` is None for unknown devices."""
+    """FLOPs of a token in the backbone and of a trained position in the head.
 
-    per_token: float
+    `peak` is None for unknown devices, `per_token` where it is unknown how many experts a token passes through.
+    """
+
+    per_token: float | None
     per_position: float
     peak: float | None
 
     def utilisation(self, sums: dict[str, float], *, seconds: float, world_size: int) -> float | None:
         """Model FLOPs that were needed over what the devices could do (MFU)."""
-        if self.peak is None:
+        if self.peak is None or self.per_token is None:
             return None
         flops = self.per_token * sums["tokens"] + self.per_position * sums["positions"]
         return flops / (seconds * self.peak * world_size)
 
-    def saved_share(self, sums: dict[str, float]) -> float:
+    def saved_share(self, sums: dict[str, float]) -> float | None:
         """Share of the model's FLOPs that the token selector saved in the head."""
+        if self.per_token is None:
+            return None
         saved = self.per_position * (sums["labelled"] - sums["positions"])
         whole = self.per_token * sums["tokens"] + self.per_position * sums["labelled"]
         return saved / whole if whole else 0.0

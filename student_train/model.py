@@ -206,6 +206,11 @@ def hf_config(model: ModelConfig, *, vocab_size: int) -> Any:
             f"the student's vocab_size is {found}, but the tokens store holds ids below {vocab_size}; "
             f"set vocab_size to {vocab_size} or more, or prepare the text with the student's tokenizer"
         )
+    if getattr(config.get_text_config(), "router_aux_loss_coef", None):
+        log.warning(
+            "%s is a mixture of experts: its load balancing loss (router_aux_loss_coef) is not part of this loss",
+            config.model_type,
+        )
     if model.init_std is not None:
         config.initializer_range = model.init_std
     config.use_cache = False
@@ -282,3 +287,22 @@ def check_initial_std(hf: Any, config: Any) -> None:
 def count_parameters(module: nn.Module) -> int:
     """Parameters of the whole model, also when ZeRO-3 holds them in parts; tied ones once."""
     return sum(int(getattr(p, "ds_numel", p.numel())) for p in module.parameters())
+
+
+def active_parameters(module: nn.Module, config: Any) -> int | None:
+    """Parameters that one token passes through: all of a dense model, the chosen share of the experts of a mixture.
+
+    transformers holds the experts of a layer in parameters of a module named `experts`, and the router chooses
+    `num_experts_per_tok` of them. None when there are experts and the configuration does not say how many count.
+    """
+    experts = sum(
+        int(getattr(p, "ds_numel", p.numel())) for name, p in module.named_parameters() if ".experts." in name
+    )
+    if not experts:
+        return count_parameters(module)
+    chosen = getattr(config, "num_experts_per_tok", None)
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    available = next((getattr(config, name) for name in names if getattr(config, name, None)), None)
+    if not chosen or not available:
+        return None
+    return count_parameters(module) - experts + experts * int(chosen) // int(available)

@@ -41,7 +41,7 @@ from potstill.student_train.metrics import (
     head_flops_per_position,
     read_metrics,
 )
-from potstill.student_train.model import StudentModel, build_student, count_parameters, hf_config
+from potstill.student_train.model import StudentModel, active_parameters, build_student, count_parameters, hf_config
 from potstill.student_train.run_folder import DONE_FILE, pinned_values, prepare_run_folder, write_done, write_start
 from potstill.student_train.stop import StopRequest
 from potstill.student_train.stores import Stores, build_plan, check_objectives, open_stores
@@ -261,14 +261,17 @@ def heldout_evaluation(config: TrainConfig, stores: Stores, topology: Topology) 
 
 
 def model_cost(student: StudentModel, student_config: Any, row_length: int, topology: Topology) -> ModelCost:
-    """FLOPs per token and per trained position, and the device's peak (None when it is not in the table)."""
+    """FLOPs per token (by active parameters) and trained position, and the device's peak if it is in the table."""
     text = student_config.get_text_config()
     vocab, width = student.hf.lm_head.out_features, student.hf.lm_head.in_features
     tables = 1 if text.tie_word_embeddings else 2
     name = torch.cuda.get_device_name(topology.device) if topology.device.type == "cuda" else "cpu"
+    active = active_parameters(student, text)
     return ModelCost(
-        per_token=flops_per_token(
-            backbone_parameters=count_parameters(student) - tables * vocab * width,
+        per_token=None
+        if active is None
+        else flops_per_token(
+            backbone_parameters=active - tables * vocab * width,
             num_layers=text.num_hidden_layers,
             hidden_size=width,
             row_length=row_length,
