@@ -17,7 +17,8 @@ DISTILLED_HEAD = """\
 # word only where the true token is within the small model's reach; later all rows and all tokens.
 """
 LABELS_HEAD = """\
-# The same student, seed, rows and steps as distilled.yaml, but the labels are all it sees.
+# The same student, seed and steps as distilled.yaml, and the same rows but for its first stage, where a selector
+# chooses; here the labels are all it sees.
 """
 
 

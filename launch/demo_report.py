@@ -52,7 +52,8 @@ def verdict(root: Path) -> str:
     word = "ahead of" if distilled < labels else "BEHIND"
     return (
         f"The distilled student is {abs(labels - distilled):.4f} nats {word} the one that saw labels only "
-        "(held-out loss; same seed, rows and steps)."
+        "(held-out loss; same initial weights, seed of the order and number of steps; only in its first stage does the "
+        "selector choose the distilled student's rows). One seed: another may give another distance."
     )
 
 
