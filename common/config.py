@@ -10,10 +10,10 @@ import difflib
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from potstill.common.errors import ConfigError
 
@@ -22,6 +22,19 @@ class StrictModel(BaseModel):
     """Base of every configuration tree: unknown keys are refused, values cannot change after they were checked."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+def _place(value: object) -> object:
+    return Path(value) if isinstance(value, str) and "://" not in value else value
+
+
+# A folder, or a URL (s3://, gs://, az://), which stays text because a Path would eat one of its two slashes.
+StorePlace = Annotated[Path | str, BeforeValidator(_place)]
+
+
+def inside(place: Path | str, name: str) -> Path | str:
+    """The folder or URL of `name` below `place`."""
+    return place / name if isinstance(place, Path) else f"{place.rstrip('/')}/{name}"
 
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -21,7 +21,7 @@ from potstill.common.errors import UserError
 from potstill.common.progress import format_seconds
 from potstill.launch.command import DONE, Command
 from potstill.launch.options import add_config_options, read_config
-from potstill.teacher_dump.config import DumpConfig, SelectionConfig, StorePlace
+from potstill.teacher_dump.config import DumpConfig, PlaceText, SelectionConfig
 
 # Dense bfloat16 operations per second and memory, from the makers' data sheets.
 GPUS = {
@@ -42,7 +42,7 @@ _BACKWARD = 3.0  # a training step costs three forward passes
 class PlanConfig(StrictModel):
     """What to plan for."""
 
-    teacher: StorePlace = Field(description="Model whose configuration is read: folder or hub id")
+    teacher: PlaceText = Field(description="Model whose configuration is read: folder or hub id")
     tokens: int = Field(ge=1, description="Tokens to dump")
     row_length: int = Field(default=4096, ge=2, description="Tokens per row")
     selection: SelectionConfig = Field(
@@ -57,7 +57,7 @@ class PlanConfig(StrictModel):
     )
     batch_rows: int = Field(default=8, ge=1, description="Rows per forward pass of a calibration")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(default="auto", description="As in the dump")
-    student: StorePlace | None = Field(default=None, description="Student model, to plan its run as well")
+    student: PlaceText | None = Field(default=None, description="Student model, to plan its run as well")
     student_tokens: int | None = Field(
         default=None, ge=1, description="Tokens the student sees; None: those of the dump"
     )

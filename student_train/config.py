@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from potstill.common.config import StrictModel
+from potstill.common.config import StorePlace, StrictModel
 from potstill.student_train.config_stages import (
     Cosine,
     Curve,
@@ -119,11 +119,13 @@ class ModelConfig(StrictModel):
 class DataConfig(StrictModel):
     """Stores to read and the shape of a batch."""
 
-    tokens: Path = Field(description="Sealed tokens store")
-    heldout: Path | None = Field(default=None, description="Tokens store for evaluation")
-    heldout_targets: Path | None = Field(default=None, description="Targets store over heldout: adds agreement and KL")
-    targets: dict[str, Path] = Field(default_factory=dict, description="Name -> targets store over tokens")
-    scores: dict[str, Path] = Field(default_factory=dict, description="Name -> scores store over tokens")
+    tokens: StorePlace = Field(description="Sealed tokens store: folder or URL, as all stores here")
+    heldout: StorePlace | None = Field(default=None, description="Tokens store for evaluation")
+    heldout_targets: StorePlace | None = Field(
+        default=None, description="Targets store over heldout: adds agreement and KL"
+    )
+    targets: dict[str, StorePlace] = Field(default_factory=dict, description="Name -> targets store over tokens")
+    scores: dict[str, StorePlace] = Field(default_factory=dict, description="Name -> scores store over tokens")
     global_batch_rows: int = Field(ge=1, description="Rows per optimizer step over all ranks")
     micro_batch_rows: int = Field(
         default=1, ge=1, description="Rows per forward on one rank; accumulation follows from it"
@@ -308,8 +310,8 @@ class EvalConfig(StrictModel):
     """Evaluate a run or a Hugging Face folder on held-out rows."""
 
     model: Path = Field(description="Run folder (its newest checkpoint), a checkpoint folder, or a Hugging Face folder")
-    heldout: Path = Field(description="Sealed tokens store")
-    targets: Path | None = Field(
+    heldout: StorePlace = Field(description="Sealed tokens store")
+    targets: StorePlace | None = Field(
         default=None, description="Targets store over heldout: adds agreement and KL to the teacher"
     )
     max_rows: int | None = Field(default=None, ge=1, description="Rows to use; null takes all")

@@ -97,7 +97,9 @@ def find_tokenizer(config: ExportConfig, run: TrainConfig) -> Path | None:
                 f"tokenizer {config.tokenizer} holds no tokenizer files ({', '.join(TOKENIZER_FILES[:2])}, ...)"
             )
         return config.tokenizer
-    candidates = [run.model.path, run.data.tokens / "tokenizer", run.data.tokens.parent / "tokenizer"]
+    candidates = [run.model.path]
+    if isinstance(run.data.tokens, Path):
+        candidates += [run.data.tokens / "tokenizer", run.data.tokens.parent / "tokenizer"]
     try:
         named = StoreReader(run.data.tokens).spec.info.get("tokenizer")
         candidates.insert(1, Path(named) if isinstance(named, str) else None)

@@ -35,7 +35,7 @@ class Stores:
         return {"tokens": self.tokens.digest, **{name: reader.digest for name, reader in self.joined.items()}}
 
 
-def open_store(path: Path, kind: str, key: str) -> StoreReader:
+def open_store(path: Path | str, kind: str, key: str) -> StoreReader:
     """Open a sealed store of the given kind. Raises UserError naming the configuration key."""
     try:
         reader = StoreReader(path)

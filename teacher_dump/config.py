@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from potstill.common.config import StrictModel
+from potstill.common.config import StorePlace, StrictModel
 
 
 def _as_text(value: object) -> object:
@@ -15,7 +15,7 @@ def _as_text(value: object) -> object:
 
 
 # A folder, or s3://, gs://, az://: kept as text, because a Path would eat one of the two slashes.
-StorePlace = Annotated[str, BeforeValidator(_as_text)]
+PlaceText = Annotated[str, BeforeValidator(_as_text)]
 
 
 class TrainTokenizer(StrictModel):
@@ -31,12 +31,14 @@ class TrainTokenizer(StrictModel):
 class PrepareConfig(StrictModel):
     """Text files -> tokens stores `train/` and `heldout/` under `output`."""
 
-    input: list[StorePlace] = Field(min_length=1, description="Files, folders or globs, read in the order given")
-    output: Path = Field(description="Folder for the stores train/ and heldout/, and tokenizer/ if one is trained")
+    input: list[PlaceText] = Field(min_length=1, description="Files, folders or globs, read in the order given")
+    output: StorePlace = Field(
+        description="Folder (or URL) for the stores train/ and heldout/, and tokenizer/ if one is trained"
+    )
     text_field: str = Field(
         default="text", min_length=1, description="Field (JSON lines) or column (Parquet) with the text"
     )
-    tokenizer: StorePlace | None = Field(default=None, description="Hugging Face tokenizer: folder or hub id")
+    tokenizer: PlaceText | None = Field(default=None, description="Hugging Face tokenizer: folder or hub id")
     train_tokenizer: TrainTokenizer | None = Field(default=None, description="Train a tokenizer instead of naming one")
     row_length: int = Field(default=1024, ge=2, le=1 << 20, description="Tokens per row")
     rows_per_unit: int = Field(default=256, ge=1, le=1 << 20, description="Rows per unit of work and of commit")
@@ -58,6 +60,11 @@ class PrepareConfig(StrictModel):
     def _one_of_each(self) -> Self:
         if (self.tokenizer is None) == (self.train_tokenizer is None):
             raise ValueError("give exactly one of tokenizer and train_tokenizer")
+        if self.train_tokenizer is not None and isinstance(self.output, str):
+            raise ValueError(
+                "train_tokenizer writes a folder that later stages load, which an object store cannot hold: train it "
+                "with a local output first, then name that folder as tokenizer"
+            )
         if self.heldout_fraction and self.heldout_documents:
             raise ValueError("give at most one of heldout_fraction and heldout_documents")
         return self
@@ -66,14 +73,14 @@ class PrepareConfig(StrictModel):
 class EnsembleMember(StrictModel):
     """A further teacher, run with the settings of the first one."""
 
-    model: StorePlace = Field(min_length=1, description="Hugging Face causal language model: folder or hub id")
+    model: PlaceText = Field(min_length=1, description="Hugging Face causal language model: folder or hub id")
     weight: float = Field(default=1.0, gt=0, description="Its share in the mixture, beside the other weights")
 
 
 class TeacherConfig(StrictModel):
     """One model that reads rows: where it is and how it runs."""
 
-    model: StorePlace = Field(min_length=1, description="Hugging Face causal language model: folder or hub id")
+    model: PlaceText = Field(min_length=1, description="Hugging Face causal language model: folder or hub id")
     engine: Literal["hf", "zero3"] = Field(
         default="hf", description="hf: one device; zero3: a group of ranks is one worker"
     )
@@ -101,7 +108,7 @@ class TeacherConfig(StrictModel):
         default=True, description="Refuse a model whose own tokenizer is not that of the rows"
     )
     load_options: dict[str, Any] = Field(default_factory=dict, description="Passed on to from_pretrained")
-    checkpoints: list[StorePlace] = Field(
+    checkpoints: list[PlaceText] = Field(
         default_factory=list, description="Checkpoints of `model` (folders, or revisions), each into OUTPUT/NAME"
     )
     weight: float = Field(default=1.0, gt=0, description="Share of `model` in an ensemble")
@@ -133,8 +140,8 @@ class SelectionConfig(StrictModel):
 class WalkConfig(StrictModel):
     """What `dump` and `score` share: rows in, a store out, workers, and when to give up."""
 
-    tokens: StorePlace = Field(description="Sealed tokens store to read")
-    output: StorePlace = Field(description="Store to write")
+    tokens: PlaceText = Field(description="Sealed tokens store to read")
+    output: PlaceText = Field(description="Store to write")
     worker: int | None = Field(
         default=None, ge=0, description="Number of this worker; None: from the launcher's environment"
     )

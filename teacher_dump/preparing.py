@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from potstill.common.config import inside
 from potstill.common.errors import UserError
 from potstill.common.progress import Progress, format_seconds
 from potstill.storage import RunSpec, StoreWriter, TokensRow, seal_store
@@ -35,7 +36,7 @@ _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 256, 1 << 20
 class StoreSummary:
     """What one store holds."""
 
-    path: Path
+    path: Path | str
     documents: int
     rows: int
     tokens: int
@@ -59,7 +60,7 @@ class PrepareSummary:
     def format(self) -> str:
         """A few lines for a person."""
         lines = [
-            f"{store.path.name}: {store.documents} documents, {store.tokens} tokens in {store.rows} rows of "
+            f"{_last_part(store.path)}: {store.documents} documents, {store.tokens} tokens in {store.rows} rows of "
             f"{self.row_length} -> {store.path}"
             for store in self.stores
         ]
@@ -74,7 +75,7 @@ class PrepareSummary:
 class _Output:
     """One tokens store being written: packs documents, commits whole units, goes on where an earlier run ended."""
 
-    def __init__(self, path: Path, spec: RunSpec, *, force: bool) -> None:
+    def __init__(self, path: Path | str, spec: RunSpec, *, force: bool) -> None:
         self.path = path
         self._writer = StoreWriter.create(path, spec, force=force)
         records = self._writer.committed()
@@ -138,13 +139,14 @@ def prepare(config: PrepareConfig) -> PrepareSummary:
     if sum(file.num_bytes for file in files) == 0:
         raise UserError(f"input {config.input}: {len(files)} files, all empty; there is nothing to prepare")
     input_digest = digest_files(files)
-    config.output.mkdir(parents=True, exist_ok=True)
+    if isinstance(config.output, Path):
+        config.output.mkdir(parents=True, exist_ok=True)
     split = _make_split(config, files)
     source = _tokenizer_source(config, files, split, input_digest)
     encoder = text_encoder(source, append_eos=config.append_eos, add_bos=config.add_bos)
     spec = _run_spec(config, files, encoder, split, input_digest)
     outputs = {
-        name: _Output(config.output / name, spec(name), force=config.force)
+        name: _Output(inside(config.output, name), spec(name), force=config.force)
         for name in ((TRAIN, HELDOUT) if split.threshold else (TRAIN,))
     }
     bad_lines = _fill(config, files, split, encoder, outputs)
@@ -180,7 +182,7 @@ def _tokenizer_source(config: PrepareConfig, files: Sequence[InputFile], split: 
     if config.train_tokenizer is None:
         assert config.tokenizer is not None
         return config.tokenizer
-    folder = config.output / "tokenizer"
+    folder = Path(config.output) / "tokenizer"  # a place of its own kind is refused by the configuration
     reader = _reader(config, files)
     with Progress(sum(file.num_bytes for file in files), unit="bytes", description="train tokenizer") as progress:
 
@@ -277,8 +279,12 @@ def _batches(reader: DocumentReader) -> Iterator[list[Document]]:
         yield batch
 
 
-def _nothing_in(path: Path, bad_lines: int) -> str:
-    if path.name == HELDOUT:
+def _last_part(path: Path | str) -> str:
+    return str(path).rsplit("/", 1)[-1]
+
+
+def _nothing_in(path: Path | str, bad_lines: int) -> str:
+    if _last_part(path) == HELDOUT:
         return (
             f"{path}: no document fell into the held-out part; the input is too small for this heldout_fraction, "
             "raise it or set heldout_documents"
