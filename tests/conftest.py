@@ -6,6 +6,7 @@ The environment is set before anything imports torch, so that child processes in
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # DeepSpeed 0.19 still calls two collectives that torch 2.13 marks as old: one warning for each process.
 os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning:torch.distributed.c10d_logger")
+
+
+# A shell that runs the tests in the background has them ignore SIGINT, and so would each process that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _has_gpu() -> bool:

@@ -291,19 +291,23 @@ def test_close_joins_threads_even_while_a_read_blocks(stores, monkeypatch):
     assert not [t for t in threading.enumerate() if t.name.startswith("potstill-loader")]
 
 
-def test_prefetch_hides_slow_storage(stores, monkeypatch):
-    """0.1 s per read: with reads in parallel and ahead of the consumer, the wait stays near zero."""
+def test_slow_reads_run_side_by_side_and_ahead_of_the_consumer(stores, monkeypatch):
+    """What hides slow storage: while the consumer holds a batch, all those ahead of it are being read at once."""
     tokens, _ = stores
     rows = type(tokens).rows
-    monkeypatch.setattr(type(tokens), "rows", lambda self, ids: time.sleep(0.1) or rows(self, ids))
+    depth = 4
+    together = threading.Barrier(depth)  # a read comes back only when all of them have begun
+
+    def slow_rows(self, ids):
+        together.wait(timeout=20)
+        return rows(self, ids)
+
+    monkeypatch.setattr(type(tokens), "rows", slow_rows)
     plan = EpochPlan(NUM_ROWS, global_batch=2, seed=1)
-    with Loader(plan, tokens, {}, prefetch_batches=6, num_threads=6) as loader:
-        next(loader)
-        waited = loader.data_wait_seconds
-        for _ in range(8):
-            time.sleep(0.08)
-            next(loader)
-        assert loader.data_wait_seconds - waited < 8 * 0.1 * 0.5
+    with Loader(plan, tokens, {}, prefetch_batches=depth, num_threads=depth) as loader:
+        got = [next(loader).batch for _ in range(depth)]
+        assert got == list(range(depth))
+        together.abort()
 
 
 CHILD = """
