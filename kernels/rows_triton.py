@@ -21,7 +21,7 @@ from potstill.kernels.triton_kernels import dense_grad_kernel, scale_kernel, sta
 # Columns per step of a row kernel, on 8 warps. Wider ones would need more than 64 registers per thread, and
 # 65536 columns spill 15 KB of them.
 MAX_BLOCK = 8192
-HALF_BLOCK = 4096  # a soft cap needs more registers per element
+HALF_BLOCK = 4096  # a soft cap, or a second temperature of float32 rows, needs more registers per element
 SCALE_BLOCK = 16384
 TILES_PER_PROGRAM = 32  # 2048 elements on 4 warps
 
@@ -31,9 +31,10 @@ def fill_of(dtype: torch.dtype) -> float:
     return -65504.0 if dtype == torch.float16 else -1e30
 
 
-def block_shape(vocab_size: int, width: int, *, capped: bool) -> dict[str, int]:
+def block_shape(vocab_size: int, width: int, dtype: torch.dtype, settings: LossSettings) -> dict[str, int]:
     """Block sizes and warps of the row kernels for rows of V columns and F fix-ups."""
-    block = min(HALF_BLOCK if capped else MAX_BLOCK, max(256, triton.next_power_of_2(vocab_size)))
+    heavy = settings.soft_cap is not None or (dtype == torch.float32 and settings.temperature != 1.0)
+    block = min(HALF_BLOCK if heavy else MAX_BLOCK, max(256, triton.next_power_of_2(vocab_size)))
     return {
         "BV": block,
         "BF": max(16, triton.next_power_of_2(width)),
@@ -68,7 +69,7 @@ def row_stats(slab: Tensor, fix: FixSet, settings: LossSettings, *, keep_exp: bo
         TWO=settings.temperature != 1.0,
         CAP=settings.soft_cap is not None,
         FILL=fill_of(slab.dtype),
-        **block_shape(vocab_size, width, capped=settings.soft_cap is not None),
+        **block_shape(vocab_size, width, slab.dtype, settings),
     )
     return RowStats(fixed, *out.unbind(0)), used
 
@@ -105,7 +106,7 @@ def row_gradient(
         TWO=not single and settings.plain_gradient,
         CAP=cap is not None,
         FILL=fill_of(slab.dtype),
-        **block_shape(vocab_size, width, capped=settings.soft_cap is not None),
+        **block_shape(vocab_size, width, slab.dtype, settings),
     )
     return slab
 

@@ -16,9 +16,10 @@ import pytest
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
-# 64 a thread keep four blocks of 256 threads on an SM. With the second temperature sm_80 needs up to 79 (three
-# blocks); a thread of gfx942 may have 128 before its occupancy falls.
-REGISTERS = {"sm_80": 80, "sm_90": 64, "gfx942": 96}
+# 64 a thread keep four blocks of 256 threads on an SM; a thread of gfx942 may have 128 before its occupancy falls.
+REGISTERS = {"sm_80": 64, "sm_90": 64, "gfx942": 96}
+# triton 3.6 needs up to 79 on sm_80 with the second temperature: three blocks on an SM.
+REGISTERS_BEFORE_3_7 = {**REGISTERS, "sm_80": 80}
 SPEED_CASES = ["stats-bf16", "grad-bf16", "stats-bf16-two"]
 
 
@@ -51,15 +52,25 @@ def test_kernels_equal_their_twins_in_the_interpreter() -> None:
             assert found["loss"] < 3e-6 and found["sums"] < 5e-6, (case, found)
 
 
+def instructions(case: str) -> float:
+    """Machine instructions per logit that a loop may take. Over 15: tanh of a soft cap; and float32 rows with a second
+    temperature (15.25), whose half blocks, taken for 64 registers, have half the elements to spread the loop over."""
+    if "cap" in case:
+        return 34
+    return 15.25 if case == "stats-fp32-two" else 15
+
+
 def check_budget(table: dict) -> None:
+    is_old = tuple(int(part) for part in table["triton"].split(".")[:2]) < (3, 7)
+    registers = REGISTERS_BEFORE_3_7 if is_old else REGISTERS
     for case, targets in table["cases"].items():
         for target, cost in targets.items():
             where = f"{case} on {target} (triton {table['triton']}): {cost}"
             assert cost["spilled"] == 0, where
-            assert cost["registers"] <= REGISTERS[target], where
+            assert cost["registers"] <= registers[target], where
             assert cost["wide_loads"] > 0, where
             for count in cost.get("per_element", []):
-                assert count <= (15 if "cap" not in case else 34), where
+                assert count <= instructions(case), where
             if target != "gfx942" and not case.startswith("tiles"):
                 assert cost["per_element"], f"no loop found: {where}"
 
