@@ -10,6 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from potstill.kernels import rows_torch
+from potstill.kernels.arguments import make_plan, with_defaults
 from potstill.kernels.divergences import DIVERGENCES
 from potstill.kernels.loss import (
     LossSums,
@@ -18,6 +20,7 @@ from potstill.kernels.loss import (
     sparse_loss,
     token_statistics,
 )
+from potstill.kernels.objective import RowStats, build_fix_set, row_terms
 from potstill.kernels.types import SparseTargetTensors
 from tests.kernels.reference import as_draws, make_targets
 
@@ -218,6 +221,39 @@ def test_chunks_do_not_matter(temperature: float) -> None:
     for other in results[1:]:
         torch.testing.assert_close(other[0], results[0][0], rtol=1e-13, atol=0)
         torch.testing.assert_close(other[2:], results[0][2:], rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_statistics_of_vocabulary_shards_merge_to_those_of_the_whole(temperature: float) -> None:
+    """Sums of exp merge exactly in any split of the vocabulary, so that ranks may hold shards of the head."""
+    hidden, weight, labels = inputs()
+    logits = (hidden @ weight.T).detach()
+    targets = make_targets(N, V, [5, 0, 2])
+    options = with_defaults({"alpha": 0.5, "temperature": temperature, "z_loss": 1e-3})
+    plan = make_plan(options, targets=targets, labels=labels, num_tokens=N, vocab_size=V, like=logits)
+    fix = build_fix_set(targets, labels, torch.arange(N), plan.settings, width=plan.width, dtype=torch.float64)
+
+    def statistics(start: int, stop: int) -> RowStats:
+        here = fix.used & (fix.ids >= start) & (fix.ids < stop)
+        shard = dataclasses.replace(fix, ids=torch.where(here, fix.ids - start, 0), used=here, kept=fix.kept & here)
+        return rows_torch.row_stats(logits[:, start:stop].clone(), shard, plan.settings, keep_exp=False)[0]
+
+    parts = [statistics(start, stop) for start, stop in ((0, 1), (1, 17), (17, V))]
+    log_rest = torch.stack([part.log_rest for part in parts])
+    merged = RowStats(
+        fix=torch.stack([part.fix for part in parts]).amax(0),
+        log_rest=log_rest.logsumexp(0),
+        log_rest_t=torch.stack([part.log_rest_t for part in parts]).logsumexp(0),
+        mean_rest=(torch.stack([part.mean_rest for part in parts]) * log_rest.softmax(0)).sum(0),
+        row_max=torch.stack([part.row_max for part in parts]).amax(0),
+    )
+    ones = torch.ones(N, dtype=torch.float64)
+    expected, got = (
+        row_terms(stats, fix, plan.settings, factors=plan.factors, weights=ones, kd_weights=ones)
+        for stats in (statistics(0, V), merged)
+    )
+    for name in ("loss", "sums", "fix_grad", "dense_t", "dense_1"):
+        torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=1e-12, atol=1e-14, msg=name)
 
 
 def test_kd_weights_touch_the_kd_term_only() -> None:
