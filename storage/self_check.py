@@ -44,34 +44,40 @@ def check_alignment(tokens: StoreReader, targets: StoreReader, *, num_rows: int 
     """Recompute label log-probabilities from the entries in row 0 and some others; catches a shift by one token.
 
     Where the label tokens[t+1] is among the entries of targets[t], its log-probability must equal the stored label
-    column. Raises MismatchError below 99% agreement; needs stores with a label column and log-probabilities.
+    column; where that column says more than the least entry kept, the label must be among them. Raises MismatchError
+    below 99% agreement; needs stores with a label column and log-probabilities.
     """
     num_rows = min(num_rows + 1, targets.num_rows)
     picks = permute(np.arange(num_rows), targets.num_rows, seed=0, epoch=0) if num_rows else np.zeros(0, np.int64)
     rows = sorted({0, *picks.tolist()}) if num_rows else []
-    totals = np.zeros(3, np.int64)
+    totals = np.zeros(4, np.int64)
     for row in rows:
         found_tokens, found_targets = tokens.row(row), targets.row(row)
         assert isinstance(found_tokens, TokensRow) and isinstance(found_targets, TargetsRow)
         totals += _row_agreement(found_tokens, found_targets, targets.url)
-    labels, kept, agreeing = (int(x) for x in totals)
-    if labels and (not kept or agreeing < MIN_FRACTION * kept):
+    labels, kept, agreeing, absent = (int(x) for x in totals)
+    if agreeing < MIN_FRACTION * (kept + absent):
         raise MismatchError(
             f"{targets.url}: of {labels} labels {kept} are among the entries and {agreeing} of these agree with the "
-            "label column; the targets are shifted or belong to other tokens"
+            f"label column, {absent} should be there and are not; the targets are shifted or belong to other tokens"
         )
     return AlignmentReport(len(rows), labels, kept, agreeing)
 
 
-def _row_agreement(tokens: TokensRow, row: TargetsRow, where: str) -> tuple[int, int, int]:
+def _row_agreement(tokens: TokensRow, row: TargetsRow, where: str) -> tuple[int, int, int, int]:
+    """Labels, those among the entries, those of them that agree, and those that should be there and are not."""
     targets = row.targets
     if targets.label_logprob is None or targets.logprobs is None:
         raise StoreError(f"{where}: row {row.row} has no label column or no log-probabilities to check against")
     labels = np.append(tokens.tokens[1:], -1)
     labels[np.cumsum(tokens.doc_lens) - 1] = -1
-    of_entry = np.repeat(np.arange(targets.num_tokens), np.diff(targets.offsets))
+    counts = np.diff(targets.offsets)
+    of_entry = np.repeat(np.arange(targets.num_tokens), counts)
     hits = targets.ids == labels[of_entry]
-    wanted = targets.label_logprob[of_entry[hits]]
-    close = np.abs(targets.logprobs[hits] - wanted) <= TOLERANCE_NATS
-    has_label = (labels >= 0) & (np.diff(targets.offsets) > 0)
-    return int(has_label.sum()), int(hits.sum()), int(close.sum())
+    close = np.abs(targets.logprobs[hits] - targets.label_logprob[of_entry[hits]]) <= TOLERANCE_NATS
+    has_label = (labels >= 0) & (counts > 0)
+    least = np.zeros(targets.num_tokens, np.float32)
+    least[counts > 0] = targets.logprobs[targets.offsets[1:][counts > 0] - 1]  # entries go down
+    expected = has_label & (targets.label_logprob > least + TOLERANCE_NATS)
+    expected[of_entry[hits]] = False
+    return int(has_label.sum()), int(hits.sum()), int(close.sum()), int(expected.sum())

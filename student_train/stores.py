@@ -11,7 +11,7 @@ from typing import cast
 
 from potstill.common.errors import UserError
 from potstill.kernels.divergences import DIVERGENCES
-from potstill.storage import StoreError, StoreReader
+from potstill.storage import StoreError, StoreReader, TargetsRow, check_alignment
 from potstill.student_train.config import Scalar, TrainConfig
 from potstill.student_train.curriculum import CurriculumPlan, total_steps
 from potstill.student_train.objective import StepObjective, step_objective
@@ -63,6 +63,31 @@ def check_joined(reader: StoreReader, tokens: StoreReader, *, key: str, tokens_k
             )
 
 
+def check_targets(targets: StoreReader, tokens: StoreReader, *, key: str) -> None:
+    """See on some rows that the targets stand at the tokens they are for. Raises UserError; a shift by one trains.
+
+    Stores of draws, or without the label column, hold nothing to compare with, which is said.
+    """
+    first = targets.row(0)
+    assert isinstance(first, TargetsRow)
+    if first.targets.logprobs is None or first.targets.label_logprob is None:
+        log.info("%s holds no log-probabilities of labels: its alignment with the tokens cannot be checked", key)
+        return
+    try:
+        check_alignment(tokens, targets)
+    except StoreError as error:
+        raise UserError(f"{key}: {error}; dump it again from the tokens store that you train on") from error
+
+
+def unused_columns(config: TrainConfig, name: str) -> frozenset[str]:
+    """Columns of targets store `name` that no stage looks at, so that they need not be decoded."""
+    selecting = any(name in stage.tokens.stores() for stage in config.curriculum if stage.tokens is not None)
+    temperatures = [config.objective.temperature, *(stage.temperature for stage in config.curriculum)]
+    is_plain = all(value is None or set(scalar_bounds(value)) == {1.0} for value in temperatures)
+    side = frozenset() if selecting else frozenset({"entropy", "label", "label_rank"})
+    return side | (frozenset({"tail_at"}) if is_plain else frozenset())
+
+
 def open_stores(config: TrainConfig) -> Stores:
     """Open and cross-check every store of a run. Raises UserError."""
     data = config.data
@@ -73,6 +98,9 @@ def open_stores(config: TrainConfig) -> Stores:
             key = f"data.{kind}.{name}"
             joined[name] = open_store(path, kind, key)
             check_joined(joined[name], tokens, key=key, tokens_key="data.tokens")
+            if kind == "targets":
+                check_targets(joined[name], tokens, key=key)
+                joined[name] = StoreReader(path, skip=unused_columns(config, name))
     heldout = heldout_targets = None
     if data.heldout is not None:
         heldout = open_store(data.heldout, "tokens", "data.heldout")
@@ -83,6 +111,7 @@ def open_stores(config: TrainConfig) -> Stores:
     if data.heldout_targets is not None and heldout is not None:
         heldout_targets = open_store(data.heldout_targets, "targets", "data.heldout_targets")
         check_joined(heldout_targets, heldout, key="data.heldout_targets", tokens_key="data.heldout")
+        check_targets(heldout_targets, heldout, key="data.heldout_targets")
     return Stores(tokens, joined, heldout, heldout_targets)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from potstill.common.errors import ConfigError, UserError
-from potstill.storage import StoreWriter
+from potstill.storage import SparseTargets, StoreReader, StoreWriter, TargetsRow, TokensRow, seal_store
 from potstill.student_train.config import TrainConfig
 from potstill.student_train.distributed import accumulation_steps, world_from_environment
 from potstill.student_train.model import hf_config
@@ -48,6 +50,44 @@ def test_a_store_of_the_wrong_kind_or_none_at_all(stores, tmp_path: Path) -> Non
     message = refused({**stores, "teacher": stores["scores"]})
     assert "data.targets.teacher" in message and "scores store" in message and "targets" in message
     assert "data.tokens" in refused({**stores, "tokens": tmp_path / "nowhere"})
+
+
+def test_targets_that_stand_one_token_off(stores, tmp_path: Path) -> None:
+    """A dump that is shifted trains without an error and teaches the wrong thing: it must not get that far."""
+    spec, table = StoreReader(stores["teacher"]).spec, tiny.transition()
+    tokens = StoreReader(stores["tokens"])
+    rows = [
+        tiny.targets_row(row, table, temperatures=spec.temperatures)
+        for row in tokens.rows(range(tokens.num_rows))
+        if isinstance(row, TokensRow)
+    ]
+    for number, row in enumerate(rows):
+        filled = np.flatnonzero(np.diff(row.targets.offsets))
+        assert row.targets.label_logprob is not None
+        labels = row.targets.label_logprob.copy()
+        labels[filled] = np.roll(labels[filled], 1)
+        rows[number] = replace(row, targets=replace(row.targets, label_logprob=labels))
+    writer = StoreWriter.create(tmp_path / "shifted", spec)
+    for unit in writer.todo():
+        writer.commit_unit(unit, [rows[number] for number in writer.unit_rows(unit)])
+    seal_store(tmp_path / "shifted")
+    message = refused({**stores, "teacher": tmp_path / "shifted"})
+    assert "data.targets.teacher" in message and "shifted or belong to other tokens" in message
+
+
+def test_columns_that_no_stage_looks_at_are_left_alone(stores) -> None:
+    def first(**stage: Any) -> SparseTargets:
+        tree = tiny.config_tree(stores, Path("run"), curriculum=[{"targets": "teacher", **stage}])
+        row = open_stores(workers.config_of(tree)).joined["teacher"].row(0)
+        assert isinstance(row, TargetsRow)
+        return row.targets
+
+    plain = first()
+    assert plain.label_logprob is None and plain.entropy is None and plain.label_rank is None and not plain.log_tail_at
+    assert 2.0 in first(temperature=2.0).log_tail_at
+    chosen = first(tokens={"policy": "label_rank", "source": "teacher", "max_rank": 4})
+    assert chosen.label_rank is not None
+    np.testing.assert_array_equal(chosen.ids, plain.ids)
 
 
 def test_an_unsealed_store(stores, tmp_path: Path) -> None:
