@@ -37,8 +37,40 @@ from potstill.student_train.metrics import read_metrics
 ROWS_PER_UNIT = 64
 
 
+def made_up_targets(labels: np.ndarray, *, vocab_size: int, top_k: int, rng: np.random.Generator) -> SparseTargets:
+    """Targets of one row: `top_k` ids spread over the vocabulary, with Zipf-like masses that sum to 0.95.
+
+    labels int64 [n], the next token, or -1 where there is no target. Each is drawn from its own distribution, as a real
+    text would be; the label's column says what the entries say, or the even share of the tail.
+    """
+    mass = 1.0 / np.arange(1, top_k + 1)
+    mass *= 0.95 / mass.sum()
+    stride = vocab_size // (top_k + 1)  # >= 1, so that the ids of a position differ
+    has_target = labels >= 0
+    next_token = labels[has_target]  # [m]
+    place = rng.choice(top_k + 1, size=len(next_token), p=np.append(mass, 1.0 - mass.sum()))
+    first = np.where(place < top_k, next_token - stride * place, rng.integers(0, vocab_size, len(next_token)))
+    ids = (first[:, None] + stride * np.arange(top_k)) % vocab_size  # [m, k]
+    hit = ids == next_token[:, None]
+    log_mass, log_other = np.log(mass), np.log(0.05 / (vocab_size - top_k))
+    label_logprob, label_rank = np.zeros(len(labels), np.float32), np.full(len(labels), 255, np.int32)
+    label_logprob[has_target] = np.where(hit.any(1), log_mass[hit.argmax(1)], log_other)
+    label_rank[has_target] = np.minimum(np.where(hit.any(1), hit.argmax(1), top_k), 255)
+    entropy = -(mass * log_mass).sum() - 0.05 * log_other
+    return SparseTargets.build(
+        offsets=np.concatenate([[0], np.cumsum(has_target * top_k)]).astype(np.int64),
+        ids=ids.reshape(-1).astype(np.int32),
+        logprobs=np.tile(log_mass.astype(np.float32), len(next_token)),
+        log_tail=np.where(has_target, np.float32(np.log(0.05)), np.float32(0.0)),
+        entropy=np.where(has_target, entropy, 0.0).astype(np.float32),
+        label_logprob=label_logprob,
+        label_rank=label_rank,
+        vocab_size=vocab_size,
+    )
+
+
 def synthetic_stores(folder: Path, *, num_rows: int, row_length: int, vocab_size: int, top_k: int) -> None:
-    """Random tokens in two documents per row, and top-k targets with Zipf-like masses over random ids."""
+    """Random tokens in two documents per row, and top-k targets in whose distributions these tokens are likely."""
     rng = np.random.default_rng(0)
     common = {"row_length": row_length, "rows_per_unit": ROWS_PER_UNIT, "vocab_size": vocab_size}
     common["tokenizer_digest"] = "0" * 64
@@ -46,8 +78,6 @@ def synthetic_stores(folder: Path, *, num_rows: int, row_length: int, vocab_size
     doc_lens = np.array([half, row_length - half], np.int32)
     rows = [TokensRow(n, rng.integers(0, vocab_size, row_length, np.int32), doc_lens) for n in range(num_rows)]
     _write(folder / "tokens", RunSpec(kind="tokens", num_rows=None, **common), rows)
-    mass = 1.0 / np.arange(1, top_k + 1)
-    log_p = np.log(0.95 * mass / mass.sum()).astype(np.float32)
     spec = RunSpec(
         kind="targets",
         num_rows=num_rows,
@@ -56,24 +86,11 @@ def synthetic_stores(folder: Path, *, num_rows: int, row_length: int, vocab_size
         teacher={"id": "synthetic", "weights_digest": "0" * 64, "dtype": "float32", "engine": "none"},
         **common,
     )
-    has_target = np.ones(row_length, bool)
-    has_target[[half - 1, row_length - 1]] = False
-    offsets = np.concatenate([[0], np.cumsum(has_target * top_k)]).astype(np.int64)
-    num_targets = int(has_target.sum())
 
     def targets(row: TokensRow) -> TargetsRow:
-        starts = rng.integers(0, vocab_size, num_targets)
-        ids = (starts[:, None] + 7 * np.arange(top_k)) % vocab_size
-        built = SparseTargets.build(
-            offsets=offsets,
-            ids=ids.reshape(-1).astype(np.int32),
-            logprobs=np.tile(log_p, num_targets),
-            log_tail=np.where(has_target, np.float32(np.log(0.05)), np.float32(0.0)),
-            entropy=np.where(has_target, 2.0, 0.0).astype(np.float32),
-            label_logprob=np.where(has_target, -5.0, 0.0).astype(np.float32),
-            label_rank=np.where(has_target, 20, 255).astype(np.int32),
-            vocab_size=vocab_size,
-        )
+        labels = np.append(row.tokens[1:], -1).astype(np.int64)
+        labels[half - 1] = -1
+        built = made_up_targets(labels, vocab_size=vocab_size, top_k=top_k, rng=rng)
         return TargetsRow(row.row, token_digest(row.tokens, row.doc_lens), built)
 
     _write(folder / "targets", spec, [targets(row) for row in rows])
