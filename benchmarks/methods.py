@@ -1,110 +1,258 @@
-"""One preset against label-only training and plain KD: same stores, student, steps and learning rate, several seeds.
+"""Presets against label-only training and plain KD: same stores, student, steps and learning rate, several seeds.
 
     python -m benchmarks.methods --preset salt --tokens data/train --heldout data/heldout --targets teacher=targets \
-        --scores slm=scores --model-config configs/small --steps 400 --seeds 3
+        --scores slm=scores --model-config configs/small --steps 400 --seeds 3 --work runs/methods
+    python -m benchmarks.methods --all --data ../shared/data --work runs/methods --output benchmarks/results/methods.md
 
-Prints mean and spread (standard deviation over seeds) of the final held-out loss and calibration error, and the steps
-after which an arm first reaches the final held-out loss of the label-only run of its seed; the last line is JSON.
+The first form compares one preset on your stores. The second makes stores of real text, runs every preset and writes
+the table. Runs stand in --work under the digest of their configuration: what is done is not done again, presets share
+the baselines that are equal, and the command started again goes on. Printed are means and spreads (standard
+deviations over seeds) of the held-out loss and the calibration error at the end, the differences to plain KD and to
+labels by seed, and the steps after which an arm first reaches the final loss of the label-only run of its seed; the
+last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-import statistics
+import os
+import sys
 import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from potstill.common.config import build_config, load_config
-from potstill.launch.presets import find_preset
-from potstill.student_train import train
+import yaml
+
+from benchmarks.methods_report import PresetResult, table, write_report
+from benchmarks.methods_stores import RealText
+from potstill.common.config import load_config
+from potstill.common.errors import UserError
+from potstill.launch.demo import say
+from potstill.launch.presets import find_preset, list_presets
+from potstill.launch.processes import count_devices, start
+from potstill.launch.stages import Stage, StageRunner, Starter
+from potstill.launch.warm import WarmChild, warm_up
 from potstill.student_train.config import TrainConfig
-from potstill.student_train.distributed import stop_distributed
 from potstill.student_train.metrics import read_metrics
 
-EVALUATIONS = 20
+PLAIN_KD = {"alpha": 0.9}  # forward KL at T = 1 with the tail bucket: the defaults of `objective`
+STUDENT: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 96,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+}
 
 
-def named_paths(pairs: list[str]) -> dict[str, str]:
-    """NAME=PATH words as a mapping."""
-    return dict(pair.split("=", 1) for pair in pairs)
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What all arms have in common, and where their runs stand."""
+
+    work: Path
+    tokens: str
+    heldout: str
+    targets: dict[str, str]
+    scores: dict[str, str]
+    model: Any
+    steps: int = 400
+    batch_rows: int = 8
+    micro_batch_rows: int = 8
+    seeds: int = 3
+    evaluations: int = 10
+    heldout_rows: int | None = None
+    overrides: tuple[str, ...] = ()
+    kd_targets: str | None = None  # store of the plain KD arm; None: the preset's last one
+    renamed: dict[str, str] = field(default_factory=dict)  # a preset's store name -> one of `targets`
+
+    def arms(self, preset: str) -> dict[str, dict[str, Any]]:
+        """Configuration of each arm: the preset, and two that differ from it in curriculum and objective alone."""
+        loaded = load_config(TrainConfig, find_preset(preset).path, [*self.overrides]).model_dump(mode="json")
+        wanted = {name: self.targets[self.renamed.get(name, name)] for name in loaded["data"]["targets"]}
+        tree = self._common(loaded)
+        used = [stage["targets"] for stage in tree["curriculum"] if stage["targets"] is not None]
+        labels = {**tree, "curriculum": [{}], "objective": {}}
+        arms = {"labels": labels}
+        if used:
+            store = self.targets[self.kd_targets] if self.kd_targets else wanted[used[-1]]
+            data = {**tree["data"], "targets": {"teacher": store}}
+            arms["kd"] = {**labels, "data": data, "curriculum": [{"targets": "teacher"}], "objective": PLAIN_KD}
+        scores = {name: self.scores[name] for name in loaded["data"]["scores"]}
+        arms[preset] = {**tree, "data": {**tree["data"], "targets": wanted, "scores": scores}}
+        return arms
+
+    def _common(self, tree: dict[str, Any]) -> dict[str, Any]:
+        data = {**tree["data"], "tokens": self.tokens, "heldout": self.heldout, "targets": {}, "scores": {}}
+        data |= {"global_batch_rows": self.batch_rows, "micro_batch_rows": self.micro_batch_rows}
+        model = tree["model"] if self.model is None else {**tree["model"], "config": self.model}
+        run = {"name": "methods", "output_dir": "", "seed": 0, "max_steps": self.steps, "num_threads": 1}
+        return {
+            **tree,
+            "run": run,
+            "model": model,
+            "data": data,
+            "eval": {"every_steps": max(1, self.steps // self.evaluations), "max_rows": self.heldout_rows},
+            "checkpoint": {"keep_last": 1},
+        }
+
+    def folder(self, tree: dict[str, Any], seed: int) -> Path:
+        """Where the run of this configuration stands; equal configurations stand in one place."""
+        digest = hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
+        return self.work / "runs" / f"{digest}-{seed}"
+
+    def stages(self, presets: list[str]) -> list[Stage]:
+        """All runs of all arms that these presets need, each once; their configurations are written."""
+        made: dict[str, Stage] = {}
+        for seed in range(self.seeds):  # one seed of everything first, so that a table can be made early
+            for preset in presets:
+                for tree in self.arms(preset).values():
+                    stage = self._stage(tree, seed)
+                    made[stage.name] = stage
+        return list(made.values())
+
+    def _stage(self, tree: dict[str, Any], seed: int) -> Stage:
+        folder = self.folder(tree, seed)
+        path = folder.parent.parent / "configs" / f"{folder.name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tree = {**tree, "run": {**tree["run"], "output_dir": str(folder), "seed": seed}}
+        path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+        command = ("potstill", "train", "--config", str(path), "--num-ranks", "1")
+        return Stage(name=folder.name, command=command, is_done=(folder / "done.json").is_file)
+
+    def result(self, preset: str) -> PresetResult:
+        """The evaluations of all arms and seeds, read from the run folders."""
+        found = {}
+        for name, tree in self.arms(preset).items():
+            runs = [read_metrics(self.folder(tree, seed)) for seed in range(self.seeds)]
+            found[name] = [[record for record in run if record["kind"] == "eval"] for run in runs]
+        return PresetResult(preset, found)
 
 
-def arms_of(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Configuration of each arm as plain values: the preset, and two that differ from it in the curriculum alone."""
-    overrides = [f"run.max_steps={options.steps}", f"data.tokens={options.tokens}", f"data.heldout={options.heldout}"]
-    overrides += [f"data.global_batch_rows={options.batch_rows}", f"data.micro_batch_rows={options.micro_batch_rows}"]
-    overrides += [f"eval.every_steps={max(1, options.steps // EVALUATIONS)}", "checkpoint.every_steps=null"]
-    overrides += [f"data.targets.{name}={path}" for name, path in named_paths(options.targets).items()]
-    overrides += [f"data.scores.{name}={path}" for name, path in named_paths(options.scores).items()]
-    if options.model_config is not None:
-        overrides.append(f"model.config={options.model_config}")
-    path = find_preset(options.preset).path
-    preset = load_config(TrainConfig, path, [*overrides, *options.overrides]).model_dump(mode="json")
-    arms = {"labels": {**preset, "curriculum": [{}], "objective": {}}}
-    targets = [stage["targets"] for stage in preset["curriculum"] if stage["targets"] is not None]
-    if targets and options.preset != "rs_kd":
-        arms["kd"] = {**preset, "curriculum": [{"targets": targets[-1]}], "objective": {"alpha": 0.9}}
-    return {**arms, options.preset: preset}
+def run_stages(stages: list[Stage], work: Path, parallel: int) -> None:
+    """Run what is missing, `parallel` at a time with one thread each."""
+    on_gpu = count_devices() > 0
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if not on_gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        warm_up()  # a fork of a process that has imported torch, instead of seconds of imports for each run
+
+    def cold(words: Any, output: Path) -> Any:
+        return start([sys.executable, "-m", "potstill.launch", *words], output=output)
+
+    starter: Starter = cold if on_gpu else WarmChild
+    StageRunner(stages, starter=starter, slots=parallel, log_folder=work / "logs", show=say).run()
 
 
-def run_arm(tree: dict[str, Any], folder: Path, seed: int) -> list[dict[str, Any]]:
-    """Train one arm with one seed; returns its evaluations in order."""
-    tree = {**tree, "run": {**tree["run"], "output_dir": str(folder), "seed": seed}}
-    train(build_config(TrainConfig, tree, source="benchmark"))
-    return [record for record in read_metrics(folder) if record["kind"] == "eval"]
-
-
-def summary(evaluations: list[list[dict[str, Any]]], baselines: list[float]) -> dict[str, Any]:
-    """Mean and spread over seeds, and the steps to the baseline's final loss (null where it is never reached)."""
-
-    def spread(name: str) -> dict[str, float]:
-        values = [records[-1][name] for records in evaluations]
-        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-        return {"mean": round(statistics.mean(values), 4), "spread": round(deviation, 4)}
-
-    steps = [
-        next((record["step"] for record in records if record["heldout_loss"] <= baseline), None)
-        for records, baseline in zip(evaluations, baselines, strict=True)
-    ]
-    return {
-        "heldout_loss": spread("heldout_loss"),
-        "calibration_error": spread("calibration_error"),
-        "steps_to_labels": steps,
+def real_text(options: argparse.Namespace, work: Path, presets: list[str]) -> tuple[Comparison, dict[str, Comparison]]:
+    """Make the stores of real text; returns the common comparison and those of presets that need other stores."""
+    text = RealText(data=Path(options.data).resolve(), work=work, every_document=options.every_document)
+    text.check()
+    text.write_corpora()
+    run_stages(text.stages(series="progressive" in presets), work, options.parallel)
+    targets = {name: str(text.targets(name)) for name in ("teacher", "slm", "sampled")}
+    targets |= {name: str(text.targets("series") / name) for name in ("early", "middle", "final")}
+    common: dict[str, Any] = {
+        "work": work,
+        "tokens": str(text.tokens),
+        "heldout": str(text.heldout),
+        "targets": targets,
+        "scores": {"slm": str(text.scores("slm")), "teacher": str(text.scores("teacher"))},
+        "model": STUDENT,
+        "steps": options.steps,
+        "seeds": options.seeds,
+        "heldout_rows": 64,
+        "overrides": ("optimizer.lr=3e-3",),
     }
+    scores = {**common["scores"], "reference": common["scores"]["slm"]}
+    special = {
+        "salt": Comparison(**common, renamed={"teacher": "slm"}),  # plain KD from the small model: the paper's RKD
+        "rs_kd": Comparison(**common, renamed={"teacher": "sampled"}, kd_targets="teacher"),
+        "minillm_plm": Comparison(**{**common, "scores": scores}),
+    }
+    return Comparison(**common), special
+
+
+def own_stores(options: argparse.Namespace, work: Path) -> Comparison:
+    """The comparison on the stores named on the command line."""
+    return Comparison(
+        work=work,
+        tokens=options.tokens,
+        heldout=options.heldout,
+        targets=dict(pair.split("=", 1) for pair in options.targets),
+        scores=dict(pair.split("=", 1) for pair in options.scores),
+        model=options.model_config,
+        steps=options.steps,
+        batch_rows=options.batch_rows,
+        micro_batch_rows=options.micro_batch_rows,
+        seeds=options.seeds,
+        overrides=tuple(options.overrides),
+        kd_targets=options.kd_targets,
+    )
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--preset", help="compare this one, on --tokens, --heldout, --targets and --scores")
+    what.add_argument("--all", action="store_true", help="every preset, on stores made of --data")
+    parser.add_argument("--tokens")
+    parser.add_argument("--heldout")
+    parser.add_argument("--targets", nargs="*", default=[], metavar="NAME=PATH")
+    parser.add_argument("--scores", nargs="*", default=[], metavar="NAME=PATH")
+    parser.add_argument("--kd-targets", metavar="NAME", help="targets of the plain KD arm; default: the preset's last")
+    parser.add_argument("--model-config", help="Hugging Face config of the student; default: the preset's")
+    parser.add_argument("--set", dest="overrides", nargs="*", default=[], metavar="a.b=value")
+    parser.add_argument("--batch-rows", type=int, default=8)
+    parser.add_argument("--micro-batch-rows", type=int, default=8)
+    parser.add_argument("--data", help="folder of texts and models for --all")
+    parser.add_argument("--every-document", type=int, default=2, help="with --all: take each so many documents")
+    parser.add_argument("--presets", nargs="*", help="with --all: only these")
+    parser.add_argument("--output", type=Path, help="also write the table to this file (--all)")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--parallel", type=int, default=2, help="runs at a time, each with one thread on a CPU")
+    parser.add_argument("--work", type=Path, help="folder for runs (and stores); default: a temporary one")
+    options = parser.parse_args()
+    if options.preset and not (options.tokens and options.heldout):
+        parser.error("--preset needs --tokens and --heldout")
+    if options.all and not options.data:
+        parser.error("--all needs --data")
+    return options
 
 
 def main() -> None:
-    """Run all arms and print a table and one JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", required=True)
-    parser.add_argument("--tokens", required=True)
-    parser.add_argument("--heldout", required=True)
-    parser.add_argument("--targets", nargs="*", default=[], metavar="NAME=PATH")
-    parser.add_argument("--scores", nargs="*", default=[], metavar="NAME=PATH")
-    parser.add_argument("--model-config", help="Hugging Face config of the student; default: the preset's")
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--batch-rows", type=int, default=16)
-    parser.add_argument("--micro-batch-rows", type=int, default=8)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--set", dest="overrides", nargs="*", default=[], metavar="a.b=value")
-    options = parser.parse_args()
-    found: dict[str, Any] = {}
-    baselines: list[float] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for name, tree in arms_of(options).items():
-            runs = [run_arm(tree, Path(folder) / f"{name}-{seed}", seed) for seed in range(options.seeds)]
-            baselines = baselines or [records[-1]["heldout_loss"] for records in runs]
-            found[name] = summary(runs, baselines)
-            loss, error = found[name]["heldout_loss"], found[name]["calibration_error"]
-            print(
-                f"{name:12s} held-out loss {loss['mean']:.4f} +- {loss['spread']:.4f}  calibration error "
-                f"{error['mean']:.4f} +- {error['spread']:.4f}  steps to labels {found[name]['steps_to_labels']}"
-            )
-    stop_distributed()
-    print(json.dumps({"preset": options.preset, "steps": options.steps, "seeds": options.seeds, "arms": found}))
+    """Run what is missing, print the table and one JSON line."""
+    options = parse()
+    with tempfile.TemporaryDirectory() as temporary:
+        work = (options.work or Path(temporary)).resolve()
+        if options.all:
+            # `lm` is the label-only arm itself.
+            presets = options.presets or [preset.name for preset in list_presets() if preset.name != "lm"]
+            common, special = real_text(options, work, presets)
+        else:
+            common, special, presets = own_stores(options, work), {}, [options.preset]
+        comparisons = {preset: special.get(preset, common) for preset in presets}
+        stages = {}
+        for preset, comparison in comparisons.items():
+            stages |= {stage.name: stage for stage in comparison.stages([preset])}
+        by_seed = sorted(stages.values(), key=lambda stage: stage.name.rsplit("-", 1)[1])
+        run_stages(by_seed, work, options.parallel)
+        results = [comparison.result(preset) for preset, comparison in comparisons.items()]
+    print(table(results))
+    if options.output:
+        write_report(options.output, results, common=common)
+    figures = {result.preset: result.figures() for result in results}
+    print(json.dumps({"steps": options.steps, "seeds": options.seeds, "presets": figures}))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"benchmarks.methods: error: {error}")
