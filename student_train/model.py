@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from potstill.common.errors import UserError
+from potstill.common.packed import as_lines
 from potstill.kernels.loss import linear_sparse_loss, self_check, token_statistics
 from potstill.kernels.types import IGNORE_LABEL, LossSums
 from potstill.student_train.batch import MicroBatch
@@ -177,7 +178,8 @@ class StudentModel(nn.Module):
 
     def hidden_states(self, micro: MicroBatch) -> Tensor:
         """Hidden states before the head [N, D] of the real tokens."""
-        out = self.hf.base_model(input_ids=micro.input_ids, position_ids=micro.position_ids, use_cache=False)
+        input_ids, position_ids = as_lines(self.hf.config, micro.input_ids, micro.position_ids)
+        out = self.hf.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         hidden: Tensor = out.last_hidden_state.flatten(0, 1)  # [B * L, D]
         return hidden if micro.token_index is None else hidden[micro.token_index]
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from potstill.common.errors import UserError
+from potstill.common.packed import as_lines
 from potstill.teacher_dump.engines.base import Head
 
 log = logging.getLogger(__name__)
@@ -75,21 +76,25 @@ def head_agrees(model: Any, head: Head, vocab_size: int) -> float:
 
 @torch.no_grad()
 def packing_agrees(model: Any, vocab_size: int) -> float:
-    """Largest difference between the logits of two documents in one line and apart, over the largest logit.
+    """Largest difference between the logits of documents two in a line and apart, over the largest logit.
 
     Documents must be told apart by position ids that begin again; a model that ignores them (no mask from positions,
-    or a state that runs on) shows here, before a single wrong target is stored.
+    or a state that runs on) shows here, before a single wrong target is stored. Two lines with different cuts, as in a
+    dump: some attention keeps documents apart in a batch of one line only.
     """
     ids = probe_ids(vocab_size, next(model.parameters()).device)
     cut = _PROBE_TOKENS // 2 - 1
     parts = [ids[:, :cut], ids[:, cut:]]
     places = [torch.arange(part.shape[1], device=ids.device)[None] for part in parts]
-    packed = model(input_ids=ids, position_ids=torch.cat(places, 1), use_cache=False).logits.float()
+    lines = [torch.cat([torch.cat(pair, 1), torch.cat(pair[::-1], 1)]) for pair in (parts, places)]
+    input_ids, position_ids = as_lines(getattr(model, "module", model).config, lines[0], lines[1])
+    packed = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits.float()
     apart = [
         model(input_ids=part, position_ids=place, use_cache=False).logits.float()
         for part, place in zip(parts, places, strict=True)
     ]
-    return relative_difference(packed, torch.cat(apart, 1))
+    expected = torch.cat([*apart, *apart[::-1]], 1)  # line after line
+    return relative_difference(packed.reshape(1, *expected.shape[1:]), expected)
 
 
 def relative_difference(found: Tensor, expected: Tensor) -> float:

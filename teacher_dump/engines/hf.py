@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from potstill.common.errors import UserError
+from potstill.common.packed import as_lines
 from potstill.teacher_dump.batches import TeacherBatch
 from potstill.teacher_dump.config import TeacherConfig
 from potstill.teacher_dump.engines.base import Head, TeacherOutput
@@ -42,6 +43,7 @@ class HfEngine:
         input_ids, position_ids, positions = (
             self._to_device(array) for array in (batch.input_ids, batch.position_ids, batch.positions)
         )
+        input_ids, position_ids = as_lines(self.model.config, input_ids, position_ids)
         output = self._run(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         values = output[0] if self.head is not None else output.logits
         picked = values.reshape(-1, values.shape[-1])[positions]

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from potstill.common.errors import UserError
+from potstill.common.packed import as_lines
 from potstill.teacher_dump.batches import TeacherBatch
 from potstill.teacher_dump.config import TeacherConfig
 from potstill.teacher_dump.engines.base import Head, TeacherOutput
@@ -106,6 +107,7 @@ class Zero3Engine:
     def _run(self, input_ids: torch.Tensor, position_ids: torch.Tensor, **options: Any) -> torch.Tensor:
         # Through the whole model, because ZeRO-3 counts its passes there; one logit keeps its head cheap.
         options = {"logits_to_keep": 1} | options
+        input_ids, position_ids = as_lines(self.model.config, input_ids, position_ids)
         self._engine(
             input_ids=input_ids.to(self.device), position_ids=position_ids.to(self.device), use_cache=False, **options
         )

@@ -1,0 +1,21 @@
+"""Packed rows and the attention of transformers: in which shape positions that restart keep documents apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+
+def as_lines(config: Any, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """input_ids and position_ids [B, L] in the shape that the model's attention needs: themselves, or [1, B * L].
+
+    transformers builds a mask from restarting positions for eager, sdpa and flex attention. Its flash attention takes
+    no mask, and looks for restarts in a batch of one line only: with more lines it would let documents attend to each
+    other without a word (`_is_packed_sequence` in its modeling_flash_attention_utils). As one line the rows stay
+    apart, since each begins at position 0, and flash attention costs no more for it. `config` is the model's.
+    """
+    name = getattr(config.get_text_config(), "_attn_implementation", None)
+    if "flash" in str(name):
+        return input_ids.reshape(1, -1), position_ids.reshape(1, -1)
+    return input_ids, position_ids
