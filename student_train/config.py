@@ -231,6 +231,12 @@ OWNED_DEEPSPEED_KEYS = {
     "zero_optimization.stage": "zero_stage",
 }
 
+# Keys that would change what a rank reads or how gradients are scaled, and why they are refused.
+_WHOLE_ROWS = (
+    "every rank reads whole rows: DeepSpeed's sequence parallelism drops the mask that keeps packed documents apart"
+)
+REFUSED_DEEPSPEED_KEYS = {"sequence_parallel_size": _WHOLE_ROWS, "data_parallel_size": _WHOLE_ROWS}
+
 
 class TrainConfig(StrictModel):
     """Everything about one student run."""
@@ -265,6 +271,8 @@ class TrainConfig(StrictModel):
         flat = set(self.deepspeed) | {f"zero_optimization.{k}" for k in self.deepspeed.get("zero_optimization", {})}
         for key in sorted(flat & set(OWNED_DEEPSPEED_KEYS)):
             raise ValueError(f"deepspeed.{key} is set by the trainer; use {OWNED_DEEPSPEED_KEYS[key]} instead")
+        for key in sorted(set(self.deepspeed) & set(REFUSED_DEEPSPEED_KEYS)):
+            raise ValueError(f"deepspeed.{key} is not supported ({REFUSED_DEEPSPEED_KEYS[key]}); remove it")
         return self
 
     @model_validator(mode="after")

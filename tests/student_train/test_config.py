@@ -12,7 +12,13 @@ from potstill.common.config import build_config, dump_config, load_config
 from potstill.common.errors import ConfigError
 from potstill.kernels.divergences import DIVERGENCES
 from potstill.kernels.types import MISSING_MASS_MODES
-from potstill.student_train.config import OWNED_DEEPSPEED_KEYS, EvalConfig, ExportConfig, TrainConfig
+from potstill.student_train.config import (
+    OWNED_DEEPSPEED_KEYS,
+    REFUSED_DEEPSPEED_KEYS,
+    EvalConfig,
+    ExportConfig,
+    TrainConfig,
+)
 from potstill.student_train.config_stages import Divergence, MissingMass
 from tests.student_train import tiny, workers
 
@@ -82,6 +88,12 @@ def test_deepspeed_keys_that_the_trainer_owns(key: str) -> None:
     first, *rest = key.split(".")
     message = refused(deepspeed={first: {rest[0]: 2} if rest else 1})
     assert f"deepspeed.{key}" in message and OWNED_DEEPSPEED_KEYS[key] in message
+
+
+@pytest.mark.parametrize("key", sorted(REFUSED_DEEPSPEED_KEYS))
+def test_deepspeed_keys_that_would_cut_rows_over_ranks(key: str) -> None:
+    message = refused(deepspeed={key: 2})
+    assert f"deepspeed.{key}" in message and "packed documents" in message
 
 
 def test_a_misspelt_key_names_the_nearest() -> None:
