@@ -8,6 +8,7 @@ kept ids is then a sum of what was not taken, free of the cancellation in `1 - k
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,7 @@ TILE = 64
 # Below every logit; finite, so that (z - max) * exp(z - max) is 0 and not NaN in the padding.
 FILL = -1e30
 BLOCK_BYTES = 2 << 20
+_LOW_BITS = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
@@ -78,31 +80,49 @@ def order_keys(values: Tensor, ids: Tensor) -> Tensor:
     """int64 keys whose descending order is (value down, id up), for float32 values and ids < 2^31."""
     bits = (values + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0: they are equal
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (ordered.long() << 32) | (0xFFFFFFFF - ids.long())
+    return (ordered.long() << 32) | (_LOW_BITS - ids.long())
 
 
-def top_in_order(values: Tensor, k: int) -> Tensor:
+def best_tiles(maxima: Tensor, count: int) -> Tensor:
+    """Tiles int64 [B, count] with the largest of maxima [B, n], ascending; ties go to the lower tile.
+
+    The lower tile holds the lower ids, so leaving out the others is exact in the order (value down, id up).
+    """
+    num_tiles = maxima.shape[1]
+    keys = order_keys(maxima, torch.arange(num_tiles, device=maxima.device).expand_as(maxima))
+    if maxima.device.type != "cpu":
+        return keys.topk(count, 1).indices.sort(1).values
+    best = np.partition(keys.numpy(), num_tiles - count, axis=1)[:, num_tiles - count :]
+    return torch.from_numpy(np.sort(_LOW_BITS - (best & _LOW_BITS), axis=1))
+
+
+def top_in_order(values: Tensor, k: int, at_least: Tensor | None = None) -> Tensor:
     """Columns int64 [B, k] of the k largest of each row of float32 values [B, C] in the order (value down, column up).
 
-    On a GPU one selection over 64-bit keys, which needs no wait. On a CPU selecting floats is several times cheaper;
-    only rows where more values than fit are equal to the k-th one are selected again by keys.
+    at_least [B]: any bound that k values of each row reach; without it the k-th value itself is looked for.
+    On a GPU one selection over 64-bit keys, which needs no wait. On a CPU that and torch.topk cost several times
+    more than the few keys of the values that reach the bound. NaN counts as the largest value.
     """
+    num_rows, num_columns = values.shape
     if values.device.type != "cpu":
-        return _top_by_keys(values, k)
-    picked_values, picked = values.topk(k, 1)
-    last = picked_values[:, -1:]
-    undecided = torch.eq(values, last).float().sum(1) > (picked_values == last).sum(1)
-    rows = undecided.nonzero()[:, 0]
-    if len(rows):
-        picked[rows] = _top_by_keys(values[rows], k)
-    picked = picked.sort(1).values
-    order = values.gather(1, picked).argsort(dim=1, descending=True, stable=True)
-    return picked.gather(1, order)
-
-
-def _top_by_keys(values: Tensor, k: int) -> Tensor:
-    columns = torch.arange(values.shape[1], device=values.device).expand_as(values)
-    return order_keys(values, columns).topk(k, 1).indices
+        columns = torch.arange(num_columns, device=values.device).expand_as(values)
+        return order_keys(values, columns).topk(k, 1).indices
+    found = values.numpy()
+    if at_least is None:
+        bound = np.partition(found, num_columns - k, axis=1)[:, num_columns - k, None]
+    else:
+        bound = at_least.numpy()[:, None]
+    # Not `>=`: where the bound or a value is NaN nothing may be lost.
+    flat = np.flatnonzero(~(found < bound))
+    ends = np.searchsorted(flat, np.arange(0, num_rows + 1) * num_columns)
+    row = np.repeat(np.arange(num_rows), np.diff(ends))
+    column = flat - row * num_columns
+    width = int(np.diff(ends).max(initial=k))
+    keys = np.full((num_rows, width), np.iinfo(np.int64).min)
+    kept = torch.from_numpy(found.reshape(-1)[flat])
+    keys[row, np.arange(len(flat)) - ends[row]] = order_keys(kept, torch.from_numpy(column)).numpy()
+    best = np.sort(np.partition(keys, width - k, axis=1)[:, width - k :], axis=1)[:, ::-1]
+    return torch.from_numpy(_LOW_BITS - (best & _LOW_BITS))
 
 
 @dataclass(frozen=True)
@@ -118,19 +138,49 @@ class BestIds:
 def best_ids(slab: Tensor, stats: TileStats, k: int, temperatures: Sequence[float]) -> BestIds:
     """Exact top k in the order (value down, id up), from the k best tiles."""
     num_rows, num_tiles = stats.maxima.shape
-    tile_ids = torch.arange(num_tiles, device=slab.device).expand(num_rows, -1)
-    num_taken = min(k, num_tiles)
-    # Ties between tile maxima go to the lower tile, which holds the lower ids: the pruning stays exact.
-    taken = order_keys(stats.maxima, tile_ids).topk(num_taken, 1).indices.sort(1).values  # [B, t]
-    rows = torch.arange(num_rows, device=slab.device)[:, None]
-    candidates = slab.unflatten(1, (num_tiles, TILE))[rows, taken].flatten(1)  # [B, t * TILE], ids ascending
-    chosen = top_in_order(candidates, k)  # [B, k]
+    # On a CPU the candidates of a few rows at a time, which stay in the cache.
+    rows = num_rows
+    if slab.device.type == "cpu":
+        rows = max(1, BLOCK_BYTES // (2 * min(k, num_tiles) * TILE * slab.element_size()))
+    blocks = [slice(start, start + rows) for start in range(0, num_rows, rows)] or [slice(0, 0)]
+    parts = [_best_of_rows(slab[b], stats.top[b], stats.maxima[b], stats.sums[:, b], k, temperatures) for b in blocks]
+    if len(parts) == 1:
+        return parts[0]
+    return BestIds(
+        torch.cat([part.ids for part in parts]),
+        torch.cat([part.logits for part in parts]),
+        torch.cat([part.rest for part in parts], 1),
+    )
+
+
+def _gather_tiles(slab: Tensor, taken: Tensor) -> Tensor:
+    """The tiles [B, t] of a slab [B, n * TILE], whose rows may be the front of wider ones: [B, t * TILE]."""
+    num_rows, width = slab.shape
+    stride = slab.stride(0) if num_rows > 1 else width
+    if stride % TILE or slab.stride(1) != 1:
+        return slab.unflatten(1, (-1, TILE)).take_along_dim(taken[:, :, None], 1).flatten(1)
+    # Whole tiles picked from one list: several times cheaper than an index per element.
+    tiles = slab.as_strided((((num_rows - 1) * stride + width) // TILE if num_rows else 0, TILE), (TILE, 1))
+    first = torch.arange(num_rows, device=slab.device)[:, None] * (stride // TILE)
+    return tiles.index_select(0, (first + taken).flatten()).view(num_rows, taken.shape[1] * TILE)
+
+
+def _best_of_rows(
+    slab: Tensor, top: Tensor, maxima: Tensor, sums: Tensor, k: int, temperatures: Sequence[float]
+) -> BestIds:
+    num_tiles = maxima.shape[1]
+    taken = best_tiles(maxima, min(k, num_tiles))  # [B, t]
+    candidates = _gather_tiles(slab, taken)  # [B, t * TILE], ids ascending
+    # The maxima of k tiles are k values that reach the least of them.
+    at_least = maxima.gather(1, taken).amin(1) if num_tiles >= k else None
+    chosen = top_in_order(candidates, k, at_least)  # [B, k]
     ids = taken.gather(1, chosen // TILE) * TILE + chosen % TILE
     logits = candidates.gather(1, chosen)
-    left = (candidates - stats.top[:, None]).scatter(1, chosen, FILL)
-    others = torch.ones_like(stats.maxima).scatter(1, taken, 0.0)
-    rest = [
-        (stats.sums[number] * others).sum(1) + (left / temperature).exp().sum(1)
-        for number, temperature in enumerate((1.0, *temperatures))
-    ]
+    relative = candidates.sub_(top[:, None])
+    others = torch.ones_like(maxima).scatter(1, taken, 0.0)
+    rest = []
+    for number, temperature in enumerate((1.0, *temperatures)):
+        # The chosen ones are struck out after the exponential, which is slow on numbers that underflow.
+        left = relative.exp() if temperature == 1.0 else (relative / temperature).exp_()
+        rest.append((sums[number] * others).sum(1) + left.scatter_(1, chosen, 0.0).sum(1))
     return BestIds(ids, logits, torch.stack(rest))
