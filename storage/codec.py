@@ -28,10 +28,14 @@ def encode_targets(targets: SparseTargets, *, spec: RunSpec, rank_of_id: Int32 |
         if targets.logprobs is None:
             raise StoreError("targets hold no logprobs, but the selection of this store keeps them")
         planes["val"] = grid.encode_gaps(targets.logprobs, targets.offsets)
-    if spec.num_draws is not None:
+    if spec.stores_counts:
         if targets.counts is None:
             raise StoreError("targets hold no draw counts, but this store is in sample mode")
         planes["draws"] = targets.counts
+    if spec.stores_weights:
+        if targets.log_weights is None:
+            raise StoreError("targets hold no log_weights, but this store is in sample mode with a power other than 1")
+        planes["weight"] = grid.encode_weights(targets.log_weights, targets.offsets)
     none = np.zeros(0, np.uint8)
     planes["tail"] = grid.encode_tail(targets.log_tail)
     planes["entropy"] = none if targets.entropy is None else grid.encode_entropy(targets.entropy)
@@ -66,7 +70,8 @@ def decode_targets(
         offsets=offsets,
         ids=ids,
         logprobs=grid.decode_gaps(planes["val"], counts, offsets) if spec.stores_logprobs else None,
-        counts=planes["draws"] if spec.num_draws is not None else None,
+        counts=planes["draws"] if spec.stores_counts else None,
+        log_weights=grid.decode_weights(planes["weight"], counts, offsets) if spec.stores_weights else None,
         num_draws=spec.num_draws,
         log_tail=grid.decode_tail(planes["tail"]),
         entropy=None if entropy is None else grid.decode_entropy(entropy),

@@ -14,6 +14,9 @@ VALUE_STEP = 16
 ODDS_STEP = 12
 ODDS_ZERO = 128
 SCORE_STEP = 256
+# Log weights of sampled entries have their codes 0..255 on the 1/16 grid from here down.
+WEIGHT_TOP = 7.0
+LEAST_LOG_WEIGHT = WEIGHT_TOP - 255 / VALUE_STEP
 
 _LOG_TABLE = (np.arange(256) / -VALUE_STEP).astype(np.float32)
 _LOG_TABLE[0] = 0.0
@@ -64,6 +67,19 @@ def decode_gaps(gaps: UInt8, counts: UInt8, offsets: Int64) -> Float32:
     values = sums.view(np.int32).astype(np.float32)
     values *= np.float32(-1.0 / VALUE_STEP)
     return values
+
+
+def encode_weights(log_weights: Float32, offsets: Int64) -> UInt8:
+    """Log weights on the grid, heaviest first in each token -> u8 steps of 1/16 nat down (first: from WEIGHT_TOP).
+
+    Exact: `check_entries` lets only values of the grid pass, because rounding here would move their mean.
+    """
+    return encode_gaps(log_weights - np.float32(WEIGHT_TOP), offsets)
+
+
+def decode_weights(gaps: UInt8, counts: UInt8, offsets: Int64) -> Float32:
+    """Inverse of encode_weights."""
+    return decode_gaps(gaps, counts, offsets) + np.float32(WEIGHT_TOP)
 
 
 def encode_log(values: Float32) -> UInt8:

@@ -81,6 +81,8 @@ def _candidates(targets: SparseTargets, n: int, label: int | None, decode: Decod
         mark = "*" if token == label else ""
         if targets.logprobs is not None:
             weight = f"{np.exp(targets.logprobs[entry]):.3f}"
+        elif targets.log_weights is not None:
+            weight = f"w{np.exp(targets.log_weights[entry]):.3f}"
         else:
             assert targets.counts is not None
             weight = f"{int(targets.counts[entry])}/{targets.num_draws}"

@@ -254,6 +254,7 @@ def _no_targets(num_tokens: int, reader: StoreReader) -> SparseTargets:
         num_tokens,
         num_draws=spec.num_draws,
         with_logprobs=spec.stores_logprobs,
+        with_weights=spec.stores_weights,
         temperatures=spec.temperatures,
     )
 

@@ -42,8 +42,10 @@ def planes_of(spec: RunSpec) -> tuple[Plane, ...]:
     planes = [Plane("count", "token"), *(Plane(f"id{i}", "entry") for i in id_planes)]
     if spec.stores_logprobs:
         planes.append(Plane("val", "entry"))
-    if spec.num_draws is not None:
+    if spec.stores_counts:
         planes.append(Plane("draws", "entry"))
+    if spec.stores_weights:
+        planes.append(Plane("weight", "entry"))
     planes.append(Plane("tail", "token"))
     planes += [Plane(name, "token", optional=True) for name in ("entropy", "label", "label_rank")]
     planes += [Plane(f"tail_at{i}", "token") for i in range(len(spec.temperatures))]

@@ -87,8 +87,11 @@ def _check_targets(row: TargetsRow, spec: RunSpec) -> None:
     if targets.num_draws != spec.num_draws:
         raise StoreError(f"num_draws is {targets.num_draws}, the selection of the run says {spec.num_draws}")
     if (targets.logprobs is not None) != spec.stores_logprobs:
-        rule = "keeps log-probabilities" if spec.stores_logprobs else "keeps draw counts only (logprobs=None)"
+        rule = "keeps log-probabilities" if spec.stores_logprobs else "keeps draws only (logprobs=None)"
         raise StoreError(f"logprobs do not fit: the selection {dict(spec.selection or {})} {rule}")
+    if (targets.log_weights is not None) != spec.stores_weights:
+        rule = "keeps log weights" if spec.stores_weights else "keeps no log weights"
+        raise StoreError(f"log_weights do not fit: the selection {dict(spec.selection or {})} {rule}")
     most = int(np.diff(targets.offsets).max())
     if most > spec.max_entries:
         raise StoreError(f"{most} entries at one token, the selection allows {spec.max_entries}")

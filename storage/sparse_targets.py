@@ -32,7 +32,9 @@ class SparseTargets:
 
     offsets [N+1] int64, ids [E] int32 (distinct within a token, order: log-probability descending, then id
     ascending), logprobs [E] float32 natural logs of full-vocabulary probabilities at T=1 (None in sample mode
-    unless kept), counts [E] uint8 draw counts (sample mode only), log_tail [N] float32 log mass outside the
+    unless kept), counts [E] uint8 draw counts (sample mode, power 1), log_weights [E] float32 logs of weights whose
+    mean is the probability, on the grid of the store (sample mode at another power: no logprobs, no counts; order:
+    weight descending, then id ascending; their sum may exceed 1), log_tail [N] float32 log mass outside the
     entries (-inf: none), entropy / label_logprob [N] float32, label_rank [N] int32 (0 is the argmax),
     log_tail_at {T: [N] float32} log tail mass after a softmax at temperature T.
     """
@@ -47,6 +49,7 @@ class SparseTargets:
     label_logprob: Float32 | None
     label_rank: Int32 | None
     log_tail_at: Mapping[float, Float32] = field(default_factory=dict)
+    log_weights: Float32 | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -66,6 +69,7 @@ class SparseTargets:
         vocab_size: int,
         logprobs: ArrayLike | None = None,
         counts: ArrayLike | None = None,
+        log_weights: ArrayLike | None = None,
         num_draws: int | None = None,
         entropy: ArrayLike | None = None,
         label_logprob: ArrayLike | None = None,
@@ -83,6 +87,7 @@ class SparseTargets:
             ids=_array("ids", ids, np.int32),
             logprobs=_optional("logprobs", logprobs, np.float32),
             counts=_optional("counts", counts, np.uint8),
+            log_weights=_optional("log_weights", log_weights, np.float32),
             num_draws=None if num_draws is None else int(num_draws),
             log_tail=_array("log_tail", log_tail, np.float32),
             entropy=_optional("entropy", entropy, np.float32),
@@ -100,6 +105,7 @@ class SparseTargets:
         *,
         num_draws: int | None = None,
         with_logprobs: bool = True,
+        with_weights: bool = False,
         temperatures: Sequence[float] = (),
     ) -> SparseTargets:
         """`num_tokens` positions without any target, with the arrays that a store of this selection has."""
@@ -107,7 +113,8 @@ class SparseTargets:
             offsets=np.zeros(num_tokens + 1, np.int64),
             ids=np.zeros(0, np.int32),
             logprobs=np.zeros(0, np.float32) if with_logprobs else None,
-            counts=None if num_draws is None else np.zeros(0, np.uint8),
+            counts=None if num_draws is None or with_weights else np.zeros(0, np.uint8),
+            log_weights=np.zeros(0, np.float32) if with_weights else None,
             num_draws=num_draws,
             log_tail=np.zeros(num_tokens, np.float32),
             entropy=np.zeros(num_tokens, np.float32),
@@ -126,6 +133,7 @@ class SparseTargets:
             ids=self.ids[first:last],
             logprobs=None if self.logprobs is None else self.logprobs[first:last],
             counts=None if self.counts is None else self.counts[first:last],
+            log_weights=None if self.log_weights is None else self.log_weights[first:last],
             num_draws=self.num_draws,
             log_tail=self.log_tail[start:stop],
             entropy=None if self.entropy is None else self.entropy[start:stop],
@@ -142,7 +150,7 @@ def concatenate(parts: Sequence[SparseTargets]) -> SparseTargets:
     head = parts[0]
     if len(parts) == 1:
         return head
-    for name in ("logprobs", "counts", "entropy", "label_logprob", "label_rank"):
+    for name in ("logprobs", "counts", "log_weights", "entropy", "label_logprob", "label_rank"):
         if len({getattr(part, name) is None for part in parts}) > 1:
             raise StoreError(f"concatenate: some parts have {name} and some have not; drop or add it everywhere")
     if len({part.num_draws for part in parts}) > 1 or len({tuple(part.log_tail_at) for part in parts}) > 1:
@@ -159,6 +167,7 @@ def concatenate(parts: Sequence[SparseTargets]) -> SparseTargets:
         ids=np.concatenate([part.ids for part in parts]),
         logprobs=joined("logprobs"),
         counts=joined("counts"),
+        log_weights=joined("log_weights"),
         num_draws=head.num_draws,
         log_tail=np.concatenate([part.log_tail for part in parts]),
         entropy=joined("entropy"),

@@ -15,7 +15,10 @@ from potstill.storage.grid import ODDS_STEP, ODDS_ZERO, SCORE_STEP, VALUE_STEP
 
 FORMAT_MAJOR, FORMAT_MINOR = 1, 0
 FREQUENCY_IDS = "frequency_ids"
-KNOWN_FEATURES = frozenset({"planes", FREQUENCY_IDS})
+IMPORTANCE_WEIGHTS = "importance_weights"
+KNOWN_FEATURES = frozenset({"planes", FREQUENCY_IDS, IMPORTANCE_WEIGHTS})
+# Powers of the proposal for which the weights of draws fit their grid.
+MIN_POWER, MAX_POWER = 0.5, 1.5
 KINDS = ("tokens", "targets", "scores")
 CONTEXT_POLICY = "packed_row"
 TARGET_CONVENTION = "targets[t] predicts tokens[t+1] of the same document"
@@ -72,11 +75,27 @@ class RunSpec:
         return int(self.selection["num_draws"]) if self.selection and self.selection["mode"] == "sample" else None
 
     @property
+    def stores_weights(self) -> bool:
+        """True in sample mode at another power than 1: log importance weights instead of draw counts."""
+        return self.num_draws is not None and float((self.selection or {}).get("power", 1.0)) != 1.0
+
+    @property
+    def stores_counts(self) -> bool:
+        """True in sample mode at power 1."""
+        return self.num_draws is not None and not self.stores_weights
+
+    @property
     def stores_logprobs(self) -> bool:
-        """True unless plain draw counts (sample mode, power 1) carry the whole estimate."""
+        """True unless draws carry the whole estimate (sample mode without keep_logprobs)."""
         if not self.selection or self.selection["mode"] != "sample":
             return True
-        return bool(self.selection.get("keep_logprobs", float(self.selection.get("power", 1.0)) != 1.0))
+        return bool(self.selection.get("keep_logprobs", False))
+
+    @property
+    def required_features(self) -> list[str]:
+        """What a reader must know to read the store."""
+        features = ["planes"] + ([FREQUENCY_IDS] if self.id_map_sha256 else [])
+        return features + ([IMPORTANCE_WEIGHTS] if self.stores_weights else [])
 
     @property
     def max_entries(self) -> int:
@@ -96,7 +115,7 @@ class RunSpec:
         value["temperatures"], value["stats"] = list(self.temperatures), list(self.stats)
         value |= {
             "format": {"major": FORMAT_MAJOR, "minor": FORMAT_MINOR},
-            "required_features": ["planes"] + ([FREQUENCY_IDS] if self.id_map_sha256 else []),
+            "required_features": self.required_features,
             "codec": dict(CODEC),
             "context_policy": CONTEXT_POLICY,
             "target_convention": TARGET_CONVENTION,
@@ -118,9 +137,15 @@ class RunSpec:
         if value["format"] != {"major": FORMAT_MAJOR, "minor": FORMAT_MINOR}:
             unknown["format"] = value["format"]
         try:
-            return cls(**{name: value[name] for name in own if name in value}, unknown=unknown)
+            spec = cls(**{name: value[name] for name in own if name in value}, unknown=unknown)
         except (TypeError, ValueError, KeyError, OverflowError, AttributeError) as error:
             raise CorruptError(f"{where}: {error}") from None
+        if (IMPORTANCE_WEIGHTS in value["required_features"]) != spec.stores_weights:
+            raise VersionError(
+                f"{where}: selection {dict(spec.selection or {})} and required_features {value['required_features']} "
+                f"do not go together: draws of a power other than 1 come with {IMPORTANCE_WEIGHTS}; dump again"
+            )
+        return spec
 
 
 def require_same(found: RunSpec, wanted: RunSpec, *, where: str) -> None:
@@ -220,5 +245,7 @@ def _check_selection(selection: Mapping[str, Any]) -> None:
             )
     if "p" in selection and not 0 < float(selection["p"]) <= 1:
         raise StoreError(f"selection: p is {selection['p']!r}, expected 0 < p <= 1")
-    if "power" in selection and not 0 < float(selection["power"]) <= 16:
-        raise StoreError(f"selection: power is {selection['power']!r}, expected 0 < power <= 16")
+    if "power" in selection and not MIN_POWER <= float(selection["power"]) <= MAX_POWER:
+        raise StoreError(f"selection: power is {selection['power']!r}, expected {MIN_POWER} <= power <= {MAX_POWER}")
+    if selection.get("keep_logprobs") and float(selection.get("power", 1.0)) != 1.0:
+        raise StoreError("selection: keep_logprobs goes with power 1 only; at another power the store keeps weights")

@@ -18,6 +18,7 @@ BAR_WIDTH = 40
 BINS: dict[str, tuple[float, ...]] = {
     "kept count": (0, 1, 2, 4, 8, 16, 32, 64, 100, 128, 255),
     "kept mass": (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999, 1.01),
+    "sum of weights": (0.25, 0.5, 0.8, 0.9, 0.95, 1.05, 1.1, 1.2, 1.5, 2, 4),
     "entropy (nats)": (0.25, 0.5, 1, 1.5, 2, 3, 4, 6, 16),
     "label rank": (0, 1, 3, 7, 15, 31, 63, 127, 254, 255),
 }
@@ -111,6 +112,9 @@ def _collect_targets(row: TargetsRow, values: dict[str, list[np.ndarray]]) -> No
         values["kept mass"].append((mass / (mass + tail))[some])
     else:
         values["kept mass"].append(1 - np.exp(targets.log_tail.astype(np.float64))[some])
+    if targets.log_weights is not None:
+        sums = segment_sums(np.exp(targets.log_weights.astype(np.float64)), targets.offsets)
+        values["sum of weights"].append(sums[some])
     if targets.entropy is not None:
         values["entropy (nats)"].append(targets.entropy[some])
     if targets.label_rank is not None:

@@ -27,7 +27,7 @@ def check_structure(targets: SparseTargets) -> None:
         raise StoreError(f"offsets: must rise from 0 to the {num_entries} entries, found {offsets[0]}..{offsets[-1]}")
     if num_tokens and int(kept.max()) > 255:
         raise StoreError(f"token {int(kept.argmax())}: {int(kept.max())} entries, at most 255 can be stored; lower k")
-    for name in ("logprobs", "counts"):
+    for name in ("logprobs", "counts", "log_weights"):
         value = getattr(targets, name)
         if value is not None and len(value) != num_entries:
             raise StoreError(f"{name}: found {len(value)} values for {num_entries} entries")
@@ -36,6 +36,10 @@ def check_structure(targets: SparseTargets) -> None:
     for name, value in columns.items():
         if value is not None and len(value) != num_tokens:
             raise StoreError(f"{name}: found {len(value)} values for {num_tokens} tokens")
+    if targets.log_weights is not None:
+        if targets.logprobs is not None or targets.counts is not None or targets.num_draws is None:
+            raise StoreError("log_weights come with num_draws, and with neither logprobs nor counts")
+        return
     if targets.logprobs is None and targets.counts is None:
         raise StoreError("targets hold neither logprobs nor counts; give at least one of them")
     if (targets.counts is None) != (targets.num_draws is None):
@@ -60,6 +64,8 @@ def check_entries(targets: SparseTargets, *, vocab_size: int, strict: bool) -> N
         _check_logprobs(targets, same_token, strict=strict)
     if targets.counts is not None:
         _check_counts(targets, same_token, kept, strict=strict)
+    if targets.log_weights is not None:
+        _check_log_weights(targets, same_token)
 
 
 def _check_distinct(targets: SparseTargets, token_of: NDArray[np.int64], vocab_size: int) -> None:
@@ -133,6 +139,29 @@ def _check_counts(
         if bad.any():
             rule = "entries without log-probabilities are sorted by count descending, then id ascending"
             _entry_error(targets, np.append(False, bad), "counts", rule, counts)
+
+
+def _check_log_weights(targets: SparseTargets, same_token: NDArray[np.bool_]) -> None:
+    """Values of the grid, heaviest first. Their sum has no bound: it is 1 in the mean over draws only."""
+    from potstill.storage.grid import LEAST_LOG_WEIGHT, VALUE_STEP, WEIGHT_TOP
+
+    values, ids = targets.log_weights, targets.ids
+    assert values is not None
+    with np.errstate(invalid="ignore"):
+        wrong = ~((values >= LEAST_LOG_WEIGHT) & (values <= WEIGHT_TOP)) | (
+            np.rint(values * VALUE_STEP) / VALUE_STEP != values
+        )
+    if wrong.any():
+        rule = (
+            f"log weights must be multiples of 1/{VALUE_STEP} in [{LEAST_LOG_WEIGHT}, {WEIGHT_TOP}]; put them there by "
+            "stochastic rounding, which keeps their mean"
+        )
+        _entry_error(targets, wrong, "log_weights", rule, values)
+    step = values[1:] - values[:-1]
+    wrong = same_token & ((step > 0) | ((step == 0) & (ids[1:] < ids[:-1])))
+    if wrong.any():
+        rule = "entries with weights are sorted by weight descending, then id ascending"
+        _entry_error(targets, np.append(False, wrong), "log_weights", rule, values)
 
 
 def check_side_columns(targets: SparseTargets) -> None:

@@ -24,7 +24,11 @@ def checked_json(path):
 def read_store(path):
     path = Path(path)
     run, manifest = checked_json(path / "run.json"), checked_json(path / "manifest.json")
-    assert run["format"]["major"] == 1 and set(run["required_features"]) <= {"planes", "frequency_ids"}
+    assert run["format"]["major"] == 1 and set(run["required_features"]) <= {
+        "planes",
+        "frequency_ids",
+        "importance_weights",
+    }
     fingerprint = hashlib.sha256((path / "run.json").read_bytes()[:-21] + b"}").hexdigest()
     assert fingerprint == manifest["fingerprint"]
     digest = hashlib.sha256((fingerprint + "".join(u[2] for u in manifest["units"])).encode()).hexdigest()
@@ -81,6 +85,8 @@ def decode_targets(run, columns, id_map):
     ids = join_bytes(columns, "id")
     ids = ids if id_map is None else [id_map[i] for i in ids]
     out = {"ids": [], "logprobs": [], "draws": []}
+    if "weight" in columns:
+        out["log_weights"] = []
     place = 0
     for count in columns["count"]:
         out["ids"].append(ids[place : place + count])
@@ -90,6 +96,12 @@ def decode_targets(run, columns, id_map):
                 code += gap
                 logprobs.append(-code / 16)
             out["logprobs"].append(logprobs)
+        if "weight" in columns:
+            code, log_weights = 0, []
+            for gap in columns["weight"][place : place + count]:
+                code += gap
+                log_weights.append(7 - code / 16)
+            out["log_weights"].append(log_weights)
         if "draws" in columns:
             out["draws"].append(list(columns["draws"][place : place + count]))
         place += count

@@ -158,7 +158,17 @@ def write_targets(path: Path | str, tokens: StoreReader, *, seed: int = 0, **cha
 
 def same_targets(a: SparseTargets, b: SparseTargets) -> bool:
     """Equality of every array, bit for bit."""
-    names = ("offsets", "ids", "logprobs", "counts", "log_tail", "entropy", "label_logprob", "label_rank")
+    names = (
+        "offsets",
+        "ids",
+        "logprobs",
+        "counts",
+        "log_weights",
+        "log_tail",
+        "entropy",
+        "label_logprob",
+        "label_rank",
+    )
     for name in names:
         x, y = getattr(a, name), getattr(b, name)
         if (x is None) != (y is None) or (x is not None and (x.dtype != y.dtype or not np.array_equal(x, y))):

@@ -172,13 +172,13 @@ def test_prefix_property():
         np.testing.assert_array_equal(again.logprobs, stored.logprobs[first : first + j])
 
 
-def sample_targets(power=1.0):
+def sample_targets(keep_logprobs=False):
     rng = np.random.default_rng(0)
     p = rng.dirichlet(np.full(50, 0.2))
     rows = []
     for _ in range(20):
         ids, counts = np.unique(rng.choice(50, 50, p=p), return_counts=True)
-        order = np.lexsort((ids, -counts)) if power == 1.0 else np.lexsort((ids, -p[ids]))
+        order = np.lexsort((ids, -p[ids])) if keep_logprobs else np.lexsort((ids, -counts))
         rows.append((ids[order], counts[order]))
     ids = np.concatenate([r[0] for r in rows]).astype(np.int32)
     return p, SparseTargets.build(
@@ -186,22 +186,24 @@ def sample_targets(power=1.0):
         ids=ids,
         counts=np.concatenate([r[1] for r in rows]),
         num_draws=50,
-        logprobs=None if power == 1.0 else np.log(p[ids]).astype(np.float32),
+        logprobs=np.log(p[ids]).astype(np.float32) if keep_logprobs else None,
         log_tail=np.full(20, -3, np.float32),
         vocab_size=50,
         strict=True,
     )
 
 
-@pytest.mark.parametrize("power", [1.0, 0.7])
-def test_sample_mode_keeps_counts_exactly(power):
-    _, targets = sample_targets(power)
-    spec = targets_spec(1, "in", vocab_size=50, selection={"mode": "sample", "num_draws": 50, "power": power})
-    assert spec.stores_logprobs == (power != 1.0)
+@pytest.mark.parametrize("keep_logprobs", [False, True])
+def test_sample_mode_keeps_counts_exactly(keep_logprobs):
+    _, targets = sample_targets(keep_logprobs)
+    selection = {"mode": "sample", "num_draws": 50, "power": 1.0, "keep_logprobs": keep_logprobs}
+    spec = targets_spec(1, "in", vocab_size=50, selection=selection)
+    assert spec.stores_logprobs == keep_logprobs and spec.stores_counts and not spec.stores_weights
+    assert spec.to_json()["required_features"] == ["planes"]
     stored = round_trip(targets, spec)
     np.testing.assert_array_equal(stored.counts, targets.counts)
     np.testing.assert_array_equal(stored.ids, targets.ids)
-    assert (stored.logprobs is None) == (power == 1.0) and stored.num_draws == 50
+    assert (stored.logprobs is not None) == keep_logprobs and stored.num_draws == 50 and stored.log_weights is None
     assert (np.add.reduceat(stored.counts.astype(int), stored.offsets[:-1]) == 50).all()
 
 
@@ -279,6 +281,10 @@ def test_more_than_255_entries_are_refused():
         {"mode": "top_p_k", "k": 5, "p": 1.5},
         {"mode": "sample", "num_draws": 300},
         {"mode": "sample", "num_draws": 5, "k": 2},
+        {"mode": "sample", "num_draws": 5, "power": 0.4},
+        {"mode": "sample", "num_draws": 5, "power": 1.6},
+        {"mode": "sample", "num_draws": 5, "power": float("nan")},
+        {"mode": "sample", "num_draws": 5, "power": 0.8, "keep_logprobs": True},
         {"mode": "best"},
     ],
 )

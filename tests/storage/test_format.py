@@ -64,6 +64,8 @@ def assert_same_targets(targets, other):
         assert [targets.logprobs[a:b].tolist() for a, b in pieces] == other["logprobs"]
     if targets.counts is not None:
         assert [targets.counts[a:b].tolist() for a, b in pieces] == other["draws"]
+    if targets.log_weights is not None:
+        assert [targets.log_weights[a:b].tolist() for a, b in pieces] == other["log_weights"]
     assert targets.log_tail.tolist() == other["log_tail"]
     for name in ("entropy", "label_logprob", "label_rank"):
         value = getattr(targets, name)
