@@ -48,3 +48,13 @@ def uniforms(*, seed: int, rows: Tensor, positions: Tensor, num_draws: int) -> T
     )
     words = torch.stack(philox(counter, key), -1).flatten(1)[:, :num_draws]
     return (words.double() + 0.5) * 2.0**-32
+
+
+def uniforms_of_ids(*, seed: int, rows: Tensor, positions: Tensor, ids: Tensor) -> Tensor:
+    """[E] float64 in (0, 1) as in `uniforms`, one per entry (rows[e], positions[e], ids[e]); free of all draws.
+
+    ids: int64 [E], 0 .. 2^31 - 1. The counters of the draws stay below 2^31, those of ids begin there.
+    """
+    key = (seed & _MASK, (seed >> 32) & _MASK)
+    counter = (ids | (1 << 31), positions & _MASK, rows & _MASK, rows >> 32)
+    return (philox(counter, key)[0].double() + 0.5) * 2.0**-32

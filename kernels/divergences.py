@@ -88,15 +88,19 @@ def mse_logprobs(log_p: Tensor, log_q: Tensor) -> Terms:
 
 
 def sampled(log_p: Tensor, log_q: Tensor) -> Terms:
-    """- sum t log q with t = draws of an id / all draws: unbiased for the cross-entropy of teacher and
-    student (random-sampling KD, arXiv 2503.16870)."""
+    """- sum t log q with t = draws of an id / all draws, or its importance weight: unbiased for the
+    cross-entropy of teacher and student (random-sampling KD, arXiv 2503.16870). Weights sum to 1 in the mean
+    only; divided by their sum (missing mass `renorm`) they vary less and are biased."""
     t = log_p.exp()
     return -_times_log_ratio(t, log_q, torch.zeros_like(log_q)).sum(-1), -t
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """One entry of the table: the function, its options with defaults, where it makes sense."""
+    """One entry of the table: the function, its options with defaults, where it makes sense.
+
+    needs_counts: it is for sampled targets, with draw counts or with the log weights that stand for them.
+    """
 
     function: Callable[..., Terms]
     modes: tuple[str, ...] = ("tail", "renorm", "support", "label", "raw")
@@ -114,5 +118,5 @@ DIVERGENCES: Mapping[str, Divergence] = {
     "jsd": Divergence(jsd, options={"beta": 0.5}),
     "total_variation": Divergence(total_variation),
     "mse_logprobs": Divergence(mse_logprobs),
-    "sampled": Divergence(sampled, modes=("tail", "raw"), needs_counts=True),
+    "sampled": Divergence(sampled, modes=("tail", "renorm", "raw"), needs_counts=True),
 }

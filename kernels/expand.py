@@ -11,7 +11,8 @@ from torch import Tensor
 
 from potstill.kernels.types import KernelInputError, SparseTargetTensors
 
-VALUE_STEP = 16  # log-probabilities are multiples of 1/16 nat
+VALUE_STEP = 16  # log-probabilities and log weights are multiples of 1/16 nat
+WEIGHT_TOP = 7.0  # the largest log weight; codes go down from it
 
 
 def join_ids(planes: Sequence[Tensor], id_of_rank: Tensor | None = None) -> Tensor:
@@ -40,6 +41,7 @@ def expand_targets(
     id_planes: Sequence[Tensor],
     gaps: Tensor | None,
     draws: Tensor | None = None,
+    weights: Tensor | None = None,
     num_draws: int | None = None,
     tail: Tensor,
     tail_table: Tensor,
@@ -48,16 +50,17 @@ def expand_targets(
     id_of_rank: Tensor | None = None,
     max_entries: int | None = None,
 ) -> SparseTargetTensors:
-    """CSR targets of N tokens and E entries from u8 planes: count [N], ids, gaps [E] (or draws), tail [N].
+    """CSR targets of N tokens and E entries from u8 planes: count [N], ids, gaps [E] (or draws, or weights), tail [N].
 
     tail_table, odds_table: float32 [256], the value of each code (the store's grids); tails_at: temperature
     -> u8 [N], read through odds_table, 0.0 where a token has no entries. max_entries: a bound of `count`.
     """
-    if (gaps is None) == (draws is None):
-        raise KernelInputError("exactly one of gaps and draws is a column of a store; expected one of them")
+    if sum(plane is not None for plane in (gaps, draws, weights)) != 1:
+        raise KernelInputError("exactly one of gaps, draws and weights is a column of a store; expected one of them")
     if tails_at and odds_table is None:
         raise KernelInputError("tails_at is given without odds_table, the values of its codes")
-    for name, plane in (("count", count), ("tail", tail), ("ids", id_planes[0]), ("gaps", gaps)):
+    planes = {"count": count, "tail": tail, "ids": id_planes[0], "gaps": gaps, "weights": weights}
+    for name, plane in planes.items():
         if plane is not None and plane.dtype != torch.uint8:
             raise KernelInputError(f"plane {name} has dtype {plane.dtype}; expected uint8")
     offsets = torch.zeros(count.shape[0] + 1, dtype=torch.int64, device=count.device)
@@ -77,4 +80,5 @@ def expand_targets(
         log_tail=tail_table[tail.long()],
         log_tail_at=log_tail_at,
         max_entries=255 if max_entries is None else max_entries,
+        log_weights=None if weights is None else decode_gaps(weights, offsets) + WEIGHT_TOP,
     )

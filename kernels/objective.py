@@ -136,6 +136,12 @@ def _teacher_buckets(
 ) -> tuple[Tensor, Tensor]:
     """log p on the kept entries [B, K] (-inf where invalid) and of the rest bucket [B]."""
     none = torch.full(rows.shape, -math.inf, dtype=dtype, device=rows.device)
+    if targets.log_weights is not None:
+        weights = torch.where(valid, targets.log_weights[entry].to(dtype), -math.inf)
+        if settings.missing_mass != "renorm":
+            return weights, none
+        total = _safe_lse(weights)
+        return weights - torch.where(torch.isfinite(total), total, 0.0)[:, None], none
     if settings.entry.needs_counts:
         assert targets.counts is not None
         draws = torch.where(valid, targets.counts[entry].to(dtype), 0.0)

@@ -142,6 +142,10 @@ def check_targets(
     check_tensor("targets.log_tail", targets.log_tail, shape=(num_tokens,), dtypes=f32, device=device)
     if targets.logprobs is not None:
         check_tensor("targets.logprobs", targets.logprobs, shape=(num_entries,), dtypes=f32, device=device)
+    if targets.log_weights is not None:
+        check_tensor("targets.log_weights", targets.log_weights, shape=(num_entries,), dtypes=f32, device=device)
+        if targets.counts is not None or targets.logprobs is not None:
+            raise KernelInputError("targets.log_weights stand alone; counts and logprobs must be None beside them")
     if targets.counts is not None and tuple(targets.counts.shape) != (num_entries,):
         raise KernelInputError(f"targets.counts has shape {list(targets.counts.shape)}; expected {[num_entries]}")
     _check_pairing(targets, settings)
@@ -152,11 +156,13 @@ def check_targets(
 
 
 def _check_pairing(targets: SparseTargetTensors, settings: LossSettings) -> None:
-    if settings.entry.needs_counts and targets.counts is None:
-        raise KernelInputError(f"divergence {settings.divergence!r} needs targets.counts (sampled targets)")
+    if settings.entry.needs_counts and targets.counts is None and targets.log_weights is None:
+        raise KernelInputError(
+            f"divergence {settings.divergence!r} needs targets.counts or targets.log_weights (sampled targets)"
+        )
     if not settings.entry.needs_counts and targets.logprobs is None:
         raise KernelInputError(
-            f"divergence {settings.divergence!r} needs targets.logprobs, and these targets hold draw counts;"
+            f"divergence {settings.divergence!r} needs targets.logprobs, and these targets hold draws;"
             " use divergence='sampled'"
         )
     needs_tail = settings.missing_mass in ("tail", "label", "raw")
@@ -204,6 +210,8 @@ def validate_targets(targets: SparseTargetTensors, *, vocab_size: int) -> None:
         if bool(bad.any()):
             token = int(bad.nonzero()[0, 0])
             raise KernelInputError(f"targets of token {token} have mass {float(mass[token]):.6g}; expected at most 1")
+    if targets.log_weights is not None and not bool(torch.isfinite(targets.log_weights).all()):
+        raise KernelInputError("targets.log_weights holds values that are not finite; an id of weight 0 is no entry")
     for value, name in ((targets.log_tail, "log_tail"), (targets.counts, "counts")):
         if value is not None and bool(torch.isnan(value.float()).any()):
             raise KernelInputError(f"targets.{name} holds NaN")

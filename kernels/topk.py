@@ -13,7 +13,17 @@ from typing import TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from potstill.kernels.sampling import as_targets, count_draws, draw_ids
+from potstill.kernels.counter_random import uniforms_of_ids
+from potstill.kernels.expand import VALUE_STEP, WEIGHT_TOP
+from potstill.kernels.sampling import (
+    as_targets,
+    count_draws,
+    draw_ids,
+    importance_log_weights,
+    log_ratios,
+    order_by_code,
+    round_to_grid,
+)
 from potstill.kernels.settings import check_tensor
 from potstill.kernels.teacher_rows import LogitSource, TeacherChunk
 from potstill.kernels.types import KernelInputError, SparseTargetTensors
@@ -21,6 +31,8 @@ from potstill.kernels.types import KernelInputError, SparseTargetTensors
 __all__ = ["Sampled", "TopK", "select_sample", "select_top_k", "select_top_p_k", "teacher_topk"]
 
 MAX_ENTRIES = 255  # a store keeps the number of entries of a token in one byte
+# Outside these bounds single weights leave the grid of a store, and the estimate varies far more than at 1.
+MIN_POWER, MAX_POWER = 0.5, 1.5
 
 
 @dataclass(frozen=True)
@@ -169,8 +181,9 @@ def _selected(topk: TopK, counts: Tensor, valid: Tensor | None) -> SparseTargetT
 class Sampled:
     """Draws from the teacher's distribution at T = 1 and its figures, each [N] as in TopK.
 
-    targets: CSR of drawn ids with counts (most drawn first, then the lowest id); its log_tail is the log
-    mass of the ids that were not drawn.
+    targets: CSR of drawn ids with counts (most drawn first, then the lowest id), or with log weights on the
+    store's grid where the power is not 1 (heaviest first, then the lowest id; above WEIGHT_TOP: too heavy
+    for a store). Its log_tail is the log mass of the ids that are no entries.
     """
 
     targets: SparseTargetTensors
@@ -188,20 +201,25 @@ def select_sample(
     seed: int,
     rows: Tensor,
     positions: Tensor,
+    power: float = 1.0,
     valid: Tensor | None = None,
     **options: Unpack[TeacherOptions],
 ) -> Sampled:
-    """num_draws (1 .. 255) ids of each token with replacement, options as in teacher_topk.
+    """num_draws (1 .. 255) ids of each token with replacement from p^power, options as in teacher_topk.
 
     rows, positions: int64 [N], the row of the store and the place in it of each token. With the seed they
     key the draws, so that batch size, order and ranks do not matter. valid bool [N]: tokens with a target.
+    power (0.5 .. 1.5): at 1 the targets hold counts, else importance weights whose mean is p.
     """
-    source = LogitSource.check(**options)
-    num_tokens, device = source.labels.shape[0], source.labels.device
+    if any(temperature != 1.0 for temperature in options.get("temperatures", ())):
+        raise KernelInputError("temperatures are given, but draws hold at T = 1 only")
+    if not MIN_POWER <= power <= MAX_POWER:
+        raise KernelInputError(f"power is {power}; expected {MIN_POWER} .. {MAX_POWER}")
     if not 1 <= num_draws <= MAX_ENTRIES:
         raise KernelInputError(f"num_draws is {num_draws}; expected 1 .. {MAX_ENTRIES}")
-    if source.temperatures:
-        raise KernelInputError("temperatures are given, but draws hold at T = 1 only")
+    options["temperatures"] = () if power == 1.0 else (1 / power,)  # p^power is a softmax at T = 1 / power
+    source = LogitSource.check(**options)
+    num_tokens, device = source.labels.shape[0], source.labels.device
     for name, value in (("rows", rows), ("positions", positions)):
         check_tensor(name, value, shape=(num_tokens,), dtypes=(torch.int64,), device=device)
     if valid is not None:
@@ -210,14 +228,43 @@ def select_sample(
     for chunk in source.chunks():
         part = slice(start, start + chunk.labels.shape[0])
         start = part.stop
-        ids = draw_ids(chunk, seed=seed, rows=rows[part], positions=positions[part], num_draws=num_draws)
-        entries, kept, counts = count_draws(ids, None if valid is None else valid[part], vocab_size=source.vocab_size)
+        row, position = rows[part], positions[part]
+        ids = draw_ids(chunk, seed=seed, rows=row, positions=position, num_draws=num_draws)
+        entries, kept, values = count_draws(ids, None if valid is None else valid[part], vocab_size=source.vocab_size)
+        if power != 1.0:
+            weighed = (chunk, entries, kept, values)
+            entries, kept, values = _weighed(*weighed, seed=seed, rows=row, positions=position, num_draws=num_draws)
         token = torch.repeat_interleave(torch.arange(ids.shape[0], device=device), entries)
         mass = torch.zeros(ids.shape[0], dtype=torch.float64, device=device)
         mass.index_add_(0, token, (chunk.slab[token, kept.long()] - chunk.lse[0][token]).double().exp())
         tail = torch.where(entries > 0, (1 - mass).clamp_min(0).log(), 0.0).float()
-        drawn.append((entries, kept, counts, tail))
+        drawn.append((entries, kept, values, tail))
         figures.append((chunk.lse[0], chunk.entropy, chunk.label_logprob, chunk.label_rank, chunk.excluded_mass))
-    entries, kept, counts, tail = (torch.cat(column) for column in zip(*drawn, strict=True))
-    targets = as_targets(entries, kept, counts, log_tail=tail, num_draws=num_draws)
+    entries, kept, values, tail = (torch.cat(column) for column in zip(*drawn, strict=True))
+    counts, log_weights = (values, None) if power == 1.0 else (None, values)
+    targets = as_targets(entries, kept, counts=counts, log_weights=log_weights, log_tail=tail, num_draws=num_draws)
     return Sampled(targets, *(torch.cat(column) for column in zip(*figures, strict=True)))
+
+
+def _weighed(
+    chunk: TeacherChunk,
+    entries: Tensor,
+    ids: Tensor,
+    counts: Tensor,
+    *,
+    seed: int,
+    rows: Tensor,
+    positions: Tensor,
+    num_draws: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(entries per token, ids, log weights float32 on the store's grid) of counted draws of one chunk."""
+    num_tokens = entries.shape[0]
+    token = torch.repeat_interleave(torch.arange(num_tokens, device=ids.device), entries)
+    wide = ids.long()
+    log_weights = importance_log_weights(log_ratios(chunk, token, wide), counts, num_draws=num_draws)
+    u = uniforms_of_ids(seed=seed, rows=rows[token], positions=positions[token], ids=wide)
+    codes, kept = round_to_grid(log_weights, u, token, num_tokens=num_tokens)
+    token, wide, codes = token[kept], wide[kept], codes[kept]
+    order = order_by_code(token, codes, wide)
+    values = WEIGHT_TOP - codes[order].double() / VALUE_STEP
+    return torch.bincount(token, minlength=num_tokens), wide[order].int(), values.float()

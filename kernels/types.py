@@ -41,6 +41,8 @@ class SparseTargetTensors:
     logprobs:    float32 [E] true full-vocabulary natural log-probabilities at T = 1, or None
     counts:      [E] draw counts (then logprobs is None), or None
     num_draws:   draws per token behind `counts`; None takes the sum of a token's counts
+    log_weights: float32 [E] logs of weights t >= 0 with E[t] = p (draws from another proposal than p, then
+                 logprobs and counts are None), or None; a token's weights sum to 1 in the mean only
     log_tail:    float32 [N] log of the mass outside the entries at T = 1 (-inf: none)
     log_tail_at: temperature -> float32 [N], the same after a softmax at that temperature
     max_entries: a bound of the entries per token known on the host. With None it is read from
@@ -55,6 +57,7 @@ class SparseTargetTensors:
     log_tail: Tensor
     log_tail_at: Mapping[float, Tensor] = field(default_factory=dict)
     max_entries: int | None = None
+    log_weights: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -92,6 +95,7 @@ class SparseTargetTensors:
             },
             # Read before the move, where it costs no wait.
             max_entries=self.width if self.device.type == "cpu" else self.max_entries,
+            log_weights=move(self.log_weights),
         )
 
     def select(self, index: Tensor) -> "SparseTargetTensors":
@@ -111,6 +115,7 @@ class SparseTargetTensors:
             log_tail=self.log_tail[index],
             log_tail_at={temperature: value[index] for temperature, value in self.log_tail_at.items()},
             max_entries=self.max_entries,
+            log_weights=None if self.log_weights is None else self.log_weights[entries],
         )
 
     @classmethod
@@ -121,6 +126,7 @@ class SparseTargetTensors:
             return torch.as_tensor(value).to(dtype)
 
         logprobs, counts = arrays.logprobs, getattr(arrays, "counts", None)
+        log_weights = getattr(arrays, "log_weights", None)
         tails: Mapping[float, Any] = getattr(arrays, "log_tail_at", {})
         return cls(
             offsets=tensor(arrays.offsets, torch.int64),
@@ -130,6 +136,7 @@ class SparseTargetTensors:
             num_draws=getattr(arrays, "num_draws", None),
             log_tail=tensor(arrays.log_tail, torch.float32),
             log_tail_at={float(t): tensor(value, torch.float32) for t, value in tails.items()},
+            log_weights=None if log_weights is None else tensor(log_weights, torch.float32),
         ).to(device)
 
 

@@ -63,6 +63,20 @@ def as_draws(targets: SparseTargetTensors, num_draws: int) -> SparseTargetTensor
     )
 
 
+def as_weights(targets: SparseTargetTensors) -> SparseTargetTensors:
+    """The same ids with log weights on the store's grid in place of log-probabilities; sums off 1 on both sides."""
+    step = torch.arange(targets.num_entries) % 7 / 16
+    return SparseTargetTensors(
+        offsets=targets.offsets,
+        ids=targets.ids,
+        logprobs=None,
+        counts=None,
+        num_draws=12,
+        log_tail=targets.log_tail,
+        log_weights=(targets.logprobs * 16).round() / 16 + step,
+    )
+
+
 def teacher_of(
     targets: SparseTargetTensors, n: int, temperature: float, mode: str, label: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,6 +84,9 @@ def teacher_of(
     a, b = int(targets.offsets[n]), int(targets.offsets[n + 1])
     ids = targets.ids[a:b].long()
     none = torch.zeros((), dtype=torch.float64)
+    if targets.log_weights is not None:
+        weights = targets.log_weights[a:b].double().exp()
+        return ids, weights / weights.sum() if mode == "renorm" else weights, none
     if targets.counts is not None:
         return ids, targets.counts[a:b].double() / targets.num_draws, none
     powered = targets.logprobs[a:b].double().exp() ** (1 / temperature)
@@ -166,7 +183,7 @@ def reference_loss(
         sums["student_mass"] += weight * float(q.sum().detach())
         if missing_mass == "support":
             q, q_rest = q / q.sum(), q.new_zeros(())
-        elif missing_mass == "raw" or targets.counts is not None:
+        elif missing_mass == "raw" or divergence == "sampled":
             q_rest = q.new_zeros(())
         buckets = torch.cat([p, p_rest[None]]), torch.cat([q, q_rest[None]])
         value = divergence_of(divergence, *buckets, options or {})

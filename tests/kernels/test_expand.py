@@ -9,19 +9,22 @@ import torch
 from potstill.kernels.expand import expand_targets
 from potstill.storage import codec, grid
 from potstill.storage.spec import RunSpec
-from tests.kernels.reference import as_draws, make_targets
+from tests.kernels.reference import as_draws, as_weights, make_targets
 
 
-def store_of(vocab_size: int, *, draws: bool):
+def store_of(vocab_size: int, values: str):
     """(spec, planes of every column) of random targets, through the store's encoder."""
     from potstill.storage import SparseTargets
 
     tensors = make_targets(40, vocab_size, [12, 0, 1, 30], temperatures=(2.0, 4.0), scale=6.0)
     selection: dict[str, object] = {"mode": "top_k", "k": 30}
-    if draws:
+    if values == "draws":
         tensors = as_draws(tensors, 50)
         selection = {"mode": "sample", "num_draws": 50, "power": 1.0}
-    temperatures = () if draws else (2.0, 4.0)
+    if values == "weights":
+        tensors = as_weights(tensors)
+        selection = {"mode": "sample", "num_draws": 50, "power": 0.8}
+    temperatures = (2.0, 4.0) if values == "gaps" else ()
     spec = RunSpec(
         kind="targets",
         row_length=40,
@@ -39,8 +42,9 @@ def store_of(vocab_size: int, *, draws: bool):
     targets = SparseTargets(
         offsets=tensors.offsets.numpy(),
         ids=tensors.ids.numpy(),
-        logprobs=None if draws else tensors.logprobs.numpy(),
-        counts=tensors.counts.numpy().astype(np.uint8) if draws else None,
+        logprobs=None if tensors.logprobs is None else tensors.logprobs.numpy(),
+        counts=None if tensors.counts is None else tensors.counts.numpy().astype(np.uint8),
+        log_weights=None if tensors.log_weights is None else tensors.log_weights.clamp_min(-8.9375).numpy(),
         num_draws=tensors.num_draws,
         log_tail=tensors.log_tail.numpy(),
         entropy=None,
@@ -56,10 +60,10 @@ def same_bits(tensor: torch.Tensor, array: np.ndarray) -> bool:
 
 
 @pytest.mark.parametrize("vocab_size", [300, 70_000])
-@pytest.mark.parametrize("draws", [False, True])
+@pytest.mark.parametrize("values", ["gaps", "draws", "weights"])
 @pytest.mark.parametrize("ranked", [False, True])
-def test_equals_the_decoder(vocab_size: int, draws: bool, ranked: bool) -> None:
-    spec, planes, targets = store_of(vocab_size, draws=draws)
+def test_equals_the_decoder(vocab_size: int, values: str, ranked: bool) -> None:
+    spec, planes, targets = store_of(vocab_size, values)
     id_of_rank = None
     if ranked:
         id_of_rank = np.random.default_rng(0).permutation(vocab_size).astype(np.int32)
@@ -70,6 +74,7 @@ def test_equals_the_decoder(vocab_size: int, draws: bool, ranked: bool) -> None:
         id_planes=[tensors[name] for name in ("id0", "id1", "id2") if name in tensors],
         gaps=tensors.get("val"),
         draws=tensors.get("draws"),
+        weights=tensors.get("weight"),
         num_draws=spec.num_draws,
         tail=tensors["tail"],
         tail_table=torch.from_numpy(grid.decode_tail(np.arange(256, dtype=np.uint8))),
@@ -79,10 +84,10 @@ def test_equals_the_decoder(vocab_size: int, draws: bool, ranked: bool) -> None:
     )
     assert same_bits(got.offsets, want.offsets) and same_bits(got.ids, want.ids)
     assert same_bits(got.log_tail, want.log_tail)
-    if draws:
-        assert same_bits(got.counts, want.counts) and got.num_draws == 50
-    else:
-        assert same_bits(got.logprobs, want.logprobs)
+    for name, plane in (("logprobs", "val"), ("counts", "draws"), ("log_weights", "weight")):
+        assert (getattr(got, name) is not None) == (plane in planes) == (getattr(want, name) is not None)
+        assert plane not in planes or same_bits(getattr(got, name), getattr(want, name))
+    assert got.num_draws == want.num_draws
     for temperature in spec.temperatures:
         assert same_bits(got.log_tail_at[temperature], want.log_tail_at[temperature])
 
@@ -102,7 +107,7 @@ def test_planes_of_another_type_are_refused() -> None:
     from potstill.kernels.types import KernelInputError
 
     one = torch.zeros(1, dtype=torch.uint8)
-    with pytest.raises(KernelInputError, match="exactly one of gaps and draws"):
+    with pytest.raises(KernelInputError, match="exactly one of gaps, draws and weights"):
         expand_targets(count=one, id_planes=[one, one], gaps=None, tail=one, tail_table=torch.zeros(256))
     with pytest.raises(KernelInputError, match="plane count has dtype"):
         expand_targets(count=one.int(), id_planes=[one, one], gaps=one, tail=one, tail_table=torch.zeros(256))
