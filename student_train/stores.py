@@ -153,6 +153,11 @@ def check_objectives(config: TrainConfig, stores: Stores) -> None:
                 f"{mode}; use divergence sampled with selection sample, and any other divergence with top_k or top_p_k"
             )
         temperature = config.objective.temperature if stage.temperature is None else stage.temperature
+        if entry.needs_counts and set(scalar_bounds(temperature)) != {1.0}:
+            raise UserError(
+                f"{key}.temperature takes the values {sorted(set(scalar_bounds(temperature)))}, but store "
+                f"{stage.targets!r} holds draws, and draws hold at temperature 1 only; use temperature 1"
+            )
         if settings.missing_mass in ("tail", "label", "raw"):
             _check_temperature(temperature, targets, stage.targets, key)
 

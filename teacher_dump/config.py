@@ -134,7 +134,18 @@ class SelectionConfig(StrictModel):
     num_draws: int = Field(
         default=50, ge=1, le=255, description="Draws per token in mode sample (with replacement, at T = 1)"
     )
+    power: float = Field(
+        default=1.0, ge=0.5, le=1.5, description="Draws of mode sample come from p^power; not 1: weights, not counts"
+    )
     seed: int = Field(default=0, ge=0, lt=1 << 63, description="Key of the draws in mode sample, with row and position")
+
+    @model_validator(mode="after")
+    def _power_of_draws(self) -> Self:
+        if self.power != 1.0 and self.mode != "sample":
+            raise ValueError(
+                f"power {self.power} is of draws, and mode is {self.mode}; use mode sample, or leave it out"
+            )
+        return self
 
 
 class WalkConfig(StrictModel):

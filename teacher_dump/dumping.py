@@ -66,6 +66,7 @@ class DumpJob(Job):
                 engine,
                 batch,
                 num_draws=selection.num_draws,
+                power=selection.power,
                 seed=selection.seed,
                 vocab_size=vocab_size,
                 chunk_bytes=chunk_bytes,
@@ -116,11 +117,12 @@ def host_prefix(topk: TopK, config: DumpConfig) -> HostTargets:
 def host_draws(sampled: Sampled) -> HostTargets:
     """Draws on the host, as arrays."""
     kept = sampled.targets
-    assert kept.counts is not None
+    counts, log_weights = kept.counts, kept.log_weights
     return HostTargets(
         offsets=_array(kept.offsets),
         ids=_array(kept.ids),
-        counts=_array(kept.counts).astype(np.uint8),
+        counts=None if counts is None else _array(counts).astype(np.uint8),
+        log_weights=None if log_weights is None else _array(log_weights),
         num_draws=kept.num_draws,
         log_tail=_array(kept.log_tail),
         **_sides(sampled),

@@ -47,12 +47,20 @@ def batch_topk(
 
 
 def batch_sample(
-    engine: TeacherEngine, batch: TeacherBatch, *, num_draws: int, seed: int, vocab_size: int, chunk_bytes: int | None
+    engine: TeacherEngine,
+    batch: TeacherBatch,
+    *,
+    num_draws: int,
+    power: float,
+    seed: int,
+    vocab_size: int,
+    chunk_bytes: int | None,
 ) -> OnItsWay[Sampled]:
     """Run the teacher over a batch and draw ids at its M target positions; draws are keyed by (seed, row, position)."""
     options = _teacher_options(engine, batch, vocab_size=vocab_size, chunk_bytes=chunk_bytes)
     rows, positions = (torch.from_numpy(array).to(engine.device) for array in target_places(batch.rows))
-    return _to_host(select_sample(**options, num_draws=num_draws, seed=seed, rows=rows, positions=positions))
+    options |= {"seed": seed, "rows": rows, "positions": positions}
+    return _to_host(select_sample(**options, num_draws=num_draws, power=power))
 
 
 def _teacher_options(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from potstill.storage import SparseTargets, TargetsRow, TokensRow, token_digest
+from potstill.storage.grid import WEIGHT_TOP
 from potstill.teacher_dump.batches import target_mask
 from potstill.teacher_dump.config import SelectionConfig
 
@@ -58,7 +59,8 @@ PREFIXES: dict[str, Callable[[TopK, SelectionConfig], SparseTargetTensors]] = {"
 def selection_spec(selection: SelectionConfig) -> Mapping[str, Any]:
     """The `selection` field of run.json."""
     if selection.mode == "sample":
-        return {"mode": "sample", "num_draws": selection.num_draws}
+        spec: dict[str, Any] = {"mode": "sample", "num_draws": selection.num_draws}
+        return spec if selection.power == 1.0 else spec | {"power": selection.power}
     if selection.mode == "top_p_k":
         return {"mode": "top_p_k", "k": selection.k, "p": selection.p}
     return {"mode": "top_k", "k": selection.k}
@@ -68,13 +70,14 @@ def selection_spec(selection: SelectionConfig) -> Mapping[str, Any]:
 class HostTargets:
     """Results of a batch on the host, one per target position [M]; entries as CSR (offsets [M + 1]).
 
-    Entries carry logprobs, or counts out of `num_draws`.
+    Entries carry logprobs, or counts out of `num_draws`, or log weights of as many draws from a power of p.
     """
 
     offsets: np.ndarray
     ids: np.ndarray
     logprobs: np.ndarray | None = None
     counts: np.ndarray | None = None
+    log_weights: np.ndarray | None = None
     num_draws: int | None = None
     log_tail: np.ndarray
     log_tail_at: Mapping[float, np.ndarray] = field(default_factory=dict)
@@ -102,7 +105,7 @@ def cut_rows(found: HostTargets, rows: Sequence[TokensRow]) -> Iterator[tuple[Ta
     for row in rows:
         mask = target_mask(row.doc_lens)
         stop = start + int(mask.sum())
-        reason = refusal(found.lse[start:stop], found.entropy[start:stop], mask)
+        reason = refusal(found.lse[start:stop], found.entropy[start:stop], mask) or too_heavy(found, start, stop)
         digest = token_digest(row.tokens, row.doc_lens)
         if reason is not None:
             stats = dict.fromkeys(TARGET_STATS, 0.0)
@@ -124,6 +127,16 @@ def refusal(lse: np.ndarray, entropy: np.ndarray, mask: np.ndarray) -> str | Non
     )
 
 
+def too_heavy(found: HostTargets, start: int, stop: int) -> str | None:
+    """Why a row is refused, or None: a draw so rare that its weight is above what a store can hold."""
+    if found.log_weights is None or start == stop:
+        return None
+    weights = found.log_weights[int(found.offsets[start]) : int(found.offsets[stop])]
+    if weights.max() <= WEIGHT_TOP:
+        return None
+    return f"a draw has the log weight {weights.max()}, a store holds up to {WEIGHT_TOP}; use a power nearer to 1"
+
+
 def without_targets(found: HostTargets, num_tokens: int) -> SparseTargets:
     """Targets of a row that has none, with the columns that every row of this dump has."""
     zeros = np.zeros(num_tokens, np.float32)
@@ -132,6 +145,7 @@ def without_targets(found: HostTargets, num_tokens: int) -> SparseTargets:
         ids=np.zeros(0, np.int32),
         logprobs=None if found.logprobs is None else np.zeros(0, np.float32),
         counts=None if found.counts is None else np.zeros(0, np.uint8),
+        log_weights=None if found.log_weights is None else np.zeros(0, np.float32),
         num_draws=found.num_draws,
         log_tail=zeros,
         entropy=zeros.copy(),
@@ -168,6 +182,7 @@ def _row_targets(found: HostTargets, start: int, stop: int, mask: np.ndarray) ->
         ids=ids,
         logprobs=logprobs,
         counts=None if found.counts is None else found.counts[part],
+        log_weights=None if found.log_weights is None else found.log_weights[part],
         num_draws=found.num_draws,
         log_tail=spread(found.log_tail),
         entropy=spread(found.entropy),

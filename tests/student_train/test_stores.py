@@ -133,6 +133,14 @@ def test_draws_need_the_loss_of_draws(stores) -> None:
     assert "selection sample" in refused(stores, data=data, curriculum=[{"targets": "teacher"}])
 
 
+@pytest.mark.parametrize("missing_mass", ["tail", "renorm", "raw"])
+def test_draws_hold_at_temperature_one(stores, missing_mass: str) -> None:
+    data = {"targets": {"teacher": str(stores["sampled"])}}
+    stage = {"targets": "teacher", "divergence": "sampled", "missing_mass": missing_mass, "temperature": 2.0}
+    message = refused(stores, data=data, curriculum=[stage])
+    assert "curriculum.0.temperature" in message and "draws hold at temperature 1 only" in message
+
+
 def test_a_temperature_schedule_is_fine_where_no_tail_is_read(stores) -> None:
     stage = {
         "targets": "teacher",
