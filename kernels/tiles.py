@@ -5,6 +5,7 @@ only k * 64 candidates are looked at again. Sums of exp are kept per tile as wel
 kept ids is then a sum of what was not taken, free of the cancellation in `1 - kept`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ TILE = 64
 FILL = -1e30
 BLOCK_BYTES = 2 << 20
 _LOW_BITS = 0xFFFFFFFF
+_LOG2E = math.log2(math.e)
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,13 @@ def tile_stats(slab: Tensor, label_ids: Tensor, temperatures: Sequence[float]) -
         best = z.unflatten(1, (num_tiles, TILE)).amax(2)
         maxima[block] = best
         above[block] = _before_label(z, label_logit[block], label_ids[block], exponential)
-        torch.sub(z, best.amax(1, keepdim=True), out=difference)
-        torch.exp(difference, out=exponential)
+        # In powers of two, as the Triton pass has it: torch's exp2 takes a quarter of the time of its exp.
+        torch.sub(z, best.amax(1, keepdim=True), out=difference).mul_(_LOG2E)
+        torch.exp2(difference, out=exponential)
         sums[0, block] = exponential.unflatten(1, (num_tiles, TILE)).sum(2)
-        moment[block] = exponential.mul_(difference).sum(1)
+        moment[block] = exponential.mul_(difference).sum(1).div_(_LOG2E)
         for number, temperature in enumerate(temperatures, start=1):
-            torch.div(difference, temperature, out=exponential).exp_()
+            torch.div(difference, temperature, out=exponential).exp2_()
             sums[number, block] = exponential.unflatten(1, (num_tiles, TILE)).sum(2)
     return TileStats(maxima.amax(1), maxima, sums, moment, above)
 
@@ -176,11 +179,10 @@ def _best_of_rows(
     chosen = top_in_order(candidates, k, at_least)  # [B, k]
     ids = taken.gather(1, chosen // TILE) * TILE + chosen % TILE
     logits = candidates.gather(1, chosen)
-    relative = candidates.sub_(top[:, None])
+    relative = candidates.sub_(top[:, None]).mul_(_LOG2E)
     others = torch.ones_like(maxima).scatter(1, taken, 0.0)
     rest = []
     for number, temperature in enumerate((1.0, *temperatures)):
-        # The chosen ones are struck out after the exponential, which is slow on numbers that underflow.
-        left = relative.exp() if temperature == 1.0 else (relative / temperature).exp_()
+        left = relative.exp2() if temperature == 1.0 else (relative / temperature).exp2_()
         rest.append((sums[number] * others).sum(1) + left.scatter_(1, chosen, 0.0).sum(1))
     return BestIds(ids, logits, torch.stack(rest))
