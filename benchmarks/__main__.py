@@ -31,6 +31,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     Benchmark("gpu_kernels", "the kernels beside eager, compiled and chunked torch on one GPU", needs_gpu=True),
     Benchmark("dump", "the dump over the bare forward pass of the same teacher"),
     Benchmark("step", "the distilled step over the label-only step; waiting for data"),
+    Benchmark("proposals", "draws from powers of the teacher: squared error and bytes at equal draws"),
     Benchmark("selector", "what selecting half of the positions saves"),
     Benchmark("methods", "a preset against label-only and plain KD over several seeds", needs_stores=True),
 )

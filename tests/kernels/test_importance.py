@@ -11,6 +11,7 @@ import math
 import pytest
 import torch
 
+from benchmarks.proposals import expected_squared_error, measure
 from potstill.kernels.counter_random import uniforms, uniforms_of_ids
 from potstill.kernels.expand import VALUE_STEP, WEIGHT_TOP
 from potstill.kernels.loss import sparse_loss
@@ -121,6 +122,21 @@ def test_the_mean_gradient_is_that_of_the_dense_cross_entropy(power: float, miss
     assert float(sums.kept_mass) == pytest.approx(1.0, rel=1e-12)
 
 
+@pytest.mark.parametrize("power", [1.0, *POWERS])
+def test_the_variance_is_that_of_the_formula(power: float) -> None:
+    chance, _, token, ids, log_weights = weigh(PEAKED, power, 3)
+    p = torch.tensor(PEAKED, dtype=torch.float64)
+    dense = torch.zeros(len(chance), len(p), dtype=torch.float64)
+    dense[token, ids] = log_weights.exp()
+    truth = (chance[:, None] * (dense - p).square()).sum()
+    formula = expected_squared_error(p.log()[None], power=power, num_draws=3)[0]
+    torch.testing.assert_close(formula, truth, rtol=1e-11, atol=0)
+    # (sum p^power sum p^(2 - power) - sum p^2) / n: the same at 2 - power, and least at 1.
+    mirrored = expected_squared_error(p.log()[None], power=2 - power, num_draws=3)[0]
+    torch.testing.assert_close(formula, mirrored, rtol=1e-11, atol=0)
+    assert power == 1.0 or formula > expected_squared_error(p.log()[None], power=1.0, num_draws=3)[0]
+
+
 def test_rounding_takes_each_neighbour_as_often_as_it_must() -> None:
     """Uniforms on a fine lattice: the mean of what is stored is t to one lattice step of the gap."""
     log_weights = torch.tensor([-20.0, -9.0, -8.9375, -3.03, 0.0, 0.01, 6.99, 7.0], dtype=torch.float64)
@@ -215,6 +231,12 @@ def test_weights_of_many_draws_are_unbiased(power: float) -> None:
     rounded = (drawn + p.square()) * math.expm1(1 / VALUE_STEP) ** 2 / 4  # at most, between two neighbours
     error = ((drawn + rounded) / num_tokens).sqrt()
     assert bool(((total / num_tokens - p).abs() <= 5 * error).all())
+
+
+@pytest.mark.parametrize("power", [1.0, 0.8])
+def test_the_benchmark_measures_what_it_expects(power: float) -> None:
+    figures = measure(peaked_logits(400, 300), power=power, num_draws=20)
+    assert 0.8 < figures.measured / figures.expected < 1.25 and figures.bytes_per_token > figures.entries
 
 
 def test_rounding_is_keyed_by_seed_row_position_and_id() -> None:

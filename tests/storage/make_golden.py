@@ -37,6 +37,25 @@ def sample_row(tokens: TokensRow, vocab_size: int, num_draws: int) -> TargetsRow
     return TargetsRow(tokens.row, token_digest(tokens.tokens, tokens.doc_lens), targets)
 
 
+def weighted_row(tokens: TokensRow, vocab_size: int, num_draws: int) -> TargetsRow:
+    """Weights anywhere on their grid, both ends among them."""
+    rng = np.random.default_rng(tokens.row)
+    kept = np.append(rng.integers(1, num_draws + 1, len(tokens.tokens) - 1), 0)
+    codes = [np.sort(rng.choice([0, 60, 110, 111, 145, 160, 255], size)) for size in kept]
+    ids = [rng.choice(vocab_size, size, replace=False) for size in kept]
+    ids = [chosen[np.lexsort((chosen, code))] for chosen, code in zip(ids, codes, strict=True)]
+    targets = SparseTargets.build(
+        offsets=np.append(0, np.cumsum(kept)),
+        ids=np.concatenate(ids).astype(np.int32),
+        log_weights=(7 - np.concatenate(codes) / 16).astype(np.float32),
+        num_draws=num_draws,
+        log_tail=np.where(kept > 0, rng.uniform(-4, 0, len(kept)), 0).astype(np.float32),
+        vocab_size=vocab_size,
+        strict=True,
+    )
+    return TargetsRow(tokens.row, token_digest(tokens.tokens, tokens.doc_lens), targets)
+
+
 def main(folder: Path) -> None:
     folder.mkdir()
     tokens = write_tokens(folder / "tokens", NUM_ROWS, last_tokens=11, vocab_size=70_000)
@@ -54,6 +73,11 @@ def main(folder: Path) -> None:
     writer = StoreWriter.create(folder / "sampled", spec, id_frequencies=np.arange(300) % 37)
     writer.commit_unit(0, [sample_row(rows[0], 300, 25)])
     seal_store(folder / "sampled")
+    spec = targets_spec(
+        1, digest, vocab_size=300, selection={"mode": "sample", "num_draws": 12, "power": 0.8}, stats=()
+    )
+    StoreWriter.create(folder / "weighted", spec).commit_unit(0, [weighted_row(rows[0], 300, 12)])
+    seal_store(folder / "weighted")
     spec = targets_spec(
         NUM_ROWS, tokens.digest, vocab_size=70_000, kind="scores", selection=None, teacher=None, stats=("mean_loss",)
     )
