@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor
+from typing import Any, Protocol, Self, TypeVar
 
 
-def as_lines(config: Any, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+class Reshapes(Protocol):
+    """A tensor, as far as this module needs to know (importing torch here would cost every command seconds)."""
+
+    def reshape(self, *shape: int) -> Self: ...
+
+
+Ids = TypeVar("Ids", bound=Reshapes)
+
+
+def as_lines(config: Any, input_ids: Ids, position_ids: Ids) -> tuple[Ids, Ids]:
     """input_ids and position_ids [B, L] in the shape that the model's attention needs: themselves, or [1, B * L].
 
     transformers builds a mask from restarting positions for eager, sdpa and flex attention. Its flash attention takes

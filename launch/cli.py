@@ -15,8 +15,8 @@ from collections.abc import Sequence
 
 import potstill
 from potstill.common.errors import UserError
+from potstill.common.exit_codes import DONE, ERROR, EXIT_CODES, INTERRUPTED
 from potstill.common.log import setup_logging
-from potstill.launch.command import DONE, ERROR, EXIT_CODES, INTERRUPTED
 from potstill.launch.commands import COMMANDS
 
 DESCRIPTION = "Pre-training distillation from offline teacher logits."

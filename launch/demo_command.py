@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from potstill.launch.command import DONE, Command
+from potstill.common.exit_codes import DONE
+from potstill.launch.command import Command
 
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:

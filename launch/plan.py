@@ -18,8 +18,9 @@ from pydantic import Field
 
 from potstill.common.config import StrictModel
 from potstill.common.errors import UserError
+from potstill.common.exit_codes import DONE
 from potstill.common.progress import format_seconds
-from potstill.launch.command import DONE, Command
+from potstill.launch.command import Command
 from potstill.launch.options import add_config_options, read_config
 from potstill.teacher_dump.config import DumpConfig, PlaceText, SelectionConfig
 

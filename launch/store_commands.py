@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from potstill.common.errors import UserError
+from potstill.common.exit_codes import DONE, INCOMPLETE
 from potstill.common.progress import Progress, format_seconds
-from potstill.launch.command import DONE, INCOMPLETE, Command
+from potstill.launch.command import Command
 from potstill.launch.text import format_bytes, table
 
 
@@ -25,9 +27,14 @@ def _json_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def _seal(arguments: argparse.Namespace) -> int:
-    from potstill.storage import seal_store
+    from potstill.storage import UnsealedError, seal_store
 
-    manifest = seal_store(arguments.store)
+    try:
+        manifest = seal_store(arguments.store)
+    except UnsealedError as error:
+        # Not a fault: units are still to come. A damaged store ends with the code of an error instead.
+        print(f"potstill seal: {error}", file=sys.stderr)
+        return INCOMPLETE
     print(
         f"sealed {arguments.store}: {manifest.num_rows} rows, {manifest.num_tokens} tokens, "
         f"{format_bytes(manifest.num_bytes)}, digest {manifest.store_digest}"
@@ -39,7 +46,8 @@ SEAL = Command(
     name="seal",
     summary="close a complete store: index, manifest, digest",
     description="Write the index and the manifest of a store whose units are all there. Readers refuse a store before "
-    "that. A sealed store can be sealed again: nothing changes.",
+    "that. A sealed store can be sealed again: nothing changes. Ends with 3 while units are missing, with 1 when the "
+    "store is damaged.",
     examples=("potstill seal data/targets",),
     add_arguments=_store_argument,
     run=_seal,

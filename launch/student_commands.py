@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 from potstill.common.errors import ConfigError
-from potstill.launch.command import DONE, ERROR, PREEMPTED, Command
+from potstill.common.exit_codes import DONE, ERROR, PREEMPTED
+from potstill.launch.command import Command
 from potstill.launch.options import OVERRIDES, add_config_options, read_config
 from potstill.launch.presets import find_preset, list_presets
 from potstill.launch.text import table

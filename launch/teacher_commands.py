@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from potstill.launch.command import DONE, INCOMPLETE, PREEMPTED, Command
+from potstill.common.exit_codes import DONE, INCOMPLETE, PREEMPTED
+from potstill.launch.command import Command
 from potstill.launch.options import add_config_options, read_config
 
 if TYPE_CHECKING:

@@ -1,7 +1,8 @@
 """`deepspeed --module potstill.student_train --config run.yaml --set a.b=value`: one rank of a training run.
 
 Any launcher that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT will do; without one it runs alone.
-Exit codes: 0 done, 75 stopped early and saved (start again to continue), 2 a mistake that a person can mend, 1 a fault.
+Exit codes are those of `potstill` (common/exit_codes.py): 0 done, 75 stopped early and saved (start again to continue),
+1 something must be mended first (the last line of the log says what), 2 a wrong command line.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from potstill.common.config import load_config
 from potstill.common.errors import UserError
+from potstill.common.exit_codes import DONE, ERROR, PREEMPTED
 from potstill.common.log import setup_logging
 
 log = logging.getLogger("potstill.student_train")
@@ -37,7 +39,6 @@ def main(arguments: list[str] | None = None) -> int:
     from potstill.student_train import train
     from potstill.student_train.config import TrainConfig
     from potstill.student_train.distributed import die_with_parent, stop_distributed, world_from_environment
-    from potstill.student_train.stop import EXIT_STOPPED
 
     try:
         if world_from_environment()[1] > 1:
@@ -46,11 +47,11 @@ def main(arguments: list[str] | None = None) -> int:
     except (UserError, StoreError, OSError) as error:
         # OSError: no space, no permission; its text names the file.
         log.error("%s", error)
-        return 2
+        return ERROR
     finally:
         stop_distributed()
     log.info("%s", summary.format())
-    return 0 if summary.is_done else EXIT_STOPPED
+    return DONE if summary.is_done else PREEMPTED
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ from typing import Any
 
 STOP_FILE = "stop"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-# EX_TEMPFAIL: the work is not done, starting again continues it.
-EXIT_STOPPED = 75
 
 
 class StopRequest:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from potstill.common.exit_codes import EXIT_CODES
 from potstill.launch import cli
-from potstill.launch.command import EXIT_CODES, Command
+from potstill.launch.command import Command
 from potstill.launch.commands import COMMANDS
 from potstill.launch.options import OVERRIDES
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from potstill.common.config import build_config, load_config, parse_yaml
+from potstill.common.exit_codes import EXIT_CODES
 from potstill.launch import cli
-from potstill.launch.command import EXIT_CODES
 from potstill.launch.options import OVERRIDES
 from potstill.launch.plan import PlanConfig
 from potstill.launch.presets import find_preset, list_presets

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from potstill.common.exit_codes import INCOMPLETE
 from potstill.launch.cli import main
 from potstill.storage import StoreReader
 from tests.launch.conftest import write_targets
@@ -31,7 +32,7 @@ def test_status_counts_and_ends_with_3_until_sealed(
     status = json.loads(capsys.readouterr().out)
     assert (status["kind"], status["committed"], status["sealed"]) == ("targets", 2, False)
     assert status["missing"] == writer.num_units - 2
-    assert main(["seal", str(store)]) == 1
+    assert main(["seal", str(store)]) == INCOMPLETE
     assert "unit" in capsys.readouterr().err
     write_targets(data / "train", store)
     assert main(["status", str(store)]) == 3

@@ -17,10 +17,10 @@ import torch
 
 from potstill.common.config import build_config
 from potstill.common.errors import UserError
+from potstill.common.exit_codes import ERROR, PREEMPTED
 from potstill.student_train import evaluate, export
 from potstill.student_train.config import EvalConfig, ExportConfig
 from potstill.student_train.metrics import read_metrics
-from potstill.student_train.stop import EXIT_STOPPED
 from tests.dist_harness import Ranks, free_port, run_ranks
 from tests.student_train import tiny, workers
 
@@ -235,20 +235,20 @@ def test_a_signal_saves_and_exits_with_a_code_that_says_so(stores, tmp_path: Pat
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == EXIT_STOPPED, errors
+    assert process.returncode == PREEMPTED, errors
     assert f"signal {signal.Signals(number).name}" in errors
     newest = sorted((run / "checkpoints").iterdir())[-1]
     assert json.loads((newest / "potstill.json").read_text())["loop"]["step"] == lines(run)[-1]["step"]
 
 
-def test_a_mistake_exits_with_two_and_one_line(stores, tmp_path: Path) -> None:
+def test_a_mistake_exits_with_one_and_one_line(stores, tmp_path: Path) -> None:
     tree = tiny.config_tree({**stores, "tokens": stores["scores"]}, tmp_path / "run")
     process = start(tree, tmp_path)
     try:
         _, errors = process.communicate(timeout=90)
     finally:
         process.kill()
-    assert process.returncode == 2
+    assert process.returncode == ERROR
     assert "data.tokens" in errors and "Traceback" not in errors
     assert not (tmp_path / "run").exists()
 
