@@ -12,7 +12,7 @@ from potstill.kernels.settings import FLOAT_DTYPES, check_tensor
 from potstill.kernels.types import IGNORE_LABEL, KernelInputError
 
 CUDA_CHUNK_BYTES = 1 << 30
-CPU_CHUNK_BYTES = 32 << 20
+CPU_CHUNK_BYTES = 64 << 20
 NO_RANK = 255
 
 

@@ -144,7 +144,7 @@ def best_ids(slab: Tensor, stats: TileStats, k: int, temperatures: Sequence[floa
     # On a CPU the candidates of a few rows at a time, which stay in the cache.
     rows = num_rows
     if slab.device.type == "cpu":
-        rows = max(1, BLOCK_BYTES // (2 * min(k, num_tiles) * TILE * slab.element_size()))
+        rows = max(1, BLOCK_BYTES // (min(k, num_tiles) * TILE * slab.element_size()))
     blocks = [slice(start, start + rows) for start in range(0, num_rows, rows)] or [slice(0, 0)]
     parts = [_best_of_rows(slab[b], stats.top[b], stats.maxima[b], stats.sums[:, b], k, temperatures) for b in blocks]
     if len(parts) == 1:

@@ -64,7 +64,7 @@ class TeacherOptions(TypedDict, total=False):
     vocab_size (None: V): ids at and above it are never taken.
     labels (None): int64 [N], -100 none. temperatures (()): further T > 0 for lse and tails.
     soft_cap (None), logit_scale (1): z = cap * tanh(scale * raw / cap).
-    chunk_bytes (None: 1 GiB on a GPU, 32 MiB on a CPU): bound of the float32 logits kept at a time.
+    chunk_bytes (None: 1 GiB on a GPU, 64 MiB on a CPU): bound of the float32 logits kept at a time.
     backend ("auto"): "torch", "triton", or by device.
     """
 
