@@ -17,7 +17,7 @@ from torch import Tensor
 from potstill.kernels.types import IGNORE_LABEL, SparseTargetTensors
 from potstill.storage import LoadedBatch, ScoresRow, TargetsRow, TokensRow, concatenate
 from potstill.student_train.objective import StepObjective, TokenChoice
-from potstill.student_train.tokens import TOKEN_POLICIES, choose, known_weight_sum
+from potstill.student_train.tokens import TOKEN_POLICIES, choose, known_active, known_weight_sum
 
 JoinedRow = TargetsRow | ScoresRow
 
@@ -29,7 +29,8 @@ class MicroBatch:
     input_ids, position_ids int64 [B, L]; labels int64 [N] (-100: none); token_weights, kd_weights float32 [N] or None
     (all ones); token_index int64 [N] places of the real tokens in the B*L grid, or None when every row is full;
     row int64 [N] row of each token; columns: figures of stores for a choice that needs the student as well;
-    weight_sum: sum of the token weights, known before the forward.
+    weight_sum: sum of the token weights, known before the forward; num_active: how many of them are not 0, where that
+    is known as well (a GPU need not be asked then).
     """
 
     input_ids: Tensor
@@ -42,6 +43,7 @@ class MicroBatch:
     row: Tensor
     columns: Mapping[str, Tensor]
     weight_sum: float
+    num_active: int | None
 
     @property
     def num_rows(self) -> int:
@@ -128,6 +130,7 @@ def _micro_batch(batch: LoadedBatch, objective: StepObjective, part: slice, row_
     if min(lengths) < row_length:
         grid = np.concatenate([np.arange(n) + number * row_length for number, n in enumerate(lengths)])
         index = torch.from_numpy(grid)
+    num_labelled = int((labels != IGNORE_LABEL).sum())
     targets = None
     if objective.targets is not None:
         parts = [cast(TargetsRow, row).targets for row in batch.joined[objective.targets][part]]
@@ -142,7 +145,8 @@ def _micro_batch(batch: LoadedBatch, objective: StepObjective, part: slice, row_
         token_index=index,
         row=torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(lengths)),
         columns={},
-        weight_sum=float((labels != IGNORE_LABEL).sum()),
+        weight_sum=float(num_labelled),
+        num_active=num_labelled,
     )
     return (
         micro if objective.tokens is None else _chosen(micro, objective.tokens, _columns(objective.tokens, batch, part))
@@ -156,8 +160,19 @@ def _chosen(micro: MicroBatch, choice: TokenChoice, columns: dict[str, Tensor]) 
         if choice.selector.applies_to == "kd":
             return replace(micro, columns=columns)
         counts = torch.bincount(micro.row[labelled], minlength=micro.num_rows)
-        return replace(micro, columns=columns, weight_sum=known_weight_sum(choice, counts.tolist()))
+        num_labelled = counts.tolist()
+        return replace(
+            micro,
+            columns=columns,
+            weight_sum=known_weight_sum(choice, num_labelled),
+            num_active=known_active(choice, num_labelled),
+        )
     weights = choose(choice, columns, labelled=labelled, row=micro.row, num_rows=micro.num_rows)
     if choice.selector.applies_to == "kd":
         return replace(micro, kd_weights=weights)
-    return replace(micro, token_weights=weights, weight_sum=float(weights.double().sum()))
+    return replace(
+        micro,
+        token_weights=weights,
+        weight_sum=float(weights.double().sum()),
+        num_active=int((weights != 0).sum()),
+    )

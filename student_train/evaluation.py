@@ -98,7 +98,9 @@ class HeldoutEvaluation:
         for rows, counted in self._batches():
             micro = self._micro_batch(rows, objective).to(self.device)
             if counted == 0:
-                micro = replace(micro, token_weights=torch.zeros(micro.labels.shape[0], device=self.device))
+                micro = replace(
+                    micro, token_weights=torch.zeros(micro.labels.shape[0], device=self.device), num_active=0
+                )
             _, sums = model(micro, objective, one, calibrate=True)
             total += sums
         model.train(was_training)  # type: ignore[attr-defined]

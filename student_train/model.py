@@ -82,11 +82,13 @@ class DistillationHead(nn.Module):
             "soft_cap": self.soft_cap,
             "logit_scale": self.logit_scale,
             "normalizer": request.normalizer,
+            "num_active": micro.num_active,
             **(divergence_arguments(objective) if distils else {}),
         }
         tensors = {"hidden": hidden, "weight": self.weight, "bias": self.bias, "labels": micro.labels}
         targets = micro.targets if distils else None
         if request.self_check:
+            check_num_active(micro.num_active, token_weights)
             detached = {name: None if value is None else value.detach() for name, value in tensors.items()}
             self_check(**detached, targets=targets, **options)
         loss, sums = linear_sparse_loss(**tensors, targets=targets, **options)
@@ -129,6 +131,16 @@ class DistillationHead(nn.Module):
             columns["divergence"] = figures.divergence
         weights = choose(choice, columns, labelled=labelled, row=micro.row, num_rows=micro.num_rows)
         return (everywhere, weights) if choice.selector.applies_to == "kd" else (weights, None)
+
+
+def check_num_active(num_active: int | None, token_weights: Tensor) -> None:
+    """Raise RuntimeError where the host's count is not that of the weights: positions would be left out unseen."""
+    found = int((token_weights != 0).sum())
+    if num_active is not None and num_active != found:
+        raise RuntimeError(
+            f"{found} positions of the batch have a weight, the collation counted {num_active}; this is a defect of "
+            "potstill, please report it with the stage's token selector"
+        )
 
 
 def selection_figures(micro: MicroBatch, token_weights: Tensor, kd_weights: Tensor | None) -> Tensor:

@@ -150,3 +150,12 @@ def known_weight_sum(choice: TokenChoice, num_labelled: list[int]) -> float:
         kept = kept_count(count, choice.share) if policy.kind == "share" else count
         total += kept + choice.floor * (count - kept)
     return total
+
+
+def known_active(choice: TokenChoice, num_labelled: list[int]) -> int | None:
+    """How many positions will weigh more than 0, or None where that hangs on the scores (a soft weight may be 0)."""
+    if choice.floor > 0:
+        return sum(num_labelled)
+    if TOKEN_POLICIES[choice.selector.policy].kind == "share":
+        return sum(kept_count(count, choice.share) for count in num_labelled)
+    return None

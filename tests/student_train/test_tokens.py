@@ -10,7 +10,7 @@ import torch
 
 from potstill.student_train.config import TokenSelector
 from potstill.student_train.objective import SHARE_POLICIES, TokenChoice
-from potstill.student_train.tokens import TOKEN_POLICIES, choose, kept_count, known_weight_sum
+from potstill.student_train.tokens import TOKEN_POLICIES, choose, kept_count, known_active, known_weight_sum
 
 LENGTHS = (7, 1, 12, 5)
 ROW = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
@@ -96,6 +96,20 @@ def test_the_sum_is_known_before_the_scores(policy: str) -> None:
         choice = choice_of(policy, share=share, floor=floor)
         weights = choose(choice, columns, labelled=labelled, row=ROW, num_rows=len(LENGTHS))
         assert float(weights.double().sum()) == pytest.approx(known_weight_sum(choice, counts), rel=1e-6)
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.25])
+@pytest.mark.parametrize("policy", TOKEN_POLICIES)
+def test_the_number_of_positions_is_known_before_the_scores_or_said_to_be_unknown(policy: str, floor: float) -> None:
+    columns, labelled = columns_of(5)
+    counts = torch.bincount(ROW[labelled], minlength=len(LENGTHS)).tolist()
+    choice = choice_of(policy, floor=floor)
+    weights = choose(choice, columns, labelled=labelled, row=ROW, num_rows=len(LENGTHS))
+    found = known_active(choice, counts)
+    if found is None:
+        assert floor == 0 and TOKEN_POLICIES[policy].kind != "share"
+    else:
+        assert found == int((weights != 0).sum())
 
 
 def test_the_choice_does_not_depend_on_the_rows_beside() -> None:
