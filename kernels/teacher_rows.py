@@ -38,13 +38,23 @@ class TeacherChunk:
     def lse(self) -> Tensor:
         """[1 + nT, B] logsumexp(z / T)."""
         scale = self.slab.new_tensor((1.0, *self.temperatures))
-        return self.stats.top / scale[:, None] + self.log_totals
+        return torch.where(self.is_empty, -math.inf, self.stats.top / scale[:, None] + self.log_totals)
+
+    @property
+    def is_empty(self) -> Tensor:
+        """bool [B]: no id has any mass, because all logits are -Inf."""
+        return self.stats.top <= tiles.RULED_OUT
+
+    def logprobs(self, logits: Tensor) -> Tensor:
+        """log p [B, m] of logits [B, m] of this chunk; -inf where the logit was -Inf."""
+        return torch.where(logits <= tiles.RULED_OUT, -math.inf, logits - self.lse[0][:, None])
 
     @property
     def entropy(self) -> Tensor:
         totals = self.stats.sums[0].sum(1)
         # Rounding must not make the entropy of a certain teacher negative.
-        return (totals.log() - self.stats.moment / totals).clamp_min(0)
+        entropy = (totals.log() - self.stats.moment / totals).clamp_min(0)
+        return torch.where(self.is_empty, math.nan, entropy)
 
     @property
     def has_label(self) -> Tensor:
@@ -52,8 +62,8 @@ class TeacherChunk:
 
     @property
     def label_logprob(self) -> Tensor:
-        logit = self.slab.gather(1, self.labels.clamp_min(0)[:, None])[:, 0]
-        return torch.where(self.has_label, logit - self.lse[0], 0.0)
+        logit = self.slab.gather(1, self.labels.clamp_min(0)[:, None])
+        return torch.where(self.has_label, self.logprobs(logit)[:, 0], 0.0)
 
     @property
     def label_rank(self) -> Tensor:
@@ -157,6 +167,9 @@ class LogitSource:
             head.mul_(self.logit_scale)
         if self.soft_cap is not None:
             head.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
+        if self.logits is not None or self.bias is not None:
+            # -Inf is a way to rule an id out; the passes need a number, since 0 * -Inf would spoil their sums.
+            head.clamp_(min=tiles.FILL)
         excluded_lse = torch.logsumexp(head[:, self.vocab_size :], 1)
         # Whole tiles only; the padding and the head's extra rows are below every logit.
         slab = slab[:, : tiles.padded_width(self.vocab_size)]

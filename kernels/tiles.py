@@ -16,6 +16,8 @@ from torch import Tensor
 TILE = 64
 # Below every logit; finite, so that (z - max) * exp(z - max) is 0 and not NaN in the padding.
 FILL = -1e30
+# Logits of -Inf are read as FILL; nothing else is as low.
+RULED_OUT = FILL / 2
 BLOCK_BYTES = 2 << 20
 _LOW_BITS = 0xFFFFFFFF
 _LOG2E = math.log2(math.e)

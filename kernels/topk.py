@@ -43,6 +43,8 @@ class TopK:
     logits; entropy [N] nats; label_logprob [N] and label_rank int32 [N] (0 = argmax; 0.0 and 255 without a
     label); excluded_mass [N], softmax mass of the head's rows at and above vocab_size, before they are left
     out; log_tail [N] and log_tail_at {T: [N]}, log mass outside the k ids (-inf: none).
+    A logit of -Inf rules its id out: log-probability -inf, nothing in any sum. A token whose logits are all -Inf
+    has lse -inf and entropy NaN; one with a NaN has NaN in lse and entropy.
     """
 
     ids: Tensor
@@ -112,7 +114,7 @@ def _topk_of(chunk: TeacherChunk, k: int) -> TopK:
     lse = chunk.lse
     return TopK(
         ids=best.ids.int(),
-        logprobs=best.logits - lse[0][:, None],
+        logprobs=chunk.logprobs(best.logits),
         lse=lse[0],
         lse_at=dict(zip(chunk.temperatures, lse[1:], strict=True)),
         entropy=chunk.entropy,

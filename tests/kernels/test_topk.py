@@ -148,3 +148,36 @@ def test_tokens_without_a_target_are_empty() -> None:
     counts = picked.offsets.diff()
     assert bool((counts[~valid] == 0).all()) and bool((counts[valid] > 0).all())
     assert bool((picked.log_tail[~valid] == 0).all()) and bool((picked.log_tail_at[2.0][~valid] == 0).all())
+
+
+def test_ids_that_are_ruled_out_have_no_mass_and_spoil_nothing() -> None:
+    """-Inf logits, given or by a bias, against float64 on the ids that are left."""
+    raw = random_logits(3, 200)
+    bias = torch.zeros(200)
+    bias[50:190] = -math.inf  # a whole tile, and parts of others
+    labels = torch.tensor([10, 60, -100])
+    eye = torch.eye(200)
+    for given in ({"logits": raw + bias}, {"hidden": raw, "weight": eye, "bias": bias}):
+        best = teacher_topk(k=70, labels=labels, temperatures=(2.0,), **given)  # type: ignore[arg-type]
+        z = (raw + bias).double()
+        log_p = z.log_softmax(1)
+        assert torch.equal(best.ids.long(), full_sort(raw + bias, 70))
+        torch.testing.assert_close(
+            best.logprobs, log_p.gather(1, best.ids.long()), rtol=2e-6, atol=4e-6, check_dtype=False
+        )
+        live = torch.where(log_p.isneginf(), 0.0, log_p)
+        torch.testing.assert_close(best.entropy, -(log_p.exp() * live).sum(1), rtol=1e-5, atol=2e-5, check_dtype=False)
+        torch.testing.assert_close(best.lse_at[2.0], (z / 2).logsumexp(1), rtol=2e-6, atol=4e-6, check_dtype=False)
+        assert bool(best.log_tail.isneginf().all()) and bool(best.log_tail_at[2.0].isneginf().all())
+        assert best.label_logprob[0].isfinite() and best.label_logprob[1] == -math.inf and best.label_logprob[2] == 0
+
+
+def test_a_token_without_a_distribution_shows() -> None:
+    raw = random_logits(3, 100)
+    raw[0] = -math.inf
+    raw[1, 7] = math.nan
+    best = teacher_topk(logits=raw, k=5)
+    assert best.lse[0] == -math.inf and bool(best.entropy[:2].isnan().all()) and bool(best.lse[1].isnan())
+    whole = teacher_topk(logits=raw[2:], k=5)
+    assert torch.equal(best.ids[2], whole.ids[0]) and torch.equal(best.entropy[2:], whole.entropy)
+    assert bool((best.ids >= 0).all() and (best.ids < 100).all())
