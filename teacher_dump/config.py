@@ -33,7 +33,7 @@ class PrepareConfig(StrictModel):
 
     input: list[PlaceText] = Field(min_length=1, description="Files, folders or globs, read in the order given")
     output: StorePlace = Field(
-        description="Folder (or URL) for the stores train/ and heldout/, and tokenizer/ if one is trained"
+        description="Folder (or URL) for the stores train/ and heldout/; a folder gets tokenizer/ as well"
     )
     text_field: str = Field(
         default="text", min_length=1, description="Field (JSON lines) or column (Parquet) with the text"

@@ -24,7 +24,7 @@ from potstill.teacher_dump.documents import Document, DocumentReader, Place
 from potstill.teacher_dump.inputs import InputFile, digest_files, find_files
 from potstill.teacher_dump.packing import Cursor, PackedRow, Packer
 from potstill.teacher_dump.split import Split
-from potstill.teacher_dump.tokenizer import TextEncoder, text_encoder, train_bpe
+from potstill.teacher_dump.tokenizer import TextEncoder, keep_tokenizer, text_encoder, train_bpe
 
 log = logging.getLogger(__name__)
 
@@ -144,6 +144,8 @@ def prepare(config: PrepareConfig) -> PrepareSummary:
     split = _make_split(config, files)
     source = _tokenizer_source(config, files, split, input_digest)
     encoder = text_encoder(source, append_eos=config.append_eos, add_bos=config.add_bos)
+    if config.train_tokenizer is None and isinstance(config.output, Path):
+        _keep_tokenizer(config, encoder)
     spec = _run_spec(config, files, encoder, split, input_digest)
     outputs = {
         name: _Output(inside(config.output, name), spec(name), force=config.force)
@@ -176,6 +178,14 @@ def _make_split(config: PrepareConfig, files: Sequence[InputFile]) -> Split:
         texts = (document.text for document in _reader(config, files) if document.text)
         return Split.by_count(texts, count=config.heldout_documents, salt=config.split_salt)
     return Split.by_fraction(config.heldout_fraction, salt=config.split_salt)
+
+
+def _keep_tokenizer(config: PrepareConfig, encoder: TextEncoder) -> None:
+    """A copy beside the stores, so that they can be used where the model's folder is not."""
+    folder = Path(config.output) / "tokenizer"
+    if folder.is_dir() and Path(str(config.tokenizer)).is_dir() and folder.samefile(str(config.tokenizer)):
+        return
+    keep_tokenizer(encoder, folder, force=config.force)
 
 
 def _tokenizer_source(config: PrepareConfig, files: Sequence[InputFile], split: Split, input_digest: str) -> str:

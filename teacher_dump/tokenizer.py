@@ -104,6 +104,36 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+def keep_tokenizer(encoder: TextEncoder, folder: Path, *, force: bool) -> None:
+    """Save the tokenizer of the stores beside them, where `export` looks for it; nothing is done where it stands.
+
+    Raises UserError where the folder holds another one (and `force` is off), or where what was saved would give other
+    ids than the tokenizer that made the stores.
+    """
+    if folder.exists():
+        if (folder / "tokenizer_config.json").is_file() and tokenizer_digest(
+            load_tokenizer(str(folder))
+        ) == encoder.digest:
+            return
+        if not force:
+            raise UserError(
+                f"{folder} exists and is not the tokenizer of this run (digest {encoder.digest[:12]}); use another "
+                "output, or force to replace it"
+            )
+        shutil.rmtree(folder)
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    encoder.tokenizer.save_pretrained(str(partial))
+    saved = tokenizer_digest(load_tokenizer(str(partial)))
+    if saved != encoder.digest:
+        shutil.rmtree(partial)
+        raise UserError(
+            f"the tokenizer, saved and loaded again, is another one (digest {saved[:12]}, expected "
+            f"{encoder.digest[:12]}); transformers cannot save it whole"
+        )
+    partial.rename(folder)
+
+
 def train_bpe(folder: Path, texts: Iterable[str], *, settings: TrainTokenizer, input_digest: str, force: bool) -> None:
     """Train a byte-level BPE on `texts` and save it to `folder`, loadable by AutoTokenizer.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,29 @@ def test_other_input_or_settings_do_not_mix_with_a_store(corpus: Path, tmp_path:
     assert digests(tmp_path / "out") == before
     prepare(config(corpus, tmp_path / "out", tokenizer_folder, force=True))
     assert digests(tmp_path / "out") != before
+
+
+def test_a_copy_of_the_tokenizer_stands_beside_the_stores(corpus: Path, tmp_path: Path, tokenizer_folder: Path) -> None:
+    out = tmp_path / "out"
+    digest = prepare(config(corpus, out, tokenizer_folder)).tokenizer_digest
+    kept = load_tokenizer(str(out / "tokenizer"))
+    assert tokenizer_digest(kept) == digest == StoreReader(out / "train").spec.tokenizer_digest
+    assert kept.eos_token == END_OF_TEXT
+    assert not list(out.glob("*.tmp"))
+    marker = out / "tokenizer" / "marker"
+    marker.touch()
+    prepare(config(corpus, out, tokenizer_folder))  # the same one is left as it stands
+    prepare(config(corpus, out, out / "tokenizer"))  # and may be named as the source itself
+    assert marker.exists()
+    other = tmp_path / "other"
+    prepare(config(corpus, tmp_path / "trained", None, train_tokenizer={"vocab_size": 280}))
+    (tmp_path / "trained" / "tokenizer").rename(other)
+    (tmp_path / "new").mkdir()
+    shutil.copytree(other, tmp_path / "new" / "tokenizer")
+    with pytest.raises(UserError, match="is not the tokenizer of this run"):
+        prepare(config(corpus, tmp_path / "new", tokenizer_folder))
+    prepare(config(corpus, tmp_path / "new", tokenizer_folder, force=True))
+    assert tokenizer_digest(load_tokenizer(str(tmp_path / "new" / "tokenizer"))) == digest
 
 
 def test_train_a_tokenizer_on_the_training_side(corpus: Path, tmp_path: Path) -> None:
