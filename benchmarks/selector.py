@@ -6,7 +6,7 @@ python -m benchmarks.selector [--vocab-size 8192 --hidden-size 256 ...]
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import statistics
 import tempfile
 import time
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.step import add_arguments, measure
+from benchmarks.step import finish, measure, parse
 from potstill.kernels.loss import linear_sparse_loss
 from potstill.kernels.types import SparseTargetTensors
 from potstill.student_train.distributed import stop_distributed
@@ -57,9 +57,9 @@ def head_seconds(options: argparse.Namespace, share: float, *, repeats: int = 7)
 
 def main() -> None:
     """Run and print one JSON line."""
+    load = os.getloadavg()[0]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
-    options = parser.parse_args()
+    options = parse(parser)
     half = {"policy": "random", "share": 0.5}
     stages: dict[str, dict[str, Any]] = {
         "all": {"targets": "teacher"},
@@ -76,10 +76,8 @@ def main() -> None:
         # The student's own entropy needs a forward of the head over all positions first.
         "half_by_student_step_over_all": round(found["half_by_student"]["seconds"] / whole, 4),
         "all_step_seconds": round(whole, 5),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "threads": torch.get_num_threads(),
     }
-    print(json.dumps({**figures, **vars(options)}))
+    finish(figures, options, load=load)
 
 
 if __name__ == "__main__":

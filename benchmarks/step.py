@@ -9,9 +9,13 @@ the other, several times; a run gives the median of its steps after a warm-up, a
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
+import os
+import platform
 import statistics
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -168,11 +172,38 @@ def measure(
     return best
 
 
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options of a benchmark of whole steps, checked."""
+    add_arguments(parser)
+    parser.add_argument("--output", type=Path, help="also write the figures to this file")
+    options = parser.parse_args()
+    if options.vocab_size <= options.top_k:
+        parser.error(f"--vocab-size {options.vocab_size} must be above --top-k {options.top_k}")
+    if options.warmup_steps >= options.steps:
+        parser.error(f"--warmup-steps {options.warmup_steps} must be below --steps {options.steps}")
+    return options
+
+
+def finish(figures: dict[str, Any], options: argparse.Namespace, *, load: float) -> None:
+    """Print figures, machine, versions and settings as one JSON line, and write it where it is wanted."""
+    settings = {name: value for name, value in vars(options).items() if name != "output"}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores"
+    packages = ("torch", "deepspeed", "transformers")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    machine = f"{platform.machine()} {device}, {torch.get_num_threads()} threads, load {load:.1f} before"
+    text = json.dumps(
+        {**figures, "machine": machine, "versions": versions, "date": time.strftime("%Y-%m-%d"), "settings": settings}
+    )
+    if options.output is not None:
+        options.output.write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
 def main() -> None:
     """Run and print one JSON line."""
+    load = os.getloadavg()[0]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
-    options = parser.parse_args()
+    options = parse(parser)
     stages: dict[str, dict[str, Any]] = {"ce": {}, "kd": {"targets": "teacher"}}
     with tempfile.TemporaryDirectory() as folder:
         found = measure(options, stages, Path(folder))
@@ -182,10 +213,8 @@ def main() -> None:
         "data_wait_share": round(found["kd"]["data_wait_share"], 5),
         "ce_step_seconds": round(found["ce"]["seconds"], 5),
         "kd_step_seconds": round(found["kd"]["seconds"], 5),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "threads": torch.get_num_threads(),
     }
-    print(json.dumps({**figures, **vars(options)}))
+    finish(figures, options, load=load)
 
 
 if __name__ == "__main__":
