@@ -48,6 +48,9 @@ MEASURED = [
     ({"mode": "top_p_k", "k": 100, "p": 0.90}, 128_256, 2.1, 67.5),
     ({"mode": "sample", "num_draws": 50}, 128_256, 2.1, 28.0),
     ({"mode": "sample", "num_draws": 12}, 128_256, 2.1, 13.4),
+    ({"mode": "sample", "num_draws": 50, "power": 0.5}, 8_000, 1.875, 71.6),
+    ({"mode": "sample", "num_draws": 50, "power": 0.8}, 8_000, 1.875, 41.1),
+    ({"mode": "sample", "num_draws": 50, "power": 1.2}, 8_000, 1.875, 19.5),
 ]
 
 
