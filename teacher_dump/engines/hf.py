@@ -73,9 +73,16 @@ def load(teacher: TeacherConfig) -> HfEngine:
     if "quantization_config" in options:
         options.setdefault("device_map", {"": str(device)})
     try:
-        model = AutoModelForCausalLM.from_pretrained(teacher.model, **options)
+        model, found = AutoModelForCausalLM.from_pretrained(teacher.model, output_loading_info=True, **options)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"teacher {teacher.model!r} cannot be loaded: {error}") from error
+    if found["missing_keys"]:
+        # transformers fills them with random numbers and says so in passing.
+        names = sorted(found["missing_keys"])
+        raise UserError(
+            f"teacher {teacher.model!r}: {len(names)} of its weights are not in the checkpoint "
+            f"({', '.join(names[:3])}); expected all of them: fetch the checkpoint again, or mend its config.json"
+        )
     if not placed:
         model = model.to(device)
     return HfEngine(model.eval().requires_grad_(False), teacher=teacher, device=device)
