@@ -125,11 +125,23 @@ class Comparison:
         command = ("potstill", "train", "--config", str(path), "--num-ranks", "1")
         return Stage(name=folder.name, command=command, is_done=(folder / "done.json").is_file)
 
+    def finished_seeds(self, preset: str) -> list[int]:
+        """Seeds of which every arm is done."""
+        trees = self.arms(preset).values()
+        return [
+            seed
+            for seed in range(self.seeds)
+            if all((self.folder(tree, seed) / "done.json").is_file() for tree in trees)
+        ]
+
     def result(self, preset: str) -> PresetResult:
-        """The evaluations of all arms and seeds, read from the run folders."""
+        """The evaluations of all arms and finished seeds, read from the run folders. UserError: no seed is finished."""
+        seeds = self.finished_seeds(preset)
+        if not seeds:
+            raise UserError(f"preset {preset}: no seed has all its runs done in {self.work}; run without --table-only")
         found = {}
         for name, tree in self.arms(preset).items():
-            runs = [read_metrics(self.folder(tree, seed)) for seed in range(self.seeds)]
+            runs = [read_metrics(self.folder(tree, seed)) for seed in seeds]
             found[name] = [[record for record in run if record["kind"] == "eval"] for run in runs]
         return PresetResult(preset, found)
 
@@ -154,7 +166,8 @@ def real_text(options: argparse.Namespace, work: Path, presets: list[str]) -> tu
     text = RealText(data=Path(options.data).resolve(), work=work, every_document=options.every_document)
     text.check()
     text.write_corpora()
-    run_stages(text.stages(series="progressive" in presets), work, options.parallel)
+    if not options.table_only:
+        run_stages(text.stages(series="progressive" in presets), work, options.parallel)
     targets = {name: str(text.targets(name)) for name in ("teacher", "slm", "sampled")}
     targets |= {name: str(text.targets("series") / name) for name in ("early", "middle", "final")}
     common: dict[str, Any] = {
@@ -213,6 +226,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", help="folder of texts and models for --all")
     parser.add_argument("--every-document", type=int, default=2, help="with --all: take each so many documents")
     parser.add_argument("--presets", nargs="*", help="with --all: only these")
+    parser.add_argument("--table-only", action="store_true", help="run nothing; the table of the seeds that are done")
     parser.add_argument("--output", type=Path, help="also write the table to this file (--all)")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=3)
@@ -242,7 +256,8 @@ def main() -> None:
         for preset, comparison in comparisons.items():
             stages |= {stage.name: stage for stage in comparison.stages([preset])}
         by_seed = sorted(stages.values(), key=lambda stage: stage.name.rsplit("-", 1)[1])
-        run_stages(by_seed, work, options.parallel)
+        if not options.table_only:
+            run_stages(by_seed, work, options.parallel)
         results = [comparison.result(preset) for preset, comparison in comparisons.items()]
     print(table(results))
     if options.output:

@@ -96,9 +96,9 @@ def _mean_or_dash(result: PresetResult, arm: str, name: str) -> str:
 def table(results: Sequence[PresetResult]) -> str:
     """Markdown: one line a preset."""
     lines = [
-        "| preset | labels | plain KD | preset | preset − KD | beside KD | preset − labels | beside labels "
+        "| preset | seeds | labels | plain KD | preset | preset − KD | beside KD | preset − labels | beside labels "
         "| steps to labels: KD | preset |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         loss = [_mean_or_dash(result, arm, "heldout_loss") for arm in ("labels", "kd", result.preset)]
@@ -107,7 +107,8 @@ def table(results: Sequence[PresetResult]) -> str:
             kd = [Spread.of(result.difference("kd")).signed(), verdict(result.difference("kd"))]
         labels = [Spread.of(result.difference("labels")).signed(), verdict(result.difference("labels"))]
         steps = [_steps(result.steps_to_labels(arm)) if arm in result.arms else "-" for arm in ("kd", result.preset)]
-        lines.append("| " + " | ".join([result.preset, *loss, *kd, *labels, *steps]) + " |")
+        seeds = str(len(result.arms[result.preset]))
+        lines.append("| " + " | ".join([result.preset, seeds, *loss, *kd, *labels, *steps]) + " |")
     lines += ["", "Calibration error (ECE) on the held-out rows:", "", "| preset | labels | plain KD | preset |"]
     lines.append("|---|---|---|---|")
     for result in results:

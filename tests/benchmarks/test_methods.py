@@ -109,9 +109,9 @@ def test_the_table_has_a_line_for_each_preset_and_dashes_without_kd() -> None:
     only_labels = PresetResult("minillm_plm", {k: v for k, v in result().arms.items() if k == "labels"})
     only_labels.arms["minillm_plm"] = result().arms["tip"]
     lines = table([result(), only_labels]).splitlines()
-    assert lines[2].startswith("| tip | 4.6000 ± 0.1414 | 4.4000 ± 0.2828 | 4.5500 ± 0.0707 | +0.1500")
+    assert lines[2].startswith("| tip | 2 | 4.6000 ± 0.1414 | 4.4000 ± 0.2828 | 4.5500 ± 0.0707 | +0.1500")
     assert lines[2].endswith("| 20/30 | never/20 |")
-    assert lines[3].split("|")[3].strip() == "-"
+    assert lines[3].split("|")[4].strip() == "-"
     assert len({line.count("|") for line in lines[:4]}) == 1
 
 
