@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -20,6 +20,7 @@ from potstill.common.config import StrictModel
 from potstill.common.errors import UserError
 from potstill.common.exit_codes import DONE
 from potstill.common.progress import format_seconds
+from potstill.launch.calibrate import Measured, calibrate
 from potstill.launch.command import Command
 from potstill.launch.options import add_config_options, read_config
 from potstill.teacher_dump.config import DumpConfig, PlaceText, SelectionConfig
@@ -82,19 +83,12 @@ class ModelCosts:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What a short dump did on this machine: one worker."""
-
-    tokens_per_second: float
-    bytes_per_token: float
-    startup_seconds: float
-
-
-@dataclass(frozen=True)
 class Plan:
     """Figures of a dump, and of a student's run if one was asked for; `format` shows them."""
 
     dump_seconds: float
+    startup_seconds: float  # of each worker, a part of dump_seconds
+    dump_worker_seconds: float  # over all workers, without their starts
     dump_gpu_hours: float
     dump_bytes: float
     bytes_per_token: float
@@ -180,7 +174,7 @@ def store_bytes_per_token(
 
 
 def make_plan(config: PlanConfig, *, measured: Measured | None = None) -> Plan:
-    """Work out a plan; `measured` (of one worker on this machine) replaces the GPU table for the dump."""
+    """Work out a plan; `measured` (of a worker on this machine) replaces the GPU table for the dump."""
     if config.gpu not in GPUS:
         raise UserError(f"gpu {config.gpu!r} is not known; use one of {', '.join(GPUS)}")
     peak, memory = GPUS[config.gpu]
@@ -213,6 +207,8 @@ def make_plan(config: PlanConfig, *, measured: Measured | None = None) -> Plan:
         student_read = student_rate * per_token
     return Plan(
         dump_seconds=seconds,
+        startup_seconds=startup,
+        dump_worker_seconds=config.tokens / rate,
         dump_gpu_hours=seconds * config.num_gpus / 3600,
         dump_bytes=config.tokens * per_token,
         bytes_per_token=per_token,
@@ -225,74 +221,53 @@ def make_plan(config: PlanConfig, *, measured: Measured | None = None) -> Plan:
     )
 
 
-def calibrate(dump: DumpConfig, *, num_rows: int, folder: Path) -> Measured:
-    """Dump `num_rows` rows spread over `dump.tokens` into `folder`, and measure speed, bytes and start-up time.
+def compare(plan: Plan, store: str) -> list[tuple[str, str, str, str]]:
+    """What, planned, actual and actual / planned, of a sealed targets store. Raises StoreError when it is not one.
 
-    One worker on this machine, with the settings of the real dump. Nothing of `dump.output` is touched.
+    Seconds are those of all workers added up, from the first batch of each to its last: the same for any number of
+    workers, and undisturbed by pauses between them. Wall time is from the first record to the last.
     """
-    import time
-
-    from potstill.storage import StoreReader, seal_store
-    from potstill.teacher_dump import dump as run_dump
-
-    sample = _sample_store(StoreReader(dump.tokens), num_rows=num_rows, path=folder / "tokens")
-    settings = dump.model_copy(
-        update={"tokens": str(sample), "output": str(folder / "targets"), "worker": 0, "num_workers": 1, "force": False}
-    )
-    began = time.monotonic()
-    summary: Any = run_dump(settings, worker=0, num_workers=1)
-    whole = time.monotonic() - began
-    walking = sum(summary.stage_seconds.values())
-    manifest = seal_store(folder / "targets")
-    return Measured(summary.tokens / walking, manifest.num_bytes / manifest.num_tokens, whole - walking)
-
-
-def _sample_store(tokens: Any, *, num_rows: int, path: Path) -> Path:
-    from dataclasses import replace
-
-    from potstill.storage import StoreWriter, seal_store
-
-    num_rows = min(num_rows, tokens.num_rows)
-    chosen = [number * tokens.num_rows // num_rows for number in range(num_rows)]
-    rows = [replace(row, row=number) for number, row in enumerate(tokens.rows(chosen))]
-    per_unit = max(1, min(tokens.spec.rows_per_unit, num_rows // 2))
-    spec = replace(tokens.spec, rows_per_unit=per_unit)
-    writer = StoreWriter.create(path, spec)
-    for unit, first in enumerate(range(0, num_rows, per_unit)):
-        writer.commit_unit(unit, rows[first : first + per_unit])
-    seal_store(path)
-    return path
-
-
-def compare(plan: Plan, store: str) -> list[tuple[str, str, str]]:
-    """What, planned and actual, of a sealed targets store. Raises StoreError when it is not one."""
     from potstill.storage import StoreReader, store_status
 
     reader, status = StoreReader(store), store_status(store)
     assert reader.manifest is not None
-    actual_bytes = reader.manifest.num_bytes
-    rate = status.rate_rows_per_second
+    num_bytes = float(reader.manifest.num_bytes)
     rows = [
-        ("bytes per token", f"{plan.bytes_per_token:.2f}", f"{actual_bytes / max(1, reader.num_tokens):.2f}"),
-        ("store, bytes", f"{plan.dump_bytes:,.0f}", f"{actual_bytes:,}"),
+        _compared("bytes per token", plan.bytes_per_token, num_bytes / max(1, reader.num_tokens), "{:.2f}".format),
+        _compared("store, bytes", plan.dump_bytes, num_bytes, "{:,.0f}".format),
     ]
-    if rate:
-        rows.append(("wall time", format_seconds(plan.dump_seconds), format_seconds(reader.num_rows / rate)))
+    if status.worker_seconds is not None:
+        rows.append(_compared("worker seconds", plan.dump_worker_seconds, status.worker_seconds, "{:,.1f}".format))
+    if status.rate_rows_per_second:
+        actual = reader.num_rows / status.rate_rows_per_second
+        rows.append(_compared("wall time", plan.dump_seconds - plan.startup_seconds, actual, format_seconds))
     return rows
 
 
-def format_comparison(rows: Sequence[tuple[str, str, str]]) -> str:
-    """Three columns for a person."""
-    table = [("", "planned", "actual"), *rows]
-    widths = [max(len(row[column]) for row in table) for column in range(3)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table)
+def _compared(what: str, planned: float, actual: float, form: Callable[[float], str]) -> tuple[str, str, str, str]:
+    return what, form(planned), form(actual), f"{actual / planned:.3f}" if planned else "-"
+
+
+def format_comparison(rows: Sequence[tuple[str, str, str, str]]) -> str:
+    """Four columns for a person."""
+    table = [("", "planned", "actual", "actual / planned"), *rows]
+    widths = [max(len(row[column]) for row in table) for column in range(4)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibrate", metavar="TOKENS_STORE", help="measure speed and size by a short real dump of rows of this store"
     )
-    parser.add_argument("--calibrate-rows", type=int, default=64, metavar="N", help="rows of it (64)")
+    parser.add_argument("--calibrate-rows", type=int, default=256, metavar="N", help="rows of it (256)")
+    parser.add_argument(
+        "--calibrate-workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="run N workers at once for it, as many as will share a machine (1)",
+    )
     parser.add_argument("--beside", metavar="TARGETS_STORE", help="show a store's actual figures beside the plan")
     flags = {"--mode": "selection.mode", "--k": "selection.k", "--p": "selection.p"}
     add_config_options(parser, PlanConfig, flags=flags)
@@ -306,9 +281,15 @@ def _run(arguments: argparse.Namespace) -> int:
         settings = {"tokens": arguments.calibrate, "output": "-", "teacher": teacher, "selection": config.selection}
         dump = DumpConfig.model_validate(settings)
         with tempfile.TemporaryDirectory(prefix="potstill_plan_") as folder:
-            measured = calibrate(dump, num_rows=arguments.calibrate_rows, folder=Path(folder))
+            measured = calibrate(
+                dump,
+                num_rows=arguments.calibrate_rows,
+                folder=Path(folder),
+                num_workers=arguments.calibrate_workers,
+            )
+        beside = f" beside {measured.num_workers - 1} more" if measured.num_workers > 1 else ""
         print(
-            f"measured on this machine, one worker: {measured.tokens_per_second:,.0f} tokens/s, "
+            f"measured on this machine, one worker{beside}: {measured.tokens_per_second:,.0f} tokens/s, "
             f"{measured.bytes_per_token:.1f} B/token, {measured.startup_seconds:.1f}s to start"
         )
     plan = make_plan(config, measured=measured)

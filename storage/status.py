@@ -17,7 +17,8 @@ _FAILURE = re.compile(r"u(\d{7,12})-[0-9a-f]{12}\.json")
 class StoreStatus:
     """Counts of units and rows. `failed` units have a failure note and no record; `missing` includes them.
 
-    The rate is taken from the times in the records and is for people only; None when they do not tell.
+    The rate is taken from the times in the records and is for people only; None when they do not tell. worker_seconds
+    adds up what workers noted as `extra.seconds` of the units they committed; None when a record has no such note.
     """
 
     kind: str
@@ -29,6 +30,7 @@ class StoreStatus:
     sealed: bool
     rate_rows_per_second: float | None
     eta_seconds: float | None
+    worker_seconds: float | None
     bytes: int
 
 
@@ -48,6 +50,7 @@ def store_status(path: StorePath) -> StoreStatus:
     if len(times) > 1 and times[-1] > times[0]:
         # The first unit marks the start, so its rows do not count.
         rate = rows * (len(times) - 1) / len(times) / (times[-1] - times[0])
+    spent = [float(r.extra["seconds"]) for r in records.values() if isinstance(r.extra.get("seconds"), int | float)]
     left = None if spec.num_rows is None else spec.num_rows - rows
     return StoreStatus(
         kind=spec.kind,
@@ -59,5 +62,6 @@ def store_status(path: StorePath) -> StoreStatus:
         sealed=manifest is not None,
         rate_rows_per_second=rate,
         eta_seconds=left / rate if rate and left is not None else None,
+        worker_seconds=sum(spent) if spent and len(spent) == len(records) else None,
         bytes=sum(r.num_bytes for r in records.values()),
     )

@@ -93,11 +93,13 @@ class Walk:
         self._refused_before, self._refused_allowed = refused_before, refused_allowed
         self._on_rows, self._stop_reason = on_rows, stop_reason
         self._consecutive_failures = 0
+        self._unit_began = 0.0
         self.totals = WalkTotals()
 
     def run(self, units: Sequence[int]) -> WalkTotals:
         """Do the units in order. Raises what may not go on: no space, too many refused rows, failures in a row."""
         unfinished: deque[tuple[int, Future[_Committed]]] = deque()
+        self._unit_began = time.perf_counter()
         with (
             ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reading,
             ThreadPoolExecutor(self._finish_threads, thread_name_prefix="finish") as finishing,
@@ -159,7 +161,9 @@ class Walk:
         except Exception as error:
             self._failed(number, error)
             return
-        unfinished.append((number, finishing.submit(self._commit, number, parts)))
+        # From the last unit to this one, waits and all: over a store these add up to the time of its workers.
+        seconds, self._unit_began = time.perf_counter() - self._unit_began, time.perf_counter()
+        unfinished.append((number, finishing.submit(self._commit, number, parts, seconds)))
 
     def _wait_for_finishers(self, parts: list[Future[BatchRows]]) -> None:
         """Keep at most a few batches between the model and the finishing threads: they hold memory."""
@@ -168,7 +172,7 @@ class Walk:
             with _timed(self.totals.seconds, "wait_finish"):
                 parts[behind - 1].exception()
 
-    def _commit(self, number: int, parts: list[Future[BatchRows]]) -> _Committed:
+    def _commit(self, number: int, parts: list[Future[BatchRows]], seconds: float) -> _Committed:
         # The parts were handed to the same threads before this call, so waiting for them cannot block for ever.
         done = [part.result() for part in parts]
         finished = [row for part in done for row in part.rows]
@@ -178,7 +182,7 @@ class Walk:
             for name, value in part.figures.items():
                 figures[name] = figures.get(name, 0.0) + value
         rows = [row for row, _ in finished]
-        extra: dict[str, Any] = {"figures": figures}
+        extra: dict[str, Any] = {"figures": figures, "seconds": round(seconds, 6)}
         if refused:
             extra["refused"] = [[item.row, item.reason] for item in refused]
         # Row counts are added up here, at the one place where it is known that the rows are safe.

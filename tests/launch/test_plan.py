@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from potstill.common.errors import UserError
-from potstill.launch.plan import PLAN, PlanConfig, calibrate, compare, make_plan, model_costs, store_bytes_per_token
-from potstill.storage import StoreReader
+from potstill.launch.calibrate import calibrate, steady_rate
+from potstill.launch.plan import PLAN, PlanConfig, compare, make_plan, model_costs, store_bytes_per_token
+from potstill.storage import StoreReader, StoreWriter, seal_store, store_status
 from potstill.teacher_dump.config import DumpConfig, SelectionConfig
 from tests.teacher_dump.tiny import make_tokens, save_llama
 
@@ -81,6 +82,7 @@ def test_a_plan_scales_and_warns(tmp_path: Path) -> None:
 
 
 def test_a_calibrated_plan_is_near_the_dump(tmp_path: Path) -> None:
+    """Two workers at once, as the command starts them. Of time only the arithmetic is checked here."""
     from potstill.teacher_dump import dump
 
     model = save_llama(tmp_path / "model")
@@ -88,15 +90,39 @@ def test_a_calibrated_plan_is_near_the_dump(tmp_path: Path) -> None:
     teacher = {"model": model, "check_tokenizer": False}
     config = DumpConfig(tokens=tokens, output=tmp_path / "out", teacher=teacher, selection={"mode": "top_k", "k": 8})
     (tmp_path / "calibration").mkdir()
-    measured = calibrate(config, num_rows=100, folder=tmp_path / "calibration")
+    measured = calibrate(config, num_rows=400, folder=tmp_path / "calibration", num_workers=2)
     assert not (tmp_path / "out").exists()
-    dump(config)
-    reader = StoreReader(tmp_path / "out")
-    plan = make_plan(PlanConfig(teacher=model, tokens=reader.num_tokens), measured=measured)
-    assert reader.manifest is not None
+    sample = store_status(tmp_path / "calibration" / "targets")
+    assert sample.num_units == 8 and sample.rows_committed == 400 and measured.num_workers == 2
+    # All units but the first of either worker make the rate.
+    output = tmp_path / "calibration" / "targets"
+    records = StoreWriter.create(output, StoreReader(output).spec).committed()
+    later = [record for unit, record in records.items() if unit > 1]
+    tokens_later = sum(sum(record.num_tokens) for record in later)
+    assert measured.tokens_per_second == pytest.approx(tokens_later / sum(r.extra["seconds"] for r in later))
+    assert steady_rate({0: records[0]}, 2) == pytest.approx(sum(records[0].num_tokens) / records[0].extra["seconds"])
+
+    for worker in (1, 0):
+        dump(config, worker=worker, num_workers=2)
+    seal_store(tmp_path / "out")
+    reader, status = StoreReader(tmp_path / "out"), store_status(tmp_path / "out")
+    plan = make_plan(PlanConfig(teacher=model, tokens=reader.num_tokens, num_gpus=2), measured=measured)
+    assert reader.manifest is not None and status.worker_seconds
     assert plan.dump_bytes == pytest.approx(reader.manifest.num_bytes, rel=0.1)
+    assert plan.dump_worker_seconds == pytest.approx(reader.num_tokens / measured.tokens_per_second)
+    assert plan.dump_seconds == pytest.approx(plan.dump_worker_seconds / 2 + measured.startup_seconds)
     rows = compare(plan, str(tmp_path / "out"))
-    assert [row[0] for row in rows][:2] == ["bytes per token", "store, bytes"]
+    assert [row[0] for row in rows] == ["bytes per token", "store, bytes", "worker seconds", "wall time"]
+    assert rows[2][2] == f"{status.worker_seconds:,.1f}"
+    assert rows[2][3] == f"{status.worker_seconds / plan.dump_worker_seconds:.3f}"
+
+
+def test_a_calibration_that_fails_says_why(tmp_path: Path) -> None:
+    model = save_llama(tmp_path / "model")
+    tokens = make_tokens(tmp_path / "tokens", [(16,)] * 8)
+    config = DumpConfig(tokens=tokens, output=tmp_path / "out", teacher={"model": model, "attention": "no_such"})
+    with pytest.raises(UserError, match=r"worker 0 ended with code 1: (.|\n)*no_such"):
+        calibrate(config, num_rows=8, folder=tmp_path)
 
 
 def test_the_command_calibrates_and_shows_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,4 +138,4 @@ def test_the_command_calibrates_and_shows_both(tmp_path: Path, capsys: pytest.Ca
     measure = ["--calibrate", str(tokens), "--calibrate-rows", "20", "--beside", str(tmp_path / "out")]
     assert PLAN.run(parser.parse_args(command + measure)) == 0
     printed = capsys.readouterr().out
-    assert "measured on this machine" in printed and "planned" in printed and "student, GPU hours" in printed
+    assert "measured on this machine" in printed and "actual / planned" in printed and "student, GPU hours" in printed
