@@ -2,12 +2,14 @@
 
     python -m benchmarks.dump [--hidden 384] [--layers 6] [--vocab 8192] [--rows 16] [--row-length 256] [--device auto]
                               [--model FOLDER] [--mode top_k] [--k 64] [--output FILE]
+    python -m benchmarks.dump --sizes small,middle,large [--output FILE]
 
 A random Llama (or a given model) reads rows of random tokens. In turn, several times over: the model's own forward
 pass with all logits, in the same batches; and the whole dump of the same rows, from the tokens store to committed
 units. The figure is the median over rounds of dump speed / forward speed; on a CPU also by processor time, encoding
 and all, which a busy machine does not disturb. The encoder is timed apart, on one thread.
-The last line is one JSON object.
+`--sizes` runs several models, each in a process of its own, and gives a list: the smaller a model is beside its
+vocabulary, the more the reading of the logits weighs. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import platform
 import resource
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -40,6 +43,14 @@ from potstill.teacher_dump.engines.hf import HfEngine
 from potstill.teacher_dump.pipeline import Walk
 
 Result = TypeVar("Result")
+
+# Models as a CPU can carry them; `large` has about the shape of a teacher of 250M parameters.
+SIZES = {
+    "small": {"hidden": 384, "layers": 6, "vocab": 8192, "rows": 16, "batch-rows": 4},
+    "middle": {"hidden": 768, "layers": 8, "vocab": 32000, "rows": 8, "batch-rows": 2},
+    "large": {"hidden": 1024, "layers": 12, "vocab": 32000, "rows": 4, "batch-rows": 1},
+}
+TARGET_TOKENS_PER_S = 100_000  # of a GPU's dump, which the encoder shall keep up with
 
 
 @dataclass(frozen=True)
@@ -183,6 +194,7 @@ def measure(stage: Stage, rounds: int) -> dict[str, Any]:
         seconds, walk = stage.timed(stage.walk)
         dumps.append(seconds)
         stages.append(walk.totals.seconds)
+    encoded = encoder_rate(stage)
     ratios = [forward.wall / dump.wall for forward, dump in zip(forwards, dumps, strict=True)]
     work = [forward.cpu / dump.cpu for forward, dump in zip(forwards, dumps, strict=True)]
     on_gpu = stage.engine.device.type == "cuda"
@@ -196,41 +208,73 @@ def measure(stage: Stage, rounds: int) -> dict[str, Any]:
         "dump_over_forward_cpu_time": None if on_gpu else round(statistics.median(work), 4),
         "forward_tokens_per_s": round(num_tokens / statistics.median(forward.wall for forward in forwards)),
         "dump_tokens_per_s": round(num_tokens / statistics.median(dump.wall for dump in dumps)),
-        "encode_tokens_per_core_s": round(encoder_rate(stage)),
+        "encode_tokens_per_core_s": round(encoded),
+        "encode_cores_at_100k_tokens_per_s": round(TARGET_TOKENS_PER_S / encoded, 2),
         "peak_bytes": peak,
         "stage_seconds": {name: round(statistics.median(s[name] for s in stages), 4) for name in stages[0]},
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model")
-    for name, value in (("hidden", 384), ("layers", 6), ("vocab", 8192), ("rows", 16), ("row-length", 256)):
-        parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--batch-rows", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--mode", default="top_k")
-    parser.add_argument("--k", type=int, default=64)
-    parser.add_argument("--output", help="also write the figures to this file")
-    arguments = parser.parse_args()
+def measure_sizes(names: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
+    """One child per size; what they share stands once, and the dump's figure over all is the largest model's."""
+    runs = []
+    for name in names:
+        shape = [word for key, value in SIZES[name].items() for word in (f"--{key}", str(value))]
+        shared = [f"--{key}={getattr(arguments, key)}" for key in ("rounds", "device", "dtype", "mode", "k")]
+        command = [sys.executable, "-m", "benchmarks.dump", *shape, *shared]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        runs.append({"size": name, **json.loads(done.stdout.splitlines()[-1])})
+    slowest = min(run["encode_tokens_per_core_s"] for run in runs)
+    return {
+        **{key: runs[0][key] for key in ("versions", "date")},
+        **{key: runs[-1][key] for key in ("machine", "dump_over_forward", "dump_over_forward_cpu_time", "peak_bytes")},
+        "encode_tokens_per_core_s": slowest,
+        "encode_cores_at_100k_tokens_per_s": round(TARGET_TOKENS_PER_S / slowest, 2),
+        "sizes": runs,
+    }
+
+
+def measure_one(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The figures of one model, with what they were measured on."""
     folder = Path(tempfile.mkdtemp(prefix="potstill_bench_"))
     try:
         stage = set_up(arguments, folder)
         device = stage.engine.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} cores"
-        machine = f"{platform.machine()} {name}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
+        load = f"load {os.getloadavg()[0]:.1f}"
+        measured = measure(stage, arguments.rounds)
+        machine = f"{platform.machine()} {name}, {torch.get_num_threads()} threads, {load} to {os.getloadavg()[0]:.1f}"
         versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
         figures = {"machine": machine, "versions": versions, "date": time.strftime("%Y-%m-%d")}
-        figures |= {"settings": {k: v for k, v in vars(arguments).items() if k != "output"}}
-        figures |= measure(stage, arguments.rounds)
+        settings = {key: value for key, value in vars(arguments).items() if key not in ("output", "sizes")}
+        return {**figures, "settings": settings, **measured}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    text = json.dumps(figures)
-    print(text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model")
+    for name, value in (*SIZES["small"].items(), ("row-length", 256)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--mode", default="top_k")
+    parser.add_argument("--k", type=int, default=64)
+    parser.add_argument("--sizes", help=f"run several models instead: {','.join(SIZES)}, or some of them")
+    parser.add_argument("--output", help="also write the figures to this file")
+    arguments = parser.parse_args()
+    if arguments.sizes:
+        names = arguments.sizes.split(",")
+        if unknown := [name for name in names if name not in SIZES]:
+            parser.error(f"no such size: {', '.join(unknown)}; known are {', '.join(SIZES)}")
+        figures = measure_sizes(names, arguments)
+    else:
+        figures = measure_one(arguments)
+    print(json.dumps(figures))
     if arguments.output:
-        Path(arguments.output).write_text(text + "\n")
+        Path(arguments.output).write_text(json.dumps(figures, indent=1) + "\n")
     return 0
 
 
