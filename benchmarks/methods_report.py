@@ -136,11 +136,13 @@ def write_report(path: Path, results: Sequence[PresetResult], *, common: Any) ->
         "",
         f"{time.strftime('%Y-%m-%d')}, {platform.machine()} CPU, {versions}. Not measured on a GPU.",
         "",
-        "    python -m benchmarks.methods --all --data ../shared/data --work FOLDER --output " + str(path),
+        f"    python -m benchmarks.methods --all --data ../shared/data --work FOLDER --steps {common.steps} --seeds "
+        f"{common.seeds} --output {path}",
         "",
         f"Held-out loss in nats per token after {common.steps} steps of {common.batch_rows} rows x 256 tokens, mean ± "
-        f"standard deviation over {common.seeds} seeds. Differences are taken seed by seed: the arms of a seed share "
-        "initial weights and the order of rows. `better` and `worse`: all seeds agree and the mean lies beyond two "
+        "standard deviation over the finished seeds, whose number stands beside the preset. Differences are "
+        "taken seed by seed: the arms of a seed share initial weights and the order of rows. "
+        "`better` and `worse`: all seeds agree and the mean lies beyond two "
         "standard errors; with three seeds that is a hint, not a proof.",
         "",
         table(results),
