@@ -20,7 +20,7 @@ class Benchmark:
     script: str
     measures: str
     needs_gpu: bool = False
-    needs_stores: bool = False  # of the user's own, named on its command line: run it by itself
+    needs_stores: bool = False  # named on its command line: run it by itself
     arguments: tuple[str, ...] = ()
 
 
@@ -33,6 +33,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     Benchmark("step", "the distilled step over the label-only step; waiting for data"),
     Benchmark("proposals", "draws from powers of the teacher: squared error and bytes at equal draws"),
     Benchmark("selector", "what selecting half of the positions saves"),
+    Benchmark("plan_demo", "the planner's figures beside what the demo's dump did cost", needs_stores=True),
     Benchmark("methods", "a preset against label-only and plain KD over several seeds", needs_stores=True),
 )
 

@@ -4,12 +4,12 @@
         --scores slm=scores --model-config configs/small --steps 400 --seeds 3 --work runs/methods
     python -m benchmarks.methods --all --data ../shared/data --work runs/methods --output benchmarks/results/methods.md
 
-The first form compares one preset on your stores. The second makes stores of real text, runs every preset and writes
-the table. Runs stand in --work under the digest of their configuration: what is done is not done again, presets share
-the baselines that are equal, and the command started again goes on. Printed are means and spreads (standard
-deviations over seeds) of the held-out loss and the calibration error at the end, the differences to plain KD and to
-labels by seed, and the steps after which an arm first reaches the final loss of the label-only run of its seed; the
-last line is JSON.
+The first form compares one preset on your stores. The second makes stores of real text, runs every preset from random
+weights, those of --trained from a trained student too, and writes the tables. Runs stand in --work under the digest
+of their configuration: what is done is not done again, presets share the baselines that are equal, and the command
+started again goes on. Printed are means and spreads (standard deviations over seeds) of the held-out loss and the
+calibration error at the end, the differences to plain KD and to labels by seed, and the steps after which an arm first
+reaches the final loss of the label-only run of its seed; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 
-from benchmarks.methods_report import PresetResult, table, write_report
-from benchmarks.methods_stores import RealText
-from potstill.common.config import load_config
+from benchmarks.methods_report import PresetResult, Table, write_report
+from benchmarks.methods_stores import SERIES, RealText
+from potstill.common.config import build_config, load_config
 from potstill.common.errors import UserError
 from potstill.launch.demo import say
 from potstill.launch.presets import find_preset, list_presets
@@ -38,6 +39,8 @@ from potstill.launch.warm import WarmChild, warm_up
 from potstill.student_train.config import TrainConfig
 from potstill.student_train.metrics import read_metrics
 
+# Methods whose papers start from a trained student: their positions or rows are chosen by what it knows.
+FROM_TRAINED = ("paced", "pocl", "se_kd", "tip")
 PLAIN_KD = {"alpha": 0.9}  # forward KL at T = 1 with the tail bucket: the defaults of `objective`
 STUDENT: dict[str, Any] = {
     "model_type": "llama",
@@ -60,7 +63,8 @@ class Comparison:
     heldout: str
     targets: dict[str, str]
     scores: dict[str, str]
-    model: Any
+    model: Any  # Hugging Face config of the student; None: the preset's
+    weights: str | None = None  # folder of a trained student, instead of random weights
     steps: int = 400
     batch_rows: int = 8
     micro_batch_rows: int = 8
@@ -91,6 +95,8 @@ class Comparison:
         data = {**tree["data"], "tokens": self.tokens, "heldout": self.heldout, "targets": {}, "scores": {}}
         data |= {"global_batch_rows": self.batch_rows, "micro_batch_rows": self.micro_batch_rows}
         model = tree["model"] if self.model is None else {**tree["model"], "config": self.model}
+        if self.weights is not None:
+            model = {**model, "config": None, "path": self.weights}
         run = {"name": "methods", "output_dir": "", "seed": 0, "max_steps": self.steps, "num_threads": 1}
         return {
             **tree,
@@ -102,8 +108,13 @@ class Comparison:
         }
 
     def folder(self, tree: dict[str, Any], seed: int) -> Path:
-        """Where the run of this configuration stands; equal configurations stand in one place."""
-        digest = hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
+        """Where the run of this configuration stands; equal configurations stand in one place.
+
+        Keys at their defaults do not count, so that a key that comes later does not part a run from its folder.
+        """
+        named = {**tree, "run": {**tree["run"], "output_dir": "run"}}
+        told = told_keys(build_config(TrainConfig, named, source="methods"))
+        digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:12]
         return self.work / "runs" / f"{digest}-{seed}"
 
     def stages(self, presets: list[str]) -> list[Stage]:
@@ -146,6 +157,21 @@ class Comparison:
         return PresetResult(preset, found)
 
 
+def told_keys(value: Any) -> Any:
+    """A configuration as plain values without the keys that stand at their defaults (`kind` always says what it is)."""
+    if isinstance(value, BaseModel):
+        fields = type(value).model_fields
+        told = {name: getattr(value, name) for name, field in fields.items()}
+        return {
+            name: told_keys(found)
+            for name, found in told.items()
+            if name == "kind" or found != fields[name].get_default(call_default_factory=True)
+        }
+    if isinstance(value, dict):
+        return {name: told_keys(found) for name, found in value.items()}
+    return [told_keys(found) for found in value] if isinstance(value, list | tuple) else value
+
+
 def run_stages(stages: list[Stage], work: Path, parallel: int) -> None:
     """Run what is missing, `parallel` at a time with one thread each."""
     on_gpu = count_devices() > 0
@@ -161,34 +187,57 @@ def run_stages(stages: list[Stage], work: Path, parallel: int) -> None:
     StageRunner(stages, starter=starter, slots=parallel, log_folder=work / "logs", show=say).run()
 
 
-def real_text(options: argparse.Namespace, work: Path, presets: list[str]) -> tuple[Comparison, dict[str, Comparison]]:
-    """Make the stores of real text; returns the common comparison and those of presets that need other stores."""
+@dataclass(frozen=True)
+class Section:
+    """One table: presets, each with the comparison that it is part of."""
+
+    title: str
+    comparisons: dict[str, Comparison]
+
+    def stages(self) -> list[Stage]:
+        return [stage for preset, comparison in self.comparisons.items() for stage in comparison.stages([preset])]
+
+    def results(self) -> list[PresetResult]:
+        return [comparison.result(preset) for preset, comparison in self.comparisons.items()]
+
+    def table(self) -> Table:
+        one = next(iter(self.comparisons.values()))
+        return Table(self.title, self.results(), steps=one.steps, batch_rows=one.batch_rows)
+
+
+def real_text(options: argparse.Namespace, work: Path, presets: list[str]) -> list[Section]:
+    """Make the stores of real text; returns the presets from random weights, and those from a trained student."""
     text = RealText(data=Path(options.data).resolve(), work=work, every_document=options.every_document)
     text.check()
     text.write_corpora()
     if not options.table_only:
-        run_stages(text.stages(series="progressive" in presets), work, options.parallel)
-    targets = {name: str(text.targets(name)) for name in ("teacher", "slm", "sampled")}
-    targets |= {name: str(text.targets("series") / name) for name in ("early", "middle", "final")}
+        run_stages(text.stages(series=bool({"progressive", "salt"} & set(presets))), work, options.parallel)
+    targets = {name: str(text.targets(name)) for name in ("teacher", "sampled")}
+    targets |= {name: str(text.targets("series") / name) for name in SERIES}
+    scores = {name: str(text.scores(name)) for name in ("teacher", "slm", "early")}
     common: dict[str, Any] = {
         "work": work,
         "tokens": str(text.tokens),
         "heldout": str(text.heldout),
         "targets": targets,
-        "scores": {"slm": str(text.scores("slm")), "teacher": str(text.scores("teacher"))},
-        "model": STUDENT,
-        "steps": options.steps,
+        "scores": scores,
         "seeds": options.seeds,
         "heldout_rows": 64,
-        "overrides": ("optimizer.lr=3e-3",),
     }
-    scores = {**common["scores"], "reference": common["scores"]["slm"]}
+    random = {**common, "model": STUDENT, "steps": options.steps, "overrides": ("optimizer.lr=3e-3",)}
     special = {
-        "salt": Comparison(**common, renamed={"teacher": "slm"}),  # plain KD from the small model: the paper's RKD
-        "rs_kd": Comparison(**common, renamed={"teacher": "sampled"}, kd_targets="teacher"),
-        "minillm_plm": Comparison(**{**common, "scores": scores}),
+        # A teacher no better than the student becomes, scored by its own early checkpoint; plain KD: the paper's RKD.
+        "salt": {"renamed": {"teacher": "middle"}, "scores": {**scores, "slm": scores["early"]}},
+        "rs_kd": {"renamed": {"teacher": "sampled"}, "kd_targets": "teacher"},
+        "minillm_plm": {"scores": {**scores, "reference": scores["slm"]}},
     }
-    return Comparison(**common), special
+    sections = [Section("From random weights", {p: Comparison(**random | special.get(p, {})) for p in presets})]
+    chosen = [preset for preset in options.trained if preset in presets]
+    if chosen:
+        trained = {**common, "model": None, "weights": str(text.slm), "steps": options.trained_steps}
+        trained["overrides"] = ("optimizer.lr=5e-4",)
+        sections.append(Section("From a trained student", {p: Comparison(**trained) for p in chosen}))
+    return sections
 
 
 def own_stores(options: argparse.Namespace, work: Path) -> Comparison:
@@ -226,6 +275,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", help="folder of texts and models for --all")
     parser.add_argument("--every-document", type=int, default=2, help="with --all: take each so many documents")
     parser.add_argument("--presets", nargs="*", help="with --all: only these")
+    parser.add_argument(
+        "--trained", nargs="*", default=list(FROM_TRAINED), help="with --all: of these a table from a trained student"
+    )
+    parser.add_argument("--trained-steps", type=int, default=150, help="with --all: length of the runs of that table")
     parser.add_argument("--table-only", action="store_true", help="run nothing; the table of the seeds that are done")
     parser.add_argument("--output", type=Path, help="also write the table to this file (--all)")
     parser.add_argument("--steps", type=int, default=400)
@@ -241,29 +294,28 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Run what is missing, print the table and one JSON line."""
+    """Run what is missing, print the tables and one JSON line."""
     options = parse()
     with tempfile.TemporaryDirectory() as temporary:
         work = (options.work or Path(temporary)).resolve()
         if options.all:
             # `lm` is the label-only arm itself.
             presets = options.presets or [preset.name for preset in list_presets() if preset.name != "lm"]
-            common, special = real_text(options, work, presets)
+            sections = real_text(options, work, presets)
         else:
-            common, special, presets = own_stores(options, work), {}, [options.preset]
-        comparisons = {preset: special.get(preset, common) for preset in presets}
-        stages = {}
-        for preset, comparison in comparisons.items():
-            stages |= {stage.name: stage for stage in comparison.stages([preset])}
-        by_seed = sorted(stages.values(), key=lambda stage: stage.name.rsplit("-", 1)[1])
+            sections = [Section(options.preset, {options.preset: own_stores(options, work)})]
+        stages = {stage.name: stage for section in sections for stage in section.stages()}
+        by_seed = sorted(stages.values(), key=lambda stage: int(stage.name.rsplit("-", 1)[1]))
         if not options.table_only:
             run_stages(by_seed, work, options.parallel)
-        results = [comparison.result(preset) for preset, comparison in comparisons.items()]
-    print(table(results))
+        tables = [section.table() for section in sections]
+    for made in tables:
+        print(made.title, made.format(), sep="\n\n", end="\n\n")
     if options.output:
-        write_report(options.output, results, common=common)
-    figures = {result.preset: result.figures() for result in results}
-    print(json.dumps({"steps": options.steps, "seeds": options.seeds, "presets": figures}))
+        write_report(options.output, tables, seeds=options.seeds)
+    figures = [{result.preset: result.figures() for result in made.results} for made in tables]
+    line = {"steps": tables[0].steps, "seeds": options.seeds, "presets": figures[0]}
+    print(json.dumps(line | ({"from_trained": figures[1]} if len(figures) > 1 else {})))
 
 
 if __name__ == "__main__":

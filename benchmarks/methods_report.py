@@ -125,34 +125,55 @@ def _listed(results: Sequence[PresetResult], other: str, words: str) -> list[str
     return [f"- {word} than {words}: {', '.join(names)}" for word, names in found.items() if names]
 
 
-def write_report(path: Path, results: Sequence[PresetResult], *, common: Any) -> None:
-    """The table with what was run and what did not help, as Markdown."""
+@dataclass(frozen=True)
+class Table:
+    """The results of one comparison, and how long its runs were."""
+
+    title: str
+    results: Sequence[PresetResult]
+    steps: int
+    batch_rows: int
+
+    def format(self) -> str:
+        return table(self.results)
+
+    def section(self) -> list[str]:
+        """Lines of Markdown: heading, tables, and what helped."""
+        return [
+            f"## {self.title}",
+            "",
+            f"{self.steps} steps of {self.batch_rows} rows x 256 tokens.",
+            "",
+            self.format(),
+            "",
+            *_listed(self.results, "kd", "plain KD of the same targets"),
+            "",
+            *_listed(self.results, "labels", "labels alone"),
+            "",
+        ]
+
+
+def write_report(path: Path, tables: Sequence[Table], *, seeds: int) -> None:
+    """The tables with what was run and what did not help, as Markdown."""
     versions = ", ".join(
         f"{name} {importlib.metadata.version(name)}" for name in ("torch", "deepspeed", "transformers")
     )
     notes = path.with_suffix(".notes.md")
+    steps = " --trained-steps ".join(str(made.steps) for made in tables)
     text = [
         "# Every preset beside label-only training and plain KD, on real text",
         "",
         f"{time.strftime('%Y-%m-%d')}, {platform.machine()} CPU, {versions}. Not measured on a GPU.",
         "",
-        f"    python -m benchmarks.methods --all --data ../shared/data --work FOLDER --steps {common.steps} --seeds "
-        f"{common.seeds} --output {path}",
+        f"    python -m benchmarks.methods --all --data ../shared/data --work FOLDER --steps {steps} --seeds {seeds} "
+        f"--output {path}",
         "",
-        f"Held-out loss in nats per token after {common.steps} steps of {common.batch_rows} rows x 256 tokens, mean ± "
-        "standard deviation over the finished seeds, whose number stands beside the preset. Differences are "
-        "taken seed by seed: the arms of a seed share initial weights and the order of rows. "
-        "`better` and `worse`: all seeds agree and the mean lies beyond two "
-        "standard errors; with three seeds that is a hint, not a proof.",
+        "Held-out loss in nats per token, mean ± standard deviation over the finished seeds, whose number stands "
+        "beside the preset. Differences are taken seed by seed: the arms of a seed share initial weights and the order "
+        "of rows. `better` and `worse`: all seeds agree and the mean lies beyond two standard errors; with three seeds "
+        "that is a hint, not a proof.",
         "",
-        table(results),
-        "",
-        "## What helped and what did not",
-        "",
-        *_listed(results, "kd", "plain KD of the same targets"),
-        "",
-        *_listed(results, "labels", "labels alone"),
-        "",
+        *(line for made in tables for line in made.section()),
     ]
     if notes.is_file():
         text.append(notes.read_text(encoding="utf-8").rstrip() + "\n")

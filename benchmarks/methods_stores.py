@@ -1,8 +1,8 @@
 """Stores for the comparison of methods, made from real text by the commands that a user would run.
 
-One student corpus, and over it: targets of a teacher (top-p-k with three tails, and draws), of a small language model
-and of three checkpoints of a third teacher that is trained here on other books; scores of the teacher and of the
-small model. What is done is not done again.
+One student corpus, and over it: targets of a teacher (top-p-k with three tails, and draws) and of three checkpoints of
+another teacher that is trained here on other books; scores of the teacher, of a small language model and of the other
+teacher's first checkpoint. What is done is not done again.
 """
 
 from __future__ import annotations
@@ -73,6 +73,10 @@ class RealText:
     def heldout(self) -> Path:
         return self.work / "data" / "heldout" / "train"
 
+    @property
+    def slm(self) -> Path:
+        return self.data / "models" / "slm-2m"
+
     def targets(self, name: str) -> Path:
         return self.work / "targets" / name
 
@@ -83,17 +87,17 @@ class RealText:
         """Everything from text to sealed stores, as stages with needs; the series of checkpoints only if asked for."""
         for name in ("targets", "scores"):
             (self.work / name).mkdir(parents=True, exist_ok=True)  # a dump makes its store, not the folders above it
-        teacher, slm = self.data / "models" / "teacher-7m", self.data / "models" / "slm-2m"
+        teacher = self.data / "models" / "teacher-7m"
         exports = [self._export_series(name) for name in SERIES]
         return [
             self._prepare("student"),
             self._prepare("heldout"),
             *([self._prepare("series"), self._train_series(), *exports, self._dump_series()] if series else []),
             self._dump("teacher", teacher, "--mode top_p_k --p 0.95 --k 50 --temperatures 1.3333 1.6667 2.0"),
-            self._dump("slm", slm, "--mode top_p_k --p 0.95 --k 50"),
             self._dump("sampled", teacher, "--mode sample --set selection.num_draws=50"),
             self._score("teacher", teacher),
-            self._score("slm", slm),
+            self._score("slm", self.slm),
+            *([self._score("early", self.work / "models" / "early", "export-early")] if series else []),
         ]
 
     def _stage(self, name: str, words: str, *needs: str, done: Path) -> Stage:
@@ -140,9 +144,10 @@ class RealText:
         needs = ("prepare-student", *(f"export-{name}" for name in SERIES))
         return self._stage("dump-series", words, *needs, done=self.targets("series") / "final" / "manifest.json")
 
-    def _score(self, name: str, model: Path) -> Stage:
+    def _score(self, name: str, model: Path, *needs: str) -> Stage:
         words = f"score --tokens {self.tokens} --slm {model} --output {self.scores(name)}"
-        return self._stage(f"score-{name}", words, "prepare-student", done=self.scores(name) / "manifest.json")
+        needs = ("prepare-student", *needs)
+        return self._stage(f"score-{name}", words, *needs, done=self.scores(name) / "manifest.json")
 
 
 def _texts(path: Path) -> Iterator[str]:

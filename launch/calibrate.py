@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _UNITS_PER_WORKER = 4  # the first of them warms the worker up and counts as its start
 _TOKENS_PER_UNIT = 8192
+# Long enough on a CPU (ten seconds and more a worker) that the pauses of a busy machine even out; a moment on a GPU.
+_TOKENS_PER_WORKER = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,10 @@ class Measured:
     num_workers: int = 1
 
 
-def calibrate(dump: DumpConfig, *, num_rows: int, folder: Path, num_workers: int = 1) -> Measured:
+def calibrate(dump: DumpConfig, *, num_rows: int | None = None, folder: Path, num_workers: int = 1) -> Measured:
     """Dump `num_rows` rows spread over `dump.tokens` into `folder`, and measure speed, bytes and start-up time.
+
+    Without `num_rows` they are as many as hold 131,072 tokens a worker, or all there are.
 
     `num_workers` workers at once, each a process of its own with the settings of the real dump: on one machine they
     share cores and disk, so that two are not twice as fast as one. Nothing of `dump.output` is touched.
@@ -45,9 +49,10 @@ def calibrate(dump: DumpConfig, *, num_rows: int, folder: Path, num_workers: int
     """
     from potstill.storage import StoreReader, StoreWriter, seal_store
 
+    source = StoreReader(dump.tokens)
     sample = _sample_store(
-        StoreReader(dump.tokens),
-        num_rows=num_rows,
+        source,
+        num_rows=num_rows or -(-_TOKENS_PER_WORKER * num_workers // source.spec.row_length),
         num_units=_UNITS_PER_WORKER * num_workers,
         path=folder / "tokens",
     )
@@ -56,8 +61,7 @@ def calibrate(dump: DumpConfig, *, num_rows: int, folder: Path, num_workers: int
         update={"tokens": str(sample), "output": str(output), "worker": None, "num_workers": None}
         | {"seal": False, "force": False}
     )
-    (folder / "dump.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")), encoding="utf-8")
-    whole = _run_workers(folder, num_workers)
+    whole = run_workers(settings, folder=folder, num_workers=num_workers)
     manifest = seal_store(output)
     records = StoreWriter.create(output, StoreReader(output).spec).committed()
     rate = steady_rate(records, num_workers)
@@ -75,8 +79,12 @@ def steady_rate(records: Mapping[int, CommitRecord], num_workers: int) -> float:
     return sum(sum(record.num_tokens) for record in chosen) / max(seconds, 1e-9)
 
 
-def _run_workers(folder: Path, num_workers: int) -> list[float]:
-    """Seconds from start to end of each worker, all started at once."""
+def run_workers(dump: DumpConfig, *, folder: Path, num_workers: int) -> list[float]:
+    """Seconds from start to end of each worker of `dump`, all started at once; their logs are left in `folder`.
+
+    Raises UserError when a worker fails, with the end of what it printed.
+    """
+    (folder / "dump.yaml").write_text(yaml.safe_dump(dump.model_dump(mode="json")), encoding="utf-8")
     threads = os.environ.get("OMP_NUM_THREADS") or str(-(-(os.cpu_count() or 1) // num_workers))
     command = [sys.executable, "-m", "potstill.launch", "dump", "--config", str(folder / "dump.yaml")]
     logs = [folder / f"worker-{worker}.log" for worker in range(num_workers)]

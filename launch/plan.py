@@ -46,7 +46,9 @@ class PlanConfig(StrictModel):
     """What to plan for."""
 
     teacher: PlaceText = Field(description="Model whose configuration is read: folder or hub id")
-    tokens: int = Field(ge=1, description="Tokens to dump")
+    tokens: int | None = Field(
+        default=None, ge=1, description="Tokens to dump; with --calibrate null takes those of the store"
+    )
     row_length: int = Field(default=4096, ge=2, description="Tokens per row")
     selection: SelectionConfig = Field(
         default_factory=lambda: SelectionConfig.model_validate({}), description="As in the dump"
@@ -177,6 +179,8 @@ def make_plan(config: PlanConfig, *, measured: Measured | None = None) -> Plan:
     """Work out a plan; `measured` (of a worker on this machine) replaces the GPU table for the dump."""
     if config.gpu not in GPUS:
         raise UserError(f"gpu {config.gpu!r} is not known; use one of {', '.join(GPUS)}")
+    if config.tokens is None:
+        raise UserError("tokens: say how many are to be dumped (--tokens), or name the store with --calibrate")
     peak, memory = GPUS[config.gpu]
     teacher = model_costs(config.teacher, row_length=config.row_length)
     per_token = store_bytes_per_token(
@@ -260,7 +264,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibrate", metavar="TOKENS_STORE", help="measure speed and size by a short real dump of rows of this store"
     )
-    parser.add_argument("--calibrate-rows", type=int, default=256, metavar="N", help="rows of it (256)")
+    parser.add_argument(
+        "--calibrate-rows", type=int, metavar="N", help="rows of it (as many as hold 131,072 tokens a worker)"
+    )
     parser.add_argument(
         "--calibrate-workers",
         type=int,
@@ -277,6 +283,10 @@ def _run(arguments: argparse.Namespace) -> int:
     config = read_config(PlanConfig, arguments)
     measured = None
     if arguments.calibrate:
+        from potstill.storage import StoreReader
+
+        if config.tokens is None:
+            config = config.model_copy(update={"tokens": StoreReader(arguments.calibrate).num_tokens})
         teacher = {"model": config.teacher, "batch_rows": config.batch_rows, "dtype": config.dtype}
         settings = {"tokens": arguments.calibrate, "output": "-", "teacher": teacher, "selection": config.selection}
         dump = DumpConfig.model_validate(settings)
@@ -306,7 +316,7 @@ PLAN = Command(
     "started. --calibrate measures instead of assuming; --beside shows afterwards what a dump did cost.",
     examples=(
         "potstill plan --teacher models/teacher --tokens 100000000000 --gpu h100 --num-gpus 64",
-        "potstill plan --teacher models/teacher --tokens 2000000 --calibrate data/train --beside data/targets",
+        "potstill plan --teacher models/teacher --calibrate data/train --beside data/targets",
     ),
     add_arguments=_arguments,
     run=_run,

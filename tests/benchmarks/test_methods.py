@@ -68,6 +68,27 @@ def test_a_preset_may_use_another_store_and_plain_kd_a_third(tmp_path: Path) -> 
     assert arms["kd"]["objective"] == PLAIN_KD
 
 
+def test_the_folder_of_a_run_follows_from_what_its_configuration_says(tmp_path: Path) -> None:
+    one = comparison(tmp_path)
+    tree = one.arms("tip")["tip"]
+    folder = one.folder(tree, 0)
+    # A key that stands at its default says nothing; so a run keeps its folder when a key is added to the project.
+    objective = {key: value for key, value in tree["objective"].items() if key != "z_loss"}
+    assert tree["objective"]["z_loss"] == 0.0
+    assert one.folder({**tree, "objective": objective}, 0) == folder
+    assert one.folder({**tree, "objective": {**objective, "z_loss": 1e-4}}, 0) != folder
+    curves = [{"kind": kind, "start": 0.1, "end": 0.9} for kind in ("linear", "cosine")]
+    assert len({one.folder({**tree, "objective": {**objective, "alpha": curve}}, 0) for curve in curves}) == 2
+
+
+def test_a_trained_student_takes_the_place_of_random_weights(tmp_path: Path) -> None:
+    arms = comparison(tmp_path, model=None, weights="/models/slm").arms("paced")
+    for tree in arms.values():
+        full = {**tree, "run": {**tree["run"], "output_dir": str(tmp_path / "run")}}
+        model = build_config(TrainConfig, full, source="test").model
+        assert (str(model.path), model.config) == ("/models/slm", None)
+
+
 def result() -> PresetResult:
     def run(*losses: float) -> list[dict[str, Any]]:
         return [
@@ -116,6 +137,7 @@ def test_the_table_has_a_line_for_each_preset_and_dashes_without_kd() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1300)
 def test_the_whole_comparison_runs_on_real_text_and_goes_on_where_it_was(tmp_path: Path) -> None:
     data = ROOT.parent / "shared" / "data"
     if not (data / "novels").is_dir():
@@ -123,14 +145,16 @@ def test_the_whole_comparison_runs_on_real_text_and_goes_on_where_it_was(tmp_pat
     report = tmp_path / "methods.md"
     words = ["--all", "--data", str(data), "--work", str(tmp_path / "work"), "--output", str(report)]
     words += ["--presets", "tip", "rs_kd", "--every-document", "150", "--steps", "4", "--seeds", "2"]
+    words += ["--trained", "tip", "--trained-steps", "2"]
     command = [sys.executable, "-m", "benchmarks.methods", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])["presets"]
+    assert list(json.loads(done.stdout.splitlines()[-1])["from_trained"]) == ["tip"]
     assert list(figures) == ["tip", "rs_kd"]
     assert all(set(found) >= {"labels", "kd", "minus_kd"} for found in figures.values())
     assert figures["tip"]["kd"] == figures["rs_kd"]["kd"]  # one run, shared
-    assert report.read_text().count("| tip |") == 2
+    assert report.read_text().count("| tip |") == 4  # loss and calibration error, from random and from trained weights
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert again.returncode == 0 and " $ potstill" not in again.stdout, again.stdout
     assert again.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]

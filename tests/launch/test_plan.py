@@ -134,8 +134,13 @@ def test_the_command_calibrates_and_shows_both(tmp_path: Path, capsys: pytest.Ca
     dump(DumpConfig(tokens=tokens, output=tmp_path / "out", teacher=teacher))
     parser = argparse.ArgumentParser()
     PLAN.add_arguments(parser)
-    command = ["--teacher", str(model), "--tokens", "640", "--student", str(model), "--row-length", "16"]
-    measure = ["--calibrate", str(tokens), "--calibrate-rows", "20", "--beside", str(tmp_path / "out")]
+    command = ["--teacher", str(model), "--student", str(model), "--row-length", "16"]
+    measure = ["--calibrate", str(tokens), "--beside", str(tmp_path / "out")]
     assert PLAN.run(parser.parse_args(command + measure)) == 0
     printed = capsys.readouterr().out
     assert "measured on this machine" in printed and "actual / planned" in printed and "student, GPU hours" in printed
+    # The plan is for the whole store, and the calibration read all of it: the same bytes but for the ids of its run.
+    planned, actual = printed.split("store, bytes")[1].split()[:2]
+    assert int(planned.replace(",", "")) == pytest.approx(int(actual.replace(",", "")), rel=0.02)
+    with pytest.raises(UserError, match="--tokens"):
+        PLAN.run(parser.parse_args(command))
