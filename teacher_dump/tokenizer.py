@@ -120,6 +120,7 @@ def keep_tokenizer(encoder: TextEncoder, folder: Path, *, force: bool) -> None:
                 f"{folder} exists and is not the tokenizer of this run (digest {encoder.digest[:12]}); use another "
                 "output, or force to replace it"
             )
+        _check_holds_a_tokenizer_only(folder)
         shutil.rmtree(folder)
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
@@ -132,6 +133,33 @@ def keep_tokenizer(encoder: TextEncoder, folder: Path, *, force: bool) -> None:
             f"{encoder.digest[:12]}); transformers cannot save it whole"
         )
     partial.rename(folder)
+
+
+# What tokenizers of transformers save; nothing else is ever deleted with one.
+_TOKENIZER_FILES = {
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    _TRAINED_RECORD,
+}
+
+
+def _check_holds_a_tokenizer_only(folder: Path) -> None:
+    """Raise UserError when deleting the folder would delete more than a tokenizer."""
+    names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else {folder.name}
+    if others := sorted(names - _TOKENIZER_FILES):
+        raise UserError(
+            f"{folder} stands where the tokenizer of this run goes, and force deletes tokenizers only; it holds "
+            f"{', '.join(others[:5])}. Move it away, or use another output"
+        )
 
 
 def train_bpe(folder: Path, texts: Iterable[str], *, settings: TrainTokenizer, input_digest: str, force: bool) -> None:

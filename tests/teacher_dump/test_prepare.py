@@ -146,6 +146,17 @@ def test_a_copy_of_the_tokenizer_stands_beside_the_stores(corpus: Path, tmp_path
     assert tokenizer_digest(load_tokenizer(str(tmp_path / "new" / "tokenizer"))) == digest
 
 
+def test_force_deletes_a_tokenizer_but_nothing_that_somebody_put_there(
+    corpus: Path, tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    mine = tmp_path / "out" / "tokenizer" / "notes"
+    mine.mkdir(parents=True)
+    (mine / "dear.txt").write_text("dear")
+    with pytest.raises(UserError, match="deletes tokenizers only; it holds notes"):
+        prepare(config(corpus, tmp_path / "out", tokenizer_folder, force=True))
+    assert (mine / "dear.txt").read_text() == "dear"
+
+
 def test_train_a_tokenizer_on_the_training_side(corpus: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
