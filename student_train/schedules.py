@@ -43,6 +43,17 @@ def lr_factor(schedule: LrSchedule, step: int, total_steps: int) -> float:
     return floor + (1.0 - floor) * DECAY_SHAPES[shape](done)
 
 
+def lr_factor_at(schedule: LrSchedule, step: int, *, total_steps: int, first_step: int, end_step: int) -> float:
+    """Factor on the peak learning rate at `step` of a run of `total_steps`, in its stage [first_step, end_step).
+
+    With `span: stages` each stage is a schedule of its own (POCL, arXiv 2506.05695): lengths count from its first step,
+    shares are of its length. The last stage ends with the run.
+    """
+    if schedule.span == "stages":
+        return lr_factor(schedule, step - first_step, end_step - first_step)
+    return lr_factor(schedule, step, total_steps)
+
+
 def _wsd(curve: Wsd, x: float) -> float:
     """Warm-up, stable, decay of a scalar (papers: alpha on the clock of the learning rate)."""
     if x < curve.warmup:

@@ -64,6 +64,14 @@ def _salt(records: list[dict[str, Any]], config: TrainConfig) -> None:
     _teacher_side(records, config)
 
 
+def _pocl(records: list[dict[str, Any]], config: TrainConfig) -> None:
+    # 1, 2, 3 and 4 of 10 steps: a twentieth of them is no step, so that each stage begins at the peak and then falls.
+    lrs = [record["lr"] for record in records]
+    peak = config.optimizer.lr
+    assert [step for step, lr in enumerate(lrs) if lr == peak] == [0, 1, 3, 6]
+    assert lrs[2] < peak and lrs[3] > lrs[4] > lrs[5] and lrs[6] > lrs[7] > lrs[8] > lrs[9] > 0.1 * peak
+
+
 def _teacher_side(records: list[dict[str, Any]], config: TrainConfig) -> None:
     assert config.objective.temperature_side == "teacher" and config.objective.temperature == 1.0
 
@@ -98,6 +106,7 @@ def _pd_wsd(records: list[dict[str, Any]], config: TrainConfig) -> None:
 
 CHECKS = {
     "salt": _salt,
+    "pocl": _pocl,
     "progressive": _teacher_side,
     "se_kd": _se_kd,
     "tip": _tip,

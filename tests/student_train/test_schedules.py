@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 
 from potstill.student_train.config import Cosine, Linear, LinearRatio, LrSchedule, Wsd
-from potstill.student_train.schedules import curve_value, lr_factor, scalar_bounds, share_of_span, span_steps
+from potstill.student_train.schedules import (
+    curve_value,
+    lr_factor,
+    lr_factor_at,
+    scalar_bounds,
+    share_of_span,
+    span_steps,
+)
 
 
 def test_a_span_is_steps_or_a_share() -> None:
@@ -55,6 +63,45 @@ def test_cosine_and_linear_reach_the_floor_at_the_end() -> None:
 def test_a_decay_longer_than_the_run_starts_after_the_warm_up() -> None:
     schedule = LrSchedule(kind="wsd", warmup=2, decay=50, min_ratio=0.0)
     assert [lr_factor(schedule, step, 6) for step in range(6)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+
+
+def over_stages(schedule: LrSchedule, bounds: list[int]) -> list[float]:
+    """Factors of every step of a run whose stages begin and end at `bounds`."""
+    return [
+        lr_factor_at(schedule, step, total_steps=bounds[-1], first_step=first, end_step=end)
+        for first, end in pairwise(bounds)
+        for step in range(first, end)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine", "wsd"])
+def test_each_stage_has_the_schedule_of_a_run_of_its_length(kind: str) -> None:
+    schedule = LrSchedule(kind=kind, span="stages", warmup=0.25, decay=2, min_ratio=0.1)
+    alone = [[lr_factor(schedule, step, length) for step in range(length)] for length in (4, 8, 20)]
+    assert over_stages(schedule, [0, 4, 12, 32]) == [*alone[0], *alone[1], *alone[2]]
+    assert over_stages(schedule, [0, 32]) == [lr_factor(schedule, step, 32) for step in range(32)]
+
+
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine", "wsd"])
+def test_over_the_run_stages_make_no_difference(kind: str) -> None:
+    schedule = LrSchedule(kind=kind, warmup=3, decay=0.2)
+    assert schedule.span == "run"
+    assert over_stages(schedule, [0, 4, 12, 32]) == [lr_factor(schedule, step, 32) for step in range(32)]
+
+
+def test_corners_of_stages() -> None:
+    schedule = LrSchedule(kind="wsd", span="stages", warmup=2, decay=0.5, min_ratio=0.0)
+    # Two steps of warm-up in each; a half of each decays: 2 of 4 and 4 of 8.
+    assert over_stages(schedule, [0, 4, 12]) == [0.5, 1, 1, 0.5, 0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+    linear = LrSchedule(kind="linear", span="stages", min_ratio=0.0)
+    assert over_stages(linear, [0, 1, 3, 7]) == [1, 1, 0.5, 1, 0.75, 0.5, 0.25]
+    # The last stage ends with the run: the floor would come at its end, as it does without stages.
+    assert lr_factor_at(linear, 7, total_steps=7, first_step=3, end_step=7) == 0.0
+
+
+def test_a_warm_up_as_long_as_a_stage_ends_at_its_last_step() -> None:
+    schedule = LrSchedule(kind="cosine", span="stages", warmup=4)
+    assert over_stages(schedule, [0, 4, 8]) == [0.25, 0.5, 0.75, 1.0] * 2
 
 
 def test_curves_reach_both_ends() -> None:
