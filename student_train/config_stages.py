@@ -59,7 +59,16 @@ class Wsd(StrictModel):
         return self
 
 
-Curve = Annotated[Linear | Cosine | LinearRatio | Wsd, Field(discriminator="kind")]
+class Periodic(StrictModel):
+    """Whole cosine periods over the stage, to `end` and back to `start` in each."""
+
+    kind: Literal["periodic"] = Field(default="periodic", description="Whole cosine periods")
+    start: float = Field(description="Value at the start and the end of each period")
+    end: float = Field(description="Value in the middle of each period")
+    periods: int = Field(default=1, ge=1, description="Periods in the stage")
+
+
+Curve = Annotated[Linear | Cosine | LinearRatio | Wsd | Periodic, Field(discriminator="kind")]
 Scalar = float | Curve
 Span = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, le=1)]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from potstill.student_train.config import Cosine, Curve, Linear, LinearRatio, LrSchedule, Scalar, Span, Wsd
+from potstill.student_train.config import Cosine, Curve, Linear, LinearRatio, LrSchedule, Periodic, Scalar, Span, Wsd
 
 DECAY_SHAPES = {
     "linear": lambda x: 1.0 - x,
@@ -71,14 +71,22 @@ def _linear_ratio(curve: LinearRatio, x: float) -> float:
     return ratio / (1.0 + ratio)
 
 
+def _periodic(curve: Periodic, x: float) -> float:
+    """Whole cosine periods (an alpha of the study in arXiv 2410.16215, whose number of periods is not known)."""
+    share = 0.5 * (1.0 - math.cos(2.0 * math.pi * curve.periods * x))
+    return curve.start * (1.0 - share) + curve.end * share
+
+
 def curve_value(curve: Curve, x: float) -> float:
-    """Value of a curve at x in [0, 1] of its span; both ends are reached."""
+    """Value of a curve at x in [0, 1] of its span; both ends are reached (a periodic one ends where it starts)."""
     if isinstance(curve, Linear):
         return curve.start + (curve.end - curve.start) * x
     if isinstance(curve, Cosine):
         return curve.end + (curve.start - curve.end) * 0.5 * (1.0 + math.cos(math.pi * x))
     if isinstance(curve, LinearRatio):
         return _linear_ratio(curve, x)
+    if isinstance(curve, Periodic):
+        return _periodic(curve, x)
     return _wsd(curve, x)
 
 

@@ -113,6 +113,8 @@ def test_a_misspelt_key_names_the_nearest() -> None:
         ({"objective": {"temperature": {"kind": "linear", "start": 0, "end": 2}}}, ("temperature", "0.0")),
         ({"objective": {"temperature_side": "student"}}, ("objective.temperature_side", "both", "teacher")),
         ({"curriculum": [{"temperature_side": "none"}]}, ("curriculum.0.temperature_side", "both", "teacher")),
+        ({"objective": {"alpha": {"kind": "periodic", "start": 0, "end": 1.2}}}, ("alpha", "1.2")),
+        ({"objective": {"alpha": {"kind": "periodic", "start": 0, "end": 1, "periods": 0}}}, ("alpha", "periods")),
         ({"curriculum": []}, ("curriculum",)),
         ({"curriculum": [{"until": 0.5}]}, ("curriculum.0.until", "last stage")),
         ({"curriculum": [{}, {}]}, ("curriculum.0.until", "missing")),

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from potstill.student_train.config import Cosine, Linear, LinearRatio, LrSchedule, Wsd
+from potstill.student_train.config import Cosine, Linear, LinearRatio, LrSchedule, Periodic, Wsd
 from potstill.student_train.schedules import (
     curve_value,
     lr_factor,
@@ -123,6 +123,24 @@ def test_wsd_curve_corners() -> None:
     assert scalar_bounds(curve) == (0.1, 0.9)
     instant = Wsd(peak=1.0, warmup=0.0, decay=0.0)
     assert curve_value(instant, 0.0) == curve_value(instant, 1.0) == 1.0
+
+
+@pytest.mark.parametrize("periods", [1, 2, 3, 50])
+def test_periodic_curve_corners(periods: int) -> None:
+    curve = Periodic(start=0.0, end=0.9, periods=periods)
+    # alpha is exactly 0 at both ends: no targets are read there.
+    assert curve_value(curve, 0.0) == curve_value(curve, 1.0) == 0.0
+    for number in range(periods):
+        corners = [curve_value(curve, (number + place) / periods) for place in (0.0, 0.25, 0.5, 0.75)]
+        assert corners == pytest.approx([0.0, 0.45, 0.9, 0.45], abs=1e-12)
+    assert scalar_bounds(curve) == (0.0, 0.9)
+    assert all(0.0 <= curve_value(curve, step / 997) <= 0.9 for step in range(998))
+
+
+def test_a_periodic_curve_may_begin_at_its_upper_end() -> None:
+    curve = Periodic(start=1.0, end=0.5, periods=2)
+    assert [curve_value(curve, x) for x in (0.0, 0.25, 0.5, 1.0)] == pytest.approx([1.0, 0.5, 1.0, 1.0])
+    assert max(curve_value(curve, step / 997) for step in range(998)) <= 1.0
 
 
 def test_share_of_a_span() -> None:
