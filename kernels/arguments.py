@@ -31,7 +31,9 @@ class LossOptions(TypedDict, total=False):
         term only. Tokens with token_weights 0 are dropped before the first product: they cost nothing and
         their gradient is exactly 0, whatever values they hold.
     alpha (1), ce_weight (None: 1 - alpha), z_loss (0): weights of the parts.
-    temperature (1): of both sides of the KD term; T^2 multiplies its loss and gradient alike.
+    temperature (1): of the KD term, on both sides: T^2 then multiplies its loss and gradient alike.
+    temperature_side ("both"): "teacher" tempers the targets alone; the student stays at 1, and so there is no T^2.
+        Near 0 the target is the teacher's argmax (1e-20 will do; equals share).
     divergence ("forward_kl"), divergence_options (skew, beta, floor), missing_mass ("tail"): docs/kernels.md.
     soft_cap (None), logit_scale (1): z = cap * tanh(scale * raw / cap).
     normalizer (None: sum of token_weights): 0-d tensor, the global sum of weights. 0 makes the loss 0.
@@ -47,6 +49,7 @@ class LossOptions(TypedDict, total=False):
     alpha: float
     ce_weight: float | None
     temperature: float
+    temperature_side: str
     divergence: str
     divergence_options: Mapping[str, float] | None
     missing_mass: str
@@ -66,6 +69,7 @@ DEFAULTS = LossOptions(
     alpha=1.0,
     ce_weight=None,
     temperature=1.0,
+    temperature_side="both",
     divergence="forward_kl",
     divergence_options=None,
     missing_mass="tail",
@@ -137,6 +141,7 @@ def make_plan(
         alpha=options["alpha"],
         ce_weight=options["ce_weight"],
         temperature=options["temperature"],
+        temperature_side=options["temperature_side"],
         divergence=options["divergence"],
         missing_mass=options["missing_mass"],
         z_loss=options["z_loss"],

@@ -100,12 +100,15 @@ class Divergence:
     """One entry of the table: the function, its options with defaults, where it makes sense.
 
     needs_counts: it is for sampled targets, with draw counts or with the log weights that stand for them.
+    lowest_teacher_temperature: the least temperature of the teacher alone that it takes; the others take any, down to
+    the teacher's argmax as a label.
     """
 
     function: Callable[..., Terms]
     modes: tuple[str, ...] = ("tail", "renorm", "support", "label", "raw")
     options: Mapping[str, float] = field(default_factory=dict)
     needs_counts: bool = False
+    lowest_teacher_temperature: float = 0.0
 
 
 # reverse_kl off the support is infinite unless the rest bucket holds teacher mass, and its raw truncated
@@ -117,6 +120,6 @@ DIVERGENCES: Mapping[str, Divergence] = {
     "skew_reverse": Divergence(skew_reverse, modes=("tail", "renorm", "support", "label"), options={"skew": 0.1}),
     "jsd": Divergence(jsd, options={"beta": 0.5}),
     "total_variation": Divergence(total_variation),
-    "mse_logprobs": Divergence(mse_logprobs),
+    "mse_logprobs": Divergence(mse_logprobs, lowest_teacher_temperature=0.01),
     "sampled": Divergence(sampled, modes=("tail", "renorm", "raw"), needs_counts=True),
 }

@@ -2,6 +2,7 @@
 
     loss = 1 / normalizer * sum_n w_n [ alpha T^2 kd_n KD_n + ce_weight CE_n + z_loss lse_n^2 ]
 
+T is the student's temperature: 1 where the teacher alone is tempered.
 This is the room's door for losses. Formulas: objective.py and divergences.py; tour: docs/kernels.md.
 """
 

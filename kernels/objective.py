@@ -148,8 +148,10 @@ def _teacher_buckets(
         total = draws.sum(1) if targets.num_draws is None else draws.new_full(rows.shape, targets.num_draws)
         return (draws / total.clamp_min(1)[:, None]).log(), none
     assert targets.logprobs is not None
-    temperature, mode = settings.temperature, settings.missing_mass
-    values = torch.where(valid, targets.logprobs[entry].to(dtype) / temperature, -math.inf)
+    temperature, mode = settings.teacher_temperature, settings.missing_mass
+    values = torch.where(valid, targets.logprobs[entry].to(dtype), -math.inf)
+    if temperature != 1.0:
+        values = _tempered(values, temperature)
     total = _safe_lse(values)
     total = torch.where(torch.isfinite(total), total, 0.0)  # rows without entries
     if mode in ("renorm", "support"):
@@ -164,6 +166,17 @@ def _teacher_buckets(
     # Stored values and tail are each rounded to a grid, so the k + 1 buckets sum to 1 only nearly.
     norm = torch.logaddexp(total, tail)
     return values - norm[:, None], tail - norm
+
+
+def _tempered(values: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities [B, K] over a temperature, each row shifted so that its largest is 0.
+
+    The shift comes first: near T = 0 the quotients are so large that a lse lost in them could not tell one largest
+    entry from two equal ones. A temperature below the smallest normal number would be 0 in the division.
+    """
+    top = values.amax(1, keepdim=True)
+    top = torch.where(torch.isfinite(top), top, 0.0)  # rows without entries
+    return (values - top) / max(temperature, torch.finfo(values.dtype).tiny)
 
 
 def row_terms(
@@ -192,7 +205,8 @@ def row_terms(
     kd, kd_grad, dense_t, student_mass = _kd_terms(stats, fix, settings)
     kd = torch.where(fix.has_target, kd, 0.0)
     amount = weights * kd_weights * fix.has_target
-    # T^2 on the loss, T on the gradient by z = T u. With alpha 0 not even an infinite divergence counts.
+    # T^2 on the loss, T on the gradient by z = T u, with the student's T: a temperature of the teacher alone shrinks
+    # no gradient that a factor would have to restore. With alpha 0 not even an infinite divergence counts.
     coefficient = amount * (alpha * settings.temperature)
     counts = coefficient != 0
     fix_grad = fix_grad + torch.where(counts[:, None], coefficient[:, None] * kd_grad, 0.0)
@@ -224,7 +238,7 @@ def row_terms(
 
 
 def _kd_terms(stats: RowStats, fix: FixSet, settings: LossSettings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Divergence [B], its gradient by u at the fix-ups [B, F], the coefficient off them [B], Q on S [B]."""
+    """Divergence [B], its gradient by u = z / T at the fix-ups [B, F], the coefficient off them [B], Q on S [B]."""
     u = stats.fix / settings.temperature
     lse = torch.logaddexp(stats.log_rest_t, _safe_lse(u))[:, None]
     log_q = u - lse  # [B, F]

@@ -11,15 +11,22 @@ from potstill.kernels.divergences import DIVERGENCES, Divergence
 from potstill.kernels.types import MISSING_MASS_MODES, KernelInputError, SparseTargetTensors
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+TEMPERATURE_SIDES = ("both", "teacher")
+LOWEST_OF_BOTH = 1e-3
 
 
 @dataclass(frozen=True)
 class LossSettings:
-    """Which loss: w * (alpha T^2 kd_weight KD + ce_weight CE + z_loss lse^2)."""
+    """Which loss: w * (alpha T^2 kd_weight KD + ce_weight CE + z_loss lse^2).
+
+    temperature: T, that of the student's logits; it alone scales the loss. teacher_temperature: that of the targets,
+    the same number unless the teacher alone is tempered.
+    """
 
     alpha: float
     ce_weight: float
     temperature: float
+    teacher_temperature: float
     divergence: str
     options: Mapping[str, float]
     missing_mass: str
@@ -51,11 +58,34 @@ def check_combination(divergence: str, missing_mass: str) -> None:
         )
 
 
+def check_temperature(temperature: float, side: str, divergence: str) -> None:
+    """Raises KernelInputError for a temperature that the (known) divergence cannot be taken at on this side."""
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise KernelInputError(f"temperature is {temperature}; expected a finite number > 0")
+    if side not in TEMPERATURE_SIDES:
+        raise KernelInputError(f"temperature_side is {side!r}; expected one of {TEMPERATURE_SIDES}")
+    entry = DIVERGENCES[divergence]
+    if entry.needs_counts and temperature != 1.0:
+        raise KernelInputError(f"temperature is {temperature} with divergence {divergence!r}: draws hold at T = 1 only")
+    if side == "teacher" and temperature < entry.lowest_teacher_temperature:
+        raise KernelInputError(
+            f"temperature is {temperature} with temperature_side 'teacher' and divergence {divergence!r}; expected at"
+            f" least {entry.lowest_teacher_temperature}: the log-probabilities that it compares grow without bound as"
+            " the temperature falls. Use 'forward_kl' for the teacher's argmax as a label"
+        )
+    if side == "both" and temperature < LOWEST_OF_BOTH:
+        raise KernelInputError(
+            f"temperature is {temperature} on both sides; expected at least {LOWEST_OF_BOTH}: T^2 leaves next to"
+            " nothing of such a loss. Use temperature_side='teacher' for the teacher's argmax as a label"
+        )
+
+
 def make_settings(
     *,
     alpha: float,
     ce_weight: float | None,
     temperature: float,
+    temperature_side: str,
     divergence: str,
     missing_mass: str,
     z_loss: float,
@@ -68,18 +98,16 @@ def make_settings(
     for name, value in (("alpha", alpha), ("ce_weight", ce), ("z_loss", z_loss)):
         if not (math.isfinite(value) and value >= 0):
             raise KernelInputError(f"{name} is {value}; expected a finite number >= 0")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise KernelInputError(f"temperature is {temperature}; expected a finite number > 0")
+    check_temperature(temperature, temperature_side, divergence)
     if soft_cap is not None and not (math.isfinite(soft_cap) and soft_cap > 0):
         raise KernelInputError(f"soft_cap is {soft_cap}; expected a number > 0, or None for no cap")
     if not (math.isfinite(logit_scale) and logit_scale > 0):
         raise KernelInputError(f"logit_scale is {logit_scale}; expected a finite number > 0")
-    if DIVERGENCES[divergence].needs_counts and temperature != 1.0:
-        raise KernelInputError(f"temperature is {temperature} with divergence {divergence!r}: draws hold at T = 1 only")
     return LossSettings(
         alpha=float(alpha),
         ce_weight=ce,
-        temperature=float(temperature),
+        temperature=1.0 if temperature_side == "teacher" else float(temperature),
+        teacher_temperature=float(temperature),
         divergence=divergence,
         options=_options(divergence, options),
         missing_mass=missing_mass,
@@ -166,8 +194,8 @@ def _check_pairing(targets: SparseTargetTensors, settings: LossSettings) -> None
             " use divergence='sampled'"
         )
     needs_tail = settings.missing_mass in ("tail", "label", "raw")
-    if settings.temperature != 1.0 and needs_tail:
-        tail_at(targets, settings.temperature)
+    if settings.teacher_temperature != 1.0 and needs_tail:
+        tail_at(targets, settings.teacher_temperature)
 
 
 def tail_at(targets: SparseTargetTensors, temperature: float) -> Tensor:

@@ -13,7 +13,8 @@ from potstill.kernels.types import LossSums
 @dataclass(frozen=True)
 class TokenStatistics:
     """Of N tokens, in nats: label_logprob [N] (0 without a label), entropy [N] at T = 1, divergence [N] (at
-    the temperature asked for, without T^2; 0 without a target), student_mass [N] on the kept ids."""
+    the temperature asked for, on the side asked for, without T^2; 0 without a target), student_mass [N] on the kept
+    ids at the student's temperature."""
 
     label_logprob: Tensor
     entropy: Tensor

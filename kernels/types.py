@@ -149,8 +149,8 @@ class LossSums:
     z            w * lse^2
     weight       w
     kd_weight    w * kd_weight, tokens with a target
-    kept_mass    w * teacher mass on its kept entries (at the loss's temperature), tokens with a target
-    student_mass w * student mass on the same ids (same temperature), tokens with a target
+    kept_mass    w * teacher mass on its kept entries (at the teacher's temperature), tokens with a target
+    student_mass w * student mass on the same ids (at the student's: 1 when the teacher alone is tempered), likewise
     agreement    w where the student's largest logit is the teacher's first id (a tie counts)
     correct      w where the student's largest logit is the label (a tie counts)
     entropy      w * student entropy in nats at T = 1

@@ -20,6 +20,7 @@ from potstill.student_train.config_stages import (
     LinearRatio,
     MissingMass,
     Objective,
+    Periodic,
     RowScore,
     RowSelector,
     Scalar,
@@ -41,6 +42,7 @@ __all__ = [
     "LrSchedule",
     "MissingMass",
     "Objective",
+    "Periodic",
     "RowScore",
     "RowSelector",
     "Scalar",
@@ -159,14 +161,18 @@ class OptimizerConfig(StrictModel):
 
 
 class LrSchedule(StrictModel):
-    """Learning rate over the run, a pure function of the step."""
+    """Learning rate over the run or over each stage, a pure function of the step."""
 
     kind: Literal["constant", "linear", "cosine", "wsd"] = Field(
         default="cosine", description="Shape after the warm-up"
     )
-    warmup: Span = Field(default=0, description="Linear warm-up: int = steps, float = share of the run")
+    span: Literal["run", "stages"] = Field(
+        default="run", description="What the shape is laid over: the run, or each stage of the curriculum anew"
+    )
+    warmup: Span = Field(default=0, description="Linear warm-up: int = steps, float = share of the run (or stage)")
     decay: Span = Field(
-        default=0.2, description="Length of the decay of wsd at the end: int = steps, float = share of the run"
+        default=0.2,
+        description="Length of the decay of wsd at the end: int = steps, float = share of the run (or stage)",
     )
     decay_shape: Literal["linear", "cosine", "sqrt"] = Field(default="linear", description="Shape of the decay of wsd")
     min_ratio: float = Field(default=0.1, ge=0, le=1, description="Factor on the peak that the decay ends at")

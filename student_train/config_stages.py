@@ -13,6 +13,7 @@ Divergence = Literal[
     "forward_kl", "reverse_kl", "skew_forward", "skew_reverse", "jsd", "total_variation", "mse_logprobs", "sampled"
 ]
 MissingMass = Literal["tail", "renorm", "support", "label", "raw"]
+TemperatureSide = Literal["both", "teacher"]  # kernels.settings.TEMPERATURE_SIDES, compared too
 DecayShape = Literal["linear", "cosine", "sqrt"]
 
 
@@ -58,7 +59,16 @@ class Wsd(StrictModel):
         return self
 
 
-Curve = Annotated[Linear | Cosine | LinearRatio | Wsd, Field(discriminator="kind")]
+class Periodic(StrictModel):
+    """Whole cosine periods over the stage, to `end` and back to `start` in each."""
+
+    kind: Literal["periodic"] = Field(default="periodic", description="Whole cosine periods")
+    start: float = Field(description="Value at the start and the end of each period")
+    end: float = Field(description="Value in the middle of each period")
+    periods: int = Field(default=1, ge=1, description="Periods in the stage")
+
+
+Curve = Annotated[Linear | Cosine | LinearRatio | Wsd | Periodic, Field(discriminator="kind")]
 Scalar = float | Curve
 Span = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, le=1)]
 
@@ -77,12 +87,17 @@ def check_bounds(name: str, scalar: Scalar | None, *, low: float, high: float, o
 
 
 class Objective(StrictModel):
-    """Settings of the loss alpha * T^2 * KD + ce_weight * CE + z_loss * lse^2."""
+    """Settings of the loss alpha * T^2 * KD + ce_weight * CE + z_loss * lse^2 (T: the student's temperature)."""
 
     alpha: Scalar = Field(default=1.0, description="Weight of the distillation term, in [0, 1]")
     ce_weight: Scalar | None = Field(default=None, description="Weight of the label term; null takes 1 - alpha")
     temperature: Scalar = Field(
-        default=1.0, description="Softmax temperature; other than 1 it must be stored with the targets"
+        default=1.0,
+        description="Softmax temperature; other than 1 its tail must be stored (missing_mass tail, label, raw)",
+    )
+    temperature_side: TemperatureSide = Field(
+        default="both",
+        description="both: of teacher and student, times T^2; teacher: of the targets alone, no T^2 (near 0: argmax)",
     )
     divergence: Divergence = Field(default="forward_kl", description="Divergence on the kept entries and the tail")
     missing_mass: MissingMass = Field(default="tail", description="Where the mass outside the kept entries goes")
@@ -225,6 +240,7 @@ class Stage(StrictModel):
     alpha: Scalar | None = Field(default=None, description="Overrides objective.alpha")
     ce_weight: Scalar | None = Field(default=None, description="Overrides objective.ce_weight")
     temperature: Scalar | None = Field(default=None, description="Overrides objective.temperature")
+    temperature_side: TemperatureSide | None = Field(default=None, description="Overrides objective.temperature_side")
     divergence: Divergence | None = Field(default=None, description="Overrides objective.divergence")
     missing_mass: MissingMass | None = Field(default=None, description="Overrides objective.missing_mass")
     z_loss: Scalar | None = Field(default=None, description="Overrides objective.z_loss")

@@ -21,7 +21,7 @@ from potstill.storage import RowOrder
 from potstill.student_train.config import Stage, TrainConfig
 from potstill.student_train.objective import StepObjective, step_objective
 from potstill.student_train.rows import RowStats, pool, ranked_rows, row_scores
-from potstill.student_train.schedules import scalar_value, share_of_span, span_steps
+from potstill.student_train.schedules import lr_factor_at, scalar_value, share_of_span, span_steps
 
 PLAN_VERSION = 1
 
@@ -65,6 +65,19 @@ def stage_spans(config: TrainConfig, total_steps: int) -> tuple[StageSpan, ...]:
     return tuple(spans)
 
 
+def check_warmup(config: TrainConfig, spans: tuple[StageSpan, ...]) -> None:
+    """Refuse a warm-up that no stage would come to the end of, where each has its own. Raises UserError."""
+    warmup = config.schedule.warmup
+    for span in spans if config.schedule.span == "stages" else ():
+        steps = span.end_step - span.first_step
+        if span_steps(warmup, steps) > steps:
+            raise UserError(
+                f"schedule.warmup is {warmup} steps, but stage curriculum.{span.index} holds {steps}, and with "
+                "schedule.span stages each stage warms up by itself; take a shorter warm-up, a share of the stage "
+                "(a float), longer stages, or span run"
+            )
+
+
 def total_steps(config: TrainConfig, *, row_length: int) -> int:
     """Optimizer steps of the run; `run.max_tokens` is rounded up to whole global batches of full rows."""
     if config.run.max_steps is not None:
@@ -92,6 +105,7 @@ class CurriculumPlan:
                 "(data.global_batch_rows); take a smaller batch or more text"
             )
         self.spans = stage_spans(config, total_steps)
+        check_warmup(config, self.spans)
         self.segments = tuple(segment for span in self.spans for segment in self._segments(span, stats))
         self._starts = [segment.first_batch for segment in self.segments]
         self._orders = {segment.stream: self._order(segment) for segment in self.segments}
@@ -145,6 +159,17 @@ class CurriculumPlan:
         span = self.segment(step).span
         x = share_of_span(step, span.first_step, span.end_step)
         return step_objective(self._config.objective, span.stage, x)
+
+    def lr_factor(self, step: int) -> float:
+        """Factor on the peak learning rate at optimizer step `step`."""
+        span = self.segment(step).span
+        return lr_factor_at(
+            self._config.schedule,
+            step,
+            total_steps=self.total_steps,
+            first_step=span.first_step,
+            end_step=span.end_step,
+        )
 
     def joined(self, batch: int) -> frozenset[str]:
         """Exactly the stores that this batch's loss reads; none outside the stages that distil or select."""

@@ -32,6 +32,7 @@ def measuring_objective(*, with_targets: bool, sampled: bool = False) -> StepObj
         alpha=1.0 if with_targets else 0.0,
         ce_weight=1.0,
         temperature=1.0,
+        temperature_side="both",
         divergence="sampled" if sampled else "forward_kl",
         missing_mass="tail",
         z_loss=0.0,

@@ -20,7 +20,6 @@ from potstill.student_train.curriculum import CurriculumPlan, rows_digest
 from potstill.student_train.distributed import Topology, all_reduce_sum, set_learning_rate
 from potstill.student_train.evaluation import HeldoutEvaluation
 from potstill.student_train.metrics import Meter, MetricsLog, ModelCost, loss_figures, peak_memory_bytes
-from potstill.student_train.schedules import lr_factor
 from potstill.student_train.spikes import LossSpikeError, remember
 from potstill.student_train.stop import StopRequest
 
@@ -73,7 +72,7 @@ def train_steps(run: Run, progress: Progress) -> str:
         if reason is not None:
             save(run)
             return reason
-        run.lr = run.config.optimizer.lr * lr_factor(run.config.schedule, batch.batch, run.plan.total_steps)
+        run.lr = run.config.optimizer.lr * run.plan.lr_factor(batch.batch)
         set_learning_rate(run.engine, run.lr)
         for micro in micros:
             loss, sums = run.engine(micro.to(run.topology.device), objective, normalizer, self_check=check_due(run))

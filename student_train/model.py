@@ -46,6 +46,7 @@ def divergence_arguments(objective: StepObjective) -> dict[str, Any]:
     """What the kernels call the settings of the KD term."""
     return {
         "temperature": objective.temperature,
+        "temperature_side": objective.temperature_side,
         "divergence": objective.divergence,
         "missing_mass": objective.missing_mass,
         "divergence_options": objective.options,

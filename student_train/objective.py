@@ -34,12 +34,13 @@ SHARE_POLICIES = frozenset({"top_loss", "top_entropy", "excess_loss", "skip_low_
 
 @dataclass(frozen=True)
 class StepObjective:
-    """alpha * T^2 * KD + ce_weight * CE + z_loss * lse^2, and the choice of positions."""
+    """alpha * T^2 * KD + ce_weight * CE + z_loss * lse^2, and the choice of positions. T is 1 for side teacher."""
 
     targets: str | None
     alpha: float
     ce_weight: float
     temperature: float
+    temperature_side: str
     divergence: str
     missing_mass: str
     z_loss: float
@@ -79,6 +80,7 @@ def step_objective(defaults: Objective, stage: Stage, x: float) -> StepObjective
         alpha=alpha,
         ce_weight=1.0 - alpha if weight is None else scalar_value(weight, x),  # type: ignore[arg-type]
         temperature=value("temperature"),
+        temperature_side=str(pick("temperature_side")),
         divergence=str(pick("divergence")),
         missing_mass=str(pick("missing_mass")),
         z_loss=value("z_loss"),

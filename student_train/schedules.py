@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from potstill.student_train.config import Cosine, Curve, Linear, LinearRatio, LrSchedule, Scalar, Span, Wsd
+from potstill.student_train.config import Cosine, Curve, Linear, LinearRatio, LrSchedule, Periodic, Scalar, Span, Wsd
 
 DECAY_SHAPES = {
     "linear": lambda x: 1.0 - x,
@@ -43,6 +43,17 @@ def lr_factor(schedule: LrSchedule, step: int, total_steps: int) -> float:
     return floor + (1.0 - floor) * DECAY_SHAPES[shape](done)
 
 
+def lr_factor_at(schedule: LrSchedule, step: int, *, total_steps: int, first_step: int, end_step: int) -> float:
+    """Factor on the peak learning rate at `step` of a run of `total_steps`, in its stage [first_step, end_step).
+
+    With `span: stages` each stage is a schedule of its own (POCL, arXiv 2506.05695): lengths count from its first step,
+    shares are of its length. The last stage ends with the run.
+    """
+    if schedule.span == "stages":
+        return lr_factor(schedule, step - first_step, end_step - first_step)
+    return lr_factor(schedule, step, total_steps)
+
+
 def _wsd(curve: Wsd, x: float) -> float:
     """Warm-up, stable, decay of a scalar (papers: alpha on the clock of the learning rate)."""
     if x < curve.warmup:
@@ -60,14 +71,22 @@ def _linear_ratio(curve: LinearRatio, x: float) -> float:
     return ratio / (1.0 + ratio)
 
 
+def _periodic(curve: Periodic, x: float) -> float:
+    """Whole cosine periods (an alpha of the study in arXiv 2410.16215, whose number of periods is not known)."""
+    share = 0.5 * (1.0 - math.cos(2.0 * math.pi * curve.periods * x))
+    return curve.start * (1.0 - share) + curve.end * share
+
+
 def curve_value(curve: Curve, x: float) -> float:
-    """Value of a curve at x in [0, 1] of its span; both ends are reached."""
+    """Value of a curve at x in [0, 1] of its span; both ends are reached (a periodic one ends where it starts)."""
     if isinstance(curve, Linear):
         return curve.start + (curve.end - curve.start) * x
     if isinstance(curve, Cosine):
         return curve.end + (curve.start - curve.end) * 0.5 * (1.0 + math.cos(math.pi * x))
     if isinstance(curve, LinearRatio):
         return _linear_ratio(curve, x)
+    if isinstance(curve, Periodic):
+        return _periodic(curve, x)
     return _wsd(curve, x)
 
 

@@ -11,6 +11,8 @@ from typing import cast
 
 from potstill.common.errors import UserError
 from potstill.kernels.divergences import DIVERGENCES
+from potstill.kernels.settings import check_temperature
+from potstill.kernels.types import KernelInputError
 from potstill.storage import StoreError, StoreReader, TargetsRow, check_alignment
 from potstill.student_train.config import Scalar, TrainConfig
 from potstill.student_train.curriculum import CurriculumPlan, total_steps
@@ -158,6 +160,11 @@ def check_objectives(config: TrainConfig, stores: Stores) -> None:
                 f"{key}.temperature takes the values {sorted(set(scalar_bounds(temperature)))}, but store "
                 f"{stage.targets!r} holds draws, and draws hold at temperature 1 only; use temperature 1"
             )
+        try:
+            check_temperature(min(scalar_bounds(temperature)), settings.temperature_side, settings.divergence)
+        except KernelInputError as error:
+            raise UserError(f"{key}: {error}") from error
+        # Whichever side is tempered, the teacher is: the tails that are needed are the same.
         if settings.missing_mass in ("tail", "label", "raw"):
             _check_temperature(temperature, targets, stage.targets, key)
 

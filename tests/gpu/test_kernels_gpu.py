@@ -65,6 +65,29 @@ def test_loss_and_gradient_from_logits(dtype, vocab_size, temperature, soft_cap,
     torch.testing.assert_close(got_sums.stack().cpu().double(), sums.stack().double(), rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("backend", ["triton", "triton_compiled"])
+@pytest.mark.parametrize(("temperature", "missing_mass"), [(2.0, "tail"), (1e-20, "renorm"), (5e-324, "support")])
+def test_a_temperature_of_the_teacher_alone(temperature: float, missing_mass: str, backend: str) -> None:
+    """A GPU divides by a number as it multiplies by its inverse: near 0 neither may leave the range of float32."""
+    targets, labels, raw = batch(16, 32000, torch.float32)
+    options = {"temperature": temperature, "temperature_side": "teacher", "missing_mass": missing_mass}
+    results = []
+    for name, device, values in (("torch", "cpu", raw.double()), (backend, "cuda", raw)):
+        leaf = values.to(device).requires_grad_()
+        loss, _ = sparse_loss(
+            logits=leaf,
+            targets=targets.to(device),
+            labels=labels.to(device),
+            backend=name,
+            normalizer=torch.tensor(1.0),
+            **options,
+        )
+        results.append((loss.detach().cpu().double(), torch.autograd.grad(loss, leaf)[0].cpu().double()))
+    (loss, grad), (got, got_grad) = results
+    assert float((got - loss).abs()) <= 1e-5 * float(loss.abs())
+    assert bool(((got_grad - grad).abs() <= ROUNDING[torch.float32] * grad.abs() + 2e-6).all())
+
+
 @pytest.mark.parametrize("divergence", ["reverse_kl", "skew_forward", "jsd", "total_variation", "sampled"])
 def test_each_divergence(divergence: str) -> None:
     targets, labels, raw = batch(16, 32000, torch.float32)

@@ -113,6 +113,14 @@ def main() -> None:
         out[f"float32 KD only V=600 T={temperature}"] = compare_loss(
             vocab_size=600, dtype=torch.float32, temperature=temperature, alpha=1.0, ce_weight=0.0
         )
+    for dtype, name in ((torch.float32, "float32"), (torch.float16, "float16")):
+        for soft_cap in (None, 8.0):
+            out[f"{name} V=600 T=2.0 of the teacher cap={soft_cap}"] = compare_loss(
+                vocab_size=600, dtype=dtype, temperature=2.0, temperature_side="teacher", soft_cap=soft_cap
+            )
+    out["float32 argmax labels"] = compare_loss(
+        vocab_size=600, dtype=torch.float32, temperature=1e-20, temperature_side="teacher", missing_mass="renorm"
+    )
     for divergence in ("reverse_kl", "jsd", "mse_logprobs", "sampled"):
         out[f"float32 {divergence}"] = compare_loss(vocab_size=300, dtype=torch.float32, divergence=divergence)
     for dtype, name in ((torch.float32, "float32"), (torch.float16, "float16")):

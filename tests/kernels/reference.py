@@ -150,6 +150,7 @@ def reference_loss(
     alpha: float = 1.0,
     ce_weight: float = 0.0,
     temperature: float = 1.0,
+    temperature_side: str = "both",
     divergence: str = "forward_kl",
     missing_mass: str = "tail",
     z_loss: float = 0.0,
@@ -158,7 +159,8 @@ def reference_loss(
     options: Mapping[str, float] | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """(weighted sum of token losses, sums by name) of raw logits [N, V] in float64."""
-    total, sums = raw.new_zeros(()), {"kd": 0.0, "ce": 0.0, "entropy": 0.0, "student_mass": 0.0}
+    student_temperature = {"both": temperature, "teacher": 1.0}[temperature_side]
+    total, sums = raw.new_zeros(()), {"kd": 0.0, "ce": 0.0, "entropy": 0.0, "student_mass": 0.0, "kept_mass": 0.0}
     for n in range(raw.shape[0]):
         weight, label = float(weights[n]), int(labels[n])
         if weight == 0:
@@ -178,15 +180,16 @@ def reference_loss(
         if missing_mass == "label" and label < 0:
             continue
         ids, p, p_rest = teacher_of(targets, n, temperature, missing_mass, label)
-        q_all = (z / temperature).softmax(0)
+        q_all = (z / student_temperature).softmax(0)
         q, q_rest = q_all[ids], q_all.sum() - q_all[ids].sum()
         sums["student_mass"] += weight * float(q.sum().detach())
+        sums["kept_mass"] += weight * float(p.sum())
         if missing_mass == "support":
             q, q_rest = q / q.sum(), q.new_zeros(())
         elif missing_mass == "raw" or divergence == "sampled":
             q_rest = q.new_zeros(())
         buckets = torch.cat([p, p_rest[None]]), torch.cat([q, q_rest[None]])
         value = divergence_of(divergence, *buckets, options or {})
-        total = total + weight * kd_weight * alpha * temperature**2 * value
+        total = total + weight * kd_weight * alpha * student_temperature**2 * value
         sums["kd"] += weight * kd_weight * float(value.detach())
     return total, sums

@@ -48,6 +48,16 @@ BAD = [
     ({"temperature": -1.0}, "temperature is -1.0"),
     ({"temperature": math.nan}, "temperature is nan"),
     ({"temperature": 3.0}, r"temperature is 3.0, but the targets carry tails for \[2.0\]"),
+    (
+        {"temperature": 3.0, "temperature_side": "teacher"},
+        r"temperature is 3.0, but the targets carry tails for \[2.0\]",
+    ),
+    ({"temperature_side": "student"}, r"temperature_side is 'student'; expected one of \('both', 'teacher'\)"),
+    ({"temperature": 1e-20, "missing_mass": "renorm"}, "1e-20 on both sides; .* Use temperature_side='teacher'"),
+    (
+        {"temperature": 0.009, "temperature_side": "teacher", "divergence": "mse_logprobs", "missing_mass": "renorm"},
+        "temperature is 0.009 with temperature_side 'teacher' and divergence 'mse_logprobs'; expected at least 0.01",
+    ),
     ({"alpha": -0.1}, "alpha is -0.1"),
     ({"alpha": 1.5}, "ce_weight is -0.5"),
     ({"z_loss": math.inf}, "z_loss is inf"),
@@ -127,6 +137,9 @@ def test_options_without_a_meaning_are_refused() -> None:
     draws = as_draws(given["targets"], 9)
     with pytest.raises(KernelInputError, match="draws hold at T = 1 only"):
         linear_sparse_loss(**{**given, "targets": draws}, divergence="sampled", temperature=2.0)
+    options = {"divergence": "sampled", "temperature": 2.0, "temperature_side": "teacher"}
+    with pytest.raises(KernelInputError, match="draws hold at T = 1 only"):
+        linear_sparse_loss(**{**given, "targets": draws}, **options)
 
 
 def test_no_tokens_give_zero() -> None:

@@ -7,6 +7,7 @@ import torch
 
 from potstill.kernels.divergences import DIVERGENCES
 from potstill.kernels.loss import linear_sparse_loss, sparse_loss
+from potstill.kernels.settings import TEMPERATURE_SIDES
 from potstill.kernels.types import MISSING_MASS_MODES
 from tests.kernels.reference import as_draws, make_targets, reference_loss
 
@@ -91,10 +92,31 @@ def test_equals_autograd(divergence: str, missing_mass: str, temperature: float,
     )
 
 
+@pytest.mark.parametrize("mix", ["kd", "z"])
+@pytest.mark.parametrize(("divergence", "missing_mass", "temperature"), [pair for pair in PAIRS if pair[2] != 1.0])
+def test_teacher_side_equals_autograd(divergence: str, missing_mass: str, temperature: float, mix: str) -> None:
+    """The targets at T, the student at 1, and no T^2."""
+    alpha, ce_weight, z_loss = MIXES[mix]
+    check(
+        {
+            "alpha": alpha,
+            "ce_weight": ce_weight,
+            "z_loss": z_loss,
+            "temperature": temperature,
+            "temperature_side": "teacher",
+            "divergence": divergence,
+            "missing_mass": missing_mass,
+        },
+        batch(40, [3, 5, 0, 9]),
+        tolerance=1e-11,
+    )
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("side", TEMPERATURE_SIDES)
 @pytest.mark.parametrize("z_loss", [0.0, 0.02])
-def test_soft_cap_and_scale(temperature: float, z_loss: float) -> None:
-    settings = {"soft_cap": 3.0, "logit_scale": 0.7, "alpha": 0.5, "ce_weight": 0.5}
+def test_soft_cap_and_scale(temperature: float, side: str, z_loss: float) -> None:
+    settings = {"soft_cap": 3.0, "logit_scale": 0.7, "alpha": 0.5, "ce_weight": 0.5, "temperature_side": side}
     check({**settings, "temperature": temperature, "z_loss": z_loss}, batch(40, [3, 5, 0, 9]))
 
 

@@ -93,7 +93,15 @@ def check_arguments(dtype: torch.dtype = torch.float32) -> dict:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("options", [{}, {"temperature": 2.0, "alpha": 0.5, "soft_cap": 20.0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 2.0, "alpha": 0.5, "soft_cap": 20.0},
+        {"temperature": 2.0, "alpha": 0.5, "temperature_side": "teacher"},
+        {"temperature": 1e-20, "temperature_side": "teacher", "missing_mass": "renorm"},
+    ],
+)
 def test_self_check_passes_on_the_real_path(dtype: torch.dtype, options: dict) -> None:
     given = check_arguments(dtype)
     figures = self_check(**given, **options)

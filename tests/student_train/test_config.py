@@ -11,6 +11,7 @@ import yaml
 from potstill.common.config import build_config, dump_config, load_config
 from potstill.common.errors import ConfigError
 from potstill.kernels.divergences import DIVERGENCES
+from potstill.kernels.settings import TEMPERATURE_SIDES
 from potstill.kernels.types import MISSING_MASS_MODES
 from potstill.student_train.config import (
     OWNED_DEEPSPEED_KEYS,
@@ -19,7 +20,7 @@ from potstill.student_train.config import (
     ExportConfig,
     TrainConfig,
 )
-from potstill.student_train.config_stages import Divergence, MissingMass
+from potstill.student_train.config_stages import Divergence, MissingMass, TemperatureSide
 from tests.student_train import tiny, workers
 
 PRESETS = sorted((Path(__file__).resolve().parents[2] / "launch" / "presets").glob("*.yaml"))
@@ -35,6 +36,7 @@ def refused(**changes: Any) -> str:
 def test_the_names_are_those_of_the_kernels() -> None:
     assert set(Divergence.__args__) == set(DIVERGENCES)
     assert set(MissingMass.__args__) == set(MISSING_MASS_MODES)
+    assert TemperatureSide.__args__ == TEMPERATURE_SIDES
 
 
 def test_a_resolved_configuration_reads_back_equal(tmp_path: Path) -> None:
@@ -109,6 +111,10 @@ def test_a_misspelt_key_names_the_nearest() -> None:
         ({"optimizer": {"lr": 0}}, ("optimizer.lr", "greater than 0")),
         ({"objective": {"alpha": 1.5}}, ("alpha", "1.5")),
         ({"objective": {"temperature": {"kind": "linear", "start": 0, "end": 2}}}, ("temperature", "0.0")),
+        ({"objective": {"temperature_side": "student"}}, ("objective.temperature_side", "both", "teacher")),
+        ({"curriculum": [{"temperature_side": "none"}]}, ("curriculum.0.temperature_side", "both", "teacher")),
+        ({"objective": {"alpha": {"kind": "periodic", "start": 0, "end": 1.2}}}, ("alpha", "1.2")),
+        ({"objective": {"alpha": {"kind": "periodic", "start": 0, "end": 1, "periods": 0}}}, ("alpha", "periods")),
         ({"curriculum": []}, ("curriculum",)),
         ({"curriculum": [{"until": 0.5}]}, ("curriculum.0.until", "last stage")),
         ({"curriculum": [{}, {}]}, ("curriculum.0.until", "missing")),

@@ -19,9 +19,17 @@ STATS = {"slm": {"mean_loss": SCORES, "other": SCORES[::-1].copy()}}
 ROWS = {"score": {"of": [{"store": "slm"}]}, "share": {"kind": "linear", "start": 0.25, "end": 1.0}, "segments": 4}
 
 
-def plan_of(curriculum: list[dict[str, Any]], *, steps: int = 20, seed: int = 3, **data: Any) -> CurriculumPlan:
+def plan_of(
+    curriculum: list[dict[str, Any]],
+    *,
+    steps: int = 20,
+    seed: int = 3,
+    schedule: dict[str, Any] | None = None,
+    **data: Any,
+) -> CurriculumPlan:
     stores = {name: Path(name) for name in ("tokens", "heldout", "heldout_teacher", "teacher", "scores")}
-    tree = tiny.config_tree(stores, Path("run"), curriculum=curriculum, data=data, run={"seed": seed})
+    changes = {"curriculum": curriculum, "data": data, "run": {"seed": seed}, "schedule": schedule or {}}
+    tree = tiny.config_tree(stores, Path("run"), **changes)
     return CurriculumPlan(workers.config_of(tree), total_steps=steps, num_rows=NUM_ROWS, stats=STATS)
 
 
@@ -91,6 +99,38 @@ def test_a_longer_run_keeps_its_identity_when_stages_end_at_steps() -> None:
     assert plan_of(stages, steps=20).identity() == plan_of(stages, steps=200).identity()
     shares = [{"until": 0.25, "rows": ROWS}, {}]
     assert plan_of(shares, steps=20).identity() != plan_of(shares, steps=200).identity()
+
+
+STAGES = {"kind": "linear", "span": "stages", "warmup": 0, "min_ratio": 0.0}
+
+
+def test_a_schedule_over_stages_follows_the_bounds_of_the_stages() -> None:
+    plan = plan_of([{"until": 4}, {"until": 0.5, "rows": ROWS}, {}], steps=20, schedule=STAGES)
+    factors = [plan.lr_factor(step) for step in range(20)]
+    assert factors[:4] == [1.0, 0.75, 0.5, 0.25]
+    # Parts of a stage (its pools) are not stages.
+    assert factors[4:10] == pytest.approx([1 - step / 6 for step in range(6)])
+    assert factors[10:] == pytest.approx([1 - step / 10 for step in range(10)])
+    over_run = plan_of([{"until": 4}, {}], schedule={**STAGES, "span": "run"})
+    assert [over_run.lr_factor(step) for step in range(20)] == pytest.approx([1 - step / 20 for step in range(20)])
+
+
+def test_the_schedule_is_no_part_of_what_pins_the_order() -> None:
+    """A resumed run may be longer, and may change its schedule: the rows are the same."""
+    stages = [{"until": 5, "rows": ROWS}, {}]
+    short, long = (plan_of(stages, steps=steps, schedule=STAGES) for steps in (20, 200))
+    assert short.identity() == long.identity() == plan_of(stages).identity()
+    assert [short.lr_factor(step) for step in range(5)] == [long.lr_factor(step) for step in range(5)]
+    assert short.lr_factor(12) < long.lr_factor(12)  # the last stage is longer now
+
+
+def test_a_warm_up_longer_than_a_stage_is_refused_where_each_has_its_own() -> None:
+    stages, schedule = [{"until": 4}, {}], {**STAGES, "warmup": 5}
+    with pytest.raises(UserError, match=r"schedule\.warmup is 5 steps, but stage curriculum\.0 holds 4") as error:
+        plan_of(stages, schedule=schedule)
+    assert "span run" in str(error.value)
+    assert plan_of(stages, schedule={**schedule, "span": "run"}).lr_factor(4) == 1.0
+    assert plan_of(stages, schedule={**schedule, "warmup": 4}).lr_factor(3) == 1.0
 
 
 def test_row_scores_combine_statistics() -> None:

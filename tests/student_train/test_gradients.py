@@ -56,6 +56,18 @@ def test_bfloat16_gradients(stores, start_weights, stage: int) -> None:
     check(tree_of(stores, start_weights, zero_stage=stage, data=data, model={"dtype": "bfloat16"}), tolerance=3e-2)
 
 
+@pytest.mark.parametrize(("temperature", "missing_mass"), [(2.0, "tail"), (4.0, "renorm"), (1e-3, "renorm")])
+def test_a_temperature_of_the_teacher_alone(stores, start_weights, temperature: float, missing_mass: str) -> None:
+    """The engine's step has the gradient of the formula on whole logits: the student at 1, no T^2."""
+    objective = {"temperature": temperature, "temperature_side": "teacher", "missing_mass": missing_mass}
+    tree = tree_of(stores, start_weights, curriculum=[{"targets": "teacher"}], objective=objective)
+    exact = workers.tempered_teacher_gradients(tree, temperature, whole=missing_mass == "tail")
+    assert distance(workers.plain_gradients(tree), exact) < 1e-6
+    assert distance(run_ranks(workers.engine_gradients, tree, world=1)[0], exact) < 1e-5
+    other = {**tree, "objective": {**tree["objective"], "temperature_side": "both"}}
+    assert distance(workers.plain_gradients(other), exact) > 0.1, "the test could not see the side"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("micro_batch_rows", [1, 3])

@@ -61,6 +61,19 @@ def test_a_preset_trains(name: str, stores, tmp_path: Path) -> None:
 
 def _salt(records: list[dict[str, Any]], config: TrainConfig) -> None:
     assert [record["kd"] is not None for record in records] == [True] * 2 + [False] * 8
+    _teacher_side(records, config)
+
+
+def _pocl(records: list[dict[str, Any]], config: TrainConfig) -> None:
+    # 1, 2, 3 and 4 of 10 steps: a twentieth of them is no step, so that each stage begins at the peak and then falls.
+    lrs = [record["lr"] for record in records]
+    peak = config.optimizer.lr
+    assert [step for step, lr in enumerate(lrs) if lr == peak] == [0, 1, 3, 6]
+    assert lrs[2] < peak and lrs[3] > lrs[4] > lrs[5] and lrs[6] > lrs[7] > lrs[8] > lrs[9] > 0.1 * peak
+
+
+def _teacher_side(records: list[dict[str, Any]], config: TrainConfig) -> None:
+    assert config.objective.temperature_side == "teacher" and config.objective.temperature == 1.0
 
 
 def _se_kd(records: list[dict[str, Any]], config: TrainConfig) -> None:
@@ -93,6 +106,8 @@ def _pd_wsd(records: list[dict[str, Any]], config: TrainConfig) -> None:
 
 CHECKS = {
     "salt": _salt,
+    "pocl": _pocl,
+    "progressive": _teacher_side,
     "se_kd": _se_kd,
     "tip": _tip,
     "skip_easy": _skip_easy,
@@ -106,6 +121,17 @@ def test_the_mse_and_nll_variants_of_pd_by_override(stores, tmp_path: Path) -> N
     tree = tree_of("pd_wsd", stores, tmp_path / "mse")
     tree["objective"]["divergence"] = "mse_logprobs"
     assert run_ranks(workers.train_run, tree, world=1)[0]["status"] == "done"
+
+
+def test_the_argmax_labels_of_progressive_by_override(stores, tmp_path: Path) -> None:
+    path = next(preset.path for preset in list_presets() if preset.name == "progressive")
+    words = ["objective.temperature=1e-20", "objective.missing_mass=renorm"]
+    assert load_config(TrainConfig, path, words).objective.temperature == 1e-20
+    tree = tree_of("progressive", stores, tmp_path / "argmax")
+    tree["objective"] |= {"temperature": 1e-20, "missing_mass": "renorm"}
+    assert run_ranks(workers.train_run, tree, world=1)[0]["status"] == "done"
+    records = [record for record in read_metrics(tmp_path / "argmax") if record["kind"] == "train"]
+    assert all(record["kept_mass"] == pytest.approx(1.0) and record["kd"] > 0 for record in records)
 
 
 def test_all_the_presets_of_the_field_are_there() -> None:

@@ -143,6 +143,22 @@ def test_a_checkpoint_refuses_other_stores_and_other_settings(stores, tmp_path: 
     assert [c.step for c in list_checkpoints(run)] == [4]
 
 
+def test_a_longer_run_goes_on_with_a_schedule_over_stages(stores, tmp_path: Path) -> None:
+    """The stages that are done keep their learning rates; the last one is laid over the new end."""
+    run = tmp_path / "run"
+    options = {
+        "curriculum": [{"until": 4, "targets": "teacher"}, {}],
+        "schedule": {"kind": "linear", "span": "stages", "warmup": 0, "min_ratio": 0.0},
+        "logging": {"every_steps": 1},
+    }
+    for steps in (8, 12):
+        tree = tiny.config_tree(stores, run, run={"max_steps": steps}, **options)
+        assert run_ranks(workers.train_run, tree, world=1)[0]["steps"] == steps
+    found = [record["lr"] / 3e-3 for record in read_metrics(run) if record["kind"] == "train"]
+    first, short, long = ([1 - step / length for step in range(length)] for length in (4, 4, 8))
+    assert found == pytest.approx([*first, *short, *long[4:]])
+
+
 def test_resume_from_a_path_and_never(stores, tmp_path: Path) -> None:
     run = tmp_path / "run"
     tree = tree_of(stores, run, run={"max_steps": 8}, checkpoint={"every_steps": 4, "keep_last": 9})

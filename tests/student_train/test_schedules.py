@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 
-from potstill.student_train.config import Cosine, Linear, LinearRatio, LrSchedule, Wsd
-from potstill.student_train.schedules import curve_value, lr_factor, scalar_bounds, share_of_span, span_steps
+from potstill.student_train.config import Cosine, Linear, LinearRatio, LrSchedule, Periodic, Wsd
+from potstill.student_train.schedules import (
+    curve_value,
+    lr_factor,
+    lr_factor_at,
+    scalar_bounds,
+    share_of_span,
+    span_steps,
+)
 
 
 def test_a_span_is_steps_or_a_share() -> None:
@@ -57,6 +65,45 @@ def test_a_decay_longer_than_the_run_starts_after_the_warm_up() -> None:
     assert [lr_factor(schedule, step, 6) for step in range(6)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
 
 
+def over_stages(schedule: LrSchedule, bounds: list[int]) -> list[float]:
+    """Factors of every step of a run whose stages begin and end at `bounds`."""
+    return [
+        lr_factor_at(schedule, step, total_steps=bounds[-1], first_step=first, end_step=end)
+        for first, end in pairwise(bounds)
+        for step in range(first, end)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine", "wsd"])
+def test_each_stage_has_the_schedule_of_a_run_of_its_length(kind: str) -> None:
+    schedule = LrSchedule(kind=kind, span="stages", warmup=0.25, decay=2, min_ratio=0.1)
+    alone = [[lr_factor(schedule, step, length) for step in range(length)] for length in (4, 8, 20)]
+    assert over_stages(schedule, [0, 4, 12, 32]) == [*alone[0], *alone[1], *alone[2]]
+    assert over_stages(schedule, [0, 32]) == [lr_factor(schedule, step, 32) for step in range(32)]
+
+
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine", "wsd"])
+def test_over_the_run_stages_make_no_difference(kind: str) -> None:
+    schedule = LrSchedule(kind=kind, warmup=3, decay=0.2)
+    assert schedule.span == "run"
+    assert over_stages(schedule, [0, 4, 12, 32]) == [lr_factor(schedule, step, 32) for step in range(32)]
+
+
+def test_corners_of_stages() -> None:
+    schedule = LrSchedule(kind="wsd", span="stages", warmup=2, decay=0.5, min_ratio=0.0)
+    # Two steps of warm-up in each; a half of each decays: 2 of 4 and 4 of 8.
+    assert over_stages(schedule, [0, 4, 12]) == [0.5, 1, 1, 0.5, 0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+    linear = LrSchedule(kind="linear", span="stages", min_ratio=0.0)
+    assert over_stages(linear, [0, 1, 3, 7]) == [1, 1, 0.5, 1, 0.75, 0.5, 0.25]
+    # The last stage ends with the run: the floor would come at its end, as it does without stages.
+    assert lr_factor_at(linear, 7, total_steps=7, first_step=3, end_step=7) == 0.0
+
+
+def test_a_warm_up_as_long_as_a_stage_ends_at_its_last_step() -> None:
+    schedule = LrSchedule(kind="cosine", span="stages", warmup=4)
+    assert over_stages(schedule, [0, 4, 8]) == [0.25, 0.5, 0.75, 1.0] * 2
+
+
 def test_curves_reach_both_ends() -> None:
     for curve in (Linear(start=0.2, end=0.9), Cosine(start=0.2, end=0.9), LinearRatio(start=0.2, end=0.9)):
         assert curve_value(curve, 0.0) == pytest.approx(0.2)
@@ -76,6 +123,24 @@ def test_wsd_curve_corners() -> None:
     assert scalar_bounds(curve) == (0.1, 0.9)
     instant = Wsd(peak=1.0, warmup=0.0, decay=0.0)
     assert curve_value(instant, 0.0) == curve_value(instant, 1.0) == 1.0
+
+
+@pytest.mark.parametrize("periods", [1, 2, 3, 50])
+def test_periodic_curve_corners(periods: int) -> None:
+    curve = Periodic(start=0.0, end=0.9, periods=periods)
+    # alpha is exactly 0 at both ends: no targets are read there.
+    assert curve_value(curve, 0.0) == curve_value(curve, 1.0) == 0.0
+    for number in range(periods):
+        corners = [curve_value(curve, (number + place) / periods) for place in (0.0, 0.25, 0.5, 0.75)]
+        assert corners == pytest.approx([0.0, 0.45, 0.9, 0.45], abs=1e-12)
+    assert scalar_bounds(curve) == (0.0, 0.9)
+    assert all(0.0 <= curve_value(curve, step / 997) <= 0.9 for step in range(998))
+
+
+def test_a_periodic_curve_may_begin_at_its_upper_end() -> None:
+    curve = Periodic(start=1.0, end=0.5, periods=2)
+    assert [curve_value(curve, x) for x in (0.0, 0.25, 0.5, 1.0)] == pytest.approx([1.0, 0.5, 1.0, 1.0])
+    assert max(curve_value(curve, step / 997) for step in range(998)) <= 1.0
 
 
 def test_share_of_a_span() -> None:

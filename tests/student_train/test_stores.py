@@ -18,6 +18,8 @@ from potstill.student_train.run_folder import prepare_run_folder
 from potstill.student_train.stores import build_plan, check_objectives, open_stores
 from tests.student_train import tiny, workers
 
+TEACHER_SIDE = {"temperature_side": "teacher"}
+
 
 def check(config: TrainConfig) -> None:
     opened = open_stores(config)
@@ -119,6 +121,18 @@ def test_a_student_that_is_not_there(stores, tmp_path: Path) -> None:
     [
         ({"temperature": 3.0}, ("curriculum.0.temperature", "3.0", "1.0, 1.33")),
         ({"temperature": {"kind": "linear", "start": 1.0, "end": 2.0}}, ("curriculum.0.temperature", "schedule")),
+        # The teacher alone: the tails that are needed are the same.
+        ({**TEACHER_SIDE, "temperature": 3.0}, ("curriculum.0.temperature", "3.0", "1.0, 1.33", "'teacher'")),
+        ({**TEACHER_SIDE, "temperature": 1e-20}, ("curriculum.0.temperature", "1e-20", "renorm")),
+        ({**TEACHER_SIDE, "temperature": 3.0, "missing_mass": "label"}, ("curriculum.0.temperature", "3.0")),
+        (
+            {**TEACHER_SIDE, "temperature": 1e-20, "missing_mass": "renorm", "divergence": "mse_logprobs"},
+            ("curriculum.0", "1e-20", "mse_logprobs", "at least 0.01"),
+        ),
+        (
+            {"temperature": 1e-20, "missing_mass": "renorm"},
+            ("curriculum.0", "1e-20 on both sides", "temperature_side='teacher'"),
+        ),
         ({"divergence": "sampled"}, ("curriculum.0.divergence", "top_k", "sampled")),
         ({"divergence": "reverse_kl", "missing_mass": "raw"}, ("curriculum.0", "reverse_kl", "raw")),
     ],
@@ -133,10 +147,12 @@ def test_draws_need_the_loss_of_draws(stores) -> None:
     assert "selection sample" in refused(stores, data=data, curriculum=[{"targets": "teacher"}])
 
 
+@pytest.mark.parametrize("side", ["both", "teacher"])
 @pytest.mark.parametrize("missing_mass", ["tail", "renorm", "raw"])
-def test_draws_hold_at_temperature_one(stores, missing_mass: str) -> None:
+def test_draws_hold_at_temperature_one(stores, missing_mass: str, side: str) -> None:
     data = {"targets": {"teacher": str(stores["sampled"])}}
     stage = {"targets": "teacher", "divergence": "sampled", "missing_mass": missing_mass, "temperature": 2.0}
+    stage["temperature_side"] = side
     message = refused(stores, data=data, curriculum=[stage])
     assert "curriculum.0.temperature" in message and "draws hold at temperature 1 only" in message
 
@@ -149,6 +165,20 @@ def test_a_temperature_schedule_is_fine_where_no_tail_is_read(stores) -> None:
     }
     config = workers.config_of(tiny.config_tree(stores, Path("run"), curriculum=[stage]))
     check_objectives(config, open_stores(config))
+
+
+@pytest.mark.parametrize("missing_mass", ["renorm", "support"])
+def test_argmax_labels_need_no_stored_temperature(stores, missing_mass: str) -> None:
+    stage = {**TEACHER_SIDE, "targets": "teacher", "temperature": 1e-20, "missing_mass": missing_mass}
+    check(workers.config_of(tiny.config_tree(stores, Path("run"), curriculum=[stage])))
+
+
+def test_the_tails_of_a_teacher_that_alone_is_tempered_are_read(stores) -> None:
+    stage = {**TEACHER_SIDE, "targets": "teacher", "temperature": 2.0}
+    config = workers.config_of(tiny.config_tree(stores, Path("run"), curriculum=[stage]))
+    check(config)
+    row = open_stores(config).joined["teacher"].row(0)
+    assert isinstance(row, TargetsRow) and 2.0 in row.targets.log_tail_at
 
 
 def test_a_statistic_that_is_not_stored(stores) -> None:

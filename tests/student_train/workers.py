@@ -78,6 +78,37 @@ def plain_gradients(tree: dict[str, Any], step: int = 0, *, rows: slice = slice(
     return {name: p.grad.float().numpy() for name, p in student.named_parameters() if p.grad is not None}
 
 
+def tempered_teacher_gradients(tree: dict[str, Any], temperature: float, *, whole: bool) -> dict[str, np.ndarray]:
+    """Gradients of alpha KL(p_T || q) + (1 - alpha) CE of the first global batch, from whole logits in float64.
+
+    p_T is the teacher at `temperature` and q the student at 1. `whole`: on the kept entries and the stored tail at that
+    temperature; else on the kept entries alone, which then share all mass.
+    """
+    config = config_of(tree)
+    stores = open_stores(config)
+    plan = build_plan(config, stores)
+    student = build_student(config.model, hf_config(config.model, vocab_size=48), seed=config.run.seed).double()
+    with Loader(plan, stores.tokens, dict(stores.joined)) as loader:
+        batch = next(iter(loader))
+    objective = plan.objective(0)
+    rows = len(batch.rows)
+    micro = collate(batch, objective, micro_batch_rows=rows, row_length=32)[0]
+    log_q = student.hf.lm_head(student.hidden_states(micro)).log_softmax(-1)
+    found = micro.labels >= 0
+    loss = -(1 - objective.alpha) * log_q[found].gather(1, micro.labels[found, None]).sum()
+    for n in torch.nonzero(found)[:, 0].tolist():
+        entries = slice(int(micro.targets.offsets[n]), int(micro.targets.offsets[n + 1]))
+        ids, log_p = micro.targets.ids[entries].long(), micro.targets.logprobs[entries].double()
+        p = (log_p / temperature).softmax(0)
+        if whole:
+            tail = micro.targets.log_tail_at[temperature][n].double().exp()
+            p = p * (1 - tail)
+            loss = loss + objective.alpha * tail * (tail.log() - torch.log1p(-log_q[n, ids].exp().sum()))
+        loss = loss + objective.alpha * (torch.xlogy(p, p) - p * log_q[n, ids]).sum()
+    (loss / micro.weight_sum).backward()
+    return {name: p.grad.float().numpy() for name, p in student.named_parameters() if p.grad is not None}
+
+
 def train_with_bad_weights(tree: dict[str, Any], step: int) -> dict[str, Any]:
     """Train, but poison the student's final norm before `step`: its loss is then NaN."""
     from potstill.student_train import loop, trainer
