@@ -110,7 +110,7 @@ class Stage:
             batch_rows=self.batch_rows,
             finish_threads=self.config.finish_threads,
             max_consecutive_failures=1,
-            refused_before=0,
+            refused_elsewhere=lambda: 0,
             refused_allowed=0,
         )
         walk.run(writer.todo())

@@ -229,7 +229,7 @@ def compare(plan: Plan, store: str) -> list[tuple[str, str, str, str]]:
     """What, planned, actual and actual / planned, of a sealed targets store. Raises StoreError when it is not one.
 
     Seconds are those of all workers added up, from the first batch of each to its last: the same for any number of
-    workers, and undisturbed by pauses between them. Wall time is from the first record to the last.
+    workers, and undisturbed by pauses between them. Wall time is that when any worker was at work.
     """
     from potstill.storage import StoreReader, store_status
 
@@ -242,9 +242,9 @@ def compare(plan: Plan, store: str) -> list[tuple[str, str, str, str]]:
     ]
     if status.worker_seconds is not None:
         rows.append(_compared("worker seconds", plan.dump_worker_seconds, status.worker_seconds, "{:,.1f}".format))
-    if status.rate_rows_per_second:
-        actual = reader.num_rows / status.rate_rows_per_second
-        rows.append(_compared("wall time", plan.dump_seconds - plan.startup_seconds, actual, format_seconds))
+    if status.active_seconds is not None:
+        planned = plan.dump_seconds - plan.startup_seconds
+        rows.append(_compared("wall time", planned, status.active_seconds, format_seconds))
     return rows
 
 

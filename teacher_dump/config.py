@@ -120,6 +120,11 @@ class TeacherConfig(StrictModel):
     def _one_way(self) -> Self:
         if self.ensemble and (self.checkpoints or self.engine != "hf"):
             raise ValueError("an ensemble has no checkpoints and runs on engine hf")
+        named = {"dtype": "dtype", "torch_dtype": "dtype", "attn_implementation": "attention"}
+        for option in self.load_options.keys() & named.keys():
+            raise ValueError(f"load_options.{option} is not recorded in the store; set teacher.{named[option]} instead")
+        if self.engine == "zero3" and (self.compile or self.head == "logits"):
+            raise ValueError("engine zero3 knows neither compile nor head=logits: leave them out, or use engine hf")
         return self
 
 

@@ -22,6 +22,9 @@ from potstill.teacher_dump.tokenizer import tokenizer_digest
 log = logging.getLogger(__name__)
 
 _HASH_THREADS = 4
+_PLACE_KEYS = ("revision", "trust_remote_code", "subfolder", "token", "cache_dir", "local_files_only")
+# Options of from_pretrained that say where weights come from or lie, not what they are.
+_IDLE_OPTIONS = {*_PLACE_KEYS, "device_map", "max_memory", "low_cpu_mem_usage", "use_safetensors", "force_download"}
 # Keys of config.json that do not change what the model computes.
 _IDLE_KEYS = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "use_cache"}
 
@@ -30,11 +33,15 @@ def load_config(teacher: TeacherConfig) -> Any:
     """The model's transformers configuration; UserError when the folder or id has none."""
     from transformers import AutoConfig
 
-    options = {k: teacher.load_options[k] for k in ("revision", "trust_remote_code") if k in teacher.load_options}
     try:
-        return AutoConfig.from_pretrained(teacher.model, **options)
+        return AutoConfig.from_pretrained(teacher.model, **_place_options(teacher))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"teacher {teacher.model!r}: no readable model configuration: {error}") from error
+
+
+def _place_options(teacher: TeacherConfig) -> dict[str, Any]:
+    """What else than its name says where a model is: the same for its configuration, tokenizer and weights."""
+    return {key: teacher.load_options[key] for key in _PLACE_KEYS if key in teacher.load_options}
 
 
 def computing_dtype(teacher: TeacherConfig, model_config: Any) -> str:
@@ -60,8 +67,30 @@ def check_fits(teacher: TeacherConfig, config: Any, tokens: RunSpec) -> None:
             f"teacher {teacher.model!r} reads at most {limit} positions, but the rows hold {tokens.row_length} tokens; "
             f"prepare with row_length={limit} or less"
         )
+    _check_long_rows(teacher, text, tokens.row_length)
     if teacher.check_tokenizer:
         _check_tokenizer(teacher, tokens)
+
+
+def _check_long_rows(teacher: TeacherConfig, text: Any, row_length: int) -> None:
+    """Refuse what only shows in rows longer than the probe that an engine makes when it has loaded the weights."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    for one in (rope, *(value for value in rope.values() if isinstance(value, Mapping))):
+        short = one.get("original_max_position_embeddings") or row_length
+        if one.get("rope_type") == "longrope" and short < row_length:
+            raise UserError(
+                f"teacher {teacher.model!r} reads documents of more than {short} tokens with other position factors "
+                f"(longrope), and transformers chooses them for a whole batch by its longest document: a document "
+                f"would get other targets beside a long one, and the rows hold {row_length} tokens; prepare with "
+                f"row_length={short} or less"
+            )
+    chunk = getattr(text, "attention_chunk_size", None)
+    chunked = "chunked_attention" in (getattr(text, "layer_types", None) or ["chunked_attention"])
+    if chunk and chunked and chunk < row_length and teacher.documents == "packed":
+        raise UserError(
+            f"teacher {teacher.model!r} attends in chunks of {chunk} tokens, which transformers counts from the start "
+            f"of a row and not of a document, and the rows hold {row_length} tokens; set documents=apart"
+        )
 
 
 def _check_tokenizer(teacher: TeacherConfig, tokens: RunSpec) -> None:
@@ -72,7 +101,7 @@ def _check_tokenizer(teacher: TeacherConfig, tokens: RunSpec) -> None:
     from transformers import AutoTokenizer
 
     try:
-        found = tokenizer_digest(AutoTokenizer.from_pretrained(teacher.model))
+        found = tokenizer_digest(AutoTokenizer.from_pretrained(teacher.model, **_place_options(teacher)))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"teacher {teacher.model!r}: its tokenizer cannot be loaded ({error}); "
@@ -153,6 +182,12 @@ def describe(teacher: TeacherConfig, config: Any, *, dtype: str) -> Mapping[str,
         "documents": teacher.documents,
         "padded_vocab_size": int(getattr(config.get_text_config(), "vocab_size", 0)),
     }
+    options = {key: value for key, value in teacher.load_options.items() if key not in _IDLE_OPTIONS}
+    if options:
+        # A quantised load of the same weights is another teacher.
+        found["load_options"] = json.loads(json.dumps(options, sort_keys=True, default=str))
+    if teacher.head == "logits":
+        found["head"] = "logits"  # rounded to the model's dtype, which those of a head applied apart are not
     if teacher.ensemble:
         others = [_describe_member(one, weight) for one, weight in members(teacher)]
         found |= {"weight": teacher.weight, "ensemble": others}

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 _UNITS_AHEAD = 1
 _UNITS_UNFINISHED = 2
+_RECOUNT_SECONDS = 30.0  # counting means reading all records, so not for every refused row
 
 FinishedRow = tuple[Row, Refused | None]
 
@@ -67,7 +68,8 @@ class Walk:
     """Run `compute` over the given units of `reader` and commit the rows to `writer`.
 
     `compute(batch)` runs in the calling thread; the object it returns finishes in another. `refused_allowed` is the
-    number of refused rows above which the run stops; `refused_before` counts those that the store holds already.
+    number of refused rows above which the run stops; `refused_elsewhere()` counts those in the units of others and of
+    earlier runs: all workers together may not have more than that.
     """
 
     def __init__(
@@ -80,7 +82,7 @@ class Walk:
         batch_rows: int,
         finish_threads: int,
         max_consecutive_failures: int,
-        refused_before: int,
+        refused_elsewhere: Callable[[], int],
         refused_allowed: int,
         on_rows: Callable[[int, int], None] = lambda rows, tokens: None,
         stop_reason: Callable[[], str | None] = lambda: None,
@@ -90,7 +92,8 @@ class Walk:
         self._batch_rows = batch_rows
         self._finish_threads = finish_threads
         self._max_consecutive_failures = max_consecutive_failures
-        self._refused_before, self._refused_allowed = refused_before, refused_allowed
+        self._refused_elsewhere, self._refused_allowed = refused_elsewhere, refused_allowed
+        self._num_elsewhere, self._counted_at = refused_elsewhere(), time.monotonic()
         self._on_rows, self._stop_reason = on_rows, stop_reason
         self._consecutive_failures = 0
         self._unit_began = 0.0
@@ -107,7 +110,7 @@ class Walk:
             try:
                 for number, ahead in self._read_ahead(reading, units):
                     self._step(number, ahead, finishing, unfinished)
-                    while len(unfinished) >= _UNITS_UNFINISHED or (unfinished and unfinished[0][1].done()):
+                    while len(unfinished) >= _UNITS_UNFINISHED:
                         self._collect(unfinished)
                     if self.totals.stopped_by is not None:
                         break
@@ -145,6 +148,8 @@ class Walk:
             with _timed(self.totals.seconds, "wait_input"):
                 unit = ahead.result()
             for batch in unit.batches:
+                while unfinished and unfinished[0][1].done():
+                    self._collect(unfinished)  # a disk that is full must not wait for the end of this unit
                 self.totals.stopped_by = self._stop_reason()
                 if self.totals.stopped_by is not None:
                     log.warning(
@@ -185,6 +190,8 @@ class Walk:
         extra: dict[str, Any] = {"figures": figures, "seconds": round(seconds, 6)}
         if refused:
             extra["refused"] = [[item.row, item.reason] for item in refused]
+        if refused and time.monotonic() - self._counted_at > _RECOUNT_SECONDS:
+            self._num_elsewhere, self._counted_at = self._refused_elsewhere(), time.monotonic()
         # Row counts are added up here, at the one place where it is known that the rows are safe.
         if self._too_many(refused):
             return _Committed(number, 0, 0, refused, figures, too_many=True)
@@ -192,7 +199,7 @@ class Walk:
         return _Committed(number, len(rows), sum(_num_tokens(row) for row in rows), refused, figures)
 
     def _too_many(self, refused: Sequence[Refused]) -> bool:
-        return self._refused_before + len(self.totals.refused) + len(refused) > self._refused_allowed
+        return self._num_elsewhere + len(self.totals.refused) + len(refused) > self._refused_allowed
 
     def _collect(self, unfinished: deque[tuple[int, Future[_Committed]]]) -> None:
         number, future = unfinished.popleft()
@@ -230,7 +237,7 @@ class Walk:
 
     def _refusal_text(self) -> str:
         listed = "; ".join(f"row {item.row}: {item.reason}" for item in self.totals.refused[:5])
-        count = self._refused_before + len(self.totals.refused)
+        count = self._num_elsewhere + len(self.totals.refused)
         return (
             f"{count} rows are refused, {self._refused_allowed} are allowed (max_rejected_fraction): {listed}. "
             "A teacher that gives NaN or Inf is often one of the wrong dtype; check it, or raise the limit"

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from potstill.common.errors import UserError
+from potstill.storage import StoreReader
 from potstill.teacher_dump.config import DumpConfig
+from potstill.teacher_dump.identity import check_fits, load_config
 from potstill.teacher_dump.worker import WorkerSummary
 
 log = logging.getLogger(__name__)
@@ -66,8 +68,15 @@ def series_configs(config: DumpConfig) -> list[DumpConfig]:
 
 
 def dump_series(config: DumpConfig, run: Callable[[DumpConfig], WorkerSummary]) -> SeriesSummary:
-    """Run `run` for each checkpoint in order; what is complete is passed over, so a broken series goes on."""
+    """Run `run` for each checkpoint in order; what is complete is passed over, so a broken series goes on.
+
+    Every checkpoint is held against the rows before the first is run: days later is too late to hear of another
+    tokenizer. Raises UserError as `run` does.
+    """
     configs = series_configs(config)
+    tokens = StoreReader(config.tokens)
+    for member in configs:
+        check_fits(member.teacher, load_config(member.teacher), tokens.spec)
     if "://" not in config.output:
         Path(config.output).mkdir(exist_ok=True)  # a store makes its own folder, but not the one around it
     summaries = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
@@ -165,7 +165,7 @@ def _walk(
 
     engine = load_engine(teacher)
     packed = partial(packed_batch, length=tokens.spec.row_length)
-    refused_before = sum(len(record.extra.get("refused", ())) for record in writer.committed().values())
+    own = set(units)
     num_rows = sum(len(writer.unit_rows(unit)) for unit in units)
     with StopFlag() as stop, Progress(num_rows, description=job.word) as progress:
         began = time.monotonic()
@@ -189,8 +189,8 @@ def _walk(
             finish_threads=config.finish_threads,
             # One rank that skips a unit would leave the others waiting for it.
             max_consecutive_failures=config.max_consecutive_failures if group is None else 1,
-            refused_before=refused_before,
-            refused_allowed=int(config.max_rejected_fraction * tokens.num_rows),
+            refused_elsewhere=lambda: _num_refused(writer, except_units=own),
+            refused_allowed=_refused_allowed(config, tokens.num_rows),
             on_rows=on_rows,
             stop_reason=stop_reason,
         )
@@ -201,6 +201,26 @@ def _walk(
                 engine.idle_pass()
                 idle_passes -= 1
     return totals
+
+
+def _num_refused(writer: StoreWriter, *, except_units: Collection[int] = ()) -> int:
+    records = writer.committed()
+    return sum(len(record.extra.get("refused", ())) for unit, record in records.items() if unit not in except_units)
+
+
+def _refused_allowed(config: WalkConfig, num_rows: int) -> int:
+    return int(config.max_rejected_fraction * num_rows)
+
+
+def _check_refused(config: WalkConfig, writer: StoreWriter) -> None:
+    """Raise UserError when the workers of a complete store have refused too many rows together."""
+    assert writer.spec.num_rows is not None
+    refused, allowed = _num_refused(writer), _refused_allowed(config, writer.spec.num_rows)
+    if refused > allowed:
+        raise UserError(
+            f"{config.output}: {refused} rows are refused, {allowed} are allowed (max_rejected_fraction); the commit "
+            "records list them. Check the teacher's dtype and begin again with force, or raise the limit"
+        )
 
 
 def _finish(
@@ -222,6 +242,8 @@ def _finish(
     if group is not None:
         group.barrier()
     num_missing = len(writer.todo())
+    if num_missing == 0:
+        _check_refused(config, writer)
     sealed = False
     if config.seal and place.num_workers == (1 if group is None else group.world) and num_missing == 0:
         seal_store(config.output)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from potstill.kernels import products
 from potstill.teacher_dump.batches import TeacherBatch
 from potstill.teacher_dump.config import TeacherConfig
-from potstill.teacher_dump.engines.base import TeacherEngine, TeacherOutput
-from potstill.teacher_dump.engines.head import apply_head
+from potstill.teacher_dump.engines.base import Head, TeacherEngine, TeacherOutput
 from potstill.teacher_dump.engines.hf import load as load_member
 from potstill.teacher_dump.identity import members
 
@@ -16,8 +19,8 @@ from potstill.teacher_dump.identity import members
 class EnsembleEngine:
     """Logits of the mixture: log of the sum of w_i softmax(z_i), with weights that sum to 1.
 
-    A mixture has no head of its own, so all logits [M, V] exist at once: choose batch_rows by that. V is the smallest
-    head among the members; the tokenizer's ids are below it.
+    A mixture has no head of its own, so all logits [M, V] exist at once: choose batch_rows by that. V is the largest
+    head among the members, so that what a padded head puts beyond the tokenizer stays in the sum, and is reported.
     """
 
     name = "ensemble"
@@ -28,28 +31,39 @@ class EnsembleEngine:
         self._members = [(engine, weight / total) for engine, weight in members]
         first = members[0][0]
         self.dtype, self.device = first.dtype, first.device
-        self.vocab_size = min(engine.vocab_size for engine, _ in members)
+        self.vocab_size = max(engine.vocab_size for engine, _ in members)
 
     def forward(self, batch: TeacherBatch) -> TeacherOutput:
-        """Log of the mixture at the batch's target positions, float32 [M, V]."""
+        """Log of the mixture at the batch's target positions, float32 [M, V]; -inf where no member has an output."""
+        # In logs throughout: a probability that float32 cannot hold still counts at a temperature above 1.
         mixture: Tensor | None = None
         for engine, weight in self._members:
-            part = self._probabilities(engine, batch).mul_(weight)
-            mixture = part if mixture is None else mixture.add_(part)
+            part = self._log_probabilities(engine, batch).add_(math.log(weight))
+            mixture = part if mixture is None else torch.logaddexp(mixture, part, out=part)
         assert mixture is not None
-        return TeacherOutput(logits=mixture.log_())
+        return TeacherOutput(logits=mixture)
 
     def idle_pass(self) -> None:
         """Nothing to do: there is no group."""
 
-    def _probabilities(self, engine: TeacherEngine, batch: TeacherBatch) -> Tensor:
+    @torch.no_grad()
+    def _log_probabilities(self, engine: TeacherEngine, batch: TeacherBatch) -> Tensor:
         output = engine.forward(batch)
         logits = output.logits
         if logits is None:
             assert output.hidden is not None and engine.head is not None
-            with torch.no_grad():
-                logits = apply_head(output.hidden, engine.head)
-        return logits.float().softmax(-1)[:, : self.vocab_size]
+            logits = _full_logits(output.hidden, engine.head)
+        beyond = self.vocab_size - logits.shape[-1]
+        return F.pad(logits.float().log_softmax(-1), (0, beyond), value=-math.inf)
+
+
+def _full_logits(hidden: Tensor, head: Head) -> Tensor:
+    """float32 [M, V], as the kernels compute them for a teacher alone: never rounded to the head's bfloat16."""
+    out = torch.empty(hidden.shape[0], head.weight.shape[0], dtype=torch.float32, device=hidden.device)
+    logits = products.logits(hidden, head.weight, head.bias, out=out).mul_(head.logit_scale)
+    if head.soft_cap is not None:
+        logits.div_(head.soft_cap).tanh_().mul_(head.soft_cap)
+    return logits
 
 
 def load(teacher: TeacherConfig) -> EnsembleEngine:

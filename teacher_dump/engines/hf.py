@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -76,16 +77,19 @@ def load(teacher: TeacherConfig) -> HfEngine:
         model, found = AutoModelForCausalLM.from_pretrained(teacher.model, output_loading_info=True, **options)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"teacher {teacher.model!r} cannot be loaded: {error}") from error
-    if found["missing_keys"]:
-        # transformers fills them with random numbers and says so in passing.
-        names = sorted(found["missing_keys"])
+    refuse_missing(teacher, found["missing_keys"])
+    if not placed:
+        model = model.to(device)
+    return HfEngine(model.eval().requires_grad_(False), teacher=teacher, device=device)
+
+
+def refuse_missing(teacher: TeacherConfig, missing: Iterable[str]) -> None:
+    """Raise UserError when weights are not in the checkpoint: transformers fills them with random numbers."""
+    if names := sorted(missing):
         raise UserError(
             f"teacher {teacher.model!r}: {len(names)} of its weights are not in the checkpoint "
             f"({', '.join(names[:3])}); expected all of them: fetch the checkpoint again, or mend its config.json"
         )
-    if not placed:
-        model = model.to(device)
-    return HfEngine(model.eval().requires_grad_(False), teacher=teacher, device=device)
 
 
 def choose_device(wanted: str) -> torch.device:

@@ -27,7 +27,7 @@ from potstill.teacher_dump.engines.head import (
     relative_difference,
     tolerance,
 )
-from potstill.teacher_dump.engines.hf import choose_device
+from potstill.teacher_dump.engines.hf import choose_device, refuse_missing
 from potstill.teacher_dump.identity import computing_dtype, load_config
 
 log = logging.getLogger(__name__)
@@ -166,9 +166,10 @@ def load(teacher: TeacherConfig) -> Zero3Engine:
         options["attn_implementation"] = teacher.attention
     keep = HfDeepSpeedConfig(settings)
     try:
-        model = AutoModelForCausalLM.from_pretrained(teacher.model, **options)
+        model, found = AutoModelForCausalLM.from_pretrained(teacher.model, output_loading_info=True, **options)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"teacher {teacher.model!r} cannot be loaded: {error}") from error
+    refuse_missing(teacher, found["missing_keys"])
     engine, *_ = deepspeed.initialize(model=model.eval(), config=settings)
     engine.eval()
     return Zero3Engine(engine, teacher=teacher, device=device, keep=keep)

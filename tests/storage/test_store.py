@@ -214,3 +214,25 @@ def test_verify_deep_accepts_sound_stores(tmp_path):
         report = verify_store(path, deep=True, progress=seen.append)
         assert report.ok and report.sealed and report.num_rows == 9, report.format()
     assert sum(seen) == 18
+
+
+def test_the_rate_is_that_of_work_without_pauses_and_follows_the_workers(tmp_path, monkeypatch):
+    """Ten units by one worker, a night, ten by four: 4 rows in 1000 s each."""
+    tokens = write_tokens(tmp_path / "t", 88)
+    spec = targets_spec(88, tokens.digest)
+    writer = StoreWriter.create(tmp_path / "d", spec)
+    night = 40_000.0
+    ends = [1000.0 * (unit + 1) for unit in range(10)]
+    ends += [10_000 + night + 1000 * (1 + number // 4) for number in range(10)]
+    for unit, end in enumerate(ends):
+        monkeypatch.setattr("time.time", lambda end=end: end)
+        rows = [make_targets_row(tokens.row(row), spec) for row in writer.unit_rows(unit)]
+        writer.commit_unit(unit, rows, extra={"seconds": 1000.0})
+        if unit == 9:
+            status = store_status(tmp_path / "d")
+            assert status.rate_rows_per_second == pytest.approx(4 / 1000) and status.active_seconds == 10_000
+            assert status.eta_seconds == pytest.approx(48 / 0.004)
+    status = store_status(tmp_path / "d")
+    # The last three units' time: 10 units by four workers in 3000 s, nothing of the night and of the first worker.
+    assert status.rate_rows_per_second == pytest.approx(40 / 3000)
+    assert status.active_seconds == 13_000 and status.worker_seconds == 20_000

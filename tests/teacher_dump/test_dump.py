@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from potstill.storage import (
 from potstill.teacher_dump import DumpConfig, dump
 from potstill.teacher_dump.engines.hf import HfEngine
 from potstill.teacher_dump.worker import StoppedError
-from tests.teacher_dump.tiny import VOCAB, make_tokens, save_llama, token_rows
+from tests.teacher_dump.tiny import VOCAB, make_tokens, save_llama, save_model, token_rows
 from tests.teacher_dump.truth import dense_truth
 
 
@@ -393,3 +394,88 @@ def test_draws_are_unbiased(tokens: Path, tmp_path: Path, llama: Path) -> None:
 def test_temperatures_do_not_go_with_draws(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no exact tails in mode sample"):
         config(tmp_path, tmp_path, tmp_path, selection={"mode": "sample"}, temperatures=[2.0])
+
+
+def test_workers_may_not_refuse_more_rows_together_than_one_may(
+    tokens: Path, tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two at once, a bad row each, one allowed: neither sees the other's when it begins."""
+    monkeypatch.setattr("potstill.teacher_dump.pipeline._RECOUNT_SECONDS", 0.0)
+    _spoil(monkeypatch, 3, float("nan"))
+    _spoil(monkeypatch, 0, float("nan"))
+    forward, other = HfEngine.forward, []
+    settings = config(tokens, tmp_path / "out", llama, max_rejected_fraction=1 / 6)
+
+    def with_another_beside(self: HfEngine, batch: Any) -> Any:
+        if not other:
+            other.append("begun")
+            other[0] = dump(settings, worker=1, num_workers=2)  # unit 1, with row 3
+        return forward(self, batch)
+
+    monkeypatch.setattr(HfEngine, "forward", with_another_beside)
+    with pytest.raises(UserError, match="2 rows are refused, 1 are allowed"):
+        dump(settings, worker=0, num_workers=2)
+    assert other[0].refused_rows == (3,) and store_status(tmp_path / "out").missing
+
+
+def test_a_complete_store_with_too_many_refused_rows_is_not_sealed(
+    tokens: Path, tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _spoil(monkeypatch, 3, float("nan"))
+    for worker in (0, 1):
+        dump(config(tokens, tmp_path / "out", llama, max_rejected_fraction=0.5), worker=worker, num_workers=2)
+    with pytest.raises(UserError, match=r"1 rows are refused, 0 are allowed \(max_rejected_fraction\)"):
+        dump(config(tokens, tmp_path / "out", llama))
+    assert not store_status(tmp_path / "out").sealed
+
+
+def test_another_quantisation_or_head_does_not_mix_with_a_store(tokens: Path, tmp_path: Path, llama: Path) -> None:
+    dump(config(tokens, tmp_path / "out", llama))
+    options = {"quantization_config": {"quant_method": "hqq", "nbits": 4}}
+    with pytest.raises(MismatchError, match="load_options"):
+        dump(config(tokens, tmp_path / "out", llama, teacher={"load_options": options}))
+    with pytest.raises(MismatchError, match="head"):
+        dump(config(tokens, tmp_path / "out", llama, teacher={"head": "logits"}))
+    assert dump(config(tokens, tmp_path / "out", llama, teacher={"load_options": {"max_memory": None}})).units == 0
+    with pytest.raises(ValueError, match=r"load_options\.dtype is not recorded .* set teacher\.dtype"):
+        config(tokens, tmp_path / "out", llama, teacher={"load_options": {"dtype": "bfloat16"}})
+
+
+def test_a_full_disk_is_seen_before_the_unit_ends(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten batches a unit: the worker stops in the second unit, not after it."""
+    tokens = make_tokens(tmp_path / "tokens", [(16,)] * 20, rows_per_unit=10)
+    forward, rows = HfEngine.forward, []
+
+    def noted(self: HfEngine, batch: Any) -> Any:
+        rows.append(batch.rows[0].row)
+        time.sleep(0.05)
+        return forward(self, batch)
+
+    def full(self: StoreWriter, *args: Any, **options: Any) -> bool:
+        raise WriteFailedError("no space left on device")
+
+    monkeypatch.setattr(HfEngine, "forward", noted)
+    monkeypatch.setattr(StoreWriter, "commit_unit", full)
+    with pytest.raises(WriteFailedError, match="no space"):
+        dump(config(tokens, tmp_path / "out", llama, teacher={"batch_rows": 1}))
+    assert 10 <= len(rows) < 15
+
+
+def test_models_whose_long_rows_hang_on_their_neighbours_are_refused(tmp_path: Path) -> None:
+    from transformers import Llama4ForCausalLM, Llama4TextConfig, Phi3Config, Phi3ForCausalLM
+
+    tokens = make_tokens(tmp_path / "tokens")
+    small = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    small |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0}
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    phi = Phi3Config(**small, eos_token_id=1, original_max_position_embeddings=8, rope_parameters=rope)
+    folder = save_model(Phi3ForCausalLM(phi), tmp_path / "phi")
+    with pytest.raises(UserError, match=r"longrope.*prepare with row_length=8 or less"):
+        dump(config(tokens, tmp_path / "out", folder))
+    chunked = Llama4TextConfig(
+        **small, head_dim=8, attention_chunk_size=13, num_local_experts=2, intermediate_size_mlp=48
+    )
+    folder = save_model(Llama4ForCausalLM(chunked), tmp_path / "chunked")
+    with pytest.raises(UserError, match=r"chunks of 13 tokens.*set documents=apart"):
+        dump(config(tokens, tmp_path / "out", folder))
+    dump(config(tokens, tmp_path / "out", folder, teacher={"documents": "apart"}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from potstill.common.errors import UserError
 from potstill.storage import StoreReader, StoreWriter
 from potstill.teacher_dump import DumpConfig, dump
 from potstill.teacher_dump.engines.hf import HfEngine
-from tests.teacher_dump.tiny import VOCAB, save_llama
+from tests.teacher_dump.tiny import VOCAB, make_tokens, save_llama
 from tests.teacher_dump.truth import dense_truth
 
 
@@ -105,3 +106,85 @@ def test_an_ensemble_is_the_mixture_of_its_members(tokens: Path, tmp_path: Path,
 def test_an_ensemble_takes_no_checkpoints(tokens: Path, tmp_path: Path, run: Path) -> None:
     with pytest.raises(ValueError, match="an ensemble has no checkpoints"):
         config(tokens, tmp_path, run, ensemble=[{"model": run / "step_10"}], checkpoints=["step_10"])
+
+
+def test_a_series_with_a_foreign_checkpoint_is_refused_before_any_work(
+    tokens: Path, tmp_path: Path, run: Path, tokenizer_folder: Path
+) -> None:
+    small = save_llama(tmp_path / "run" / "step_2", vocab_size=VOCAB - 1)
+    save_llama(tmp_path / "run" / "step_1")
+    with pytest.raises(UserError, match=rf"step_2' has {VOCAB - 1} output rows"):
+        dump(config(tokens, tmp_path / "series", tmp_path / "run", checkpoints=["step_1", "step_2"]))
+    other = save_llama(tmp_path / "run" / "step_3")
+    for file in tokenizer_folder.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    settings = {"checkpoints": ["step_1", "step_3"], "check_tokenizer": True}
+    with pytest.raises(UserError, match="step_3' has a tokenizer with digest"):
+        dump(config(tokens, tmp_path / "series", tmp_path / "run", **settings))
+    assert small.is_dir() and not (tmp_path / "series").exists()
+
+
+def test_the_weights_of_a_checkpoint_are_gone_before_the_next_is_loaded(
+    tokens: Path, tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[weakref.ref[Any]] = []
+    initialize = HfEngine.__init__
+
+    def watched(self: HfEngine, model: Any, **options: Any) -> None:
+        assert not [ref for ref in alive if ref() is not None], "two teachers are held at once"
+        alive.append(weakref.ref(model))
+        initialize(self, model, **options)
+
+    monkeypatch.setattr(HfEngine, "__init__", watched)
+    dump(config(tokens, tmp_path / "series", run, checkpoints=["step_10", "step_20", "step_30"]))
+    assert len(alive) == 3
+
+
+def test_an_ensemble_of_padded_heads_tells_the_mass_it_leaves_out(
+    tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three members one ends with the tokenizer, one is padded, one is padded further: nothing is lost unseen."""
+    vocab_size, sizes = 50, (50, 64, 96)
+    tokens = make_tokens(tmp_path / "tokens", vocab_size=vocab_size)
+    folders = [save_llama(tmp_path / f"m{size}", vocab_size=size, seed=size) for size in sizes]
+    weights, temperature = (3.0, 1.0, 2.0), 2.0
+    kept: list[Any] = []
+    commit = StoreWriter.commit_unit
+
+    def spy(self: StoreWriter, unit: int, rows: Any, **options: Any) -> bool:
+        kept.extend(rows)
+        return commit(self, unit, rows, **options)
+
+    monkeypatch.setattr(StoreWriter, "commit_unit", spy)
+    members = [{"model": folder, "weight": weight} for folder, weight in zip(folders[1:], weights[1:], strict=True)]
+    settings = config(tokens, tmp_path / "mix", folders[0], weight=weights[0], ensemble=members)
+    summary: Any = dump(settings.model_copy(update={"temperatures": [temperature]}))
+    truths = [dense_truth(folder, tokens, vocab_size=size) for folder, size in zip(folders, sizes, strict=True)]
+    excluded = []
+    for row, *rows in zip(sorted(kept, key=lambda row: row.row), *truths, strict=True):
+        for place, found in enumerate(zip(*rows, strict=True)):
+            if found[0].label is None:
+                continue
+            parts = [np.pad(np.exp(one.logprobs), (0, 96 - len(one.logprobs))) for one in found]
+            mixture = sum(weight * part for weight, part in zip(weights, parts, strict=True)) / sum(weights)
+            excluded.append(mixture[vocab_size:].sum())
+            inside = mixture[:vocab_size] / mixture[:vocab_size].sum()
+            here = slice(*row.targets.offsets[place : place + 2])
+            ids = row.targets.ids[here]
+            np.testing.assert_allclose(row.targets.logprobs[here], np.log(inside[ids]), atol=3e-5)
+            flat = inside ** (1 / temperature)
+            tail = np.log(np.delete(flat, ids).sum() / flat.sum())
+            np.testing.assert_allclose(row.targets.log_tail_at[temperature][place], tail, atol=1e-3)
+    assert np.mean(excluded) > 0.05
+    assert summary.excluded_mass == pytest.approx(np.mean(excluded), rel=1e-4)
+
+
+def test_an_ensemble_of_one_bfloat16_teacher_with_itself_is_that_teacher(
+    tokens: Path, tmp_path: Path, run: Path
+) -> None:
+    teacher = run / "step_10"
+    dump(config(tokens, tmp_path / "one", teacher, dtype="bfloat16"))
+    dump(config(tokens, tmp_path / "two", teacher, dtype="bfloat16", ensemble=[{"model": teacher, "weight": 3.0}]))
+    one, two = (StoreReader(tmp_path / name).row_stats for name in ("one", "two"))
+    for name, values in one.items():
+        np.testing.assert_allclose(two[name], values, rtol=1e-5)

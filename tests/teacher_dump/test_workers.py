@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from potstill.storage import StoreReader, store_status
+from potstill.storage import StoreReader, store_status, verify_store
 from potstill.teacher_dump import DumpConfig, dump
 from potstill.teacher_dump.engines.hf import HfEngine
 from tests.teacher_dump.tiny import make_tokens
@@ -108,3 +108,21 @@ def test_a_place_that_holds_something_else_is_left_alone(
         dump(_config(tokens, tmp_path / output, llama))
     assert (tmp_path / "data" / "thesis.txt").read_text() == "years of work"
     assert (tmp_path / "file").read_text() == "more of it"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_batch_that_takes_too_long_is_not_waited_for(tmp_path: Path, llama: Path, number: signal.Signals) -> None:
+    tokens = make_tokens(tmp_path / "tokens", [(16,)] * 6, rows_per_unit=1)
+    config = _config(tokens, tmp_path / "out", llama)
+    dump(config, worker=0, num_workers=2)
+    (worker,) = _start(config, 1, pace_seconds=120)
+    try:
+        time.sleep(3)  # now it is in its first batch
+        asked = time.monotonic()
+        os.kill(worker.pid, number)
+        worker.join(30)
+        assert worker.exitcode == 75 and time.monotonic() - asked < 10
+    finally:
+        _kill([worker])
+    assert dump(config).units == 3  # type: ignore[union-attr]
+    assert verify_store(tmp_path / "out", deep=True).ok

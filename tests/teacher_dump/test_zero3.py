@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -45,3 +46,23 @@ def test_zero3_without_a_launcher_says_what_is_missing(
     teacher = {"model": llama, "engine": "zero3", "check_tokenizer": False}
     with pytest.raises(UserError, match="needs a launcher such as torchrun: RANK, WORLD_SIZE"):
         dump(DumpConfig(tokens=tokens, output=tmp_path / "out", teacher=teacher))
+
+
+@pytest.mark.xdist_group("ranks")
+def test_a_group_refuses_a_teacher_with_missing_weights(tmp_path: Path, llama: Path, tokens: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(llama, tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    arguments = (str(tokens), str(tmp_path / "out"), str(tmp_path / "model"), "float32")
+    with pytest.raises(AssertionError, match=r"1 of its weights are not in the checkpoint \(model\.layers\.1"):
+        run_ranks(dump_as_group, *arguments, world=2)
+    assert not list((tmp_path / "out" / "units").iterdir())
+
+
+def test_what_a_group_does_not_do_is_refused(tmp_path: Path, llama: Path, tokens: Path) -> None:
+    for setting in ({"compile": True}, {"head": "logits"}):
+        with pytest.raises(ValueError, match="engine zero3 knows neither compile nor head=logits"):
+            DumpConfig(tokens=tokens, output=tmp_path, teacher={"model": llama, "engine": "zero3", **setting})
