@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import os
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from potstill.common.errors import UserError
 from potstill.student_train.config import LoggingConfig
@@ -50,7 +50,7 @@ class TensorBoardTracker:
 class WandbTracker:
     """Weights & Biases; `offline` writes to `<run>/wandb`, and nowhere else, and sends nothing."""
 
-    def __init__(self, run: Path, *, mode: str, name: str) -> None:
+    def __init__(self, run: Path, *, mode: Literal["offline", "online"], name: str) -> None:
         # Its own log would else go to the user's cache, which on a cluster's node may be no place to write.
         os.environ.setdefault("WANDB_CACHE_DIR", str(run / "wandb" / "cache"))
         if mode == "offline":
