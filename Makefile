@@ -3,17 +3,19 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+SLOW   := $(VENV)/.installed-slow
 
 # Tests and benchmarks: one thread per process, two processes. The demo decides for itself.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup demo test test-slow lint bench clean
+.PHONY: help setup demo test test-slow lint bench bench-gpu clean
 
 help:
 	@echo "make demo        the main job on this machine: text, teacher, targets, two students, one table (minutes)"
 	@echo "make test        ruff, mypy and the CPU test suite"
 	@echo "make test-slow   the campaigns"
 	@echo "make bench       the benchmarks that need no GPU"
+	@echo "make bench-gpu   GPU tests and all GPU benchmarks of one GPU, against the goals, into benchmarks/results"
 	@echo "make setup       .venv with the exact versions of constraints.txt"
 
 setup: $(STAMP)
@@ -23,6 +25,11 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "installing into $(VENV), once (about two minutes)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# The campaigns also run lm_eval: 39 packages and 440 MB that nothing else needs.
+$(SLOW): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,eval]'
 	@touch $@
 
 demo: setup
@@ -36,11 +43,14 @@ lint: setup
 test: lint
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup $(TEST_ARGS)
 
-test-slow: setup
+test-slow: $(SLOW)
 	$(TEST_ENV) $(BIN)/python -m pytest -m slow $(TEST_ARGS)
 
 bench: setup
 	$(TEST_ENV) $(BIN)/python -m benchmarks
+
+bench-gpu: setup
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m benchmarks --gpu --output benchmarks/results
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis

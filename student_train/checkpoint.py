@@ -21,6 +21,7 @@ import torch
 from potstill.common.errors import UserError
 from potstill.student_train.config import CheckpointConfig
 from potstill.student_train.distributed import Topology, broadcast_object
+from potstill.student_train.write_failures import SharedSave
 
 log = logging.getLogger(__name__)
 MANIFEST = "potstill.json"
@@ -52,12 +53,17 @@ class Checkpoint:
 
 
 def write_json_atomically(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the whole file or none, also after a crash."""
+    """Write JSON so that a reader sees the whole file or none, also after a crash. Raises OSError that names it."""
     part = path.with_name(f".{path.name}.part")
-    with open(part, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(part, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        # A full disk names no file by itself.
+        raise OSError(error.errno, error.strerror, str(path)) from error
     os.replace(part, path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -69,6 +75,11 @@ def write_json_atomically(path: Path, value: Any) -> None:
 def checkpoints_folder(run: Path) -> Path:
     """Where the checkpoints of a run lie."""
     return run / "checkpoints"
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint behind `step` steps of a run lies."""
+    return checkpoints_folder(run) / f"step_{step:08d}"
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -148,37 +159,40 @@ def save_checkpoint(
     data: dict[str, Any],
     pinned: dict[str, Any],
     extra: dict[str, Any],
+    last_saved: str | None = None,
 ) -> Path:
-    """Save on all ranks (a collective call), then commit by the manifest on rank 0."""
+    """Save on all ranks (a collective call), then commit by the manifest on rank 0.
+
+    `last_saved` is the checkpoint that stands, for the message. Raises CheckpointWriteError on all ranks when one of
+    them could not write its files; nothing of the new checkpoint is left then.
+    """
     started = time.monotonic()
-    folder = checkpoints_folder(run) / f"step_{loop['step']:08d}"
-    if topology.is_main:
-        # An older attempt may have left an unfinished folder under this name.
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    torch.distributed.barrier()
-    engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state={"potstill": loop}, save_latest=False)
-    torch.distributed.barrier()
-    if topology.is_main:
-        for path in folder.rglob("*"):
-            if path.is_file():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-        files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
-        manifest = {
-            "version": MANIFEST_VERSION,
-            "loop": loop,
-            "data": data,
-            "pinned": pinned,
-            "world_size": topology.world_size,
-            "files": files,
-            **extra,
-        }
-        write_json_atomically(folder / MANIFEST, manifest)
-        seconds = time.monotonic() - started
-        log.info("saved %s: %.1f MB in %.1f s", folder, sum(files.values()) / 1e6, seconds)
-    torch.distributed.barrier()
+    folder = checkpoint_folder(run, loop["step"])
+    save = SharedSave(folder, loop["step"], topology, last_saved)
+    with save.part():
+        if topology.is_main:
+            # An older attempt may have left an unfinished folder under this name.
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True, exist_ok=True)
+    with save.deepspeed_part(engine):
+        engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state={"potstill": loop}, save_latest=False)
+    with save.part():
+        if topology.is_main:
+            about = {"loop": loop, "data": data, "pinned": pinned, "world_size": topology.world_size, **extra}
+            size = commit_checkpoint(folder, about)
+            log.info("saved %s: %.1f MB in %.1f s", folder, size / 1e6, time.monotonic() - started)
     return folder
+
+
+def commit_checkpoint(folder: Path, about: dict[str, Any]) -> int:
+    """Make sure that the files are on the disk, then write the manifest. Returns the size of the files in bytes."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    for path in paths:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    files = {str(path.relative_to(folder)): path.stat().st_size for path in paths}
+    write_json_atomically(folder / MANIFEST, {"version": MANIFEST_VERSION, "files": files, **about})
+    return sum(files.values())
 
 
 def load_checkpoint(engine: Any, folder: Path, *, loop: dict[str, Any], universal: bool) -> None:

@@ -107,6 +107,13 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
+def gather_objects(value: Any) -> list[Any]:
+    """The value of every rank, by rank, on every rank."""
+    box = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(box, value)
+    return box
+
+
 def accumulation_steps(config: TrainConfig, world_size: int) -> int:
     """Micro-batches per rank and step. Raises ConfigError when the global batch does not divide."""
     data = config.data

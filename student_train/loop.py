@@ -14,7 +14,7 @@ from potstill.common.errors import UserError
 from potstill.common.progress import Progress
 from potstill.storage import LoadedBatch, Loader
 from potstill.student_train.batch import MicroBatch, collate
-from potstill.student_train.checkpoint import apply_retention, save_checkpoint
+from potstill.student_train.checkpoint import apply_retention, checkpoint_folder, save_checkpoint
 from potstill.student_train.config import TrainConfig
 from potstill.student_train.curriculum import CurriculumPlan, rows_digest
 from potstill.student_train.distributed import Topology, all_reduce_sum, set_learning_rate
@@ -22,8 +22,13 @@ from potstill.student_train.evaluation import HeldoutEvaluation
 from potstill.student_train.metrics import Meter, MetricsLog, ModelCost, loss_figures, peak_memory_bytes
 from potstill.student_train.spikes import LossSpikeError, remember
 from potstill.student_train.stop import StopRequest
+from potstill.student_train.write_failures import ROOM
 
 log = logging.getLogger(__name__)
+
+
+class MetricsWriteError(UserError):
+    """A line of metrics could not be written; the message names the folder, the cause and the last checkpoint."""
 
 
 class LossNotFiniteError(UserError):
@@ -92,18 +97,18 @@ def agree(run: Run, micros: list[MicroBatch]) -> tuple[torch.Tensor, str | None]
     """One small all-reduce: the step's global weight sum, whether to stop, and how the last loss was.
 
     Returns the normalizer (0-d float32) and the reason to stop, if any rank has one. The normalizer is the weight sum
-    over the number of ranks, because DeepSpeed then averages gradients over ranks. Raises LossNotFiniteError and
-    LossSpikeError, and UserError when the token selector left nothing to train on.
+    over the number of ranks, because DeepSpeed then averages gradients over ranks. Raises LossNotFiniteError,
+    LossSpikeError and MetricsWriteError, and UserError when the token selector left nothing to train on.
     """
     reason = run.stop.reason()
     values = torch.tensor(
-        [sum(micro.weight_sum for micro in micros), float(reason is not None), 0.0, 0.0],
+        [sum(micro.weight_sum for micro in micros), float(reason is not None), 0.0, 0.0, 0.0],
         dtype=torch.float64,
         device=run.topology.device,
     )
     values[2:] = unchecked(run)
-    weight, stop, bad, loss = all_reduce_sum(values).tolist()
-    check_last_step(run, bad, loss)
+    weight, stop, *last = all_reduce_sum(values).tolist()
+    check_last_step(run, *last)
     if stop:
         return values[0], reason or "another rank's request"
     if weight <= 0:
@@ -123,22 +128,31 @@ def check_due(run: Run) -> bool:
 
 
 def unchecked(run: Run) -> torch.Tensor:
-    """[2] float64, this rank's: > 0 when a loss or gradient since the last look was not finite; share of the loss."""
-    values = torch.zeros(2, dtype=torch.float64, device=run.topology.device)
+    """[3] float64, this rank's since the last look: > 0 when a loss or gradient was not finite; share of the loss;
+    1 when a line of metrics could not be written."""
+    values = torch.zeros(3, dtype=torch.float64, device=run.topology.device)
     values[0] = float(run.engine.skipped_steps - run.loop["skipped"])
     if run.bad_loss is not None and run.step_loss is not None:
         values[0] += run.bad_loss
         values[1] = run.step_loss
+    values[2] = float(run.metrics.failure is not None)
     return values
 
 
-def check_last_step(run: Run, bad: float, loss: float) -> None:
-    """Judge the step since the last look, if there was one, by its all-reduced figures."""
+def check_last_step(run: Run, bad: float, loss: float, unwritten: float) -> None:
+    """Judge the step since the last look, if there was one, and the metrics, by their all-reduced figures."""
     was_step = run.step_loss is not None
     run.bad_loss = run.step_loss = None
     check_finite(run, bad)
     if was_step and run.config.spike_policy != "off":
         check_spike(run, loss)
+    if unwritten:
+        found = run.metrics.failure
+        raise MetricsWriteError(
+            f"step {run.loop['step']}: a line of metrics could not be written in {run.folder}: "
+            f"{'see the message of rank 0' if found is None else found}. Nothing is saved behind it. Last checkpoint: "
+            f"{run.last_saved or 'none'}. Please {ROOM} and start the same command again: the run resumes from there"
+        ) from found
 
 
 def check_spike(run: Run, loss: float) -> None:
@@ -208,9 +222,8 @@ def after_step(run: Run, batch: LoadedBatch) -> None:
 
 
 def settle(run: Run) -> None:
-    """Let all ranks look at the last loss now, before anything is built on the step."""
-    bad, loss = all_reduce_sum(unchecked(run)).tolist()
-    check_last_step(run, bad, loss)
+    """Let all ranks look at the last loss and line of metrics now, before anything is built on the step."""
+    check_last_step(run, *all_reduce_sum(unchecked(run)).tolist())
 
 
 def log_line(run: Run) -> None:
@@ -255,10 +268,14 @@ def save(run: Run) -> None:
 
     A save ends a line of metrics too, so that a resumed run writes the very lines of an uninterrupted one.
     """
+    folder = checkpoint_folder(run.folder, run.loop["step"])
+    if run.last_saved is not None and Path(run.last_saved).resolve() == folder.resolve():
+        return  # nothing was trained since: writing it again would only put a whole checkpoint at risk
     settle(run)
     if run.meter.digests:
         log_line(run)
-    folder = save_checkpoint(
+        settle(run)  # the checkpoint says that the lines before it are written
+    save_checkpoint(
         run.engine,
         run=run.folder,
         topology=run.topology,
@@ -266,6 +283,7 @@ def save(run: Run) -> None:
         data=run.loader.state_dict(),
         pinned=run.pinned,
         extra=run.checkpoint_extra,
+        last_saved=run.last_saved,
     )
     run.last_saved = str(folder)
     if run.topology.is_main:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -10,16 +9,17 @@ import resource
 import sys
 import time
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from potstill.common.errors import UserError
 from potstill.student_train.config import LoggingConfig
-from potstill.student_train.distributed import Topology, all_reduce_sum
+from potstill.student_train.distributed import all_reduce_sum
 from potstill.student_train.model import SUM_NAMES
+from potstill.student_train.trackers import Tracker, open_trackers
 
 log = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"
@@ -135,92 +135,50 @@ def loss_figures(sums: dict[str, float]) -> dict[str, float | None]:
     }
 
 
-class Tracker(Protocol):
-    """A place that figures go to besides the JSON lines."""
-
-    def log(self, record: dict[str, Any]) -> None:
-        """Take one line of metrics."""
-
-    def close(self) -> None:
-        """Write what is left."""
-
-
-def flat_numbers(record: dict[str, Any]) -> dict[str, float]:
-    """The numeric figures of a record, named kind/figure."""
-    return {
-        f"{record['kind']}/{name}": float(value)
-        for name, value in record.items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and name != "step"
-    }
-
-
-class TensorBoardTracker:
-    """TensorBoard events in `<run>/tensorboard`."""
-
-    def __init__(self, run: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise UserError("logging.tensorboard needs the extra: pip install 'potstill[tracking]'") from error
-        self._writer = SummaryWriter(str(run / "tensorboard"))
-
-    def log(self, record: dict[str, Any]) -> None:
-        for name, value in flat_numbers(record).items():
-            self._writer.add_scalar(name, value, record["step"])
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class WandbTracker:
-    """Weights & Biases; `offline` writes to `<run>/wandb` and sends nothing."""
-
-    def __init__(self, run: Path, *, mode: str, name: str) -> None:
-        try:
-            import wandb  # type: ignore[import-not-found,unused-ignore]
-        except ImportError as error:
-            raise UserError("logging.wandb needs the package wandb: pip install wandb") from error
-        # One id per folder: a resumed run goes on in the same place, and two folders never meet.
-        key = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
-        self._run = wandb.init(project="potstill", name=name, dir=str(run), mode=mode, id=key, resume="allow")
-
-    def log(self, record: dict[str, Any]) -> None:
-        self._run.log(flat_numbers(record), step=record["step"])
-
-    def close(self) -> None:
-        self._run.finish()
-
-
 class MetricsLog:
-    """The JSON lines of a run (rank 0 writes, other ranks do nothing)."""
+    """The JSON lines of a run (rank 0 writes, other ranks do nothing), and what goes to the trackers beside them.
 
-    def __init__(self, run: Path, options: LoggingConfig, *, name: str, topology: Topology) -> None:
-        self._file = None
+    A write that fails is kept in `failure` and not raised: rank 0 alone would leave the other ranks waiting for it. The
+    train loop asks at its next look, on all ranks.
+    """
+
+    def __init__(self, run: Path, options: LoggingConfig, *, name: str) -> None:
+        self._run, self._options, self._name = run, options, name
+        self._file: FileIO | None = None
         self._trackers: list[Tracker] = []
-        if topology.is_main:
-            self._file = open(run / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115 -- closed in close()
-            if options.tensorboard:
-                self._trackers.append(TensorBoardTracker(run))
-            if options.wandb != "off":
-                self._trackers.append(WandbTracker(run, mode=options.wandb, name=name))
+        self.failure: OSError | None = None
+
+    def open(self) -> None:
+        """Open the file and the trackers (rank 0). Raises OSError, and UserError of a tracker."""
+        # Without a buffer: what a full disk did not take must not be tried again at the end.
+        self._file = open(self._run / METRICS_FILE, "ab", buffering=0)  # noqa: SIM115 -- closed in close()
+        self._trackers = open_trackers(self._run, self._options, name=self._name)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record; it is on the file system when this returns."""
-        if self._file is None:
+        """Append one record; it is on the file system when this returns, or `failure` says why it is not."""
+        if self._file is None or self.failure is not None:
             return
         # JSON has no NaN; a figure that is not a number is null.
         record = {name: _finite(value) for name, value in record.items()}
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
-        for tracker in self._trackers:
-            tracker.log(record)
+        left = memoryview((json.dumps(record, allow_nan=False) + "\n").encode())
+        try:
+            while left:  # a disk takes what still fits and fails at the next write
+                left = left[self._file.write(left) :]
+            for tracker in self._trackers:
+                tracker.log(record)
+        except OSError as error:
+            self.failure = error
 
     def close(self) -> None:
         """Close the file and the trackers."""
         if self._file is not None:
             self._file.close()
         for tracker in self._trackers:
-            tracker.close()
+            try:
+                tracker.close()
+            except OSError as error:
+                # The JSON lines are whole or `failure` was raised; this must not hide why the run ends.
+                log.error("%s could not write its last figures: %s", type(tracker).__name__, error)
 
 
 def _finite(value: Any) -> Any:
@@ -251,7 +209,7 @@ def cut_metrics(run: Path, step: int) -> None:
     if dropped:
         with open(run / "metrics.discarded.jsonl", "a", encoding="utf-8") as file:
             file.writelines(json.dumps(record) + "\n" for record in dropped)
-    if records:
+    if (run / METRICS_FILE).exists():  # also without whole records: a half line would spoil the next one
         part = run / f".{METRICS_FILE}.part"
         part.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         part.replace(run / METRICS_FILE)

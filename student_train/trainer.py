@@ -45,6 +45,7 @@ from potstill.student_train.model import StudentModel, active_parameters, build_
 from potstill.student_train.run_folder import DONE_FILE, pinned_values, prepare_run_folder, write_done, write_start
 from potstill.student_train.stop import StopRequest
 from potstill.student_train.stores import Stores, build_plan, check_objectives, open_stores
+from potstill.student_train.trackers import check_trackers
 from potstill.student_train.universal import convert, needs_conversion, universal_folder
 
 log = logging.getLogger(__name__)
@@ -101,6 +102,7 @@ def train(config: TrainConfig) -> TrainSummary:
     plan = build_plan(config, stores)
     student_config = hf_config(config.model, vocab_size=stores.tokens.spec.vocab_size)
     topology = start_distributed()
+    on_main(topology, check_trackers, config.logging)
     on_main(topology, prepare_run_folder, config)
     checkpoint = choose_resume(config.checkpoint, config.run.output_dir, topology)
     with open_run(config, topology, stores, plan, student_config, checkpoint) as run:
@@ -109,14 +111,15 @@ def train(config: TrainConfig) -> TrainSummary:
         ) as progress:
             status = train_steps(run, progress)
         summary = summarise(run, status, seconds=time.monotonic() - started)
-        if topology.is_main and summary.is_done:
-            write_done(run.folder, {"step": summary.steps, "tokens": summary.tokens, "heldout": summary.heldout})
+        if summary.is_done:
+            done = {"step": summary.steps, "tokens": summary.tokens, "heldout": summary.heldout}
+            on_main(topology, write_done, run.folder, done)
     torch.distributed.barrier()
     return summary
 
 
 def on_main(topology: Topology, function: Any, *args: Any) -> None:
-    """Run a function on rank 0; its UserError is raised on every rank."""
+    """Run a function on rank 0, to whose end all ranks wait; its UserError or OSError is raised on every rank."""
     error: UserError | OSError | None = None
     if topology.is_main:
         try:
@@ -152,9 +155,7 @@ def open_run(
     ds_config = deepspeed_config(config, world_size=topology.world_size, load_universal=universal)
     if checkpoint is not None:
         check_continuable(checkpoint, config, plan)
-    if topology.is_main:
-        (config.run.output_dir / DONE_FILE).unlink(missing_ok=True)
-        write_start(config, student_config, ds_config, describe(plan))
+    on_main(topology, start_run_folder, config, student_config, ds_config, plan)
     with zero3_construction(ds_config):
         student = build_student(config.model, student_config, seed=config.run.seed)
         engine = build_engine(student, config, ds_config, topology)
@@ -170,7 +171,8 @@ def open_run(
     metrics: MetricsLog | None = None
     try:
         loop = resume(engine, loader, checkpoint, config, topology, universal=universal)
-        metrics = MetricsLog(config.run.output_dir, config.logging, name=config.run.name, topology=topology)
+        metrics = MetricsLog(config.run.output_dir, config.logging, name=config.run.name)
+        on_main(topology, metrics.open)
         with StopRequest(config.run.output_dir, max_runtime_minutes=config.run.max_runtime_minutes) as stop:
             run = Run(
                 config=config,
@@ -210,8 +212,7 @@ def resume(
     run = config.run.output_dir
     if checkpoint is None:
         log.info("starting at step 0 (checkpoint.resume %s; no checkpoint in %s)", config.checkpoint.resume, run)
-        if topology.is_main:
-            cut_metrics(run, 0)
+        on_main(topology, cut_metrics, run, 0)
         return {}
     try:
         loader.load_state_dict(checkpoint.manifest["data"])
@@ -223,10 +224,9 @@ def resume(
         on_main(topology, convert_anew, checkpoint, folder)
     load_checkpoint(engine, folder, loop=checkpoint.manifest["loop"], universal=universal)
     torch.distributed.barrier()
-    if topology.is_main:
-        if universal:
-            shutil.rmtree(folder, ignore_errors=True)
-        cut_metrics(run, checkpoint.step)
+    if universal and topology.is_main:
+        shutil.rmtree(folder, ignore_errors=True)
+    on_main(topology, cut_metrics, run, checkpoint.step)
     log.info(
         "resuming at step %d from %s (saved by %d ranks, now %d%s)",
         checkpoint.step,
@@ -236,6 +236,12 @@ def resume(
         "; through the universal format" if universal else "",
     )
     return dict(checkpoint.manifest["loop"])
+
+
+def start_run_folder(config: TrainConfig, student_config: Any, ds_config: dict[str, Any], plan: CurriculumPlan) -> None:
+    """Take away the mark of an earlier end, and write what is resolved before the first step."""
+    (config.run.output_dir / DONE_FILE).unlink(missing_ok=True)
+    write_start(config, student_config, ds_config, describe(plan))
 
 
 def convert_anew(checkpoint: Checkpoint, folder: Path) -> None:

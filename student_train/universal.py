@@ -50,6 +50,7 @@ def convert(checkpoint: Checkpoint, output: Path, *, num_workers: int = 1) -> No
         command, env=environment, capture_output=True, text=True, timeout=CONVERT_TIMEOUT_SECONDS, check=False
     )
     if done.returncode:
+        shutil.rmtree(part, ignore_errors=True)  # a disk that it has filled is free again
         raise ResumeError(
             f"the conversion of {checkpoint.folder} failed with exit code {done.returncode}; its last words:\n"
             f"{done.stderr[-2000:]}\nresume with {checkpoint.world_size} ranks instead"

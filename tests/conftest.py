@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -54,3 +56,28 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"no real data: {SHARED_DATA} does not exist")
     return SHARED_DATA
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Give a real file system of so many KiB, and change its size when asked again."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = False
+
+    def sized(kib: int) -> Path:
+        nonlocal mounted
+        remount = ["-o", "remount"] if mounted else []
+        command = ["mount", "-t", "tmpfs", *remount, "-o", f"size={kib}k", "tmpfs", str(place)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            pytest.skip("there is no `mount` here to make a small disk with")
+        if done.returncode:
+            pytest.skip(f"this system does not let the test make a small disk: {done.stderr.strip()}")
+        mounted = True
+        return place
+
+    yield sized
+    if mounted:
+        subprocess.run(["umount", str(place)], check=True)

@@ -103,15 +103,6 @@ def test_tensorboard_gets_the_figures(runs: list[Path]) -> None:
     assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(losses, rel=1e-6)
 
 
-@pytest.mark.slow
-def test_wandb_writes_offline(stores, tmp_path: Path) -> None:
-    pytest.importorskip("wandb")
-    tree = tiny.config_tree(stores, tmp_path / "run", logging={"wandb": "offline"}, run={"max_steps": 2})
-    run_ranks(workers.train_run, tree, world=1)
-    written = list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
-    assert len(written) == 1 and written[0].stat().st_size > 0
-
-
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no run folder"):
         write_report([tmp_path], tmp_path / "report.html")

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import os
+import resource
+import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
 from potstill.common.config import build_config
+from potstill.common.errors import UserError
 from potstill.storage import Loader
 from potstill.student_train.batch import collate
 from potstill.student_train.config import TrainConfig
@@ -26,6 +33,16 @@ def train_run(tree: dict[str, Any]) -> dict[str, Any]:
 
     summary = train(config_of(tree))
     return {"status": summary.status, "steps": summary.steps, "tokens": summary.tokens}
+
+
+def train_elsewhere(tree: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]:
+    """Train with another home, temporary folder and way to the network, and end as a command ends."""
+    os.environ.update(environment)
+    tempfile.tempdir = None  # which the parent may have looked up
+    try:
+        return train_run(tree)
+    finally:
+        atexit._run_exitfuncs()  # a child of multiprocessing leaves without them
 
 
 def engine_gradients(tree: dict[str, Any], step: int = 0) -> dict[str, np.ndarray]:
@@ -160,3 +177,51 @@ def train_with_a_spike(tree: dict[str, Any], step: int) -> dict[str, Any]:
     loop.note_micro_batch = note
     summary = trainer.train(config_of(tree))
     return {"status": summary.status, "spikes": summary.last.get("loss_spikes")}
+
+
+def _from_step(step: int, action: Callable[[], None]) -> None:
+    """Have `action` take place once, right before the train loop's look at the ranks of `step`."""
+    from potstill.student_train import loop
+
+    honest = loop.agree
+
+    def agree(run: Any, micros: Any) -> Any:
+        answer = honest(run, micros)
+        if run.loop["step"] == step:
+            action()
+        return answer
+
+    loop.agree = agree
+
+
+def _told(tree: dict[str, Any]) -> str:
+    """The error that ends the run, as its class and text."""
+    from potstill.student_train import trainer
+
+    try:
+        return f"no error: {trainer.train(config_of(tree))}"
+    except UserError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def train_with_a_limit_on_files(tree: dict[str, Any], step: int, rank: int, num_bytes: int) -> str:
+    """Train, but one rank may make no file larger than so many bytes from before `step` is trained, as by a quota."""
+
+    def limit() -> None:
+        if int(os.environ["RANK"]) == rank:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+
+    _from_step(step - 1, limit)
+    return _told(tree)
+
+
+def train_with_a_disk_full(tree: dict[str, Any], step: int, other: str) -> str:
+    """Train, but before `step` is trained another file takes all that is left of the disk, byte for byte."""
+
+    def fill() -> None:
+        with open(other, "wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(512))
+
+    _from_step(step - 1, fill)
+    return _told(tree)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -107,31 +106,6 @@ def test_a_slow_disk_changes_nothing_and_holds_up_nothing_but_itself(
         # Bounds of the queues: units laid out ahead of the model (and one being read), units behind it.
         assert unit <= read <= unit + _UNITS_AHEAD + 1
         assert unit - safe <= _UNITS_UNFINISHED
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """Give a real file system of so many KiB, and change its size when asked again."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = False
-
-    def sized(kib: int) -> Path:
-        nonlocal mounted
-        remount = ["-o", "remount"] if mounted else []
-        command = ["mount", "-t", "tmpfs", *remount, "-o", f"size={kib}k", "tmpfs", str(place)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        except FileNotFoundError:
-            pytest.skip("there is no `mount` here to make a small disk with")
-        if done.returncode:
-            pytest.skip(f"this system does not let the test make a small disk: {done.stderr.strip()}")
-        mounted = True
-        return place
-
-    yield sized
-    if mounted:
-        subprocess.run(["umount", str(place)], check=True)
 
 
 def test_a_disk_full_in_the_middle(rows: Path, whole: Path, llama: Path, small_disk: Callable[[int], Path]) -> None:
