@@ -248,6 +248,7 @@ def log_line(run: Run) -> None:
         "tokens_per_second": sums["tokens"] / seconds,
         "mfu": run.cost.utilisation(sums, seconds=seconds, world_size=run.topology.world_size),
         "flops_saved_share": run.cost.saved_share(sums),
+        "row_share": run.plan.row_share(run.loop["step"] - 1),
         "step_seconds": seconds / num_steps,
         "data_wait_seconds": waited - run.waited_seconds,
         "peak_memory_bytes": peak_memory_bytes(run.topology.device),
