@@ -59,6 +59,7 @@ body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1180
 h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin: 1.6rem 0 .4rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 .wide { overflow-x: auto; } td { max-width: 24rem; overflow-wrap: break-word; }
+.values td:not(:first-child) { min-width: 6rem; overflow-wrap: anywhere; }
 td, th { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: right; }
 td:first-child, th:first-child { text-align: left; white-space: nowrap; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 500px), 1fr)); gap: 1rem; }
@@ -130,11 +131,11 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix[:-1]: tree}
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """An HTML table; cells are escaped here."""
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, kind: str = "figures") -> str:
+    """An HTML table of that class; cells are escaped here."""
     cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<div class='wide'><table><tr>{cells}</tr>{body}</table></div>"
+    return f"<div class='wide'><table class='{kind}'><tr>{cells}</tr>{body}</table></div>"
 
 
 def render(runs: Sequence[RunRecords]) -> str:
@@ -146,12 +147,10 @@ def render(runs: Sequence[RunRecords]) -> str:
     figures = [row for row in figures if any(cell != "-" for cell in row[1:])]
     charts = [chart(title, [(run.name, run.points(kind, y, x)) for run in runs]) for title, kind, y, x in CHARTS]
     flat = [flatten(run.config) for run in runs]
-    differing = [
-        [name, *(str(tree.get(name, "-")) for tree in flat)]
-        for name in sorted({name for tree in flat for name in tree})
-        if len({str(tree.get(name, "-")) for tree in flat}) > 1
-    ]
-    differences = table(["key", *names], differing) if differing else "<p>None (or a single run).</p>"
+    values = {name: [str(tree.get(name, "-")) for tree in flat] for tree in flat for name in tree}
+    values = {name: ["-" if value == "None" else value for value in cells] for name, cells in values.items()}
+    differing = [[name, *values[name]] for name in sorted(values) if len(set(values[name])) > 1]
+    differences = table(["key", *names], differing, kind="values") if differing else "<p>None (or a single run).</p>"
     return (
         f"<!doctype html><html lang='en'><meta charset='utf-8'><title>potstill report</title><style>{STYLE}</style>"
         f"<h1>potstill: {html.escape(', '.join(names))}</h1><div class='legend'>{legend}</div>"
