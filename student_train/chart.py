@@ -60,18 +60,32 @@ def value_range(values: Sequence[float]) -> tuple[float, float]:
     return math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
 
 
+def pieces(points: Points) -> list[Points]:
+    """The stretches between points without a value (y is NaN): a line over a gap would show what nobody measured."""
+    found: list[list[tuple[float, float]]] = [[]]
+    for x, y in points:
+        if math.isfinite(y):
+            found[-1].append((x, y))
+        elif found[-1]:
+            found.append([])
+    return [piece for piece in found if piece]
+
+
 def curve(points: Points, index: int) -> str:
-    """One line in pixels, or a dot where there is a single point."""
-    colour = COLOURS[index % len(COLOURS)]
-    if len(points) == 1:
-        return f'<circle cx="{points[0][0]:.1f}" cy="{points[0][1]:.1f}" r="3.5" fill="{colour}"/>'
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    return f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.8"{dashes(index)}/>'
+    """The lines of one run in pixels, broken at gaps, and a dot where a point stands alone."""
+    colour, parts = COLOURS[index % len(COLOURS)], []
+    for piece in pieces(points):
+        if len(piece) == 1:
+            parts.append(f'<circle cx="{piece[0][0]:.1f}" cy="{piece[0][1]:.1f}" r="3.5" fill="{colour}"/>')
+            continue
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in piece)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.8"{dashes(index)}/>')
+    return "".join(parts)
 
 
 def chart(title: str, series: Sequence[tuple[str, Points]]) -> str:
-    """One SVG figure; a series without points is left out, a chart without series is empty."""
-    points = [point for _, line in series for point in line]
+    """One SVG figure; y NaN is a gap. A series without points is left out, a chart without series is empty."""
+    points = [(x, y) for _, line in series for x, y in line if math.isfinite(y)]
     if not points:
         return ""
     x0, x1 = min(x for x, _ in points), max(x for x, _ in points)

@@ -1,6 +1,7 @@
 """The configuration of training, evaluation and export: one strict tree each, every key described.
 
-Validators are pure: they look at values only, never at files, devices or process groups (see checks.py for those).
+Validators are pure: they look at values only, never at files, devices or process groups (see stores.py and
+model_checks.py).
 """
 
 from __future__ import annotations
@@ -77,7 +78,11 @@ class RunConfig(StrictModel):
         default=None, gt=0, description="Save and stop (exit code 75) after this time"
     )
     force: bool = Field(default=False, description="Delete what stands in output_dir and start anew")
-    self_check: bool = Field(default=True, description="Compare each stage's loss path with float64 on its first batch")
+    self_check: bool = Field(
+        default=True,
+        description="At start see that the model keeps packed documents apart and that the loss works on its logits; "
+        "compare each stage's loss path with float64 on its first batch",
+    )
     num_threads: int | None = Field(
         default=None, ge=1, description="torch CPU threads per rank; null leaves torch's own choice"
     )

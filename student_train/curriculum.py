@@ -154,6 +154,11 @@ class CurriculumPlan:
         )
         return chosen if segment.pool is None else segment.pool[chosen]
 
+    def row_share(self, batch: int) -> float:
+        """Share of all rows that batch `batch` is drawn from; 1 where no selector works."""
+        chosen = self.segment(batch).pool
+        return 1.0 if chosen is None else len(chosen) / self._num_rows
+
     def objective(self, step: int) -> StepObjective:
         """Loss settings of optimizer step `step`."""
         span = self.segment(step).span

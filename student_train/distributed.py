@@ -194,3 +194,15 @@ def set_learning_rate(engine: Any, lr: float) -> None:
     """Write the learning rate of the next optimizer step."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
+
+
+def plain_gradient_norm(engine: Any) -> torch.Tensor | None:
+    """Norm of the averaged gradients before clipping (0-d), to be asked between backward and step.
+
+    None where DeepSpeed's own optimizers keep it (get_global_grad_norm), and before the last micro-batch of a step.
+    With torch's optimizer alone (ZeRO 0 in float32) DeepSpeed 0.19 clips and forgets the norm.
+    """
+    if hasattr(engine.optimizer, "_global_grad_norm") or not engine.is_gradient_accumulation_boundary():
+        return None
+    grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return torch.nn.utils.get_total_norm(grads)

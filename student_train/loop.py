@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from potstill.student_train.batch import MicroBatch, collate
 from potstill.student_train.checkpoint import apply_retention, checkpoint_folder, save_checkpoint
 from potstill.student_train.config import TrainConfig
 from potstill.student_train.curriculum import CurriculumPlan, rows_digest
-from potstill.student_train.distributed import Topology, all_reduce_sum, set_learning_rate
+from potstill.student_train.distributed import Topology, all_reduce_sum, plain_gradient_norm, set_learning_rate
 from potstill.student_train.evaluation import HeldoutEvaluation
 from potstill.student_train.metrics import Meter, MetricsLog, ModelCost, loss_figures, peak_memory_bytes
 from potstill.student_train.spikes import LossSpikeError, remember
@@ -57,6 +56,7 @@ class Run:
     bad_loss: torch.Tensor | None = None  # 0-d: > 0 once a local loss of an unchecked step was not finite
     step_loss: torch.Tensor | None = None  # 0-d: this rank's share of the unchecked step's global loss
     checked_stages: set[int] = field(default_factory=set)
+    plain_norm: torch.Tensor | None = None  # 0-d: gradient norm of the last step, where the optimizer keeps none
     lr: float = 0.0
     waited_seconds: float = 0.0
 
@@ -83,6 +83,7 @@ def train_steps(run: Run, progress: Progress) -> str:
             loss, sums = run.engine(micro.to(run.topology.device), objective, normalizer, self_check=check_due(run))
             # Times 1: DeepSpeed 0.19 divides by the accumulation after all when it gets the module's own output.
             run.engine.backward(loss * 1.0, scale_wrt_gas=False)
+            run.plain_norm = plain_gradient_norm(run.engine)
             run.engine.step()
             note_micro_batch(run, micro, loss / world_size, sums)
         run.loader.commit(batch.batch)
@@ -212,13 +213,23 @@ def after_step(run: Run, batch: LoadedBatch) -> None:
     if step % config.logging.every_steps == 0:
         log_line(run)
     if run.evaluation is not None and (last or run.evaluation.due(step)):
-        settle(run)
-        run.metrics.write(
-            {"kind": "eval", "step": step, "tokens": loop["tokens"], **run.evaluation.measure(run.engine)}
-        )
-        run.meter.started = time.monotonic()
+        evaluate(run, run.evaluation)
     if save_due:
         save(run)
+
+
+def evaluate(run: Run, evaluation: HeldoutEvaluation) -> None:
+    """Measure on the held-out rows and write the figures; the time that it takes is no time of training.
+
+    It ends a line of metrics, so that the figures stand at the tokens that the model has seen.
+    """
+    settle(run)
+    if run.meter.digests:
+        log_line(run)
+    with run.meter.paused():
+        figures = evaluation.measure(run.engine)
+    where = {"step": run.loop["step"], "tokens": run.loop["tokens"], "runtime_seconds": run.loop["runtime_seconds"]}
+    run.metrics.write({"kind": "eval", **where, **figures})
 
 
 def settle(run: Run) -> None:
@@ -228,13 +239,13 @@ def settle(run: Run) -> None:
 
 def log_line(run: Run) -> None:
     """Write one line of metrics over the steps since the last one."""
-    seconds = time.monotonic() - run.meter.started
+    seconds = run.meter.seconds()
     sums, losses = run.meter.reduce()
     num_steps = len(losses)
     waited = run.loader.data_wait_seconds
     run.loop["tokens"] += int(sums["tokens"])
     run.loop["runtime_seconds"] += seconds
-    norm = run.engine.get_global_grad_norm()
+    norm = run.engine.get_global_grad_norm() if run.plain_norm is None else run.plain_norm
     record = {
         "kind": "train",
         "step": run.loop["step"],
@@ -249,6 +260,7 @@ def log_line(run: Run) -> None:
         "tokens_per_second": sums["tokens"] / seconds,
         "mfu": run.cost.utilisation(sums, seconds=seconds, world_size=run.topology.world_size),
         "flops_saved_share": run.cost.saved_share(sums),
+        "row_share": run.plan.row_share(run.loop["step"] - 1),
         "step_seconds": seconds / num_steps,
         "data_wait_seconds": waited - run.waited_seconds,
         "peak_memory_bytes": peak_memory_bytes(run.topology.device),
@@ -275,16 +287,17 @@ def save(run: Run) -> None:
     if run.meter.digests:
         log_line(run)
         settle(run)  # the checkpoint says that the lines before it are written
-    save_checkpoint(
-        run.engine,
-        run=run.folder,
-        topology=run.topology,
-        loop=run.loop,
-        data=run.loader.state_dict(),
-        pinned=run.pinned,
-        extra=run.checkpoint_extra,
-        last_saved=run.last_saved,
-    )
-    run.last_saved = str(folder)
-    if run.topology.is_main:
-        apply_retention(run.config.checkpoint, run.folder)
+    with run.meter.paused():
+        save_checkpoint(
+            run.engine,
+            run=run.folder,
+            topology=run.topology,
+            loop=run.loop,
+            data=run.loader.state_dict(),
+            pinned=run.pinned,
+            extra=run.checkpoint_extra,
+            last_saved=run.last_saved,
+        )
+        run.last_saved = str(folder)
+        if run.topology.is_main:
+            apply_retention(run.config.checkpoint, run.folder)

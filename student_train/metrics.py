@@ -8,6 +8,8 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -40,7 +42,8 @@ PEAK_FLOPS = {
 class ModelCost:
     """FLOPs of a token in the backbone and of a trained position in the head.
 
-    `peak` is None for unknown devices, `per_token` where it is unknown how many experts a token passes through.
+    `peak` is None for unknown devices, `per_token` where it is unknown what a layer costs (its kind, or how many
+    experts a token passes through).
     """
 
     per_token: float | None
@@ -55,17 +58,41 @@ class ModelCost:
         return flops / (seconds * self.peak * world_size)
 
     def saved_share(self, sums: dict[str, float]) -> float | None:
-        """Share of the model's FLOPs that the token selector saved in the head."""
+        """Share of the model's FLOPs that the token selector saved in the head.
+
+        A choice by the student's own figures costs one forward of the head (a third of `per_position`) over every
+        position that it measures: the share is below 0 where that is more than the choice saves.
+        """
         if self.per_token is None:
             return None
-        saved = self.per_position * (sums["labelled"] - sums["positions"])
+        saved = self.per_position * (sums["labelled"] - sums["positions"] - sums["measured"] / 3.0)
         whole = self.per_token * sums["tokens"] + self.per_position * sums["labelled"]
         return saved / whole if whole else 0.0
 
 
-def flops_per_token(*, backbone_parameters: int, num_layers: int, hidden_size: int, row_length: int) -> float:
-    """Forward and backward of the backbone per token: 6 per parameter, and causal attention 6 * layers * D * L."""
-    return 6.0 * backbone_parameters + 6.0 * num_layers * hidden_size * row_length
+def attention_spans(config: Any, row_length: int) -> list[float] | None:
+    """Mean number of tokens that a token of a full row looks at, per layer of the text configuration.
+
+    Half the row under causal attention; fewer in layers with a sliding window; None where a layer is something else.
+    The bounds of documents are not known here, and attention with a mask computes over them anyway.
+    """
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if kinds is None:
+        kinds = ["sliding_attention" if window else "full_attention"] * config.num_hidden_layers
+    local = min(window or row_length, row_length)
+    spans = {"sliding_attention": local * (1.0 - local / (2.0 * row_length)), "full_attention": row_length / 2.0}
+    return [spans[kind] for kind in kinds] if set(kinds) <= set(spans) else None
+
+
+def head_width(config: Any) -> int:
+    """Dimensions of one attention head; many architectures set it apart from hidden_size / num_attention_heads."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def flops_per_token(*, backbone_parameters: int, attention_spans: Sequence[float], attention_width: int) -> float:
+    """Forward and backward of the backbone per token: 6 per parameter, and 12 * width per token that is looked at."""
+    return 6.0 * backbone_parameters + 12.0 * attention_width * sum(attention_spans)
 
 
 def head_flops_per_position(*, hidden_size: int, vocab_size: int) -> float:
@@ -93,7 +120,20 @@ class Meter:
         self._losses: list[Tensor] = []
         self._step_loss = torch.zeros((), dtype=torch.float64, device=self._device)
         self.digests: list[str] = []
-        self.started = time.monotonic()
+        self._started = time.monotonic()
+
+    def seconds(self) -> float:
+        """Time of training since the line began: what was spent inside `paused` is not in it."""
+        return time.monotonic() - self._started
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the time inside: evaluations and saves are no work of the steps beside them."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._started += time.monotonic() - began
 
     def add(self, loss: Tensor, sums: Tensor, num_tokens: int) -> None:
         """Count one micro-batch: its share of the step's loss, its sums [S], its real tokens. No host sync."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from potstill.common.causal_lm import backbone, soft_cap_and_scale
 from potstill.common.errors import UserError
 from potstill.common.packed import as_lines
 from potstill.kernels.loss import linear_sparse_loss, self_check, token_statistics
@@ -67,6 +68,11 @@ class DistillationHead(nn.Module):
         self.soft_cap = soft_cap
         self.logit_scale = logit_scale
 
+    def finish(self, raw: Tensor) -> Tensor:
+        """Scale and cap of the loss on the raw logits [..., V]."""
+        logits = self.logit_scale * raw
+        return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
+
     def forward(self, hidden: Tensor, request: LossRequest | None = None) -> Any:
         """Logits [..., V] without a request (unscaled, uncapped: the model does that), else (loss, sums)."""
         if request is None:
@@ -93,7 +99,9 @@ class DistillationHead(nn.Module):
             detached = {name: None if value is None else value.detach() for name, value in tensors.items()}
             self_check(**detached, targets=targets, **options)
         loss, sums = linear_sparse_loss(**tensors, targets=targets, **options)
-        figures = [sums.stack().float(), selection_figures(micro, token_weights, kd_weights)]
+        measured = hidden.shape[0] if objective.tokens is not None and objective.tokens.uses_student else 0
+        selection = selection_figures(micro, token_weights, kd_weights, measured=measured)
+        figures = [sums.stack().float(), selection]
         if request.calibrate:
             figures.append(
                 calibration_bins(
@@ -144,14 +152,16 @@ def check_num_active(num_active: int | None, token_weights: Tensor) -> None:
         )
 
 
-def selection_figures(micro: MicroBatch, token_weights: Tensor, kd_weights: Tensor | None) -> Tensor:
-    """[4]: labelled positions, those with weight > 0, those whose KD counts, sum of squared weights."""
+def selection_figures(micro: MicroBatch, token_weights: Tensor, kd_weights: Tensor | None, *, measured: int) -> Tensor:
+    """[5] float32, see SELECTION_NAMES; `measured`: positions that went through the head for the choice itself."""
     labelled = (micro.labels != IGNORE_LABEL).sum()
     kd = token_weights if kd_weights is None else token_weights * kd_weights
-    return torch.stack([labelled, (token_weights > 0).sum(), (kd > 0).sum(), token_weights.square().sum()]).float()
+    figures = [labelled, (token_weights > 0).sum(), (kd > 0).sum(), token_weights.square().sum()]
+    return torch.stack([*(figure.float() for figure in figures), token_weights.new_tensor(float(measured)).float()])
 
 
-SELECTION_NAMES = ("labelled", "positions", "kd_positions", "squared_weight")
+# Labelled positions, those with weight > 0, those whose KD counts, sum of squared weights, those measured to choose.
+SELECTION_NAMES = ("labelled", "positions", "kd_positions", "squared_weight", "measured")
 SUM_NAMES = (*LossSums.names(), *SELECTION_NAMES)
 
 
@@ -162,11 +172,12 @@ class StudentModel(nn.Module):
 
     def __init__(self, hf: Any) -> None:
         super().__init__()
-        config = hf.config.get_text_config()
-        soft_cap = getattr(config, "final_logit_softcapping", None)
-        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
-            getattr(config, "logits_scaling", None) or 1.0
-        )
+        if not isinstance(getattr(hf, "lm_head", None), nn.Linear) or backbone(hf) is hf:
+            raise UserError(
+                f"model.config: {type(hf).__name__} is not a backbone and a linear layer named lm_head, which the loss "
+                "takes the place of; use another architecture (llama, qwen3, gemma2, mixtral, ... are)"
+            )
+        soft_cap, scale = soft_cap_and_scale(hf.config.get_text_config())
         hf.lm_head = DistillationHead(hf.lm_head, soft_cap=soft_cap, logit_scale=scale)
         self.hf = hf
 
@@ -178,21 +189,32 @@ class StudentModel(nn.Module):
         *,
         self_check: bool = False,
         calibrate: bool = False,
+        probe: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """loss = (sum over positions of weight * loss) / normalizer, differentiable; sums are detached.
 
         `self_check` first compares the loss path with float64 on this batch and raises SelfCheckError on a mismatch.
-        `calibrate` appends the calibration bins to the sums.
+        `calibrate` appends the calibration bins to the sums. `probe` returns, in place of the two, the logits that the
+        loss works on and those of the Hugging Face model (model_checks.py); it stands here because ZeRO-3 gathers
+        weights only inside the wrapped forward.
         """
+        if probe:
+            return self.both_logits(micro)
         hidden = self.hidden_states(micro)
         request = LossRequest(micro, objective, normalizer, self_check=self_check, calibrate=calibrate)
         loss, sums = self.hf.lm_head(hidden, request)
         return loss, sums
 
+    def both_logits(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Logits [N, V] of a micro-batch of full rows: as the loss computes them, and as the Hugging Face model."""
+        ours = self.hf.lm_head.finish(self.hf.lm_head(self.hidden_states(micro)))
+        out = self.hf(input_ids=micro.input_ids, position_ids=micro.position_ids, use_cache=False)
+        return ours, out.logits.flatten(0, 1)
+
     def hidden_states(self, micro: MicroBatch) -> Tensor:
         """Hidden states before the head [N, D] of the real tokens."""
         input_ids, position_ids = as_lines(self.hf.config, micro.input_ids, micro.position_ids)
-        out = self.hf.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        out = backbone(self.hf)(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         hidden: Tensor = out.last_hidden_state.flatten(0, 1)  # [B * L, D]
         return hidden if micro.token_index is None else hidden[micro.token_index]
 
@@ -242,16 +264,20 @@ def build_student(model: ModelConfig, config: Any, *, seed: int) -> StudentModel
 
     torch.manual_seed(seed)
     options = {"attn_implementation": model.attention, "dtype": torch.float32}
-    if model.path is not None:
-        hf = AutoModelForCausalLM.from_pretrained(model.path, config=config, local_files_only=True, **options)
-    else:
-        hf = AutoModelForCausalLM.from_config(config, **options)
+    try:
+        if model.path is not None:
+            hf = AutoModelForCausalLM.from_pretrained(model.path, config=config, local_files_only=True, **options)
+        else:
+            hf = AutoModelForCausalLM.from_config(config, **options)
+    except (ValueError, ImportError) as error:  # an attention that the architecture or this machine lacks
+        raise UserError(f"the student cannot be built with model.attention {model.attention}: {error}") from error
+    if model.path is None:
         draw_weights(hf, seed=seed)
         check_initial_std(hf, config.get_text_config())
     if model.gradient_checkpointing:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if model.compile:
-        hf.base_model.compile()
+        backbone(hf).compile()
     return StudentModel(hf)
 
 

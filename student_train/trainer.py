@@ -36,12 +36,15 @@ from potstill.student_train.metrics import (
     Meter,
     MetricsLog,
     ModelCost,
+    attention_spans,
     cut_metrics,
     flops_per_token,
     head_flops_per_position,
+    head_width,
     read_metrics,
 )
 from potstill.student_train.model import StudentModel, active_parameters, build_student, count_parameters, hf_config
+from potstill.student_train.model_checks import check_model
 from potstill.student_train.run_folder import DONE_FILE, pinned_values, prepare_run_folder, write_done, write_start
 from potstill.student_train.stop import StopRequest
 from potstill.student_train.stores import Stores, build_plan, check_objectives, open_stores
@@ -49,6 +52,7 @@ from potstill.student_train.trackers import check_trackers
 from potstill.student_train.universal import convert, needs_conversion, universal_folder
 
 log = logging.getLogger(__name__)
+EVAL_PLACE = ("kind", "step", "tokens", "runtime_seconds")  # where a line of held-out figures stands in the run
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,19 @@ def check_continuable(checkpoint: Checkpoint, config: TrainConfig, plan: Curricu
         )
 
 
+def build_model(
+    config: TrainConfig, topology: Topology, stores: Stores, student_config: Any, ds_config: dict[str, Any]
+) -> tuple[StudentModel, Any]:
+    """The student and the engine around it, looked at before anything trains (run.self_check). Raises UserError."""
+    with zero3_construction(ds_config):
+        student = build_student(config.model, student_config, seed=config.run.seed)
+        engine = build_engine(student, config, ds_config, topology)
+    if config.run.self_check:
+        spec, rows = stores.tokens.spec, config.data.micro_batch_rows
+        check_model(engine, student, micro_batch_rows=rows, row_length=spec.row_length, vocab_size=spec.vocab_size)
+    return student, engine
+
+
 @contextmanager
 def open_run(
     config: TrainConfig,
@@ -156,9 +173,7 @@ def open_run(
     if checkpoint is not None:
         check_continuable(checkpoint, config, plan)
     on_main(topology, start_run_folder, config, student_config, ds_config, plan)
-    with zero3_construction(ds_config):
-        student = build_student(config.model, student_config, seed=config.run.seed)
-        engine = build_engine(student, config, ds_config, topology)
+    student, engine = build_model(config, topology, stores, student_config, ds_config)
     loader = Loader(
         plan,
         stores.tokens,
@@ -272,16 +287,14 @@ def model_cost(student: StudentModel, student_config: Any, row_length: int, topo
     vocab, width = student.hf.lm_head.out_features, student.hf.lm_head.in_features
     tables = 1 if text.tie_word_embeddings else 2
     name = torch.cuda.get_device_name(topology.device) if topology.device.type == "cuda" else "cpu"
-    active = active_parameters(student, text)
+    active, spans = active_parameters(student, text), attention_spans(text, row_length)
+    per_token = None
+    if active is not None and spans is not None:
+        backbone = active - tables * vocab * width
+        heads = text.num_attention_heads * head_width(text)
+        per_token = flops_per_token(backbone_parameters=backbone, attention_spans=spans, attention_width=heads)
     return ModelCost(
-        per_token=None
-        if active is None
-        else flops_per_token(
-            backbone_parameters=active - tables * vocab * width,
-            num_layers=text.num_hidden_layers,
-            hidden_size=width,
-            row_length=row_length,
-        ),
+        per_token=per_token,
         per_position=head_flops_per_position(hidden_size=width, vocab_size=vocab),
         peak=PEAK_FLOPS.get(name),
     )
@@ -300,5 +313,5 @@ def summarise(run: Run, status: str, *, seconds: float) -> TrainSummary:
         num_parameters=run.checkpoint_extra["num_parameters"],
         seconds=seconds,
         last=last.get("train", {}),
-        heldout={k: v for k, v in last.get("eval", {}).items() if k not in ("kind", "step", "tokens")},
+        heldout={name: value for name, value in last.get("eval", {}).items() if name not in EVAL_PLACE},
     )

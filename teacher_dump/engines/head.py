@@ -9,20 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from potstill.common.causal_lm import backbone, soft_cap_and_scale
 from potstill.common.errors import UserError
 from potstill.common.packed import as_lines
 from potstill.teacher_dump.engines.base import Head
 
 log = logging.getLogger(__name__)
-
-# Configuration keys by which architectures scale their logits, and how the factor is read from the value.
-LOGIT_SCALES = {
-    "logit_scale": lambda value: float(value),  # Cohere
-    "logits_scaling": lambda value: 1.0 / float(value),  # Granite, MiniCPM
-    "lm_head_multiplier": lambda value: float(value),  # Falcon-H1
-    "output_multiplier": lambda value: float(value),
-}
-SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap")
 
 _PROBE_TOKENS = 12
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
@@ -33,12 +25,7 @@ def read_head(model: Any) -> Head | None:
     layer = model.get_output_embeddings()
     if not isinstance(layer, torch.nn.Linear) or not layer.weight.is_floating_point():
         return None
-    config = model.config.get_text_config()
-    cap = next((float(v) for key in SOFT_CAPS if (v := getattr(config, key, None))), None)
-    scale = 1.0
-    for key, factor in LOGIT_SCALES.items():
-        if getattr(config, key, None) is not None:
-            scale *= factor(getattr(config, key))
+    cap, scale = soft_cap_and_scale(model.config.get_text_config())
     bias = None if layer.bias is None else layer.bias.detach()
     return Head(weight=layer.weight.detach(), bias=bias, soft_cap=cap, logit_scale=scale)
 
@@ -49,12 +36,6 @@ def apply_head(hidden: Tensor, head: Head) -> Tensor:
     if head.soft_cap is not None:
         logits = torch.tanh(logits / head.soft_cap) * head.soft_cap
     return logits
-
-
-def backbone(model: Any) -> Any:
-    """The part of a causal language model before its head."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    return decoder if decoder is not None and decoder is not model else model.base_model
 
 
 def probe_ids(vocab_size: int, device: torch.device) -> Tensor:

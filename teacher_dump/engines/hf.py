@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
+from potstill.common.causal_lm import backbone
 from potstill.common.errors import UserError
 from potstill.common.packed import as_lines
 from potstill.teacher_dump.batches import TeacherBatch
 from potstill.teacher_dump.config import TeacherConfig
 from potstill.teacher_dump.engines.base import Head, TeacherOutput
-from potstill.teacher_dump.engines.head import backbone, choose_head, packing_agrees, tolerance
+from potstill.teacher_dump.engines.head import choose_head, packing_agrees, tolerance
 from potstill.teacher_dump.identity import computing_dtype, load_config
 from potstill.teacher_dump.placing import local_device_index
 

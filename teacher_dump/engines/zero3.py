@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from potstill.common.causal_lm import backbone
 from potstill.common.errors import UserError
 from potstill.common.packed import as_lines
 from potstill.teacher_dump.batches import TeacherBatch
@@ -20,7 +21,6 @@ from potstill.teacher_dump.config import TeacherConfig
 from potstill.teacher_dump.engines.base import Head, TeacherOutput
 from potstill.teacher_dump.engines.head import (
     apply_head,
-    backbone,
     packing_agrees,
     probe_ids,
     read_head,

@@ -68,6 +68,55 @@ def test_a_temperature_of_the_teacher_alone(stores, start_weights, temperature: 
     assert distance(workers.plain_gradients(other), exact) > 0.1, "the test could not see the side"
 
 
+# Weights that only the forward pass knows: the student's own figures choose, inside the head that ZeRO-3 has cut.
+BY_STUDENT = {"policy": "paced", "source": "student", "floor": 0.2}
+KD_ONLY = {"policy": "skip_low_entropy", "source": "teacher", "share": 0.5, "applies_to": "kd"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "tokens"),
+    [
+        (3, BY_STUDENT),
+        pytest.param(1, BY_STUDENT, marks=pytest.mark.slow),
+        pytest.param(2, KD_ONLY, marks=pytest.mark.slow),
+        pytest.param(3, KD_ONLY, marks=pytest.mark.slow),
+    ],
+)
+def test_soft_weights_and_kd_weights(stores, start_weights, stage: int, tokens: dict[str, Any]) -> None:
+    curriculum = [{"targets": "teacher", "tokens": tokens}]
+    data = {"global_batch_rows": 6, "micro_batch_rows": 1}
+    check(tree_of(stores, start_weights, zero_stage=stage, data=data, curriculum=curriculum), tolerance=1e-5)
+
+
+@pytest.fixture(scope="module")
+def untied_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(12)
+    values = {**tiny.STUDENT, "tie_word_embeddings": False, "initializer_range": 0.1, "vocab_size": tiny.VOCAB}
+    folder = tmp_path_factory.mktemp("untied") / "llama"
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_head_of_its_own(stores, untied_weights, stage: int) -> None:
+    data = {"global_batch_rows": 6, "micro_batch_rows": 1}
+    check(tree_of(stores, untied_weights, zero_stage=stage, data=data), tolerance=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_gradients_with_the_optimizer_in_host_memory(stores, start_weights, stage: int, dtype: str) -> None:
+    data = {"global_batch_rows": 6, "micro_batch_rows": 1}
+    passed = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    tree = tree_of(stores, start_weights, zero_stage=stage, data=data, deepspeed=passed, model={"dtype": dtype})
+    check(tree, tolerance=1e-5 if dtype == "float32" else 3e-2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("micro_batch_rows", [1, 3])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from potstill.common.errors import UserError
 from potstill.student_train.chart import chart, tick_label, ticks, value_range
 from potstill.student_train.metrics import read_metrics
-from potstill.student_train.report import write_report
+from potstill.student_train.report import labels_of, write_report
 from tests.dist_harness import run_ranks
 from tests.student_train import tiny, workers
 
@@ -106,3 +107,32 @@ def test_tensorboard_gets_the_figures(runs: list[Path]) -> None:
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no run folder"):
         write_report([tmp_path], tmp_path / "report.html")
+
+
+def test_a_line_breaks_where_nothing_was_measured() -> None:
+    nan = float("nan")
+    svg = chart("x", [("a", [(0.0, 1.0), (1.0, 2.0), (2.0, nan), (3.0, 2.0), (4.0, nan), (5.0, 1.0), (6.0, 3.0)])])
+    assert svg.count("<polyline") == 2 and svg.count("<circle") == 1 and "nan" not in svg
+    assert chart("x", [("a", [(0.0, nan)])]) == ""
+    assert chart("x", [("a", [(0.0, nan)]), ("b", [(0.0, 1.0)])]).count("<circle") == 1
+
+
+def test_runs_that_have_not_begun_or_broke_down_are_in_the_page(runs: list[Path], tmp_path: Path) -> None:
+    for name in ("fresh", "broken"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text((runs[0] / "config.yaml").read_text())
+    with pytest.raises(UserError, match="fresh: no metrics yet"):
+        write_report([tmp_path / "fresh"], tmp_path / "none.html")
+    records = [record for record in read_metrics(runs[0]) if record["kind"] == "train"]
+    records[-1] |= {"loss": None, "ce": None, "grad_norm": None}
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (tmp_path / "broken" / "metrics.jsonl").write_text(lines + '{"kind": "train", "st')
+    page = write_report([tmp_path / "fresh", tmp_path / "broken", runs[1]], tmp_path / "report.html").read_text()
+    assert "not done (0 of 8 steps)" in page and "not done (8 of 8 steps)" in page
+    assert "<tr><td>last loss</td><td>-</td><td>-</td>" in page
+    assert "nan" not in page.lower().replace("tokens", "")
+
+
+def test_a_run_is_named_by_its_folder_also_from_inside(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(runs[0])
+    assert labels_of([Path("."), runs[1]]) == ["labels", "<distilled>"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import pickle
 import resource
 import tempfile
 from collections.abc import Callable
@@ -225,3 +226,55 @@ def train_with_a_disk_full(tree: dict[str, Any], step: int, other: str) -> str:
 
     _from_step(step - 1, fill)
     return _told(tree)
+
+
+def watched_run(tree: dict[str, Any]) -> bytes:
+    """Train alone, and keep what a metric line is made of: each step's weights, batches, loss settings and rows read.
+
+    `steps`: (state of the model before the step, its micro-batches, its objective); `read`: per store, the row ids that
+    the loader asked for; `head`: rows that went through the head's matrix product, per forward in training. Pickled, as
+    tensors would be handed over as shared memory of a process that has ended.
+    """
+    from potstill.kernels import products
+    from potstill.storage import StoreReader
+    from potstill.student_train import loop, trainer
+    from potstill.student_train.model import StudentModel
+
+    steps: list[Any] = []
+    read: dict[str, list[int]] = {}
+    head: list[int] = []
+    agree, rows, logits, forward = loop.agree, StoreReader.rows, products.logits, StudentModel.forward
+    make_loader, is_training = trainer.Loader, [False]
+
+    def watch_agree(run: Any, micros: Any) -> Any:
+        state = {name: value.detach().clone() for name, value in run.engine.module.state_dict().items()}
+        steps.append((state, micros, run.plan.objective(run.loop["step"])))
+        return agree(run, micros)
+
+    def watch_rows(self: Any, ids: Any) -> Any:
+        read.setdefault(self.url.rsplit("/", 1)[-1], []).extend(int(i) for i in ids)
+        return rows(self, ids)
+
+    def watch_loader(*args: Any, **options: Any) -> Any:
+        StoreReader.rows = watch_rows
+        return make_loader(*args, **options)
+
+    def watch_forward(self: Any, *args: Any, **options: Any) -> Any:
+        is_training[0] = self.training
+        if self.training:
+            head.append(0)
+        return forward(self, *args, **options)
+
+    def watch_logits(hidden: torch.Tensor, *args: Any, **options: Any) -> Any:
+        if is_training[0] and head:
+            head[-1] += hidden.shape[0]
+        return logits(hidden, *args, **options)
+
+    loop.agree, trainer.Loader, products.logits, StudentModel.forward = (
+        watch_agree,
+        watch_loader,
+        watch_logits,
+        watch_forward,
+    )
+    trainer.train(config_of(tree))
+    return pickle.dumps({"steps": steps, "read": read, "head": head})
