@@ -106,6 +106,12 @@ class ModelConfig(StrictModel):
         default=None, gt=0, le=1, description="Initial weight std; null takes initializer_range"
     )
     compile: bool = Field(default=False, description="torch.compile the backbone")
+    router_aux_loss: float | None = Field(
+        default=None,
+        ge=0,
+        description="Mixture of experts: weight of its load balancing loss; null takes the model's "
+        "router_aux_loss_coef, 0 switches it off",
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:

@@ -6,7 +6,6 @@ it. The head takes the place of `lm_head`, keeps its parameter names, and withou
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,9 +24,9 @@ from potstill.student_train.batch import MicroBatch
 from potstill.student_train.calibration import calibration_bins
 from potstill.student_train.config import ModelConfig
 from potstill.student_train.objective import StepObjective
+from potstill.student_train.router import RouterBalance, expert_counts, router_balance
 from potstill.student_train.tokens import TOKEN_POLICIES, choose
 
-log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -151,7 +150,8 @@ def selection_figures(micro: MicroBatch, token_weights: Tensor, kd_weights: Tens
 
 
 SELECTION_NAMES = ("labelled", "positions", "kd_positions", "squared_weight")
-SUM_NAMES = (*LossSums.names(), *SELECTION_NAMES)
+ROUTER_NAMES = ("router_aux", "router_batches")  # load balancing loss, and the micro-batches that had one
+SUM_NAMES = (*ROUTER_NAMES, *LossSums.names(), *SELECTION_NAMES)
 
 
 class StudentModel(nn.Module):
@@ -159,8 +159,9 @@ class StudentModel(nn.Module):
 
     hf: Any
 
-    def __init__(self, hf: Any) -> None:
+    def __init__(self, hf: Any, *, balance: RouterBalance | None = None) -> None:
         super().__init__()
+        self.balance = balance
         config = hf.config.get_text_config()
         soft_cap = getattr(config, "final_logit_softcapping", None)
         scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
@@ -175,25 +176,40 @@ class StudentModel(nn.Module):
         objective: StepObjective,
         normalizer: Tensor,
         *,
+        num_micro_batches: int | None = None,
         self_check: bool = False,
         calibrate: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """loss = (sum over positions of weight * loss) / normalizer, differentiable; sums are detached.
 
+        `num_micro_batches` is how many micro-batches this rank adds up to a step; a mixture of experts then adds its
+        share of the load balancing loss (see router.py for the weight). None leaves it out, as evaluation does.
         `self_check` first compares the loss path with float64 on this batch and raises SelfCheckError on a mismatch.
         `calibrate` appends the calibration bins to the sums.
         """
-        hidden = self.hidden_states(micro)
+        balance = None if num_micro_batches is None else self.balance
+        hidden, router_logits = self._backbone(micro, with_routers=balance is not None)
         request = LossRequest(micro, objective, normalizer, self_check=self_check, calibrate=calibrate)
         loss, sums = self.hf.lm_head(hidden, request)
-        return loss, sums
+        figures = sums.new_zeros(len(ROUTER_NAMES))
+        if balance is not None and num_micro_batches is not None:
+            aux = balance.loss(router_logits, micro.token_index)
+            loss = loss + balance.coefficient / num_micro_batches * aux
+            figures = torch.stack([aux.detach(), torch.ones_like(aux)]).to(sums.dtype)
+        return loss, torch.cat([figures, sums])
 
     def hidden_states(self, micro: MicroBatch) -> Tensor:
         """Hidden states before the head [N, D] of the real tokens."""
+        return self._backbone(micro, with_routers=False)[0]
+
+    def _backbone(self, micro: MicroBatch, *, with_routers: bool) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """Hidden states [N, D] of the real tokens, and the router logits of each layer [B * L, experts] if wanted."""
         input_ids, position_ids = as_lines(self.hf.config, micro.input_ids, micro.position_ids)
-        out = self.hf.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        wanted = {"output_router_logits": True} if with_routers else {}
+        out = self.hf.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **wanted)
         hidden: Tensor = out.last_hidden_state.flatten(0, 1)  # [B * L, D]
-        return hidden if micro.token_index is None else hidden[micro.token_index]
+        hidden = hidden if micro.token_index is None else hidden[micro.token_index]
+        return hidden, out.router_logits if with_routers else None
 
 
 def hf_config(model: ModelConfig, *, vocab_size: int) -> Any:
@@ -220,11 +236,7 @@ def hf_config(model: ModelConfig, *, vocab_size: int) -> Any:
             f"the student's vocab_size is {found}, but the tokens store holds ids below {vocab_size}; "
             f"set vocab_size to {vocab_size} or more, or prepare the text with the student's tokenizer"
         )
-    if getattr(config.get_text_config(), "router_aux_loss_coef", None):
-        log.warning(
-            "%s is a mixture of experts: its load balancing loss (router_aux_loss_coef) is not part of this loss",
-            config.model_type,
-        )
+    router_balance(model.router_aux_loss, config)  # refuses or warns now, before the model is built
     if model.init_std is not None:
         config.initializer_range = model.init_std
     config.use_cache = False
@@ -251,7 +263,7 @@ def build_student(model: ModelConfig, config: Any, *, seed: int) -> StudentModel
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if model.compile:
         hf.base_model.compile()
-    return StudentModel(hf)
+    return StudentModel(hf, balance=router_balance(model.router_aux_loss, config))
 
 
 @contextmanager
@@ -314,9 +326,8 @@ def active_parameters(module: nn.Module, config: Any) -> int | None:
     )
     if not experts:
         return count_parameters(module)
-    chosen = getattr(config, "num_experts_per_tok", None)
-    names = ("num_local_experts", "num_experts", "n_routed_experts")
-    available = next((getattr(config, name) for name in names if getattr(config, name, None)), None)
-    if not chosen or not available:
+    counts = expert_counts(config)
+    if counts is None:
         return None
-    return count_parameters(module) - experts + experts * int(chosen) // int(available)
+    available, chosen = counts
+    return count_parameters(module) - experts + experts * chosen // available

@@ -49,7 +49,7 @@ def engine_gradients(tree: dict[str, Any], step: int = 0) -> dict[str, np.ndarra
     weight = torch.tensor(sum(micro.weight_sum for micro in micros), dtype=torch.float64)
     dist.all_reduce_sum(weight)
     for number, micro in enumerate(micros):
-        loss, _ = engine(micro, objective, (weight / topology.world_size).float())
+        loss, _ = engine(micro, objective, (weight / topology.world_size).float(), num_micro_batches=len(micros))
         engine.backward(loss * 1.0, scale_wrt_gas=False)
         if number < len(micros) - 1:
             engine.step()
@@ -75,6 +75,39 @@ def plain_gradients(tree: dict[str, Any], step: int = 0, *, rows: slice = slice(
     weight = torch.tensor(sum(micro.weight_sum for micro in micros))
     for micro in micros[rows]:
         student(micro, objective, weight)[0].backward()
+    return {name: p.grad.float().numpy() for name, p in student.named_parameters() if p.grad is not None}
+
+
+def balanced_gradients(tree: dict[str, Any], step: int, *, coefficient: float) -> dict[str, np.ndarray]:
+    """Gradients in float64, on one process, of the loss without load balancing + coefficient * mean of it by hand.
+
+    Every row is a micro-batch. The load balancing loss is the formula of the paper, read off the routers' outputs.
+    """
+    config = config_of(tree)
+    stores = open_stores(config)
+    student_config = hf_config(config.model, vocab_size=48)
+    student = build_student(config.model, student_config, seed=config.run.seed).double()
+    student.hf.set_experts_implementation("eager")  # the grouped product has no float64
+    routers: list[torch.Tensor] = []
+    for module in student.modules():
+        if type(module).__name__.endswith("TopKRouter"):
+            module.register_forward_hook(lambda module, inputs, output: routers.append(output[0]))
+    plan = build_plan(config, stores)
+    with Loader(plan, stores.tokens, dict(stores.joined)) as loader:
+        batch = next(batch for batch in loader if batch.batch == step)
+    objective = plan.objective(step)
+    micros = collate(batch, objective, micro_batch_rows=1, row_length=32)
+    weight = torch.tensor(sum(micro.weight_sum for micro in micros))
+    for micro in micros:
+        routers.clear()
+        loss, _ = student(micro, objective, weight)
+        num_real = micro.labels.shape[0]  # a row's padding stands behind its real tokens
+        probabilities = torch.cat([logits[:num_real].softmax(-1) for logits in routers])  # [layers * N, experts]
+        num_experts = probabilities.shape[1]
+        chosen = probabilities.topk(student_config.num_experts_per_tok).indices
+        share = torch.stack([(chosen == expert).sum() for expert in range(num_experts)]) / len(probabilities)
+        aux = num_experts * (share.double() * probabilities.mean(0)).sum()
+        (loss + coefficient * aux / len(micros)).backward()
     return {name: p.grad.float().numpy() for name, p in student.named_parameters() if p.grad is not None}
 
 
