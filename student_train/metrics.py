@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import logging
 import math
@@ -136,6 +137,14 @@ def loss_figures(sums: dict[str, float]) -> dict[str, float | None]:
     }
 
 
+def check_trackers(options: LoggingConfig) -> None:
+    """Refuse a tracker whose package is missing, before anything is built. Raises UserError."""
+    if options.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("logging.tensorboard needs the extra: pip install 'potstill[tracking]'")
+    if options.wandb != "off" and importlib.util.find_spec("wandb") is None:
+        raise UserError("logging.wandb needs the package wandb: pip install wandb")
+
+
 class Tracker(Protocol):
     """A place that figures go to besides the JSON lines."""
 
@@ -159,10 +168,8 @@ class TensorBoardTracker:
     """TensorBoard events in `<run>/tensorboard`."""
 
     def __init__(self, run: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise UserError("logging.tensorboard needs the extra: pip install 'potstill[tracking]'") from error
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer = SummaryWriter(str(run / "tensorboard"))
 
     def log(self, record: dict[str, Any]) -> None:
@@ -177,10 +184,8 @@ class WandbTracker:
     """Weights & Biases; `offline` writes to `<run>/wandb` and sends nothing."""
 
     def __init__(self, run: Path, *, mode: str, name: str) -> None:
-        try:
-            import wandb  # type: ignore[import-not-found,unused-ignore]
-        except ImportError as error:
-            raise UserError("logging.wandb needs the package wandb: pip install wandb") from error
+        import wandb  # type: ignore[import-not-found,unused-ignore]
+
         # One id per folder: a resumed run goes on in the same place, and two folders never meet.
         key = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
         self._run = wandb.init(project="potstill", name=name, dir=str(run), mode=mode, id=key, resume="allow")
@@ -252,7 +257,8 @@ def cut_metrics(run: Path, step: int) -> None:
     if dropped:
         with open(run / "metrics.discarded.jsonl", "a", encoding="utf-8") as file:
             file.writelines(json.dumps(record) + "\n" for record in dropped)
-    if records:
+    # Also when no line is whole: the next one would be written behind the half of the killed run.
+    if (run / METRICS_FILE).exists():
         part = run / f".{METRICS_FILE}.part"
         part.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         part.replace(run / METRICS_FILE)

@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from potstill.common.errors import UserError
 from potstill.common.packed import as_lines
 from potstill.kernels.loss import linear_sparse_loss, self_check, token_statistics
 from potstill.kernels.types import IGNORE_LABEL, LossSums
@@ -210,37 +208,6 @@ class StudentModel(nn.Module):
         hidden: Tensor = out.last_hidden_state.flatten(0, 1)  # [B * L, D]
         hidden = hidden if micro.token_index is None else hidden[micro.token_index]
         return hidden, out.router_logits if with_routers else None
-
-
-def hf_config(model: ModelConfig, *, vocab_size: int) -> Any:
-    """The student's Hugging Face configuration. Raises UserError when it does not fit the store's vocabulary."""
-    from transformers import AutoConfig
-
-    if isinstance(model.config, dict):
-        values = {"vocab_size": vocab_size, **model.config}
-        kind = values.pop("model_type", None)
-        if kind is None:
-            raise UserError("model.config needs model_type (e.g. llama); it names the transformers architecture")
-        try:
-            config = AutoConfig.for_model(kind, **values)
-        except ValueError as error:
-            raise UserError(f"model.config.model_type {kind!r}: transformers does not know it ({error})") from error
-    else:
-        folder = model.path if model.path is not None else Path(str(model.config))
-        if not folder.exists():
-            raise UserError(f"{'model.path' if model.path else 'model.config'} {folder} does not exist")
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    found = config.get_text_config().vocab_size
-    if found < vocab_size:
-        raise UserError(
-            f"the student's vocab_size is {found}, but the tokens store holds ids below {vocab_size}; "
-            f"set vocab_size to {vocab_size} or more, or prepare the text with the student's tokenizer"
-        )
-    router_balance(model.router_aux_loss, config)  # refuses or warns now, before the model is built
-    if model.init_std is not None:
-        config.initializer_range = model.init_std
-    config.use_cache = False
-    return config
 
 
 def build_student(model: ModelConfig, config: Any, *, seed: int) -> StudentModel:

@@ -15,9 +15,10 @@ from potstill.storage import LoadedBatch, StoreReader
 from potstill.student_train.batch import MicroBatch, collate
 from potstill.student_train.config import Objective, Stage
 from potstill.student_train.metrics import loss_figures, read_metrics
-from potstill.student_train.model import SUM_NAMES, StudentModel, build_student, hf_config
+from potstill.student_train.model import SUM_NAMES, StudentModel, build_student
 from potstill.student_train.objective import StepObjective, step_objective
 from potstill.student_train.stores import build_plan, open_stores
+from potstill.student_train.student_config import hf_config
 from tests.dist_harness import run_ranks
 from tests.student_train import tiny, workers
 from tests.student_train.test_gradients import distance

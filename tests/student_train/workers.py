@@ -11,8 +11,9 @@ from potstill.common.config import build_config
 from potstill.storage import Loader
 from potstill.student_train.batch import collate
 from potstill.student_train.config import TrainConfig
-from potstill.student_train.model import build_student, hf_config
+from potstill.student_train.model import build_student
 from potstill.student_train.stores import build_plan, open_stores
+from potstill.student_train.student_config import hf_config
 
 
 def config_of(tree: dict[str, Any]) -> TrainConfig:
@@ -26,6 +27,23 @@ def train_run(tree: dict[str, Any]) -> dict[str, Any]:
 
     summary = train(config_of(tree))
     return {"status": summary.status, "steps": summary.steps, "tokens": summary.tokens}
+
+
+def changes_of(tree: dict[str, Any]) -> list[str]:
+    """What a start with this configuration would log as changed in its run folder."""
+    import logging
+
+    from potstill.student_train.run_folder import log, report_changes
+
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    log.addHandler(handler)
+    try:
+        report_changes(config_of(tree))
+    finally:
+        log.removeHandler(handler)
+    return lines
 
 
 def engine_gradients(tree: dict[str, Any], step: int = 0) -> dict[str, np.ndarray]:
