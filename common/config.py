@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
@@ -27,6 +27,15 @@ class StrictModel(BaseModel):
 def _place(value: object) -> object:
     return Path(value) if isinstance(value, str) and "://" not in value else value
 
+
+def _local(value: object) -> object:
+    if isinstance(value, str) and "://" in value:
+        raise ValueError(f"{value} is a URL; this must be a local path, only stores may be URLs")
+    return value
+
+
+# A path of this machine: a URL would otherwise become a folder of that name.
+LocalPath = Annotated[Path, BeforeValidator(_local)]
 
 # A folder, or a URL (s3://, gs://, az://), which stays text because a Path would eat one of its two slashes.
 StorePlace = Annotated[Path | str, BeforeValidator(_place)]
@@ -152,21 +161,67 @@ def _explain(
     source: str,
     line_of: Mapping[tuple[int | str, ...], int],
 ) -> str:
-    lines = []
+    found: dict[tuple[int | str, ...], list[Any]] = {}
     for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"]) or "(whole)"
-        if problem["loc"] in line_of:
-            key = f"line {line_of[problem['loc']]}: {key}"
-        if problem["type"] == "extra_forbidden":
-            known = _fields_at(model, problem["loc"][:-1])
-            near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-            lines.append(f"  {key}: unknown key; {hint}")
-        elif problem["type"] == "missing":
-            lines.append(f"  {key}: this key is needed and missing")
-        else:
-            lines.append(f"  {key}: {problem['msg']} (found {problem.get('input')!r})")
+        found.setdefault(_key_of(model, problem), []).append(problem)
+    lines = []
+    for place, problems in found.items():
+        deeper = any(len(other) > len(place) and other[: len(place)] == place for other in found)
+        if deeper and all(problem["type"] in _LOST_BESIDE_DEEPER for problem in problems):
+            continue  # the other form of the key does not fit either, or a list counts its bad items out
+        key = ".".join(str(part) for part in place)
+        where = f"line {line_of[place]}: {key}" if place in line_of else key
+        words = " or: ".join(dict.fromkeys(_words(model, place, problem) for problem in problems))
+        lines.append(f"  {where}: {words}" if where else f"  {words}")
     return f"{source}: {len(lines)} problem(s) in the configuration\n" + "\n".join(lines)
+
+
+# A group of keys where a number or text may stand as well, and a list whose only items were refused.
+_LOST_BESIDE_DEEPER = ("too_short", "float_type", "int_type", "string_type", "path_type")
+
+
+def _key_of(model: type[BaseModel], problem: Any) -> tuple[int | str, ...]:
+    """Where a problem is, without the names that pydantic gives to the forms of a key (`constrained-int`, ...)."""
+    location = problem["loc"]
+    annotation: Any = model
+    kept: list[int | str] = []
+    for number, part in enumerate(location):
+        last = number == len(location) - 1
+        inner = _inside(annotation, part)
+        if inner is not None:
+            annotation = inner
+        elif not (last and problem["type"] in ("extra_forbidden", "missing")):
+            continue
+        kept.append(part)
+    return tuple(kept)
+
+
+def _inside(annotation: Any, part: int | str) -> Any | None:
+    """Annotation of `part` (a field, an item of a list, a key of a mapping) inside another; None if it is no such."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        field = annotation.model_fields.get(str(part))
+        return None if field is None else field.annotation
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin in (list, tuple):
+        return arguments[0] if isinstance(part, int) else None
+    if origin in (dict, Mapping):
+        return arguments[1]
+    if origin is Annotated:
+        return _inside(arguments[0], part)
+    forms = [form for form in arguments if get_origin(form) not in (dict, Mapping)]  # a mapping's form has any name
+    return next((inner for inner in (_inside(form, part) for form in forms) if inner is not None), None)
+
+
+def _words(model: type[BaseModel], place: tuple[int | str, ...], problem: Any) -> str:
+    if problem["type"] == "extra_forbidden":
+        known = _fields_at(model, place[:-1])
+        near = difflib.get_close_matches(str(place[-1]), known, n=1, cutoff=0.4)
+        return "unknown key; " + (f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}")
+    if problem["type"] == "missing":
+        return "this key is needed and missing"
+    if problem["type"] == "value_error":  # our own words, which say what was found; the input may be the whole tree
+        return str(problem["msg"]).removeprefix("Value error, ")
+    return f"{problem['msg']} (found {problem.get('input')!r})"
 
 
 def build_config(

@@ -54,10 +54,18 @@ class Checkpoint:
 
 def write_json_atomically(path: Path, value: Any) -> None:
     """Write JSON so that a reader sees the whole file or none, also after a crash. Raises OSError that names it."""
+    write_text_atomically(path, json.dumps(value, indent=1))
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write a file so that a reader sees all of it or the former one, also after a crash.
+
+    Raises OSError that names the file.
+    """
     part = path.with_name(f".{path.name}.part")
     try:
         with open(part, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1)
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -65,11 +73,16 @@ def write_json_atomically(path: Path, value: Any) -> None:
         # A full disk names no file by itself.
         raise OSError(error.errno, error.strerror, str(path)) from error
     os.replace(part, path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(handle)
     finally:
-        os.close(folder)
+        os.close(handle)
 
 
 def checkpoints_folder(run: Path) -> Path:
@@ -125,7 +138,8 @@ def choose_resume(options: CheckpointConfig, run: Path, topology: Topology) -> C
             elif options.resume == "auto":
                 answer = next(reversed(list_checkpoints(run)), None)
         except ResumeError as error:
-            answer = error
+            key = f"checkpoint.resume = {options.resume}: " if isinstance(options.resume, Path) else ""
+            answer = ResumeError(f"{key}{error}")
     answer = broadcast_object(answer)
     if isinstance(answer, ResumeError):
         raise answer
@@ -191,6 +205,7 @@ def commit_checkpoint(folder: Path, about: dict[str, Any]) -> int:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
     files = {str(path.relative_to(folder)): path.stat().st_size for path in paths}
+    sync_folder(folder.parent)  # retention may delete an older one right after
     write_json_atomically(folder / MANIFEST, {"version": MANIFEST_VERSION, "files": files, **about})
     return sum(files.values())
 
@@ -229,8 +244,15 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 def apply_retention(options: CheckpointConfig, run: Path) -> None:
-    """Keep the newest `keep_last` and every permanent one; rank 0 only."""
+    """Keep the newest `keep_last` and every permanent one; rank 0 only, right after a save.
+
+    What a killed save or deletion has left goes too: it can never be read, and would fill the disk kill by kill.
+    """
     permanent = options.permanent_every_steps
+    for folder in checkpoints_folder(run).glob("step_*"):
+        if not (folder / MANIFEST).exists():
+            log.info("deleting %s: its save or its deletion was cut short", folder)
+            remove_checkpoint(folder)
     for checkpoint in list_checkpoints(run)[: -options.keep_last]:
         if permanent is None or checkpoint.step % permanent:
             remove_checkpoint(checkpoint.folder)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from potstill.common.config import StorePlace, StrictModel
+from potstill.common.config import LocalPath, StorePlace, StrictModel
 from potstill.student_train.config_stages import (
     Cosine,
     Curve,
@@ -70,7 +70,7 @@ class RunConfig(StrictModel):
     """Where the run lives and how long it goes."""
 
     name: str = Field(default="run", description="Name in logs and reports", min_length=1)
-    output_dir: Path = Field(description="Run folder: metrics, checkpoints, resolved configuration")
+    output_dir: LocalPath = Field(description="Run folder: metrics, checkpoints, resolved configuration")
     seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of the initial weights and of the order of rows")
     max_steps: int | None = Field(default=None, ge=1, description="Optimizer steps; give this or max_tokens")
     max_tokens: int | None = Field(default=None, ge=1, description="Tokens to train on, rounded up to whole steps")
@@ -97,11 +97,11 @@ class RunConfig(StrictModel):
 class ModelConfig(StrictModel):
     """The student: a configuration with random weights, or a folder with weights."""
 
-    config: Path | dict[str, Any] | None = Field(
+    config: LocalPath | dict[str, Any] | None = Field(
         default=None,
         description="Hugging Face config folder or config.json, or an inline mapping with model_type; random init",
     )
-    path: Path | None = Field(default=None, description="Hugging Face folder with weights to start from")
+    path: LocalPath | None = Field(default=None, description="Hugging Face folder with weights to start from")
     dtype: Dtype = Field(
         default="float32", description="Weights and arithmetic; float32 master weights are kept under bfloat16"
     )
@@ -113,6 +113,12 @@ class ModelConfig(StrictModel):
         default=None, gt=0, le=1, description="Initial weight std; null takes initializer_range"
     )
     compile: bool = Field(default=False, description="torch.compile the backbone")
+    router_aux_loss: float | None = Field(
+        default=None,
+        ge=0,
+        description="Mixture of experts: weight of its load balancing loss; null takes the model's "
+        "router_aux_loss_coef, 0 switches it off",
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:
@@ -298,10 +304,11 @@ class TrainConfig(StrictModel):
     def _stages(self) -> TrainConfig:
         for number, stage in enumerate(self.curriculum):
             last = number == len(self.curriculum) - 1
-            if last and stage.until not in (None, 1.0):
+            # An int is a step: 1 would be the first step, though it looks like the whole run.
+            if last and stage.until is not None and not (isinstance(stage.until, float) and stage.until == 1.0):
                 raise ValueError(
-                    f"curriculum.{number}.until is {stage.until!r}: the last stage must reach the end (null or 1.0), "
-                    "else steps are left without a stage"
+                    f"curriculum.{number}.until is {stage.until!r}: the last stage must reach the end (null or 1.0; "
+                    "an int is a step), else steps are left without a stage"
                 )
             if not last and stage.until is None:
                 raise ValueError(f"curriculum.{number}.until is missing: only the last stage may go to the end")

@@ -59,7 +59,10 @@ def stage_spans(config: TrainConfig, total_steps: int) -> tuple[StageSpan, ...]:
                 f"of {total_steps}; stages must rise and hold at least one step (more run.max_steps, or another until)"
             )
         if end > total_steps:
-            raise UserError(f"curriculum.{index}.until = {end} lies after the last step {total_steps} of the run")
+            raise UserError(
+                f"curriculum.{index}.until = {end} lies after the last step {total_steps} of the run; lower it, give a "
+                "share of the run (0.5), or raise run.max_steps"
+            )
         spans.append(StageSpan(index, stage, first, end, stage.name or f"stage_{index}"))
         first = end
     return tuple(spans)

@@ -146,6 +146,21 @@ def deepspeed_config(config: TrainConfig, *, world_size: int, load_universal: bo
     }
 
 
+def check_deepspeed(ds_config: dict[str, Any]) -> None:
+    """Let DeepSpeed read its ZeRO options before a model exists. Raises ConfigError with the keys it refuses."""
+    from deepspeed.runtime.zero.config import get_zero_config
+    from pydantic import ValidationError
+
+    try:
+        get_zero_config(ds_config)
+    except ValidationError as error:
+        found = "; ".join(
+            f"deepspeed.zero_optimization.{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+            for problem in error.errors()
+        )
+        raise ConfigError(f"DeepSpeed refuses its options: {found}; mend or remove these keys") from error
+
+
 @contextmanager
 def zero3_construction(ds_config: dict[str, Any]) -> Iterator[None]:
     """While open, transformers builds models partitioned (ZeRO-3 only); the handle must stay alive meanwhile."""

@@ -80,7 +80,8 @@ def train_steps(run: Run, progress: Progress) -> str:
         run.lr = run.config.optimizer.lr * run.plan.lr_factor(batch.batch)
         set_learning_rate(run.engine, run.lr)
         for micro in micros:
-            loss, sums = run.engine(micro.to(run.topology.device), objective, normalizer, self_check=check_due(run))
+            options = {"num_micro_batches": len(micros), "self_check": check_due(run)}
+            loss, sums = run.engine(micro.to(run.topology.device), objective, normalizer, **options)
             # Times 1: DeepSpeed 0.19 divides by the accumulation after all when it gets the module's own output.
             run.engine.backward(loss * 1.0, scale_wrt_gas=False)
             run.plain_norm = plain_gradient_norm(run.engine)

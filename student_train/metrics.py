@@ -164,6 +164,7 @@ def loss_figures(sums: dict[str, float]) -> dict[str, float | None]:
         "ce": mean("ce", "label_weight"),
         "kd": mean("kd", "kd_weight"),
         "z": mean("z", "weight"),
+        "router_aux": mean("router_aux", "router_batches"),
         "kept_mass": mean("kept_mass", "target_weight"),
         "student_mass": mean("student_mass", "target_weight"),
         "agreement": mean("agreement", "target_weight"),

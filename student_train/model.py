@@ -6,11 +6,9 @@ it. The head takes the place of `lm_head`, keeps its parameter names, and withou
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,9 +24,9 @@ from potstill.student_train.batch import MicroBatch
 from potstill.student_train.calibration import calibration_bins
 from potstill.student_train.config import ModelConfig
 from potstill.student_train.objective import StepObjective
+from potstill.student_train.router import RouterBalance, expert_counts, router_balance
 from potstill.student_train.tokens import TOKEN_POLICIES, choose
 
-log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -160,9 +158,10 @@ def selection_figures(micro: MicroBatch, token_weights: Tensor, kd_weights: Tens
     return torch.stack([*(figure.float() for figure in figures), token_weights.new_tensor(float(measured)).float()])
 
 
+ROUTER_NAMES = ("router_aux", "router_batches")  # load balancing loss, and the micro-batches that had one
 # Labelled positions, those with weight > 0, those whose KD counts, sum of squared weights, those measured to choose.
 SELECTION_NAMES = ("labelled", "positions", "kd_positions", "squared_weight", "measured")
-SUM_NAMES = (*LossSums.names(), *SELECTION_NAMES)
+SUM_NAMES = (*ROUTER_NAMES, *LossSums.names(), *SELECTION_NAMES)
 
 
 class StudentModel(nn.Module):
@@ -170,8 +169,9 @@ class StudentModel(nn.Module):
 
     hf: Any
 
-    def __init__(self, hf: Any) -> None:
+    def __init__(self, hf: Any, *, balance: RouterBalance | None = None) -> None:
         super().__init__()
+        self.balance = balance
         if not isinstance(getattr(hf, "lm_head", None), nn.Linear) or backbone(hf) is hf:
             raise UserError(
                 f"model.config: {type(hf).__name__} is not a backbone and a linear layer named lm_head, which the loss "
@@ -187,12 +187,15 @@ class StudentModel(nn.Module):
         objective: StepObjective,
         normalizer: Tensor,
         *,
+        num_micro_batches: int | None = None,
         self_check: bool = False,
         calibrate: bool = False,
         probe: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """loss = (sum over positions of weight * loss) / normalizer, differentiable; sums are detached.
 
+        `num_micro_batches` is how many micro-batches this rank adds up to a step; a mixture of experts then adds its
+        share of the load balancing loss (see router.py for the weight). None leaves it out, as evaluation does.
         `self_check` first compares the loss path with float64 on this batch and raises SelfCheckError on a mismatch.
         `calibrate` appends the calibration bins to the sums. `probe` returns, in place of the two, the logits that the
         loss works on and those of the Hugging Face model (model_checks.py); it stands here because ZeRO-3 gathers
@@ -200,10 +203,16 @@ class StudentModel(nn.Module):
         """
         if probe:
             return self.both_logits(micro)
-        hidden = self.hidden_states(micro)
+        balance = None if num_micro_batches is None else self.balance
+        hidden, router_logits = self._backbone(micro, with_routers=balance is not None)
         request = LossRequest(micro, objective, normalizer, self_check=self_check, calibrate=calibrate)
         loss, sums = self.hf.lm_head(hidden, request)
-        return loss, sums
+        figures = sums.new_zeros(len(ROUTER_NAMES))
+        if balance is not None and num_micro_batches is not None:
+            aux = balance.loss(router_logits, micro.token_index)
+            loss = loss + balance.coefficient / num_micro_batches * aux
+            figures = torch.stack([aux.detach(), torch.ones_like(aux)]).to(sums.dtype)
+        return loss, torch.cat([figures, sums])
 
     def both_logits(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         """Logits [N, V] of a micro-batch of full rows: as the loss computes them, and as the Hugging Face model."""
@@ -213,45 +222,16 @@ class StudentModel(nn.Module):
 
     def hidden_states(self, micro: MicroBatch) -> Tensor:
         """Hidden states before the head [N, D] of the real tokens."""
+        return self._backbone(micro, with_routers=False)[0]
+
+    def _backbone(self, micro: MicroBatch, *, with_routers: bool) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """Hidden states [N, D] of the real tokens, and the router logits of each layer [B * L, experts] if wanted."""
         input_ids, position_ids = as_lines(self.hf.config, micro.input_ids, micro.position_ids)
-        out = backbone(self.hf)(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        wanted = {"output_router_logits": True} if with_routers else {}
+        out = backbone(self.hf)(input_ids=input_ids, position_ids=position_ids, use_cache=False, **wanted)
         hidden: Tensor = out.last_hidden_state.flatten(0, 1)  # [B * L, D]
-        return hidden if micro.token_index is None else hidden[micro.token_index]
-
-
-def hf_config(model: ModelConfig, *, vocab_size: int) -> Any:
-    """The student's Hugging Face configuration. Raises UserError when it does not fit the store's vocabulary."""
-    from transformers import AutoConfig
-
-    if isinstance(model.config, dict):
-        values = {"vocab_size": vocab_size, **model.config}
-        kind = values.pop("model_type", None)
-        if kind is None:
-            raise UserError("model.config needs model_type (e.g. llama); it names the transformers architecture")
-        try:
-            config = AutoConfig.for_model(kind, **values)
-        except ValueError as error:
-            raise UserError(f"model.config.model_type {kind!r}: transformers does not know it ({error})") from error
-    else:
-        folder = model.path if model.path is not None else Path(str(model.config))
-        if not folder.exists():
-            raise UserError(f"{'model.path' if model.path else 'model.config'} {folder} does not exist")
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    found = config.get_text_config().vocab_size
-    if found < vocab_size:
-        raise UserError(
-            f"the student's vocab_size is {found}, but the tokens store holds ids below {vocab_size}; "
-            f"set vocab_size to {vocab_size} or more, or prepare the text with the student's tokenizer"
-        )
-    if getattr(config.get_text_config(), "router_aux_loss_coef", None):
-        log.warning(
-            "%s is a mixture of experts: its load balancing loss (router_aux_loss_coef) is not part of this loss",
-            config.model_type,
-        )
-    if model.init_std is not None:
-        config.initializer_range = model.init_std
-    config.use_cache = False
-    return config
+        hidden = hidden if micro.token_index is None else hidden[micro.token_index]
+        return hidden, out.router_logits if with_routers else None
 
 
 def build_student(model: ModelConfig, config: Any, *, seed: int) -> StudentModel:
@@ -278,7 +258,7 @@ def build_student(model: ModelConfig, config: Any, *, seed: int) -> StudentModel
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if model.compile:
         backbone(hf).compile()
-    return StudentModel(hf)
+    return StudentModel(hf, balance=router_balance(model.router_aux_loss, config))
 
 
 @contextmanager
@@ -341,9 +321,8 @@ def active_parameters(module: nn.Module, config: Any) -> int | None:
     )
     if not experts:
         return count_parameters(module)
-    chosen = getattr(config, "num_experts_per_tok", None)
-    names = ("num_local_experts", "num_experts", "n_routed_experts")
-    available = next((getattr(config, name) for name in names if getattr(config, name, None)), None)
-    if not chosen or not available:
+    counts = expert_counts(config)
+    if counts is None:
         return None
-    return count_parameters(module) - experts + experts * int(chosen) // int(available)
+    available, chosen = counts
+    return count_parameters(module) - experts + experts * chosen // available

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
 import shutil
 import subprocess
@@ -11,9 +12,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from potstill.common.config import dump_config, load_config
+from potstill.common.config import dump_config, load_config, parse_yaml
 from potstill.common.errors import UserError
-from potstill.student_train.checkpoint import write_json_atomically
+from potstill.student_train.checkpoint import (
+    Checkpoint,
+    ResumeError,
+    checkpoints_folder,
+    write_json_atomically,
+    write_text_atomically,
+)
 from potstill.student_train.config import TrainConfig
 from potstill.student_train.stop import STOP_FILE
 
@@ -21,6 +28,8 @@ log = logging.getLogger(__name__)
 CONFIG_FILE = "config.yaml"
 DONE_FILE = "done.json"
 STUDENT_FOLDER = "student"  # config.json of the student
+PART_FILE = f".{CONFIG_FILE}.part"  # what a kill during the very first write leaves
+_NOT_THE_ARCHITECTURE = {"architectures", "dtype", "transformers_version"}
 PACKAGES = ("potstill", "torch", "deepspeed", "transformers", "numpy", "pyarrow", "pydantic")
 
 
@@ -56,11 +65,12 @@ def prepare_run_folder(config: TrainConfig) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"run.output_dir {folder} is a file; name a folder")
     holds_run = (folder / CONFIG_FILE).is_file()
-    if folder.is_dir() and any(folder.iterdir()) and not holds_run:
+    others = [path for path in folder.iterdir() if path.name != PART_FILE] if folder.is_dir() else []
+    if others and not holds_run:
         raise UserError(f"run.output_dir {folder} holds other files and no run; name a new or empty folder")
     if holds_run and config.run.force:
         log.info("deleting the run in %s (run.force)", folder)
-        shutil.rmtree(folder)
+        delete_run(folder)
     elif holds_run and config.checkpoint.resume == "never":
         raise UserError(
             f"run.output_dir {folder} holds a run already and checkpoint.resume is never; continue it with resume "
@@ -70,16 +80,70 @@ def prepare_run_folder(config: TrainConfig) -> None:
     (folder / STOP_FILE).unlink(missing_ok=True)
 
 
+def delete_run(folder: Path) -> None:
+    """Delete what stands in a run folder, so that a kill leaves no checkpoint that looks whole, and still a run."""
+    checkpoints = checkpoints_folder(folder)
+    if checkpoints.exists():
+        aside = folder / f".{checkpoints.name}.deleted"
+        shutil.rmtree(aside, ignore_errors=True)  # of a deletion that was killed
+        os.replace(checkpoints, aside)
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == CONFIG_FILE):  # the mark of a run goes last
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def write_start(config: TrainConfig, student_config: Any, ds_config: dict[str, Any], plan: list[Any]) -> None:
     """Write the resolved configurations, the plan and the versions (rank 0, before the first step)."""
     folder = config.run.output_dir
     # run.force is about one start; kept in the file it would delete the run when the file is used again.
     kept = config.model_copy(update={"run": config.run.model_copy(update={"force": False})})
-    (folder / CONFIG_FILE).write_text(dump_config(kept), encoding="utf-8")
-    student_config.save_pretrained(folder / STUDENT_FOLDER)
+    write_text_atomically(folder / CONFIG_FILE, dump_config(kept))
+    (folder / STUDENT_FOLDER).mkdir(exist_ok=True)
+    write_text_atomically(folder / STUDENT_FOLDER / "config.json", student_config.to_json_string())
     write_json_atomically(folder / "deepspeed.json", ds_config)
     write_json_atomically(folder / "plan.json", plan)
     write_json_atomically(folder / "versions.json", versions())
+
+
+def check_student(checkpoint: Checkpoint, student_config: Any) -> None:
+    """Refuse to continue with another architecture, e.g. because a config.json was edited. Raises ResumeError."""
+    path = checkpoint.folder.parent.parent / STUDENT_FOLDER / "config.json"
+    if not path.is_file():
+        return  # a checkpoint that was copied away from its run
+    saved, now = json.loads(path.read_text(encoding="utf-8")), json.loads(student_config.to_json_string())
+    differing = [
+        f"  {key}: the checkpoint's student has {saved.get(key)!r}, the configuration {now.get(key)!r}"
+        for key in sorted({*saved, *now} - _NOT_THE_ARCHITECTURE)
+        if saved.get(key) != now.get(key)
+    ]
+    if differing:
+        raise ResumeError(
+            f"model.config or model.path has changed since {checkpoint.folder}:\n"
+            + "\n".join(differing)
+            + "\ntake back the change, or name a new run.output_dir (run.force: true starts anew here)"
+        )
+
+
+def report_changes(config: TrainConfig) -> None:
+    """Log each key whose value is not the one that the run was last started with: a resumed run goes on with it."""
+    path = config.run.output_dir / CONFIG_FILE
+    if not path.is_file():
+        return
+    before = _flat(parse_yaml(path.read_text(encoding="utf-8"), name=str(path)))
+    now = _flat(config.model_dump(mode="json"))
+    for key in sorted({*before, *now} - {"run.force"}):
+        if before.get(key) != now.get(key):
+            log.warning("%s was %r in this run, from here on it is %r", key, before.get(key), now.get(key))
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Values of a tree by dotted key."""
+    if not isinstance(tree, dict | list) or not tree:
+        return {prefix: tree}
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    return {key: value for name, inner in items for key, value in _flat(inner, f"{prefix}.{name}".strip(".")).items()}
 
 
 def read_run_config(run: Path) -> TrainConfig:

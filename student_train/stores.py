@@ -13,8 +13,8 @@ from potstill.common.errors import UserError
 from potstill.kernels.divergences import DIVERGENCES
 from potstill.kernels.settings import check_temperature
 from potstill.kernels.types import KernelInputError
-from potstill.storage import StoreError, StoreReader, TargetsRow, check_alignment
-from potstill.student_train.config import Scalar, TrainConfig
+from potstill.storage import StoreError, StoreReader, TargetsRow, UnsealedError, check_alignment
+from potstill.student_train.config import Scalar, TokenSelector, TrainConfig
 from potstill.student_train.curriculum import CurriculumPlan, total_steps
 from potstill.student_train.objective import StepObjective, step_objective
 from potstill.student_train.rows import needed_stats
@@ -37,10 +37,20 @@ class Stores:
         return {"tokens": self.tokens.digest, **{name: reader.digest for name, reader in self.joined.items()}}
 
 
+_MAKERS = {"tokens": "prepare", "targets": "dump", "scores": "score"}  # the command that writes each kind
+
+
 def open_store(path: Path | str, kind: str, key: str) -> StoreReader:
     """Open a sealed store of the given kind. Raises UserError naming the configuration key."""
+    if isinstance(path, Path) and not path.is_dir():
+        state = "is a file, not a store" if path.exists() else "does not exist"
+        raise UserError(f"{key} = {path} {state}; give the folder of a {kind} store (potstill {_MAKERS[kind]})")
     try:
         reader = StoreReader(path)
+    except UnsealedError as error:
+        raise UserError(
+            f"{key} = {path} is not sealed: units are missing; finish and seal it (potstill status, potstill seal)"
+        ) from error
     except StoreError as error:
         raise UserError(f"{key} = {path}: {error}") from error
     if reader.spec.kind != kind:
@@ -106,6 +116,11 @@ def open_stores(config: TrainConfig) -> Stores:
     heldout = heldout_targets = None
     if data.heldout is not None:
         heldout = open_store(data.heldout, "tokens", "data.heldout")
+        if heldout.digest == tokens.digest:
+            raise UserError(
+                f"data.heldout = {data.heldout} holds the very rows of data.tokens (digest {tokens.digest[:16]}...), "
+                "so nothing would be held out; name the heldout store that prepare wrote beside it, or remove the key"
+            )
         for field in ("tokenizer_digest", "vocab_size"):
             found, expected = getattr(heldout.spec, field), getattr(tokens.spec, field)
             if found != expected:
@@ -137,8 +152,8 @@ def check_objectives(config: TrainConfig, stores: Stores) -> None:
     for number, stage in enumerate(config.curriculum):
         key = f"curriculum.{number}"
         settings: StepObjective = step_objective(config.objective, stage, 0.0)
-        if stage.tokens is not None and stage.tokens.source != "student":
-            _check_token_source(stores, stage.tokens.policy, stage.tokens.source, key)
+        if stage.tokens is not None:
+            _check_token_stores(stores, stage.tokens, key)
         if stage.targets is None:
             continue
         entry = DIVERGENCES[settings.divergence]
@@ -169,15 +184,25 @@ def check_objectives(config: TrainConfig, stores: Stores) -> None:
             _check_temperature(temperature, targets, stage.targets, key)
 
 
-def _check_token_source(stores: Stores, policy: str, source: str, key: str) -> None:
-    """A targets store may lack a side column; look at its first row."""
+def _check_token_stores(stores: Stores, selector: TokenSelector, key: str) -> None:
+    """A targets store may lack a side column; look at the first row of the source and of the reference."""
     from potstill.student_train.batch import JoinedRow, store_columns
     from potstill.student_train.tokens import TOKEN_POLICIES
 
-    needs = set(TOKEN_POLICIES[policy].needs) & {"loss", "rank", "entropy"}
-    missing = sorted(needs - set(store_columns([cast(JoinedRow, stores.joined[source].row(0))])))
-    if missing:
-        raise UserError(f"{key}.tokens.policy {policy} needs {missing} of store {source!r}, which holds no such column")
+    needs = set(TOKEN_POLICIES[selector.policy].needs)
+    wanted = {"source": (selector.source, needs & {"loss", "rank", "entropy"})}
+    if selector.reference is not None:
+        wanted["reference"] = (selector.reference, {"loss"} if "reference_loss" in needs else set())
+    for field, (name, columns) in wanted.items():
+        if name not in stores.joined:  # the student itself
+            continue
+        held = store_columns([cast(JoinedRow, stores.joined[name].row(0))])
+        missing = sorted(columns - set(held))
+        if missing:
+            raise UserError(
+                f"{key}.tokens.{field} is store {name!r}, but policy {selector.policy} needs {missing} of it, which it "
+                f"does not hold (it has {sorted(held)}); dump or score it with that column, or name another store"
+            )
 
 
 def build_plan(config: TrainConfig, stores: Stores) -> CurriculumPlan:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from potstill.student_train.distributed import (
     accumulation_steps,
     broadcast_object,
     build_engine,
+    check_deepspeed,
     deepspeed_config,
     start_distributed,
     world_from_environment,
@@ -43,13 +43,22 @@ from potstill.student_train.metrics import (
     head_width,
     read_metrics,
 )
-from potstill.student_train.model import StudentModel, active_parameters, build_student, count_parameters, hf_config
+from potstill.student_train.model import StudentModel, active_parameters, build_student, count_parameters
 from potstill.student_train.model_checks import check_model
-from potstill.student_train.run_folder import DONE_FILE, pinned_values, prepare_run_folder, write_done, write_start
+from potstill.student_train.run_folder import (
+    DONE_FILE,
+    check_student,
+    pinned_values,
+    prepare_run_folder,
+    report_changes,
+    write_done,
+    write_start,
+)
 from potstill.student_train.stop import StopRequest
 from potstill.student_train.stores import Stores, build_plan, check_objectives, open_stores
+from potstill.student_train.student_config import hf_config
 from potstill.student_train.trackers import check_trackers
-from potstill.student_train.universal import convert, needs_conversion, universal_folder
+from potstill.student_train.universal import convert, needs_conversion, remove_universal_folders, universal_folder
 
 log = logging.getLogger(__name__)
 EVAL_PLACE = ("kind", "step", "tokens", "runtime_seconds")  # where a line of held-out figures stands in the run
@@ -104,7 +113,8 @@ def train(config: TrainConfig) -> TrainSummary:
     stores = open_stores(config)
     check_objectives(config, stores)
     plan = build_plan(config, stores)
-    student_config = hf_config(config.model, vocab_size=stores.tokens.spec.vocab_size)
+    spec = stores.tokens.spec
+    student_config = hf_config(config.model, vocab_size=spec.vocab_size, row_length=spec.row_length)
     topology = start_distributed()
     on_main(topology, check_trackers, config.logging)
     on_main(topology, prepare_run_folder, config)
@@ -135,9 +145,10 @@ def on_main(topology: Topology, function: Any, *args: Any) -> None:
         raise error
 
 
-def check_continuable(checkpoint: Checkpoint, config: TrainConfig, plan: CurriculumPlan) -> None:
+def check_continuable(checkpoint: Checkpoint, config: TrainConfig, plan: CurriculumPlan, student_config: Any) -> None:
     """Refuse a checkpoint of other pinned settings, or one behind the end of the run. Raises ResumeError."""
     check_pinned(checkpoint, pinned_values(config))
+    check_student(checkpoint, student_config)
     if checkpoint.step > plan.total_steps:
         raise ResumeError(
             f"{checkpoint.folder} is at step {checkpoint.step}, behind the end of the run at {plan.total_steps}; "
@@ -170,8 +181,10 @@ def open_run(
     """Build model, engine, loader and figures, and bring them to where the checkpoint stands."""
     universal = checkpoint is not None and needs_conversion(checkpoint, topology.world_size)
     ds_config = deepspeed_config(config, world_size=topology.world_size, load_universal=universal)
+    check_deepspeed(ds_config)
     if checkpoint is not None:
-        check_continuable(checkpoint, config, plan)
+        check_continuable(checkpoint, config, plan, student_config)
+        on_main(topology, report_changes, config)
     on_main(topology, start_run_folder, config, student_config, ds_config, plan)
     student, engine = build_model(config, topology, stores, student_config, ds_config)
     loader = Loader(
@@ -234,13 +247,14 @@ def resume(
     except StoreError as error:
         raise ResumeError(f"{checkpoint.folder} was trained on other data: {error}") from error
     folder = checkpoint.folder
+    on_main(topology, remove_universal_folders, checkpoint)
     if universal:
         folder = universal_folder(checkpoint)
-        on_main(topology, convert_anew, checkpoint, folder)
+        on_main(topology, convert, checkpoint, folder)
     load_checkpoint(engine, folder, loop=checkpoint.manifest["loop"], universal=universal)
     torch.distributed.barrier()
-    if universal and topology.is_main:
-        shutil.rmtree(folder, ignore_errors=True)
+    if universal:
+        on_main(topology, remove_universal_folders, checkpoint)
     on_main(topology, cut_metrics, run, checkpoint.step)
     log.info(
         "resuming at step %d from %s (saved by %d ranks, now %d%s)",
@@ -257,12 +271,6 @@ def start_run_folder(config: TrainConfig, student_config: Any, ds_config: dict[s
     """Take away the mark of an earlier end, and write what is resolved before the first step."""
     (config.run.output_dir / DONE_FILE).unlink(missing_ok=True)
     write_start(config, student_config, ds_config, describe(plan))
-
-
-def convert_anew(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write the universal form of a checkpoint, over what an earlier attempt may have left."""
-    shutil.rmtree(folder, ignore_errors=True)
-    convert(checkpoint, folder)
 
 
 def heldout_evaluation(config: TrainConfig, stores: Stores, topology: Topology) -> HeldoutEvaluation | None:

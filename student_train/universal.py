@@ -11,10 +11,12 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from potstill.common.log import setup_logging
 from potstill.student_train.checkpoint import Checkpoint, ResumeError, read_checkpoint
+from potstill.student_train.distributed import die_with_parent
 
 log = logging.getLogger(__name__)
 CONVERT_TIMEOUT_SECONDS = 24 * 3600
@@ -30,13 +32,18 @@ def universal_folder(checkpoint: Checkpoint) -> Path:
     return checkpoint.folder.parent / "universal" / checkpoint.folder.name
 
 
+def remove_universal_folders(checkpoint: Checkpoint) -> None:
+    """Delete the universal forms beside a checkpoint, whole or not: a killed start leaves its own behind."""
+    shutil.rmtree(universal_folder(checkpoint).parent, ignore_errors=True)
+
+
 def convert(checkpoint: Checkpoint, output: Path, *, num_workers: int = 1) -> None:
     """Write the universal form to `output` (whole or not at all). Raises ResumeError with DeepSpeed's own words."""
     if output.exists():
         raise ResumeError(f"{output} exists already; remove it or name another folder")
-    part = output.with_name(f"{output.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.parent.mkdir(parents=True, exist_ok=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # A name of its own: a converter that outlives its killed parent must not write into the next attempt's folder.
+    part = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
     command += ["--input_folder", str(checkpoint.folder), "--output_folder", str(part)]
     command += ["--num_extract_workers", str(num_workers), "--num_merge_workers", str(num_workers)]
@@ -47,7 +54,13 @@ def convert(checkpoint: Checkpoint, output: Path, *, num_workers: int = 1) -> No
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     log.info("converting %s to the universal format: %s", checkpoint.folder, " ".join(command))
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=CONVERT_TIMEOUT_SECONDS, check=False
+        command,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=CONVERT_TIMEOUT_SECONDS,
+        check=False,
+        preexec_fn=die_with_parent,
     )
     if done.returncode:
         shutil.rmtree(part, ignore_errors=True)  # a disk that it has filled is free again

@@ -16,7 +16,8 @@ from torch import Tensor
 from potstill.student_train.batch import MicroBatch
 from potstill.student_train.distributed import Topology
 from potstill.student_train.metrics import PEAK_FLOPS, Meter, ModelCost, attention_spans, read_metrics
-from potstill.student_train.model import build_student, hf_config
+from potstill.student_train.model import build_student
+from potstill.student_train.student_config import hf_config
 from potstill.student_train.trainer import model_cost
 from tests.dist_harness import run_ranks
 from tests.student_train import tiny, workers

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from potstill.storage import LoadedBatch, StoreReader
 from potstill.student_train.batch import collate, next_token_labels, position_ids
 from potstill.student_train.config import Objective, Stage
-from potstill.student_train.model import SUM_NAMES, StudentModel, build_student, check_initial_std, hf_config
+from potstill.student_train.model import SUM_NAMES, StudentModel, build_student, check_initial_std
 from potstill.student_train.objective import step_objective
+from potstill.student_train.student_config import hf_config
 from tests.student_train import tiny, workers
 
 

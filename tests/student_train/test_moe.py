@@ -17,8 +17,9 @@ from potstill.student_train.batch import collate
 from potstill.student_train.config import Objective, Stage
 from potstill.student_train.distributed import Topology
 from potstill.student_train.metrics import ModelCost, read_metrics
-from potstill.student_train.model import StudentModel, active_parameters, build_student, count_parameters, hf_config
+from potstill.student_train.model import StudentModel, active_parameters, build_student, count_parameters
 from potstill.student_train.objective import step_objective
+from potstill.student_train.student_config import hf_config
 from potstill.student_train.trainer import model_cost
 from tests.dist_harness import run_ranks
 from tests.student_train import tiny, workers
@@ -54,7 +55,8 @@ def build(kind: str, stores: dict[str, Path]) -> tuple[StudentModel, Any]:
 def test_packing_gradients_and_cost(stores, kind: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="potstill"):
         student, student_config = build(kind, stores)
-    assert "load balancing loss" in caplog.text
+    assert student.balance is not None and student.balance.coefficient == student_config.router_aux_loss_coef > 0
+    assert caplog.text == ""
     rows = [0, 39]
     readers = {name: StoreReader(stores[name]) for name in ("tokens", "teacher")}
     tokens = readers["tokens"].rows(rows)
@@ -97,11 +99,19 @@ def test_unknown_routing_has_no_mfu(stores) -> None:
     ],
 )
 def test_two_ranks_train_what_one_does(stores, tmp_path: Path, kind: str, stage: int) -> None:
-    losses = []
+    losses, balances = [], []
     for world, zero in ((1, 0), (2, stage)):
         run = tmp_path / f"ranks{world}"
         tree = tree_of(kind, stores, run, run={"max_steps": 2}, zero_stage=zero, logging={"every_steps": 1})
+        tree["model"]["router_aux_loss"] = 0.5
         run_ranks(workers.train_run, tree, world=world)
-        losses.append([record["loss"] for record in read_metrics(run) if record["kind"] == "train"])
+        records = [record for record in read_metrics(run) if record["kind"] == "train"]
+        losses.append([record["loss"] for record in records])
+        balances.append([record["router_aux"] for record in records])
+        for record in records:
+            parts = 0.5 * record["kd"] + 0.5 * record["ce"] + 0.5 * record["router_aux"]
+            assert record["loss"] == pytest.approx(parts, rel=1e-4)
     assert len(losses[0]) == 2 and all(math.isfinite(loss) for loss in losses[0])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert balances[1] == pytest.approx(balances[0], rel=1e-4)
+    assert all(1.5 < balance < 4 for balance in balances[0]), "2 experts of 4: 2 when balanced, 4 when collapsed"

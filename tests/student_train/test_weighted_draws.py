@@ -13,8 +13,9 @@ import torch
 from potstill.storage import Loader, SparseTargets, StoreReader, TargetsRow, TokensRow, token_digest
 from potstill.student_train.batch import collate
 from potstill.student_train.metrics import read_metrics
-from potstill.student_train.model import build_student, hf_config
+from potstill.student_train.model import build_student
 from potstill.student_train.stores import build_plan, open_stores
+from potstill.student_train.student_config import hf_config
 from tests.dist_harness import run_ranks
 from tests.student_train import tiny, workers
 

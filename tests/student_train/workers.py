@@ -19,8 +19,9 @@ from potstill.common.errors import UserError
 from potstill.storage import Loader
 from potstill.student_train.batch import collate
 from potstill.student_train.config import TrainConfig
-from potstill.student_train.model import build_student, hf_config
+from potstill.student_train.model import build_student
 from potstill.student_train.stores import build_plan, open_stores
+from potstill.student_train.student_config import hf_config
 
 
 def config_of(tree: dict[str, Any]) -> TrainConfig:
@@ -46,6 +47,23 @@ def train_elsewhere(tree: dict[str, Any], environment: dict[str, str]) -> dict[s
         atexit._run_exitfuncs()  # a child of multiprocessing leaves without them
 
 
+def changes_of(tree: dict[str, Any]) -> list[str]:
+    """What a start with this configuration would log as changed in its run folder."""
+    import logging
+
+    from potstill.student_train.run_folder import log, report_changes
+
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    log.addHandler(handler)
+    try:
+        report_changes(config_of(tree))
+    finally:
+        log.removeHandler(handler)
+    return lines
+
+
 def engine_gradients(tree: dict[str, Any], step: int = 0) -> dict[str, np.ndarray]:
     """Gradients of optimizer step `step` by parameter name, as DeepSpeed has them right before it would step."""
     from deepspeed.utils import safe_get_full_grad
@@ -67,7 +85,7 @@ def engine_gradients(tree: dict[str, Any], step: int = 0) -> dict[str, np.ndarra
     weight = torch.tensor(sum(micro.weight_sum for micro in micros), dtype=torch.float64)
     dist.all_reduce_sum(weight)
     for number, micro in enumerate(micros):
-        loss, _ = engine(micro, objective, (weight / topology.world_size).float())
+        loss, _ = engine(micro, objective, (weight / topology.world_size).float(), num_micro_batches=len(micros))
         engine.backward(loss * 1.0, scale_wrt_gas=False)
         if number < len(micros) - 1:
             engine.step()
@@ -124,6 +142,39 @@ def tempered_teacher_gradients(tree: dict[str, Any], temperature: float, *, whol
             loss = loss + objective.alpha * tail * (tail.log() - torch.log1p(-log_q[n, ids].exp().sum()))
         loss = loss + objective.alpha * (torch.xlogy(p, p) - p * log_q[n, ids]).sum()
     (loss / micro.weight_sum).backward()
+    return {name: p.grad.float().numpy() for name, p in student.named_parameters() if p.grad is not None}
+
+
+def balanced_gradients(tree: dict[str, Any], step: int, *, coefficient: float) -> dict[str, np.ndarray]:
+    """Gradients in float64, on one process, of the loss without load balancing + coefficient * mean of it by hand.
+
+    Every row is a micro-batch. The load balancing loss is the formula of the paper, read off the routers' outputs.
+    """
+    config = config_of(tree)
+    stores = open_stores(config)
+    student_config = hf_config(config.model, vocab_size=48)
+    student = build_student(config.model, student_config, seed=config.run.seed).double()
+    student.hf.set_experts_implementation("eager")  # the grouped product has no float64
+    routers: list[torch.Tensor] = []
+    for module in student.modules():
+        if type(module).__name__.endswith("TopKRouter"):
+            module.register_forward_hook(lambda module, inputs, output: routers.append(output[0]))
+    plan = build_plan(config, stores)
+    with Loader(plan, stores.tokens, dict(stores.joined)) as loader:
+        batch = next(batch for batch in loader if batch.batch == step)
+    objective = plan.objective(step)
+    micros = collate(batch, objective, micro_batch_rows=1, row_length=32)
+    weight = torch.tensor(sum(micro.weight_sum for micro in micros))
+    for micro in micros:
+        routers.clear()
+        loss, _ = student(micro, objective, weight)
+        num_real = micro.labels.shape[0]  # a row's padding stands behind its real tokens
+        probabilities = torch.cat([logits[:num_real].softmax(-1) for logits in routers])  # [layers * N, experts]
+        num_experts = probabilities.shape[1]
+        chosen = probabilities.topk(student_config.num_experts_per_tok).indices
+        share = torch.stack([(chosen == expert).sum() for expert in range(num_experts)]) / len(probabilities)
+        aux = num_experts * (share.double() * probabilities.mean(0)).sum()
+        (loss + coefficient * aux / len(micros)).backward()
     return {name: p.grad.float().numpy() for name, p in student.named_parameters() if p.grad is not None}
 
 
