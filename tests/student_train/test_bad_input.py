@@ -111,7 +111,6 @@ def test_a_url_where_only_a_folder_will_do(stores, tmp_path: Path, capsys, group
     ("config", "words"),
     [
         ({"num_hidden_layer": 12}, ("model.config.num_hidden_layer", "'num_hidden_layers'")),
-        ({"n_embd_of_gpt": 12}, ("model.config.n_embd_of_gpt", "no such key")),
         ({"hidden_size": "32"}, ("model.config", "hidden_size", "expected int")),
         ({"num_attention_heads": 3}, ("model.config", "32", "3")),
         ({"model_type": "t5"}, ("model.config", "'t5'", "causal")),
@@ -134,6 +133,18 @@ def test_keys_that_transformers_renames_are_fine(stores, tmp_path: Path) -> None
     model = {"config": {**tiny.STUDENT, "rope_theta": 5e3, "torch_dtype": "float32", "head_dim": 16}}
     config = workers.config_of(tiny.config_tree(stores, tmp_path, model=model))
     assert hf_config(config.model, vocab_size=tiny.VOCAB).rope_parameters["rope_theta"] == 5e3
+
+
+def test_keys_that_no_configuration_declares_are_named(
+    stores, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """qwen3_moe reads head_dim, which its configuration does not declare."""
+    from potstill.student_train.student_config import hf_config
+
+    values = {"model_type": "qwen3_moe", "hidden_size": 32, "head_dim": 16, "vocab_size": tiny.VOCAB}
+    config = workers.config_of(tiny.config_tree(stores, tmp_path, model={"config": values}))
+    assert hf_config(config.model, vocab_size=tiny.VOCAB).head_dim == 16
+    assert "model.config.head_dim: Qwen3MoeConfig declares no such key" in caplog.text
 
 
 @pytest.mark.parametrize(
