@@ -1,6 +1,7 @@
 """`python -m benchmarks [NAME ...]`: run the benchmarks one after another and print the JSON line each ends with.
 
 Without names, the ones that need no GPU. Each script can be run by itself (`python -m benchmarks.loader --help`).
+`--gpu` is one command for all that is measured on a GPU, its tests included, against the goals of the design.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,17 @@ def run(entry: Benchmark) -> bool:
     return True
 
 
+def on_gpu(parser: argparse.ArgumentParser, output: Path, *, smoke: bool) -> int:
+    """All that is measured on a GPU; refused where there is none."""
+    import torch
+
+    from benchmarks.gpu_all import run_all
+
+    if not smoke and not torch.cuda.is_available():
+        parser.error(f"torch {torch.__version__} sees no CUDA device here; --smoke runs the same parts on a CPU, tiny")
+    return run_all(output, smoke=smoke)
+
+
 def main() -> int:
     """Run what was asked for; 0 only if every script ended well."""
     parser = argparse.ArgumentParser(
@@ -83,7 +96,17 @@ def main() -> int:
         ),
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="scripts to run, below")
-    names = parser.parse_args().names
+    parser.add_argument("--gpu", action="store_true", help="GPU tests and all GPU benchmarks (half an hour at most)")
+    parser.add_argument("--smoke", action="store_true", help="with --gpu: the same way through on a CPU, tiny")
+    parser.add_argument("--output", type=Path, help="with --gpu: folder of the JSON files (benchmarks/results)")
+    arguments = parser.parse_args()
+    names = arguments.names
+    if arguments.gpu:
+        if names or arguments.output is None:
+            parser.error("--gpu runs a fixed set and wants --output FOLDER for its figures")
+        return on_gpu(parser, arguments.output, smoke=arguments.smoke)
+    if arguments.smoke or arguments.output is not None:
+        parser.error("--smoke and --output belong to --gpu; a script by itself has its own (--help)")
     unknown = sorted(set(names) - {entry.script for entry in BENCHMARKS})
     if unknown:
         parser.error(f"no such benchmark: {', '.join(unknown)}")
