@@ -63,15 +63,31 @@ def _column(reference: StatRef, stats: RowStats, key: str) -> Float64:
     return column
 
 
+def _has_targets(references: Sequence[StatRef], stats: RowStats, num_rows: int) -> NDArray[np.bool_]:
+    """Rows [num_rows] of which every named store says something. Where a teacher was refused, all statistics are 0."""
+    known = np.ones(num_rows, bool)
+    for reference in references:
+        known &= np.asarray(stats[reference.store].get("num_targets", 1.0), np.float64) > 0
+    return known
+
+
 def row_scores(score: RowScore, stats: RowStats, *, num_rows: int, seed: int, key: str) -> Float64:
-    """Score of every row [num_rows]; `key` names the configuration key in errors. Raises UserError."""
+    """Score of every row [num_rows], NaN of rows without targets; `key` names the key in errors. Raises UserError."""
     if score.kind == "random":
         return np.random.Generator(np.random.Philox(seed)).random(num_rows)
-    return ROW_SCORES[score.kind]([_column(reference, stats, key) for reference in score.of], score)
+    columns = [_column(reference, stats, key) for reference in score.of]
+    known = _has_targets(score.of, stats, num_rows)
+    if not known.any():
+        raise UserError(
+            f"{key}: no row has targets in all of {sorted({r.store for r in score.of})}; nothing to rank by"
+        )
+    scores = np.full(num_rows, np.nan)
+    scores[known] = ROW_SCORES[score.kind]([column[known] for column in columns], score)
+    return scores
 
 
 def ranked_rows(scores: Float64, keep: str) -> NDArray[np.int64]:
-    """Row ids from the wanted end on; ties by row id, so that every rank and every resume agrees."""
+    """Row ids from the wanted end on, rows without a score (NaN) last; ties by row id, so that all ranks agree."""
     return np.argsort(scores if keep == "lowest" else -scores, kind="stable").astype(np.int64)
 
 

@@ -10,7 +10,9 @@ import pytest
 
 from potstill.common.errors import UserError
 from potstill.storage import EpochPlan
+from potstill.student_train.config import RowScore
 from potstill.student_train.curriculum import CurriculumPlan
+from potstill.student_train.rows import ranked_rows, row_scores
 from tests.student_train import tiny, workers
 
 NUM_ROWS = 40
@@ -142,6 +144,28 @@ def test_row_scores_combine_statistics() -> None:
     ranks = np.argsort(np.argsort(SCORES)) + 1
     fused = 1 / (60 + ranks) + 1 / (60 + ranks[::-1])
     assert set(plan_of([{"rows": fusion}]).rows(0).tolist()) <= set(np.argsort(-fused, kind="stable")[:10].tolist())
+
+
+@pytest.mark.parametrize("keep", ["lowest", "highest"])
+@pytest.mark.parametrize("kind", ["stat", "difference", "rank_fusion"])
+def test_rows_without_targets_are_the_last_to_be_chosen(kind: str, keep: str) -> None:
+    """Their statistics are 0, which would make them the easiest rows of all, or the best of a difference."""
+    random = np.random.Generator(np.random.Philox(3))
+    loss, other = random.uniform(1, 3, (2, 12)).astype(np.float32)
+    targets = np.full(12, 9.0, np.float32)
+    loss[[2, 7]] = targets[[2, 7]] = 0.0
+    stats = {"teacher": {"mean_loss": loss, "num_targets": targets}, "slm": {"mean_loss": other}}
+    names = ["slm", "teacher"] if kind != "stat" else ["teacher"]
+    score = RowScore.model_validate({"kind": kind, "of": [{"store": name} for name in names]})
+    found = ranked_rows(row_scores(score, stats, num_rows=12, seed=0, key="k"), keep)
+    assert found[-2:].tolist() == [2, 7]
+    there = np.setdiff1d(np.arange(12), [2, 7])
+    fewer = {name: {stat: values[there] for stat, values in store.items()} for name, store in stats.items()}
+    expected = there[ranked_rows(row_scores(score, fewer, num_rows=10, seed=0, key="k"), keep)]
+    assert found[:-2].tolist() == expected.tolist()
+    stats["teacher"]["num_targets"] = np.zeros(12, np.float32)
+    with pytest.raises(UserError, match="no row has targets"):
+        row_scores(score, stats, num_rows=12, seed=0, key="k")
 
 
 @pytest.mark.parametrize(
