@@ -13,12 +13,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from potstill.student_train.batch import MicroBatch
+from potstill.common.config import build_config
+from potstill.storage import LoadedBatch, StoreReader
+from potstill.student_train import evaluate
+from potstill.student_train.batch import MicroBatch, collate
+from potstill.student_train.config import EvalConfig
 from potstill.student_train.distributed import Topology
+from potstill.student_train.evaluation import TARGETS, measuring_objective
 from potstill.student_train.metrics import PEAK_FLOPS, Meter, ModelCost, attention_spans, read_metrics
 from potstill.student_train.model import build_student
 from potstill.student_train.student_config import hf_config
 from potstill.student_train.trainer import model_cost
+from potstill.student_train.weights import find_source, load_model
 from tests.dist_harness import run_ranks
 from tests.student_train import tiny, workers
 
@@ -35,7 +41,7 @@ def watch(tree: dict[str, Any]) -> dict[str, Any]:
     return seen
 
 
-def hand_figures(hf: Any, micro: MicroBatch) -> dict[str, Tensor]:
+def hand_figures(hf: Any, micro: MicroBatch, temperature: float = TEMPERATURE) -> dict[str, Tensor]:
     """Per position [N] in float64, plainly from the dense logits; NaN where there is nothing to measure."""
     out = hf.model(input_ids=micro.input_ids, position_ids=micro.position_ids, use_cache=False).last_hidden_state
     hidden = out.flatten(0, 1) if micro.token_index is None else out.flatten(0, 1)[micro.token_index]
@@ -55,10 +61,11 @@ def hand_figures(hf: Any, micro: MicroBatch) -> dict[str, Tensor]:
             for name in ("kd", "kept", "student", "agreement"):
                 found[name].append(nothing)
             continue
-        tail = micro.targets.log_tail_at[TEMPERATURE][n].double()
+        tails = micro.targets.log_tail if temperature == 1.0 else micro.targets.log_tail_at[temperature]
+        tail = tails[n].double()
         kept = 1 - tail.exp()
-        p = kept * (micro.targets.logprobs[entries].double() / TEMPERATURE).softmax(0)
-        log_s = (logits[n] / TEMPERATURE).log_softmax(0)[ids]
+        p = kept * (micro.targets.logprobs[entries].double() / temperature).softmax(0)
+        log_s = (logits[n] / temperature).log_softmax(0)[ids]
         found["kd"].append((p * (p.log() - log_s)).sum() + tail.exp() * (tail - (1 - log_s.exp().sum()).log()))
         found["kept"].append(kept)
         found["student"].append(log_s.exp().sum())
@@ -121,6 +128,38 @@ def test_a_line_of_metrics_is_what_the_batches_say(watched) -> None:
     gradients = [p.grad for p in student.parameters() if p.grad is not None]
     norm = float(torch.stack([g.norm() for g in gradients]).norm())
     assert record["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+def test_held_out_figures_are_those_of_the_logits(watched, stores) -> None:
+    run, _, _ = watched
+    config = build_config(
+        EvalConfig,
+        {
+            "model": str(run),
+            "heldout": str(stores["heldout"]),
+            "targets": str(stores["heldout_teacher"]),
+            "batch_rows": 3,
+        },
+        source="test",
+    )
+    figures = evaluate(config).figures
+    hf = load_model(find_source(run), dtype="float32").double()
+    tokens, targets = StoreReader(stores["heldout"]), StoreReader(stores["heldout_teacher"])
+    rows = list(range(tokens.num_rows))
+    batch = LoadedBatch(0, np.array(rows), tokens.rows(rows), {TARGETS: targets.rows(rows)})
+    parts = [
+        hand_figures(hf, micro, 1.0)
+        for micro in collate(batch, measuring_objective(with_targets=True), micro_batch_rows=1, row_length=32)
+    ]
+    whole = {name: torch.cat([part[name] for part in parts]).detach() for name in parts[0]}
+    ones = torch.ones_like(whole["ce"])
+    for name, mine in (("heldout_loss", "ce"), ("accuracy", "correct"), ("agreement", "agreement")):
+        assert figures[name] == pytest.approx(mean(whole[mine], ones), rel=1e-5), name
+    # The kept entries and the tail are stored on a grid; the loss scales the buckets to sum to 1.
+    assert figures["teacher_kl"] == pytest.approx(mean(whole["kd"], ones), rel=2e-3)
+    labelled = ~whole["ce"].isnan()
+    assert figures["entropy"] == pytest.approx(float(whole["entropy"][labelled].mean()), rel=1e-5)
+    assert figures["perplexity"] == pytest.approx(float(whole["ce"].nanmean().exp()), rel=1e-5)
 
 
 def test_only_selected_rows_are_read(watched) -> None:

@@ -154,6 +154,28 @@ def test_export_of_zero_three_in_bfloat16(stores, tmp_path: Path) -> None:
     assert found.figures["heldout_loss"] == pytest.approx(during["heldout_loss"], rel=1e-3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 3])
+def test_export_in_several_files_of_a_head_of_its_own(stores, tmp_path: Path, stage: int) -> None:
+    run = tmp_path / "run"
+    tree = tiny.config_tree(stores, run, run={"max_steps": 2}, zero_stage=stage)
+    tree["model"]["config"] |= {"tie_word_embeddings": False, "initializer_range": 0.1}
+    run_ranks(workers.train_run, tree, world=1 if stage == 0 else 2)
+    values = {"run": str(run), "output_dir": str(tmp_path / "hf"), "max_shard_bytes": 16384}
+    summary = export(build_config(ExportConfig, values, source="test"))
+    assert summary.logits_difference is not None and summary.logits_difference <= 1e-5
+    assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 2
+    assert (tmp_path / "hf" / "model.safetensors.index.json").is_file()
+
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert model.lm_head.weight.data_ptr() != model.model.embed_tokens.weight.data_ptr()
+    assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+    found = evaluate(eval_config(model=str(tmp_path / "hf"), heldout=str(stores["heldout"])))
+    assert found.figures["heldout_loss"] == pytest.approx(lines(run, "eval")[-1]["heldout_loss"], rel=1e-5)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(stores, tmp_path: Path) -> None:
     run = tmp_path / "run"
     tree = tiny.config_tree(stores, run, checkpoint={"every_steps": 2})

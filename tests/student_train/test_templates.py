@@ -61,6 +61,20 @@ def test_local(stores, tmp_path: Path) -> None:
     assert_two_ranks_are_done(tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(420)
+def test_local_says_no_when_a_rank_fails_or_stops_early(stores, tmp_path: Path) -> None:
+    script = ["bash", str(TEMPLATES / "train_local.sh"), "--config", str(written(stores, tmp_path))]
+    failed = run([*script, "--set", "data.order=none"], NUM_RANKS="2")
+    assert failed.returncode != 0 and "data.order" in failed.stdout, failed.stdout
+    stopped = run([*script, "--set", "run.max_runtime_minutes=0.0001"], NUM_RANKS="2")
+    # torchrun knows one code for all that is not 0; the marker tells the two apart.
+    assert stopped.returncode == 1 and "start the same command again" in stopped.stdout, stopped.stdout
+    assert not (tmp_path / "run" / "done.json").exists()
+    assert run(script, NUM_RANKS="2").returncode == 0
+    assert_two_ranks_are_done(tmp_path)
+
+
 def fake_commands(folder: Path) -> str:
     """`srun` that starts two tasks here, and `scontrol` that writes down what it is asked. Returns a PATH."""
     folder.mkdir()
