@@ -12,7 +12,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -183,7 +183,7 @@ class TensorBoardTracker:
 class WandbTracker:
     """Weights & Biases; `offline` writes to `<run>/wandb` and sends nothing."""
 
-    def __init__(self, run: Path, *, mode: str, name: str) -> None:
+    def __init__(self, run: Path, *, mode: Literal["offline", "online"], name: str) -> None:
         import wandb  # type: ignore[import-not-found,unused-ignore]
 
         # One id per folder: a resumed run goes on in the same place, and two folders never meet.

@@ -20,6 +20,7 @@ from potstill.storage import StoreReader, StoreWriter
 from potstill.student_train.checkpoint import checkpoints_folder
 from potstill.student_train.metrics import METRICS_FILE, cut_metrics, read_metrics
 from potstill.student_train.run_folder import CONFIG_FILE, PART_FILE, delete_run, prepare_run_folder
+from potstill.student_train.student_config import hf_config
 from tests.dist_harness import run_ranks
 from tests.student_train import tiny, workers
 
@@ -111,7 +112,7 @@ def test_a_url_where_only_a_folder_will_do(stores, tmp_path: Path, capsys, group
     ("config", "words"),
     [
         ({"num_hidden_layer": 12}, ("model.config.num_hidden_layer", "'num_hidden_layers'")),
-        ({"n_embd_of_gpt": 12}, ("model.config.n_embd_of_gpt", "no such key")),
+        ({"hiden_size": 12}, ("model.config.hiden_size", "'hidden_size'")),
         ({"hidden_size": "32"}, ("model.config", "hidden_size", "expected int")),
         ({"num_attention_heads": 3}, ("model.config", "32", "3")),
         ({"model_type": "t5"}, ("model.config", "'t5'", "causal")),
@@ -127,13 +128,16 @@ def test_an_inline_model_that_cannot_be_meant(stores, tmp_path: Path, capsys, co
     assert all(word in message for word in words), message
 
 
-def test_keys_that_transformers_renames_are_fine(stores, tmp_path: Path) -> None:
-    """rope_theta lives in rope_parameters now, and is still read."""
-    from potstill.student_train.student_config import hf_config
-
+def test_keys_that_are_read_but_not_declared_are_fine(stores, tmp_path: Path, caplog) -> None:
+    """rope_theta lives in rope_parameters now; head_dim is read by qwen3_moe, which does not declare it."""
     model = {"config": {**tiny.STUDENT, "rope_theta": 5e3, "torch_dtype": "float32", "head_dim": 16}}
     config = workers.config_of(tiny.config_tree(stores, tmp_path, model=model))
     assert hf_config(config.model, vocab_size=tiny.VOCAB).rope_parameters["rope_theta"] == 5e3
+    assert caplog.text == ""
+    model["config"]["model_type"] = "qwen3_moe"
+    config = workers.config_of(tiny.config_tree(stores, tmp_path, model=model))
+    assert hf_config(config.model, vocab_size=tiny.VOCAB).head_dim == 16
+    assert "model.config.head_dim is no declared key of qwen3_moe" in caplog.text
 
 
 @pytest.mark.parametrize(
