@@ -9,8 +9,9 @@ import torch
 
 from potstill.storage import Loader
 from potstill.student_train.batch import collate
-from potstill.student_train.model import build_student, hf_config
+from potstill.student_train.model import build_student
 from potstill.student_train.model_checks import check_model
+from potstill.student_train.student_config import hf_config
 from tests.student_train import tiny, workers
 
 
