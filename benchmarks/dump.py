@@ -49,7 +49,7 @@ Result = TypeVar("Result")
 SIZES = {
     "small": {"hidden": 384, "layers": 6, "vocab": 8192, "rows": 16, "batch-rows": 4},
     "middle": {"hidden": 768, "layers": 8, "vocab": 32000, "rows": 8, "batch-rows": 2},
-    "large": {"hidden": 1024, "layers": 12, "vocab": 32000, "rows": 4, "batch-rows": 1},
+    "large": {"hidden": 1024, "layers": 12, "vocab": 32000, "rows": 8, "batch-rows": 2},
     "gpu": {"hidden": 2048, "layers": 16, "vocab": 128256, "rows": 64, "batch-rows": 4, "row-length": 2048},
 }
 TARGET_TOKENS_PER_S = 100_000  # of a GPU's dump, which the encoder shall keep up with

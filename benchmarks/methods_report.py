@@ -122,7 +122,10 @@ def _listed(results: Sequence[PresetResult], other: str, words: str) -> list[str
     for result in results:
         if other in result.arms:
             found[verdict(result.difference(other))].append(result.preset)
-    return [f"- {word} than {words}: {', '.join(names)}" for word, names in found.items() if names]
+    joined = {"no difference": "no difference from", "one seed": "one seed beside"}
+    return [
+        f"- {joined.get(word, f'{word} than')} {words}: {', '.join(names)}" for word, names in found.items() if names
+    ]
 
 
 @dataclass(frozen=True)
