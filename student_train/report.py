@@ -118,7 +118,7 @@ def number(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, float) and not value.is_integer():
-        return f"{value:.4g}" if abs(value) < 1e5 else f"{value:,.0f}"
+        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
     return f"{int(value):,}" if isinstance(value, int | float) else str(value)
 
 
