@@ -92,8 +92,13 @@ class Goal:
         return "met" if (found >= self.bound if self.at_least else found <= self.bound) else "MISSED"
 
 
-def script(name: str, values: dict[str, Any], *, file: str) -> tuple[str, ...]:
-    return (f"benchmarks.{name}", *options(values), "--output", f"{{output}}/{file}")
+def benchmark(name: str, values: dict[str, Any], tiny: dict[str, Any], *, limit_seconds: float) -> Part:
+    """A script of this folder that writes its figures to --output, with its options on a GPU and in a smoke run."""
+    file = f"{name}_gpu.json"
+    words, smoke = (
+        (f"benchmarks.{name}", *options(chosen), "--output", f"{{output}}/{file}") for chosen in (values, tiny)
+    )
+    return Part(name, words, smoke, limit_seconds, file)
 
 
 PARTS = (
@@ -105,27 +110,14 @@ PARTS = (
         540,
         "gpu_kernels.json",
     ),
-    Part(
+    benchmark(
         "dump",
-        script("dump", {"sizes": "gpu", "dtype": "bfloat16", "device": "cuda", "rounds": 5}, file="dump_gpu.json"),
-        script("dump", TINY_DUMP, file="dump_gpu.json"),
-        240,
-        "dump_gpu.json",
+        {"sizes": "gpu", "dtype": "bfloat16", "device": "cuda", "rounds": 5},
+        TINY_DUMP,
+        limit_seconds=240,
     ),
-    Part(
-        "step",
-        script("step", STUDENT, file="step_gpu.json"),
-        script("step", TINY_STUDENT, file="step_gpu.json"),
-        240,
-        "step_gpu.json",
-    ),
-    Part(
-        "selector",
-        script("selector", STUDENT, file="selector_gpu.json"),
-        script("selector", TINY_STUDENT, file="selector_gpu.json"),
-        300,
-        "selector_gpu.json",
-    ),
+    benchmark("step", STUDENT, TINY_STUDENT, limit_seconds=240),
+    benchmark("selector", STUDENT, TINY_STUDENT, limit_seconds=300),
 )
 
 

@@ -226,7 +226,7 @@ def real_text(options: argparse.Namespace, work: Path, presets: list[str]) -> li
     }
     random = {**common, "model": STUDENT, "steps": options.steps, "overrides": ("optimizer.lr=3e-3",)}
     special = {
-        # A teacher no better than the student becomes, scored by its own early checkpoint; plain KD: the paper's RKD.
+        # An early checkpoint as teacher, scored by an earlier one; plain KD with it throughout is the paper's RKD.
         "salt": {"renamed": {"teacher": "middle"}, "scores": {**scores, "slm": scores["early"]}},
         "rs_kd": {"renamed": {"teacher": "sampled"}, "kd_targets": "teacher"},
         "minillm_plm": {"scores": {**scores, "reference": scores["slm"]}},

@@ -146,15 +146,19 @@ def choose_resume(options: CheckpointConfig, run: Path, topology: Topology) -> C
     return answer
 
 
+def differing_lines(saved: dict[str, Any], now: dict[str, Any], *, who: str) -> list[str]:
+    """One line for each key whose values differ: that of the checkpoint (`who` has it), that of the configuration."""
+    return [
+        f"  {key}: {who} has {saved.get(key)!r}, the configuration {now.get(key)!r}"
+        for key in sorted({*saved, *now})
+        if saved.get(key) != now.get(key)
+    ]
+
+
 def check_pinned(checkpoint: Checkpoint, pinned: dict[str, Any]) -> None:
     """Refuse to continue with another value of a pinned key. Raises ResumeError that names each."""
-    saved = checkpoint.manifest["pinned"]
-    pinned = json.loads(json.dumps(pinned))
-    differing = [
-        f"  {key}: the checkpoint has {saved.get(key)!r}, the configuration {pinned.get(key)!r}"
-        for key in sorted({*saved, *pinned})
-        if saved.get(key) != pinned.get(key)
-    ]
+    now = json.loads(json.dumps(pinned))
+    differing = differing_lines(checkpoint.manifest["pinned"], now, who="the checkpoint")
     if differing:
         raise ResumeError(
             f"{checkpoint.folder} belongs to another run:\n"

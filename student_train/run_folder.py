@@ -18,6 +18,7 @@ from potstill.student_train.checkpoint import (
     Checkpoint,
     ResumeError,
     checkpoints_folder,
+    differing_lines,
     write_json_atomically,
     write_text_atomically,
 )
@@ -112,12 +113,11 @@ def check_student(checkpoint: Checkpoint, student_config: Any) -> None:
     path = checkpoint.folder.parent.parent / STUDENT_FOLDER / "config.json"
     if not path.is_file():
         return  # a checkpoint that was copied away from its run
-    saved, now = json.loads(path.read_text(encoding="utf-8")), json.loads(student_config.to_json_string())
-    differing = [
-        f"  {key}: the checkpoint's student has {saved.get(key)!r}, the configuration {now.get(key)!r}"
-        for key in sorted({*saved, *now} - _NOT_THE_ARCHITECTURE)
-        if saved.get(key) != now.get(key)
-    ]
+    saved, now = (
+        {key: value for key, value in json.loads(text).items() if key not in _NOT_THE_ARCHITECTURE}
+        for text in (path.read_text(encoding="utf-8"), student_config.to_json_string())
+    )
+    differing = differing_lines(saved, now, who="the checkpoint's student")
     if differing:
         raise ResumeError(
             f"model.config or model.path has changed since {checkpoint.folder}:\n"
