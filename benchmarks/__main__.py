@@ -22,7 +22,7 @@ class Benchmark:
     script: str
     measures: str
     needs_gpu: bool = False
-    needs_stores: bool = False  # named on its command line: run it by itself
+    by_itself: str = ""  # why it is not run without being named
     arguments: tuple[str, ...] = ()
 
 
@@ -35,8 +35,9 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     Benchmark("step", "the distilled step over the label-only step; waiting for data"),
     Benchmark("proposals", "draws from powers of the teacher: squared error and bytes at equal draws"),
     Benchmark("selector", "what selecting half of the positions saves"),
-    Benchmark("plan_demo", "the planner's figures beside what the demo's dump did cost", needs_stores=True),
-    Benchmark("methods", "a preset against label-only and plain KD over several seeds", needs_stores=True),
+    Benchmark("plan_demo", "the planner's figures beside what the demo's dump did cost", by_itself="on your stores"),
+    Benchmark("init_rules", "initial weights by width: spread and mean over seeds", by_itself="an hour"),
+    Benchmark("methods", "a preset against label-only and plain KD over several seeds", by_itself="on your stores"),
 )
 
 
@@ -85,13 +86,7 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="\n".join(
             f"  {entry.script:<16}{entry.measures}"
-            + (
-                " (needs a GPU)"
-                if entry.needs_gpu
-                else " (run it by itself, on your stores)"
-                if entry.needs_stores
-                else ""
-            )
+            + (" (needs a GPU)" if entry.needs_gpu else f" (by itself: {entry.by_itself})" if entry.by_itself else "")
             for entry in BENCHMARKS
         ),
     )
@@ -110,7 +105,7 @@ def main() -> int:
     unknown = sorted(set(names) - {entry.script for entry in BENCHMARKS})
     if unknown:
         parser.error(f"no such benchmark: {', '.join(unknown)}")
-    everywhere = {entry.script for entry in BENCHMARKS if not (entry.needs_gpu or entry.needs_stores)}
+    everywhere = {entry.script for entry in BENCHMARKS if not (entry.needs_gpu or entry.by_itself)}
     chosen = [entry for entry in BENCHMARKS if entry.script in (names or everywhere)]
     failed = [entry.script for entry in chosen if not run(entry)]
     return 1 if failed else 0

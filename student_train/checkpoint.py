@@ -158,7 +158,9 @@ def differing_lines(saved: dict[str, Any], now: dict[str, Any], *, who: str) -> 
 def check_pinned(checkpoint: Checkpoint, pinned: dict[str, Any]) -> None:
     """Refuse to continue with another value of a pinned key. Raises ResumeError that names each."""
     now = json.loads(json.dumps(pinned))
-    differing = differing_lines(checkpoint.manifest["pinned"], now, who="the checkpoint")
+    # Checkpoints from before model.init began with the configuration's own std.
+    saved = {"model.init": "config", **checkpoint.manifest["pinned"]}
+    differing = differing_lines(saved, now, who="the checkpoint")
     if differing:
         raise ResumeError(
             f"{checkpoint.folder} belongs to another run:\n"

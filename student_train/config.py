@@ -109,8 +109,14 @@ class ModelConfig(StrictModel):
         default="sdpa", description="Attention implementation"
     )
     gradient_checkpointing: bool = Field(default=False, description="Recompute activations in the backward pass")
+    init: Literal["auto", "width", "width_residual", "config"] = Field(
+        default="auto",
+        description="Random weights: std 1/sqrt(hidden size) (width), residual projections also by 1/sqrt(2 x layers) "
+        "(width_residual), or the configuration's initializer_range (config); auto is width unless the configuration "
+        "names initializer_range",
+    )
     init_std: float | None = Field(
-        default=None, gt=0, le=1, description="Initial weight std; null takes initializer_range"
+        default=None, gt=0, le=1, description="Std of random weights; null leaves it to model.init"
     )
     compile: bool = Field(default=False, description="torch.compile the backbone")
     router_aux_loss: float | None = Field(
@@ -126,6 +132,10 @@ class ModelConfig(StrictModel):
             raise ValueError("give exactly one of model.config (random weights) and model.path (weights)")
         if self.path is not None and self.init_std is not None:
             raise ValueError("model.init_std is for random weights; remove it or use model.config")
+        if self.path is not None and self.init != "auto":
+            raise ValueError("model.init is for random weights; remove it or use model.config")
+        if self.init_std is not None and self.init != "auto":
+            raise ValueError(f"model.init_std and model.init {self.init} both set the std; give one of them")
         return self
 
 

@@ -6,6 +6,7 @@ it. The head takes the place of `lm_head`, keeps its parameter names, and withou
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,10 +24,12 @@ from potstill.kernels.types import IGNORE_LABEL, LossSums
 from potstill.student_train.batch import MicroBatch
 from potstill.student_train.calibration import calibration_bins
 from potstill.student_train.config import ModelConfig
+from potstill.student_train.initial import STD_KEY, initial_weights, residual_projections
 from potstill.student_train.objective import StepObjective
 from potstill.student_train.router import RouterBalance, expert_counts, router_balance
 from potstill.student_train.tokens import TOKEN_POLICIES, choose
 
+log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -252,8 +255,10 @@ def build_student(model: ModelConfig, config: Any, *, seed: int) -> StudentModel
     except (ValueError, ImportError) as error:  # an attention that the architecture or this machine lacks
         raise UserError(f"the student cannot be built with model.attention {model.attention}: {error}") from error
     if model.path is None:
-        draw_weights(hf, seed=seed)
-        check_initial_std(hf, config.get_text_config())
+        rule = initial_weights(model, config)
+        draw_weights(hf, seed=seed, residual_std=rule.residual_std)
+        check_initial_std(hf, config.get_text_config(), residual_std=rule.residual_std)
+        log.info("initial weights: %s", rule.describe())
     if model.gradient_checkpointing:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if model.compile:
@@ -274,35 +279,51 @@ def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def draw_weights(hf: Any, *, seed: int) -> None:
+def draw_weights(hf: Any, *, seed: int, residual_std: float | None = None) -> None:
     """Draw the initial weights again, module by module in a fixed order, by the architecture's own rule.
 
     While ZeRO-3 builds a model its constructors take random numbers that they do not take elsewhere; drawing once
     more makes a seed mean the same weights for every stage and number of ranks (on one kind of device).
+    `residual_std` is that of the projections into the residual stream, which some architectures scale by themselves;
+    None leaves them as drawn.
     """
     torch.manual_seed(seed)
     owners = {id(module): hf for module in hf.modules()}
     for inner in hf.modules():
         if hasattr(inner, "_init_weights"):
             owners |= {id(module): inner for module in inner.modules()}
-    for module in hf.modules():
-        with gathered(list(module.parameters(recurse=False))):
+    for module in children_first(hf):
+        # An attention or MLP may draw the weights of its own children once more (GPT-2, from which others have it).
+        with gathered([weight for part in (module, *module.children()) for weight in part.parameters(recurse=False)]):
             owners[id(module)]._init_weights(module)
+    if residual_std is not None:
+        for _, parameter in residual_projections(hf):
+            with gathered([parameter]):
+                parameter.normal_(0.0, residual_std)
 
 
-def check_initial_std(hf: Any, config: Any) -> None:
+def children_first(module: nn.Module) -> Iterator[nn.Module]:
+    """Every module below, each after its children: the order of transformers' own initialisation."""
+    for child in module.children():
+        yield from children_first(child)
+    yield module
+
+
+def check_initial_std(hf: Any, config: Any, *, residual_std: float | None = None) -> None:
     """Refuse weights whose std is not the configured one (the silent ZeRO-3 trap). Raises RuntimeError."""
-    expected = getattr(config, "initializer_range", None)
-    if not expected:
-        return
-    weight = hf.get_input_embeddings().weight
-    with gathered([weight]):
-        found = float(weight.detach().float().std())
-    if not 0.8 * expected < found < 1.2 * expected:
-        raise RuntimeError(
-            f"the embedding has std {found:.4g} after initialisation, expected {expected:.4g} (initializer_range): the "
-            "model was not initialised by transformers; the run would train from wrong weights"
-        )
+    expected = {"embedding": (hf.get_input_embeddings().weight, getattr(config, STD_KEY, None))}
+    if residual_std is not None:
+        expected |= {name: (parameter, residual_std) for name, parameter in residual_projections(hf)}
+    for name, (weight, std) in expected.items():
+        if not std:
+            continue
+        with gathered([weight]):
+            found = float(weight.detach().float().std())
+        if not 0.8 * std < found < 1.2 * std:
+            raise RuntimeError(
+                f"{name} has std {found:.4g} after initialisation, expected {std:.4g} (initializer_range): the model "
+                "was not initialised by transformers; the run would train from wrong weights"
+            )
 
 
 def count_parameters(module: nn.Module) -> int:

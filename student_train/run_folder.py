@@ -23,6 +23,7 @@ from potstill.student_train.checkpoint import (
     write_text_atomically,
 )
 from potstill.student_train.config import TrainConfig
+from potstill.student_train.initial import initial_rule
 from potstill.student_train.stop import STOP_FILE
 
 log = logging.getLogger(__name__)
@@ -158,6 +159,7 @@ def pinned_values(config: TrainConfig) -> dict[str, Any]:
     """What a resumed run may not change, as flat keys. Learning rate, length and logging may change."""
     tree = config.model_dump(mode="json")
     model = {key: tree["model"][key] for key in ("config", "path", "dtype", "init_std")}
+    model["init"] = initial_rule(config.model)
     return {
         "run.seed": tree["run"]["seed"],
         **{f"model.{key}": value for key, value in model.items()},

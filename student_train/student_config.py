@@ -12,6 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from potstill.common.errors import UserError
 from potstill.student_train.config import ModelConfig
+from potstill.student_train.initial import STD_KEY, initial_weights
 from potstill.student_train.router import router_balance
 
 log = logging.getLogger(__name__)
@@ -32,8 +33,13 @@ def hf_config(model: ModelConfig, *, vocab_size: int, row_length: int | None = N
     _check_size(config, key, vocab_size=vocab_size, row_length=row_length)
     _check_attention(model)
     router_balance(model.router_aux_loss, config)  # refuses or warns now
-    if model.init_std is not None:
-        config.initializer_range = model.init_std
+    if model.path is None:
+        try:
+            std = initial_weights(model, config).std
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        if std is not None:
+            setattr(config.get_text_config(), STD_KEY, std)
     config.use_cache = False
     return config
 
