@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="seeds 1 to N (default %(default)s)")
     parser.add_argument("--hidden", type=int, nargs="+", default=[size.hidden for size in SIZES], help="hidden sizes")
     parser.add_argument("--parallel", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--output", type=Path, help="also write the table to this Markdown file")
+    parser.add_argument("--output", type=Path, help="also write the table to this Markdown file, and JSON beside it")
     arguments = parser.parse_args()
     sizes = tuple(size for size in SIZES if size.hidden in arguments.hidden)
     grid = Grid(arguments.work, sizes, tuple(range(1, arguments.seeds + 1)))
@@ -171,10 +171,30 @@ def main() -> None:
     run_stages(grid.stages(), grid.work, arguments.parallel)
     rows = figures(grid)
     print(format_table(rows))
+    result = {"benchmark": "init_rules", **about(), "rows": rows}
     if arguments.output is not None:
-        lines = "\n".join(f"    {line}" for line in format_table(rows).splitlines())
-        arguments.output.write_text(f"# Initial weights by width\n\n{about_line()}\n\n{lines}\n", encoding="utf-8")
-    print(json.dumps({"benchmark": "init_rules", **about(), "rows": rows}))
+        write_report(arguments.output, rows, result)
+    print(json.dumps(result))
+
+
+def write_report(path: Path, rows: list[dict[str, Any]], result: dict[str, Any]) -> None:
+    """The table as Markdown, with how it was made, and the same as JSON."""
+    text = [
+        "# Initial weights by width",
+        "",
+        about_line(),
+        "",
+        f"    python -m benchmarks.init_rules --work FOLDER --output {path}",
+        "",
+        "Llama students on labels only, Python's standard library as text, vocabulary 2048, rows of 256 tokens. "
+        "Held-out loss in nats per token at the end, mean and standard deviation over seeds. Steps x rows and learning rate:",
+        *(f"hidden {size.hidden}: {size.steps} x {size.batch_rows}, {size.lr:g}." for size in SIZES),
+        "",
+        *(f"    {line}" for line in format_table(rows).splitlines()),
+        "",
+    ]
+    path.write_text("\n".join(text), encoding="utf-8")
+    path.with_suffix(".json").write_text(json.dumps(result) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
