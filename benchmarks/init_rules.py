@@ -187,7 +187,7 @@ def write_report(path: Path, rows: list[dict[str, Any]], result: dict[str, Any])
         f"    python -m benchmarks.init_rules --work FOLDER --output {path}",
         "",
         "Llama students on labels only, Python's standard library as text, vocabulary 2048, rows of 256 tokens. "
-        "Held-out loss in nats per token at the end, mean and standard deviation over seeds. Steps x rows and learning rate:",
+        "Held-out loss in nats per token at the end, mean and standard deviation over seeds; steps x rows, peak rate:",
         *(f"hidden {size.hidden}: {size.steps} x {size.batch_rows}, {size.lr:g}." for size in SIZES),
         "",
         *(f"    {line}" for line in format_table(rows).splitlines()),
