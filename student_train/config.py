@@ -111,9 +111,9 @@ class ModelConfig(StrictModel):
     gradient_checkpointing: bool = Field(default=False, description="Recompute activations in the backward pass")
     init: Literal["auto", "width", "width_residual", "config"] = Field(
         default="auto",
-        description="Random weights: std 1/sqrt(hidden size) (width), residual projections also by 1/sqrt(2 x layers) "
-        "(width_residual), or the configuration's initializer_range (config); auto is width unless the configuration "
-        "names initializer_range",
+        description="Random weights: std 1/sqrt(hidden size) (width), the projections into the residual stream also "
+        "divided by sqrt(2 x layers) (width_residual), or the configuration's initializer_range (config); auto is "
+        "width_residual unless the configuration names initializer_range",
     )
     init_std: float | None = Field(
         default=None, gt=0, le=1, description="Std of random weights; null leaves it to model.init"

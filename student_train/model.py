@@ -259,6 +259,8 @@ def build_student(model: ModelConfig, config: Any, *, seed: int) -> StudentModel
         draw_weights(hf, seed=seed, residual_std=rule.residual_std)
         check_initial_std(hf, config.get_text_config(), residual_std=rule.residual_std)
         log.info("initial weights: %s", rule.describe())
+        if rule.residual_std is not None and not any(True for _ in residual_projections(hf)):
+            log.warning("initial weights: no projection of a %s into the residual stream is known", config.model_type)
     if model.gradient_checkpointing:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if model.compile:

@@ -88,7 +88,7 @@ def test_an_architecture_without_the_setting_says_so() -> None:
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_every_matrix_of_every_family_has_its_std(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     """Residual projections are two to a layer; GPT-2 scales its own by sqrt(2 x layers) under every rule."""
-    for init, factor in (("auto", 6**-0.5 if kind == "gpt2" else 1.0), ("width_residual", 6**-0.5)):
+    for init, factor in (("width", 6**-0.5 if kind == "gpt2" else 1.0), ("auto", 6**-0.5)):
         model = model_of(inline(kind), init=init).model_copy(update={"attention": "eager"})
         with caplog.at_level(logging.INFO, logger="potstill"):
             student = build_student(model, hf_config(model, vocab_size=384), seed=3)
@@ -136,14 +136,18 @@ def checkpoint_of(pinned: dict[str, Any]) -> Checkpoint:
 def test_the_checkpoint_pins_the_rule(stores: Any, tmp_path: Path) -> None:
     tree = tiny.config_tree(stores, tmp_path / "run")
     before = pinned_values(workers.config_of(tree))
-    assert before["model.init"] == "width"
+    assert before["model.init"] == "width_residual"
     check_pinned(checkpoint_of(before), before)
-    tree["model"]["init"] = "width_residual"
-    with pytest.raises(ResumeError, match=r"model\.init: the checkpoint has 'width', the configuration 'width_resid"):
+    tree["model"]["init"] = "width"
+    with pytest.raises(
+        ResumeError, match=r"model\.init: the checkpoint has 'width_residual', the configuration 'width'"
+    ):
         check_pinned(checkpoint_of(before), pinned_values(workers.config_of(tree)))
     # A checkpoint from before there was a rule began with the configuration's own std, and goes on when told so.
     older = {key: value for key, value in before.items() if key != "model.init"}
-    with pytest.raises(ResumeError, match=r"model\.init: the checkpoint has 'config', the configuration 'width'"):
+    with pytest.raises(
+        ResumeError, match=r"model\.init: the checkpoint has 'config', the configuration 'width_residual'"
+    ):
         check_pinned(checkpoint_of(older), before)
     tree["model"]["init"] = "config"
     check_pinned(checkpoint_of(older), pinned_values(workers.config_of(tree)))
@@ -158,10 +162,10 @@ def test_what_it_is_for_the_spread_over_seeds_falls(tmp_path: Path) -> None:
 
     torch.set_num_threads(1)
     size = next(size for size in SIZES if size.hidden == 96)
-    grid = Grid(tmp_path, (size,), (1, 2, 3, 4, 5), rules=("config", "width"))
+    grid = Grid(tmp_path, (size,), (1, 2, 3, 4, 5), rules=("config", "width_residual"))
     grid.prepare()
     run_stages(grid.stages(), tmp_path, 2)
     spread = {rule: statistics.stdev(grid.losses(size, rule)) for rule in grid.rules}
     mean = {rule: statistics.mean(grid.losses(size, rule)) for rule in grid.rules}
-    assert spread["width"] < spread["config"] / 3, (spread, mean)
-    assert mean["width"] <= mean["config"]
+    assert spread["width_residual"] < spread["config"] / 3, (spread, mean)
+    assert mean["width_residual"] <= mean["config"]
