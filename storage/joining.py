@@ -22,6 +22,13 @@ class RowSample:
     tokens: TokensRow
     joined: Mapping[str, JoinedRow]
 
+    def targets(self, name: str) -> TargetsRow:
+        """What the targets store `name` says. Raises MismatchError where that is a store of scores."""
+        found = self.joined[name]
+        if not isinstance(found, TargetsRow):
+            raise MismatchError(f"joined store {name} is of kind scores, expected targets")
+        return found
+
 
 class RowDataset:
     """`tokens` and the stores made from it as a map-style data set: len(), [i], and batches for torch's DataLoader.

@@ -18,7 +18,6 @@ from potstill.storage import (
     SparseTargets,
     StoreError,
     StoreReader,
-    TargetsRow,
     TokensRow,
 )
 from tests.storage.stores import same_targets, write_targets, write_tokens
@@ -45,8 +44,8 @@ def test_a_data_set_joins_the_stores_by_row(stores: tuple[StoreReader, StoreRead
     some = data.__getitems__([7, 2, 7])
     assert [sample.tokens.row for sample in some] == [7, 2, 7]
     for sample in [data[np.int64(4)], *some, *data]:
-        teacher = sample.joined["teacher"]
-        assert isinstance(teacher, TargetsRow) and teacher.row == sample.tokens.row
+        teacher = sample.targets("teacher")
+        assert teacher is sample.joined["teacher"] and teacher.row == sample.tokens.row
         assert same_targets(teacher.targets, targets.targets_rows([teacher.row])[0].targets)
     assert [sample.tokens.row for sample in data] == list(range(NUM_ROWS))
     with pytest.raises(IndexError, match="row 11 does not exist"):
