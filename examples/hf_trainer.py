@@ -27,7 +27,7 @@ from potstill.student_train import PackedBatch, collate_rows
 
 def collate(samples: Sequence[RowSample]) -> dict[str, Any]:
     """Micro-batch as the Trainer wants it: a dictionary whose `labels` it can count."""
-    batch = collate_rows([sample.tokens for sample in samples], [sample.joined["teacher"] for sample in samples])
+    batch = collate_rows([sample.tokens for sample in samples], [sample.targets("teacher") for sample in samples])
     # The labels stand at the position that predicts them. `shift_labels` says so: from `labels` alone the Trainer
     # would take the first column off before it counts, as for labels that the model still has to shift.
     return {**vars(batch), "shift_labels": batch.labels}

@@ -34,8 +34,8 @@ def make_loader(tokens_path: Path, targets_path: Path, *, global_batch: int, see
 
 def micro_batches(batch: LoadedBatch, rows: int) -> list[PackedBatch]:
     """The batch as tensors, `rows` rows at a time."""
-    starts = range(0, len(batch.tokens), rows)
-    return [collate_rows(batch.tokens[i : i + rows], batch.joined["teacher"][i : i + rows]) for i in starts]
+    tokens, targets = batch.tokens, batch.targets("teacher")
+    return [collate_rows(tokens[i : i + rows], targets[i : i + rows]) for i in range(0, len(tokens), rows)]
 
 
 def micro_loss(model: Any, batch: PackedBatch, *, normalizer: torch.Tensor, alpha: float) -> torch.Tensor:

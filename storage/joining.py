@@ -24,10 +24,7 @@ class RowSample:
 
     def targets(self, name: str) -> TargetsRow:
         """What the targets store `name` says. Raises MismatchError where that is a store of scores."""
-        found = self.joined[name]
-        if not isinstance(found, TargetsRow):
-            raise MismatchError(f"joined store {name} is of kind scores, expected targets")
-        return found
+        return as_targets(name, self.joined[name])
 
 
 class RowDataset:
@@ -70,6 +67,13 @@ class RowDataset:
         """Every row in order; some are read at once."""
         for first in range(0, len(self), _ROWS_AT_ONCE):
             yield from self.__getitems__(range(first, min(first + _ROWS_AT_ONCE, len(self))))
+
+
+def as_targets(name: str, row: JoinedRow) -> TargetsRow:
+    """`row` of the joined store `name`. Raises MismatchError where that is a store of scores."""
+    if not isinstance(row, TargetsRow):
+        raise MismatchError(f"joined store {name} is of kind scores, expected targets")
+    return row
 
 
 def check_joined(name: str, reader: StoreReader, tokens: StoreReader) -> None:

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, cast
 
 from potstill.storage.errors import CorruptError, MismatchError, ReadFailedError, StoreError
-from potstill.storage.joining import JoinedRow, check_digests, check_joined
+from potstill.storage.joining import JoinedRow, as_targets, check_digests, check_joined
 from potstill.storage.order import ORDER_VERSION, Int64
 from potstill.storage.pinning import cuda_is_there, pin
 from potstill.storage.plan import RowPlan
@@ -34,6 +34,10 @@ class LoadedBatch:
     rows: Int64
     tokens: list[TokensRow]
     joined: dict[str, list[JoinedRow]]
+
+    def targets(self, name: str) -> list[TargetsRow]:
+        """The rows of the targets store `name`. Raises MismatchError where that is a store of scores."""
+        return [as_targets(name, row) for row in self.joined[name]]
 
 
 @dataclass(frozen=True, eq=False)

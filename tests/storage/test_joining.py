@@ -48,6 +48,11 @@ def test_a_data_set_joins_the_stores_by_row(stores: tuple[StoreReader, StoreRead
         assert teacher is sample.joined["teacher"] and teacher.row == sample.tokens.row
         assert same_targets(teacher.targets, targets.targets_rows([teacher.row])[0].targets)
     assert [sample.tokens.row for sample in data] == list(range(NUM_ROWS))
+    with Loader(
+        EpochPlan(NUM_ROWS, global_batch=3, seed=5, joined=["teacher"]), tokens, {"teacher": targets}
+    ) as loader:
+        batch = next(loader)
+        assert batch.targets("teacher") == batch.joined["teacher"]
     with pytest.raises(IndexError, match="row 11 does not exist"):
         data[NUM_ROWS]
 
