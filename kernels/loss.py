@@ -25,20 +25,24 @@ from potstill.kernels.fused_linear import FusedLinearLoss, FusedLoss, LinearToke
 from potstill.kernels.settings import check_combination
 from potstill.kernels.statistics import TokenStatistics, run_statistics
 from potstill.kernels.types import (
+    IGNORE_LABEL,
     MISSING_MASS_MODES,
     KernelInputError,
     LossSums,
     SelfCheckError,
+    SparseTargetArrays,
     SparseTargetTensors,
 )
 
 __all__ = [
     "DIVERGENCES",
+    "IGNORE_LABEL",
     "MISSING_MASS_MODES",
     "KernelInputError",
     "LossOptions",
     "LossSums",
     "SelfCheckError",
+    "SparseTargetArrays",
     "SparseTargetTensors",
     "TokenStatistics",
     "check_combination",

@@ -1,7 +1,7 @@
 """Values that cross the borders of the kernels room: sparse targets on a device, loss sums, errors."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
 
 import torch
@@ -118,12 +118,32 @@ class SparseTargetTensors:
             log_weights=None if self.log_weights is None else self.log_weights[entries],
         )
 
+    def spread(self, index: Tensor, *, num_tokens: int) -> "SparseTargetTensors":
+        """Targets of `num_tokens` tokens: these at the places `index` (int64 [N], ascending), none at the others."""
+        index = index.to(self.device)
+        counts = torch.zeros(num_tokens, dtype=torch.int64, device=self.device)
+        counts[index] = self.offsets.diff()
+        offsets = torch.zeros(num_tokens + 1, dtype=torch.int64, device=self.device)
+        torch.cumsum(counts, 0, out=offsets[1:])
+
+        def at_places(value: Tensor) -> Tensor:
+            return value.new_zeros(num_tokens).index_copy_(0, index, value)
+
+        return replace(
+            self,
+            offsets=offsets,
+            log_tail=at_places(self.log_tail),
+            log_tail_at={temperature: at_places(value) for temperature, value in self.log_tail_at.items()},
+        )
+
     @classmethod
     def from_arrays(cls, arrays: SparseTargetArrays, device: torch.device | str = "cpu") -> "SparseTargetTensors":
         """Tensors of any object that carries the arrays by these names (for one, the store's targets)."""
 
         def tensor(value: Any, dtype: torch.dtype) -> Tensor:
-            return torch.as_tensor(value).to(dtype)
+            # A decoded array may be a read-only view of the file's bytes; torch would share it and warn.
+            shared = getattr(getattr(value, "flags", None), "writeable", True)
+            return (torch.as_tensor(value) if shared else torch.tensor(value)).to(dtype)
 
         logprobs, counts = arrays.logprobs, getattr(arrays, "counts", None)
         log_weights = getattr(arrays, "log_weights", None)

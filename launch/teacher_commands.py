@@ -25,7 +25,9 @@ WORKER_NOTE = (
 def _prepare_arguments(parser: argparse.ArgumentParser) -> None:
     from potstill.teacher_dump.config import PrepareConfig
 
-    add_config_options(parser, PrepareConfig, flags={"--vocab-size": "train_tokenizer.vocab_size"})
+    flags = {f"--dataset-{key}": f"dataset.{key}" for key in ("config", "split", "revision")}
+    flags |= {"--dataset": "dataset.path", "--vocab-size": "train_tokenizer.vocab_size"}
+    add_config_options(parser, PrepareConfig, flags=flags)
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
@@ -39,12 +41,15 @@ def _prepare(arguments: argparse.Namespace) -> int:
 PREPARE = Command(
     name="prepare",
     summary="text to rows of tokens",
-    description="Read text (.txt, .jsonl, .jsonl.gz/.zst/.xz, .parquet; files, folders or globs), tokenize it, pack it "
+    description="Read text (.txt, .jsonl, .jsonl.gz/.zst/.xz, .parquet; files, folders or globs) or a Hugging Face "
+    "data set (--dataset: a folder of save_to_disk, a folder with data files, a hub name), tokenize it, pack it "
     "into rows of equal length with the bounds of the documents, and write the stores OUTPUT/train and OUTPUT/heldout.",
     examples=(
         "potstill prepare --input books/ --output data --tokenizer models/teacher --row-length 1024 "
         "--heldout-fraction 0.01",
         "potstill prepare --input 'web/*.parquet' --text-field content --output data --vocab-size 32000",
+        "potstill prepare --dataset HuggingFaceFW/fineweb --dataset-config sample-10BT --dataset-split train "
+        "--output data --tokenizer models/teacher",
     ),
     add_arguments=_prepare_arguments,
     run=_prepare,

@@ -19,14 +19,16 @@ from potstill.storage.errors import (
 from potstill.storage.gc import GcReport, collect_garbage
 from potstill.storage.id_map import IdMap
 from potstill.storage.inspect import format_row
+from potstill.storage.joining import JoinedRow, RowDataset, RowSample, check_joined
 from potstill.storage.loader import LoadedBatch, Loader
 from potstill.storage.order import ORDER_VERSION, RowOrder, permute
+from potstill.storage.paths import StorePath
 from potstill.storage.plan import EpochPlan, RowPlan
 from potstill.storage.reader import StoreReader
-from potstill.storage.rows import Row, ScoresRow, TargetsRow, TokensRow, token_digest
+from potstill.storage.rows import NO_LABEL, Row, ScoresRow, TargetsRow, TokensRow, token_digest
 from potstill.storage.seal import Manifest, seal_store
 from potstill.storage.self_check import AlignmentReport, check_alignment, check_student
-from potstill.storage.sparse_targets import SparseTargets, concatenate
+from potstill.storage.sparse_targets import Candidates, SparseTargets, concatenate
 from potstill.storage.spec import RunSpec
 from potstill.storage.stats import StoreStats, store_stats
 from potstill.storage.status import StoreStatus, store_status
@@ -34,14 +36,17 @@ from potstill.storage.verify import VerifyReport, verify_store
 from potstill.storage.writer import StoreWriter
 
 __all__ = [
+    "NO_LABEL",
     "ORDER_VERSION",
     "AlignmentReport",
+    "Candidates",
     "CommitRecord",
     "CorruptError",
     "EpochPlan",
     "GaveUpError",
     "GcReport",
     "IdMap",
+    "JoinedRow",
     "LoadedBatch",
     "Loader",
     "Manifest",
@@ -49,13 +54,16 @@ __all__ = [
     "NotAStoreError",
     "ReadFailedError",
     "Row",
+    "RowDataset",
     "RowOrder",
     "RowPlan",
+    "RowSample",
     "RunSpec",
     "ScoresRow",
     "SparseTargets",
     "StoreError",
     "StoreExistsError",
+    "StorePath",
     "StoreReader",
     "StoreStats",
     "StoreStatus",
@@ -67,6 +75,7 @@ __all__ = [
     "VersionError",
     "WriteFailedError",
     "check_alignment",
+    "check_joined",
     "check_student",
     "collect_garbage",
     "concatenate",

@@ -11,19 +11,19 @@ from types import TracebackType
 from typing import Any, cast
 
 from potstill.storage.errors import CorruptError, MismatchError, ReadFailedError, StoreError
+from potstill.storage.joining import JoinedRow, as_targets, check_digests, check_joined
 from potstill.storage.order import ORDER_VERSION, Int64
 from potstill.storage.pinning import cuda_is_there, pin
 from potstill.storage.plan import RowPlan
 from potstill.storage.prefetch import Prefetcher
 from potstill.storage.reader import StoreReader
-from potstill.storage.rows import ScoresRow, TargetsRow, TokensRow, token_digest
+from potstill.storage.rows import TargetsRow, TokensRow, token_digest
 from potstill.storage.sparse_targets import SparseTargets
 
 logger = logging.getLogger(__name__)
 
 STATE_VERSION = 1
 MAX_BAD_FRACTION = 1e-4
-JoinedRow = TargetsRow | ScoresRow
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +34,10 @@ class LoadedBatch:
     rows: Int64
     tokens: list[TokensRow]
     joined: dict[str, list[JoinedRow]]
+
+    def targets(self, name: str) -> list[TargetsRow]:
+        """The rows of the targets store `name`. Raises MismatchError where that is a store of scores."""
+        return [as_targets(name, row) for row in self.joined[name]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +80,7 @@ class Loader:
         if tokens.spec.kind != "tokens":
             raise MismatchError(f"{tokens.url} is a store of kind {tokens.spec.kind}, expected tokens")
         for name, reader in joined.items():
-            _check_joined(name, reader, tokens)
+            check_joined(name, reader, tokens)
         self._plan, self._tokens, self._joined = plan, tokens, dict(joined)
         self._rank, self._world, self._drop = rank, world, on_bad_row == "drop_target"
         self._pin = pin_memory and cuda_is_there()
@@ -198,19 +202,14 @@ class Loader:
             prefetcher.submit(functools.partial(self._load, rows[cut], names))
 
     def _load(self, rows: Int64, names: frozenset[str]) -> _Piece:
-        tokens = cast("list[TokensRow]", self._tokens.rows(rows))
+        tokens = self._tokens.tokens_rows(rows)
         digests = [token_digest(row.tokens, row.doc_lens) for row in tokens]
         joined: dict[str, list[JoinedRow]] = {}
         num_bad = 0
         for name in sorted(names):
             found, bad = self._load_joined(self._joined[name], tokens, digests)
             num_bad += bad
-            for row, digest in zip(found, digests, strict=True):
-                if row.token_digest != digest:
-                    raise MismatchError(
-                        f"{self._joined[name].url}: row {row.row} was made from other tokens (digest "
-                        f"{row.token_digest:#x}, the tokens store has {digest:#x}); make the store again"
-                    )
+            check_digests(self._joined[name], found, digests)
             joined[name] = found
         if self._pin:
             tokens = [pin(row) for row in tokens]
@@ -257,20 +256,3 @@ def _no_targets(num_tokens: int, reader: StoreReader) -> SparseTargets:
         with_weights=spec.stores_weights,
         temperatures=spec.temperatures,
     )
-
-
-def _check_joined(name: str, reader: StoreReader, tokens: StoreReader) -> None:
-    """A joined store must have been made from exactly these tokens."""
-    if reader.spec.kind == "tokens":
-        raise MismatchError(f"joined store {name} ({reader.url}) is of kind tokens, expected targets or scores")
-    pairs = {
-        "input_digest": (reader.spec.input_digest, tokens.digest),
-        "num_rows": (reader.num_rows, tokens.num_rows),
-        "tokenizer_digest": (reader.spec.tokenizer_digest, tokens.spec.tokenizer_digest),
-        "vocab_size": (reader.spec.vocab_size, tokens.spec.vocab_size),
-    }
-    for key, (found, wanted) in pairs.items():
-        if found != wanted:
-            raise MismatchError(
-                f"joined store {name} ({reader.url}): {key} is {found!r}, the tokens store {tokens.url} has {wanted!r}"
-            )

@@ -6,18 +6,25 @@ import logging
 import time
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from potstill.storage.codec import TARGET_EXTRAS
 from potstill.storage.commit import CommitRecord, committed_records
-from potstill.storage.errors import CorruptError, GaveUpError, ReadFailedError, StoreError, UnsealedError
+from potstill.storage.errors import (
+    CorruptError,
+    GaveUpError,
+    MismatchError,
+    ReadFailedError,
+    StoreError,
+    UnsealedError,
+)
 from potstill.storage.index import PartialIndex, RowIndex, StatColumns, build_columns
 from potstill.storage.node_cache import NodeCache
 from potstill.storage.paths import StorePath, open_folder
-from potstill.storage.rows import Row
+from potstill.storage.rows import Row, ScoresRow, TargetsRow, TokensRow
 from potstill.storage.seal import Manifest, load_manifest, open_index, store_digest
 from potstill.storage.sparse_targets import Float32, Int32
 from potstill.storage.spec import RunSpec
@@ -164,6 +171,23 @@ class StoreReader:
                 batches[key] = self._read_batch(row, entry)
             out.append(self._decode(batches[key], row, entry))
         return out
+
+    def tokens_rows(self, ids: Sequence[int] | NDArray[np.int64]) -> list[TokensRow]:
+        """`rows` of a tokens store. Raises MismatchError for a store of another kind."""
+        return cast("list[TokensRow]", self._rows_of("tokens", ids))
+
+    def targets_rows(self, ids: Sequence[int] | NDArray[np.int64]) -> list[TargetsRow]:
+        """`rows` of a targets store. Raises MismatchError for a store of another kind."""
+        return cast("list[TargetsRow]", self._rows_of("targets", ids))
+
+    def scores_rows(self, ids: Sequence[int] | NDArray[np.int64]) -> list[ScoresRow]:
+        """`rows` of a scores store. Raises MismatchError for a store of another kind."""
+        return cast("list[ScoresRow]", self._rows_of("scores", ids))
+
+    def _rows_of(self, kind: str, ids: Sequence[int] | NDArray[np.int64]) -> list[Row]:
+        if self._spec.kind != kind:
+            raise MismatchError(f"{self.url} is a {self._spec.kind} store, expected a {kind} store")
+        return self.rows(ids)
 
     def column_bytes(self, ids: Sequence[int] | NDArray[np.int64]) -> tuple[dict[str, int], int]:
         """Compressed bytes by column, and tokens, of the record batches that hold these rows."""

@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from potstill.storage.sparse_targets import Float32, Int32, SparseTargets
+
+NO_LABEL = -100  # what torch's cross_entropy ignores
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,6 +21,18 @@ class TokensRow:
     row: int
     tokens: Int32
     doc_lens: Int32
+
+    def position_ids(self) -> NDArray[np.int64]:
+        """0, 1, 2, ... from each document's first token on, [n] int64."""
+        lens = self.doc_lens.astype(np.int64)
+        return np.arange(len(self.tokens), dtype=np.int64) - np.repeat(np.cumsum(lens) - lens, lens)
+
+    def labels(self) -> NDArray[np.int64]:
+        """The next token of the same document, [n] int64; NO_LABEL (-100) at each document's last token."""
+        labels = np.empty(len(self.tokens), np.int64)
+        labels[:-1] = self.tokens[1:]
+        labels[np.cumsum(self.doc_lens) - 1] = NO_LABEL
+        return labels
 
 
 @dataclass(frozen=True, eq=False)

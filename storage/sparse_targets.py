@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -24,6 +24,19 @@ Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 UInt8 = NDArray[np.uint8]
+
+
+class Candidates(NamedTuple):
+    """What a teacher keeps of one token's distribution.
+
+    ids [k] int32, most probable first; probs [k] float32: full-vocabulary probabilities at T=1, or, where a store of
+    draws keeps no log-probabilities, their unbiased estimates (share of the draws, or weights); tail: probability of
+    all other ids together. k and tail are 0 where there is no target.
+    """
+
+    ids: Int32
+    probs: Float32
+    tail: float
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -122,6 +135,20 @@ class SparseTargets:
             label_rank=np.full(num_tokens, NO_RANK, np.int32),
             log_tail_at={t: np.zeros(num_tokens, np.float32) for t in temperatures},
         )
+
+    def candidates(self, token: int) -> Candidates:
+        """The kept entries of token `token` (0 .. num_tokens - 1) as probabilities. Raises StoreError outside of it."""
+        if not 0 <= token < self.num_tokens:
+            raise StoreError(f"candidates: token {token} does not exist, these targets have {self.num_tokens}")
+        first, last = int(self.offsets[token]), int(self.offsets[token + 1])
+        if self.logprobs is not None:
+            probs = np.exp(self.logprobs[first:last])
+        elif self.log_weights is not None:
+            probs = np.exp(self.log_weights[first:last])
+        else:
+            assert self.counts is not None and self.num_draws is not None
+            probs = self.counts[first:last].astype(np.float32) / np.float32(self.num_draws)
+        return Candidates(self.ids[first:last], probs, float(np.exp(self.log_tail[token])) if last > first else 0.0)
 
     def slice(self, start: int, stop: int) -> SparseTargets:
         """Tokens [start, stop) as views where possible."""

@@ -1,19 +1,46 @@
 """The student stage: curriculum, selectors, DeepSpeed train loop, checkpoints, evaluation, export.
 
-Nothing heavy is imported until one of the functions is called.
+For a loop of one's own: `collate_rows` makes tensors of a loader's rows (docs/python.md). Nothing heavy is imported
+until one of the functions is called or one of the classes is asked for.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from potstill.student_train.config import EvalConfig, ExportConfig, TrainConfig
     from potstill.student_train.export_hf import ExportSummary
     from potstill.student_train.measure import EvalSummary
+    from potstill.student_train.packed import PackedBatch, collate_rows
     from potstill.student_train.trainer import TrainSummary
 
-__all__ = ["EvalConfig", "ExportConfig", "TrainConfig", "evaluate", "export", "train"]
+__all__ = [
+    "EvalConfig",
+    "EvalSummary",
+    "ExportConfig",
+    "ExportSummary",
+    "PackedBatch",
+    "TrainConfig",
+    "TrainSummary",
+    "collate_rows",
+    "evaluate",
+    "export",
+    "train",
+]
+
+# Where the names that are imported on demand come from.
+_LAZY = {
+    "EvalConfig": "config",
+    "EvalSummary": "measure",
+    "ExportConfig": "config",
+    "ExportSummary": "export_hf",
+    "PackedBatch": "packed",
+    "TrainConfig": "config",
+    "TrainSummary": "trainer",
+    "collate_rows": "packed",
+}
 
 
 def train(config: TrainConfig) -> TrainSummary:
@@ -38,8 +65,10 @@ def export(config: ExportConfig) -> ExportSummary:
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("EvalConfig", "ExportConfig", "TrainConfig"):
-        from potstill.student_train import config
-
-        return getattr(config, name)
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"potstill.student_train.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -66,14 +66,6 @@ def position_ids(doc_lens: np.ndarray, length: int) -> np.ndarray:
     return np.arange(length, dtype=np.int64) - starts
 
 
-def next_token_labels(row: TokensRow) -> np.ndarray:
-    """tokens[t+1] within the document; -100 at a document's last token. [n]"""
-    labels = np.empty(len(row.tokens), np.int64)
-    labels[:-1] = row.tokens[1:]
-    labels[np.cumsum(row.doc_lens) - 1] = IGNORE_LABEL
-    return labels
-
-
 def _random_key(row: TokensRow) -> np.ndarray:
     """Uniform numbers in [0, 1) per position, a function of the row id alone. [n]"""
     return np.random.Generator(np.random.Philox(key=row.row)).random(len(row.tokens))
@@ -125,7 +117,7 @@ def _micro_batch(batch: LoadedBatch, objective: StepObjective, part: slice, row_
     for number, row in enumerate(rows):
         input_ids[number, : lengths[number]] = row.tokens
         positions[number] = position_ids(row.doc_lens, row_length)
-    labels = torch.from_numpy(np.concatenate([next_token_labels(row) for row in rows]))
+    labels = torch.from_numpy(np.concatenate([row.labels() for row in rows]))
     index = None
     if min(lengths) < row_length:
         grid = np.concatenate([np.arange(n) + number * row_length for number, n in enumerate(lengths)])

@@ -1,4 +1,4 @@
-"""The teacher stage: `prepare` text, `dump` a teacher's targets, `score` rows with a small model.
+"""The teacher stage: `prepare` text or a data set, `dump` a teacher's targets, `score` rows with a small model.
 
 The heavy libraries are loaded inside the three functions, so that the command's help does not wait for them.
 """
@@ -7,18 +7,37 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from potstill.teacher_dump.config import DumpConfig, PrepareConfig, ScoreConfig
+from potstill.teacher_dump.config import (
+    DatasetInput,
+    DumpConfig,
+    PrepareConfig,
+    ScoreConfig,
+    SelectionConfig,
+    TeacherConfig,
+    TrainTokenizer,
+)
 
 if TYPE_CHECKING:
     from potstill.teacher_dump.preparing import PrepareSummary
     from potstill.teacher_dump.series import SeriesSummary
     from potstill.teacher_dump.worker import WorkerSummary
 
-__all__ = ["DumpConfig", "PrepareConfig", "ScoreConfig", "dump", "prepare", "score"]
+__all__ = [
+    "DatasetInput",
+    "DumpConfig",
+    "PrepareConfig",
+    "ScoreConfig",
+    "SelectionConfig",
+    "TeacherConfig",
+    "TrainTokenizer",
+    "dump",
+    "prepare",
+    "score",
+]
 
 
 def prepare(config: PrepareConfig) -> PrepareSummary:
-    """Text files -> tokens stores; see potstill.teacher_dump.preparing."""
+    """Text files or a Hugging Face data set -> tokens stores; see potstill.teacher_dump.preparing."""
     from potstill.teacher_dump import preparing
 
     return preparing.prepare(config)

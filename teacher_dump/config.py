@@ -28,15 +28,30 @@ class TrainTokenizer(StrictModel):
     )
 
 
-class PrepareConfig(StrictModel):
-    """Text files -> tokens stores `train/` and `heldout/` under `output`."""
+class DatasetInput(StrictModel):
+    """A Hugging Face data set to read instead of text files (`pip install 'potstill[datasets]'`)."""
 
-    input: list[PlaceText] = Field(min_length=1, description="Files, folders or globs, read in the order given")
+    path: PlaceText = Field(
+        min_length=1,
+        description="Folder of save_to_disk (memory-mapped), or folder with data files or hub name (streamed)",
+    )
+    config: str | None = Field(default=None, description="Its configuration (subset); None: the only one")
+    split: str | None = Field(default=None, description="Its split; None: the only one, or train")
+    revision: str | None = Field(
+        default=None, description="Branch, tag or commit on the hub; None: the newest, whose commit the stores record"
+    )
+
+
+class PrepareConfig(StrictModel):
+    """Text files or a data set -> tokens stores `train/` and `heldout/` under `output`."""
+
+    input: list[PlaceText] = Field(default_factory=list, description="Files, folders or globs, read in the order given")
+    dataset: DatasetInput | None = Field(default=None, description="Or a Hugging Face data set")
     output: StorePlace = Field(
         description="Folder (or URL) for the stores train/ and heldout/; a folder gets tokenizer/ as well"
     )
     text_field: str = Field(
-        default="text", min_length=1, description="Field (JSON lines) or column (Parquet) with the text"
+        default="text", min_length=1, description="Field (JSON lines) or column (Parquet, data sets) with the text"
     )
     tokenizer: PlaceText | None = Field(default=None, description="Hugging Face tokenizer: folder or hub id")
     train_tokenizer: TrainTokenizer | None = Field(default=None, description="Train a tokenizer instead of naming one")
@@ -58,6 +73,8 @@ class PrepareConfig(StrictModel):
 
     @model_validator(mode="after")
     def _one_of_each(self) -> Self:
+        if bool(self.input) == (self.dataset is not None):
+            raise ValueError("give exactly one of input and dataset")
         if (self.tokenizer is None) == (self.train_tokenizer is None):
             raise ValueError("give exactly one of tokenizer and train_tokenizer")
         if self.train_tokenizer is not None and isinstance(self.output, str):

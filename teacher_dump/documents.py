@@ -44,6 +44,24 @@ class BadRecord(Exception):
     """A record that cannot be used; counted by the reader, never raised to the user."""
 
 
+class BadRecords:
+    """Counts broken records, those of an earlier run included; one more than `allowed` is a UserError."""
+
+    def __init__(self, *, allowed: int, before: int = 0) -> None:
+        self.count = before
+        self._allowed = allowed
+
+    def add(self, where: str, reason: str) -> None:
+        """Count one; `where` names its place for a person. Raises UserError."""
+        self.count += 1
+        if self.count > self._allowed:
+            raise UserError(
+                f"{where}: {reason}. This is broken record {self.count}, {self._allowed} may be skipped; "
+                "correct the input or raise max_bad_lines"
+            )
+        log.warning("%s: %s; skipped (%d of at most %d)", where, reason, self.count, self._allowed)
+
+
 class DocumentReader:
     """Iterate over the documents of `files` from `start` on.
 
@@ -62,11 +80,14 @@ class DocumentReader:
     ) -> None:
         self._files = files
         self._text_field = text_field
-        self._max_bad_lines = max_bad_lines
         self._start = start if start is not None else Place(0, 0)
-        self.bad_lines = bad_lines_before
+        self._bad = BadRecords(allowed=max_bad_lines, before=bad_lines_before)
         self._bytes_before = sum(file.num_bytes for file in files[: self._start.file])
         self._position: Callable[[], int] = lambda: 0
+
+    @property
+    def bad_lines(self) -> int:
+        return self._bad.count
 
     @property
     def bytes_read(self) -> int:
@@ -83,7 +104,7 @@ class DocumentReader:
                     self._position = raw.tell
                     for record, text in READERS[file.kind](file, raw, skip, self._text_field):
                         if isinstance(text, BadRecord):
-                            self._count_bad(file, record, str(text))
+                            self._bad.add(f"{file.path}, {_record_word(file)} {record + 1}", str(text))
                         else:
                             yield Document(Place(number, record), text, self.bad_lines)
                 except (OSError, EOFError, lzma.LZMAError) as error:
@@ -91,16 +112,6 @@ class DocumentReader:
                 finally:
                     self._position = lambda: 0
             self._bytes_before += file.num_bytes
-
-    def _count_bad(self, file: InputFile, record: int, reason: str) -> None:
-        self.bad_lines += 1
-        where = f"{file.path}, {_record_word(file)} {record + 1}"
-        if self.bad_lines > self._max_bad_lines:
-            raise UserError(
-                f"{where}: {reason}. This is broken record {self.bad_lines}, {self._max_bad_lines} may be skipped; "
-                "mend the file or raise max_bad_lines"
-            )
-        log.warning("%s: %s; skipped (%d of at most %d)", where, reason, self.bad_lines, self._max_bad_lines)
 
 
 def _record_word(file: InputFile) -> str:
@@ -140,7 +151,7 @@ def _read_jsonl(file: InputFile, raw: IO[bytes], skip: int, text_field: str) -> 
             raise UserError(
                 f"{file.path}, line {record + 1}: no field {text_field!r}; found {sorted(value)}; set text_field"
             )
-        yield record, _as_text(value[text_field], text_field)
+        yield record, as_text(value[text_field], text_field)
 
 
 def _lines(file: InputFile, raw: IO[bytes]) -> Iterator[bytes]:
@@ -185,11 +196,12 @@ def _read_parquet(file: InputFile, raw: IO[bytes], skip: int, text_field: str) -
         for batch in table.iter_batches(batch_size=_PARQUET_BATCH, row_groups=[group], columns=[text_field]):
             for value in batch.column(0):
                 if record >= skip:
-                    yield record, _as_text(value.as_py(), text_field)
+                    yield record, as_text(value.as_py(), text_field)
                 record += 1
 
 
-def _as_text(value: Any, text_field: str) -> str | BadRecord:
+def as_text(value: Any, text_field: str) -> str | BadRecord:
+    """The value itself if it can be tokenized, else why not."""
     if not isinstance(value, str):
         return BadRecord(f"field {text_field!r} is {type(value).__name__}, expected a text")
     try:

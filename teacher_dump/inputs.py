@@ -58,6 +58,8 @@ def _expand(entry: str) -> Iterator[tuple[Path, str, str, str]]:
         yield (path, path.name, *_kind(path))
     elif path.is_dir():
         below = sorted(p for p in path.rglob("*") if p.is_file() and _known(p) and not _hidden(p, path))
+        if not below and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            raise UserError(f"input folder {path} is a data set of save_to_disk; name it as --dataset {path} instead")
         if not below:
             raise UserError(
                 f"input folder {path} holds no {', '.join(KINDS)} file (also with {', '.join(COMPRESSIONS)}); "

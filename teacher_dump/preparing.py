@@ -1,4 +1,4 @@
-"""prepare: text files -> tokens stores of packed rows, `train/` and `heldout/`.
+"""prepare: text files or a data set -> tokens stores of packed rows, `train/` and `heldout/`.
 
 One pass in the order of the input; memory holds a few documents and one unit of rows per store. Each commit record
 carries the cursor at its end, so that a run that was killed goes on there and its stores are equal to the bit.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +20,9 @@ from potstill.common.errors import UserError
 from potstill.common.progress import Progress, format_seconds
 from potstill.storage import RunSpec, StoreWriter, TokensRow, seal_store
 from potstill.teacher_dump.config import PrepareConfig
-from potstill.teacher_dump.documents import Document, DocumentReader, Place
-from potstill.teacher_dump.inputs import InputFile, digest_files, find_files
+from potstill.teacher_dump.documents import Document, Place
 from potstill.teacher_dump.packing import Cursor, PackedRow, Packer
+from potstill.teacher_dump.sources import Documents, Source, open_source
 from potstill.teacher_dump.split import Split
 from potstill.teacher_dump.tokenizer import TextEncoder, keep_tokenizer, text_encoder, train_bpe
 
@@ -135,24 +135,21 @@ def prepare(config: PrepareConfig) -> PrepareSummary:
     StoreError for trouble with the stores.
     """
     started = time.monotonic()
-    files = find_files(config.input)
-    if sum(file.num_bytes for file in files) == 0:
-        raise UserError(f"input {config.input}: {len(files)} files, all empty; there is nothing to prepare")
-    input_digest = digest_files(files)
+    source = open_source(config)
     if isinstance(config.output, Path):
         config.output.mkdir(parents=True, exist_ok=True)
-    split = _make_split(config, files)
-    source = _tokenizer_source(config, files, split, input_digest)
-    encoder = text_encoder(source, append_eos=config.append_eos, add_bos=config.add_bos)
+    split = _make_split(config, source)
+    tokenizer = _tokenizer_place(config, source, split)
+    encoder = text_encoder(tokenizer, append_eos=config.append_eos, add_bos=config.add_bos)
     if config.train_tokenizer is None and isinstance(config.output, Path):
         _keep_tokenizer(config, encoder)
-    spec = _run_spec(config, files, encoder, split, input_digest)
+    spec = _run_spec(config, source, encoder, split)
     outputs = {
         name: _Output(inside(config.output, name), spec(name), force=config.force)
         for name in ((TRAIN, HELDOUT) if split.threshold else (TRAIN,))
     }
-    bad_lines = _fill(config, files, split, encoder, outputs)
-    end = Place(len(files), 0)
+    bad_lines = _fill(source, split, encoder, outputs)
+    end = Place(source.num_files, 0)
     stores = [output.finish(end, bad_lines=bad_lines) for output in outputs.values()]
     for store in stores:
         if store.rows == 0:
@@ -161,21 +158,21 @@ def prepare(config: PrepareConfig) -> PrepareSummary:
         seal_store(store.path)
     return PrepareSummary(
         stores=tuple(stores),
-        tokenizer=source,
+        tokenizer=tokenizer,
         tokenizer_digest=encoder.digest,
         vocab_size=encoder.vocab_size,
         row_length=config.row_length,
-        num_files=len(files),
-        input_bytes=sum(file.num_bytes for file in files),
+        num_files=source.num_files,
+        input_bytes=source.num_bytes,
         bad_lines=bad_lines,
         resumed_rows=sum(output.resumed_rows for output in outputs.values()),
         seconds=time.monotonic() - started,
     )
 
 
-def _make_split(config: PrepareConfig, files: Sequence[InputFile]) -> Split:
+def _make_split(config: PrepareConfig, source: Source) -> Split:
     if config.heldout_documents:
-        texts = (document.text for document in _reader(config, files) if document.text)
+        texts = (document.text for document in source.read() if document.text)
         return Split.by_count(texts, count=config.heldout_documents, salt=config.split_salt)
     return Split.by_fraction(config.heldout_fraction, salt=config.split_salt)
 
@@ -188,13 +185,13 @@ def _keep_tokenizer(config: PrepareConfig, encoder: TextEncoder) -> None:
     keep_tokenizer(encoder, folder, force=config.force)
 
 
-def _tokenizer_source(config: PrepareConfig, files: Sequence[InputFile], split: Split, input_digest: str) -> str:
+def _tokenizer_place(config: PrepareConfig, source: Source, split: Split) -> str:
     if config.train_tokenizer is None:
         assert config.tokenizer is not None
         return config.tokenizer
     folder = Path(config.output) / "tokenizer"  # a place of its own kind is refused by the configuration
-    reader = _reader(config, files)
-    with Progress(sum(file.num_bytes for file in files), unit="bytes", description="train tokenizer") as progress:
+    reader = source.read()
+    with Progress(source.num_bytes or None, unit="bytes", description="train tokenizer") as progress:
 
         def texts() -> Iterator[str]:
             for document in reader:
@@ -203,25 +200,11 @@ def _tokenizer_source(config: PrepareConfig, files: Sequence[InputFile], split: 
                     yield document.text
 
         settings = config.train_tokenizer
-        train_bpe(folder, texts(), settings=settings, input_digest=input_digest, force=config.force)
+        train_bpe(folder, texts(), settings=settings, input_digest=source.digest, force=config.force)
     return str(folder)
 
 
-def _reader(
-    config: PrepareConfig, files: Sequence[InputFile], start: Place | None = None, bad_lines: int = 0
-) -> DocumentReader:
-    return DocumentReader(
-        files,
-        text_field=config.text_field,
-        max_bad_lines=config.max_bad_lines,
-        start=start,
-        bad_lines_before=bad_lines,
-    )
-
-
-def _run_spec(
-    config: PrepareConfig, files: Sequence[InputFile], encoder: TextEncoder, split: Split, digest: str
-) -> Callable[[str], RunSpec]:
+def _run_spec(config: PrepareConfig, source: Source, encoder: TextEncoder, split: Split) -> Callable[[str], RunSpec]:
     def spec(part: str) -> RunSpec:
         return RunSpec(
             kind="tokens",
@@ -232,7 +215,12 @@ def _run_spec(
             tokenizer_digest=encoder.digest,
             info={
                 "part": part,
-                "input": {"digest": digest, "files": len(files), "bytes": sum(file.num_bytes for file in files)},
+                "input": {
+                    "digest": source.digest,
+                    "files": source.num_files,
+                    "bytes": source.num_bytes,
+                    **source.info(),
+                },
                 "text_field": config.text_field,
                 "prefix": list(encoder.prefix),
                 "suffix": list(encoder.suffix),
@@ -244,8 +232,7 @@ def _run_spec(
 
 
 def _fill(
-    config: PrepareConfig,
-    files: Sequence[InputFile],
+    source: Source,
     split: Split,
     encoder: TextEncoder,
     outputs: dict[str, _Output],
@@ -257,10 +244,10 @@ def _fill(
     behind = min(open_outputs, key=lambda output: output.start.place if output.start else Place(0, 0))
     start = behind.start.place if behind.start else Place(0, 0)
     if behind.start:
-        log.info("prepare goes on at file %d of %d, record %d", start.file + 1, len(files), start.record + 1)
-    reader = _reader(config, files, start, behind.start.bad_lines if behind.start else 0)
-    total = sum(file.num_bytes for file in files)
-    with Progress(total, unit="bytes", description="prepare") as progress:
+        log.info("prepare goes on at file %d of %d, record %d", start.file + 1, source.num_files, start.record + 1)
+    reader = source.read(start=start, bad_lines=behind.start.bad_lines if behind.start else 0)
+    total = source.num_bytes
+    with Progress(total or None, unit="bytes", description="prepare") as progress:
         for batch in _batches(reader):
             wanted = []
             for document in batch:
@@ -276,7 +263,7 @@ def _fill(
     return reader.bad_lines
 
 
-def _batches(reader: DocumentReader) -> Iterator[list[Document]]:
+def _batches(reader: Documents) -> Iterator[list[Document]]:
     batch: list[Document] = []
     characters = 0
     for document in reader:

@@ -109,7 +109,7 @@ def test_transformers_imports_a_model_with_the_root_on_the_path() -> None:
     assert done.stdout.strip() == "ok", done.stderr
 
 
-@pytest.mark.parametrize("folder", [*ROOMS, "tests", "benchmarks"])
+@pytest.mark.parametrize("folder", [*ROOMS, "tests", "benchmarks", "examples"])
 def test_files_and_functions_stay_small(folder: str) -> None:
     too_long = []
     for path in sources(folder):

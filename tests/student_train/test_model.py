@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from potstill.storage import LoadedBatch, StoreReader
-from potstill.student_train.batch import collate, next_token_labels, position_ids
+from potstill.student_train.batch import collate, position_ids
 from potstill.student_train.config import Objective, Stage
 from potstill.student_train.model import SUM_NAMES, StudentModel, build_student, check_initial_std
 from potstill.student_train.objective import step_objective
@@ -47,7 +47,7 @@ def test_positions_restart_and_labels_stop_at_documents() -> None:
     row = tiny.token_rows(2)[0]
     row = replace(row, tokens=np.arange(7, dtype=np.int32), doc_lens=np.array([3, 4], np.int32))
     assert position_ids(row.doc_lens, 9).tolist() == [0, 1, 2, 0, 1, 2, 3, 0, 1]
-    assert next_token_labels(row).tolist() == [1, 2, -100, 4, 5, 6, -100]
+    assert row.labels().tolist() == [1, 2, -100, 4, 5, 6, -100]
 
 
 def test_a_packed_row_equals_its_documents_run_apart(stores, student: StudentModel) -> None:
