@@ -6,9 +6,8 @@ read as YAML, so `--set data.files=[a,b]` and `--set alpha=0.5` mean what they s
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
@@ -16,6 +15,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from potstill.common.errors import ConfigError
+from potstill.common.nearest import nearest_keys
 
 
 class StrictModel(BaseModel):
@@ -136,8 +136,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     node[_slot(node, last, override, ".".join(parents))] = parse_yaml(value, name=f"override {path}")
 
 
-def _fields_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
-    """Names of the keys that are known at `location` of the tree, as far as the annotations tell."""
+def _fields_at(model: type[BaseModel], location: Sequence[int | str]) -> dict[str, str]:
+    """Names of the keys that are known at `location` of the tree, as far as the annotations tell: name -> text."""
     current: list[type[BaseModel]] = [model]
     for name in location:
         following: list[type[BaseModel]] = []
@@ -146,7 +146,21 @@ def _fields_at(model: type[BaseModel], location: Sequence[int | str]) -> list[st
             if field is not None:
                 following += _models_in(field.annotation)
         current = following or current
-    return sorted({name for candidate in current for name in candidate.model_fields})
+    fields = {name: field for candidate in current for name, field in candidate.model_fields.items()}
+    return {name: fields[name].description or "" for name in sorted(fields)}
+
+
+def _elsewhere(model: type[BaseModel], name: str) -> list[str]:
+    """Dotted paths of the keys of this name in the whole tree (not inside lists and mappings)."""
+
+    def walk(group: type[BaseModel], prefix: str) -> Iterator[str]:
+        for key, field in group.model_fields.items():
+            if key == name:
+                yield f"{prefix}{key}"
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                yield from walk(field.annotation, f"{prefix}{key}.")
+
+    return list(walk(model, ""))
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
@@ -215,8 +229,9 @@ def _inside(annotation: Any, part: int | str) -> Any | None:
 def _words(model: type[BaseModel], place: tuple[int | str, ...], problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         known = _fields_at(model, place[:-1])
-        near = difflib.get_close_matches(str(place[-1]), known, n=1, cutoff=0.4)
-        return "unknown key; " + (f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}")
+        near = nearest_keys(str(place[-1]), known) or _elsewhere(model, str(place[-1]))
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known keys: {', '.join(known)}"
+        return f"unknown key; {hint}"
     if problem["type"] == "missing":
         return "this key is needed and missing"
     if problem["type"] == "value_error":  # our own words, which say what was found; the input may be the whole tree

@@ -212,6 +212,18 @@ def _active_rows(weights: Tensor, num_active: int | None) -> Tensor:
     return torch.argsort((weights == 0).to(torch.uint8), stable=True)[:num_active]
 
 
+def logits_chunk_bytes(*, num_tokens: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Bytes of the logits that the fused losses hold at a time for `num_tokens` tokens, with the default budget.
+
+    `dtype` is that of the head's weight, `device` where it would lie (nothing is put there).
+    """
+    backend = backends.choose("auto", device, dtype)
+    wide = backend.slab_dtype(dtype)
+    rows = min(num_tokens, _chunk_rows(vocab_size, wide, device, None))
+    stride = -(-vocab_size // backend.row_alignment) * backend.row_alignment
+    return rows * stride * wide.itemsize
+
+
 def _chunk_rows(vocab_size: int, dtype: torch.dtype, device: torch.device, chunk_bytes: int | None) -> int:
     """Rows of a chunk: as many as the budget holds, whole multiples of 128 above 128."""
     if chunk_bytes is None:

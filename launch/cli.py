@@ -18,6 +18,7 @@ from potstill.common.errors import UserError
 from potstill.common.exit_codes import DONE, ERROR, EXIT_CODES, INTERRUPTED
 from potstill.common.log import setup_logging
 from potstill.launch.commands import COMMANDS
+from potstill.launch.options import KEYS, explain_unknown
 
 DESCRIPTION = "Pre-training distillation from offline teacher logits."
 EPILOG = """\
@@ -61,7 +62,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        child.set_defaults(run=entry.run)
+        child.set_defaults(run=entry.run, parser=child)
         child.add_argument("--traceback", action="store_true", help="show where an error came from")
         if entry.name == command:
             entry.add_arguments(child)
@@ -69,8 +70,16 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse a command line; leaves the program with code 2 and a usage line if it is wrong."""
-    return build_parser(argv[0] if argv else None).parse_args(argv)
+    """Parse a command line; leaves the program with code 2 and a usage line if it is wrong.
+
+    What is not known is explained by the flag or key that is nearest to it.
+    """
+    arguments, unknown = build_parser(argv[0] if argv else None).parse_known_args(argv)
+    if unknown:
+        actions = arguments.parser._option_string_actions.items()
+        flags = {flag: (action.const, action.help or "") for flag, action in actions if flag.startswith("--")}
+        arguments.parser.error(explain_unknown(unknown, flags=flags, keys=getattr(arguments, KEYS, {})))
+    return arguments
 
 
 def is_mendable(error: Exception) -> bool:

@@ -6,8 +6,9 @@ from potstill.launch.command import Command
 from potstill.launch.demo_command import DEMO
 from potstill.launch.plan import PLAN
 from potstill.launch.store_commands import GC, INSPECT, SEAL, STATS, STATUS, VERIFY
-from potstill.launch.student_commands import EVAL, EXPORT, PRESETS, REPORT, TRAIN
+from potstill.launch.student_commands import EVAL, EXPORT, PRESETS, REPORT
 from potstill.launch.teacher_commands import DUMP, PREPARE, SCORE
+from potstill.launch.train_command import TRAIN
 
 COMMANDS: tuple[Command, ...] = (
     PLAN,

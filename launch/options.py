@@ -10,7 +10,7 @@ import argparse
 import json
 import textwrap
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -20,9 +20,11 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from potstill.common.config import load_config
+from potstill.common.nearest import nearest_keys
 
 Model = TypeVar("Model", bound=BaseModel)
 OVERRIDES = "overrides"  # attribute of the parsed arguments
+KEYS = "known_keys"  # attribute of the parsed arguments: every key that --set takes, with its description
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,7 @@ def add_config_options(
         help="set any key listed below; comes after the file, in the order given",
     )
     keys = {key.path: key for key in list_keys(model)}
+    parser.set_defaults(**{KEYS: {path: key.description for path, key in keys.items() if key.annotation is not None}})
     wanted = {f"--{path.replace('_', '-')}": path for path in keys if "." not in path} | dict(flags or {})
     group = parser.add_argument_group("keys as flags")
     for flag, path in wanted.items():
@@ -199,6 +202,42 @@ def describe_keys(keys: Any) -> str:
             lines.append(f"  {key.path} ({type_word(key.annotation)}{default})")
         lines += textwrap.wrap(key.description, 100, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines)
+
+
+def explain_unknown(words: Sequence[str], *, flags: Mapping[str, Sequence[str]], keys: Mapping[str, str]) -> str:
+    """One sentence for each unknown flag of a command line: the flag or key that it may mean.
+
+    `words` is what argparse did not know, `flags` the known ones (`--steps` -> key it sets and help text), `keys`
+    those that `--set` takes (dotted path -> description).
+    """
+    told = []
+    for number, word in enumerate(words):
+        if not word.startswith("--"):
+            continue
+        name, equals, value = word.partition("=")
+        if not equals and words[number + 1 : number + 2] and not words[number + 1].startswith("-"):
+            value = words[number + 1]
+        hints = list(_hints(name[2:].replace("-", "_"), value or "VALUE", flags=flags, keys=keys))
+        told.append(f"there is no {name} here; " + (f"use {' or '.join(hints)}" if hints else "--help lists all flags"))
+    return "; ".join(told) or f"unexpected: {' '.join(words)}"
+
+
+def _hints(
+    name: str, value: str, *, flags: Mapping[str, Sequence[str]], keys: Mapping[str, str], count: int = 3
+) -> Iterable[str]:
+    """What to write for a flag `name`: a key of that very name, else the nearest flag or key."""
+    by_path = {path: flag for flag, (path, _) in flags.items()}
+    paths = [path for path in keys if path.rpartition(".")[2] == name and "NAME" not in path]
+    if not paths:
+        described = {path.rpartition(".")[2]: text for path, text in reversed(list(keys.items()))}
+        known = described | {flag[2:].replace("-", "_"): text for flag, (_, text) in flags.items()}
+        for near in nearest_keys(name, known):
+            flag = f"--{near.replace('_', '-')}"
+            if flag in flags:
+                return [flag]
+            paths = [path for path in keys if path.rpartition(".")[2] == near and "NAME" not in path]
+    paths.sort(key=lambda path: (".N." in path, path.count(".")))
+    return [by_path.get(path) or f"--set {path.replace('.N.', '.0.')}={value}" for path in paths[:count]]
 
 
 def read_config(model: type[Model], arguments: argparse.Namespace) -> Model:

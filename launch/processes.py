@@ -3,27 +3,31 @@
 A child runs in its own process group, gets what the command gets (INT, TERM and HUP arrive as TERM, so that it can
 save), and is killed by the kernel when the command itself is killed.
 
-DeepSpeed's per-node launcher starts them; the `deepspeed` command in front of it is left out, because it leaves ranks
-running when it is terminated and exits with 0 when the launcher below it is killed (DeepSpeed 0.19).
+Ranks of this machine are started directly, with the variables that any launcher sets. DeepSpeed's launcher (0.19)
+would add a process that imports torch before the first rank starts, print whole command lines as errors, overwrite
+CUDA_VISIBLE_DEVICES, say 1 where a rank said 75, and kill a rank that saves for longer than 30 s. Across machines it,
+or torchrun, is what starts `python -m potstill.student_train`.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import ctypes
-import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
-STOP_SECONDS = 40.0  # the launcher itself gives its ranks 30 s between TERM and KILL
+STOP_SECONDS = 40.0  # between TERM and KILL: a rank saves when it is told to stop
+LAST_WORDS_SECONDS = 15.0  # for the other ranks when one has failed: most fail too, and say why
+POLL_SECONDS = 0.05
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -39,16 +43,6 @@ def count_devices() -> int:
     import torch
 
     return torch.cuda.device_count()
-
-
-def launcher_command(module: str, arguments: Sequence[str], *, num_ranks: int, port: int) -> list[str]:
-    """The command line that starts `num_ranks` ranks of `python -m module arguments...` on this machine."""
-    world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(num_ranks))}).encode()).decode()
-    return [
-        *(sys.executable, "-u", "-m", "deepspeed.launcher.launch", "--log_level", "warning"),
-        *(f"--world_info={world}", "--master_addr=127.0.0.1", f"--master_port={port}", "--no_local_rank"),
-        *("--module", module, *arguments),
-    ]
 
 
 class Child(Protocol):
@@ -131,18 +125,65 @@ def passing_signals_to(processes: Collection[Child]) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def run_ranks(module: str, arguments: Sequence[str], *, num_ranks: int) -> int:
-    """Run `num_ranks` ranks to their end and return the launcher's exit code (negative: killed by that signal).
+@dataclass(frozen=True)
+class RanksEnd:
+    """How the ranks of a run ended."""
 
-    What is left when the launcher has gone is killed. The code alone does not prove that the work is done: ask the
-    run folder.
+    codes: tuple[int, ...]  # by rank; negative: ended by that signal
+    first_failed: int | None  # the rank that was the first to end with a code that is not fine
+    signals: tuple[int, ...]  # that came for the command and were passed on
+
+
+def rank_environment(rank: int, num_ranks: int, *, port: int) -> dict[str, str]:
+    """What a launcher tells a rank of this machine."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),  # torchrun's name
+        "LOCAL_SIZE": str(num_ranks),  # DeepSpeed's
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        # Ranks share the cores; with the default of one thread per core each they get in each other's way.
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // num_ranks)),
+    }
+
+
+def run_ranks(
+    module: str,
+    arguments: Sequence[str],
+    *,
+    num_ranks: int,
+    environment: Mapping[str, str] | None = None,
+    fine: Collection[int] = (0,),
+) -> RanksEnd:
+    """Run `num_ranks` ranks of `python -m module arguments...` on this machine to their end.
+
+    When one ends with a code that is not in `fine`, the others have LAST_WORDS_SECONDS to end by themselves (they wait
+    for it in a collective call, and most say so), then they are stopped. The codes alone do not prove that the work is
+    done: ask the run folder. `environment` adds to ours.
     """
-    # Ranks share the cores; with the default of one thread per core each they get in each other's way.
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // num_ranks))
-    command = launcher_command(module, arguments, num_ranks=num_ranks, port=free_port())
-    process = start(command, environment={"OMP_NUM_THREADS": threads})
+    command = [sys.executable, "-u", "-m", module, *arguments]
+    port = free_port()
+    ranks: list[subprocess.Popen[bytes]] = []
+    failed: int | None = None
     try:
-        with passing_signals_to([process]):
-            return process.wait()
+        with passing_signals_to(ranks) as received:
+            for rank in range(num_ranks):
+                place = rank_environment(rank, num_ranks, port=port)
+                ranks.append(start(command, environment={**(environment or {}), **place}))
+                if received:  # it went to the ranks that were there
+                    kill_group(ranks[-1], signal.SIGTERM)
+            deadline = float("inf")
+            while any(process.poll() is None for process in ranks) and time.monotonic() < deadline:
+                ended = [rank for rank, process in enumerate(ranks) if process.poll() not in (None, *fine)]
+                if ended and failed is None:
+                    failed, deadline = ended[0], time.monotonic() + LAST_WORDS_SECONDS
+                time.sleep(POLL_SECONDS)
+            ended = [rank for rank, process in enumerate(ranks) if process.poll() not in (None, *fine)]
+            failed = ended[0] if failed is None and ended else failed
     finally:
-        stop(process)
+        for process in ranks:
+            kill_group(process, signal.SIGKILL)  # one that waits for a rank that is gone, and what a rank has started
+        codes = tuple(process.wait() for process in ranks)
+    return RanksEnd(codes, failed, tuple(received))

@@ -1,21 +1,15 @@
-"""Commands of the student stage: presets, train, eval, export."""
+"""Commands of the student stage beside train: presets, eval, report, export."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import sys
 from pathlib import Path
 
-from potstill.common.errors import ConfigError
-from potstill.common.exit_codes import DONE, ERROR, PREEMPTED
+from potstill.common.exit_codes import DONE
 from potstill.launch.command import Command
-from potstill.launch.options import OVERRIDES, add_config_options, read_config
+from potstill.launch.options import add_config_options, read_config
 from potstill.launch.presets import find_preset, list_presets
 from potstill.launch.text import table
-
-RANK_MODULE = "potstill.student_train"
 
 
 def _presets(arguments: argparse.Namespace) -> int:
@@ -38,91 +32,6 @@ PRESETS = Command(
     examples=("potstill presets", "potstill presets salt > my.yaml"),
     add_arguments=_presets_arguments,
     run=_presets,
-)
-
-
-def _train_arguments(parser: argparse.ArgumentParser) -> None:
-    from potstill.student_train.config import TrainConfig
-
-    parser.add_argument("--preset", metavar="NAME", help="start from a preset instead of --config (`potstill presets`)")
-    parser.add_argument(
-        "--num-ranks", type=int, metavar="N", help="processes on this machine; default: one for each GPU, else one"
-    )
-    flags = {
-        "--output": "run.output_dir",
-        "--steps": "run.max_steps",
-        "--seed": "run.seed",
-        "--model-config": "model.config",
-        "--model": "model.path",
-        "--tokens": "data.tokens",
-        "--heldout": "data.heldout",
-        "--force": "run.force",
-    }
-    add_config_options(parser, TrainConfig, flags=flags)
-
-
-def _train(arguments: argparse.Namespace) -> int:
-    from potstill.launch.processes import count_devices, run_ranks
-    from potstill.student_train import train
-    from potstill.student_train.config import TrainConfig
-
-    if arguments.preset is not None:
-        if arguments.config is not None:
-            raise ConfigError("give --preset or --config, not both; `potstill presets NAME` prints a preset to change")
-        arguments.config = str(find_preset(arguments.preset).path)
-    config = read_config(TrainConfig, arguments)
-    num_ranks = arguments.num_ranks
-    if num_ranks is None:
-        num_ranks = 1 if "WORLD_SIZE" in os.environ else max(1, count_devices())
-    if num_ranks < 1:
-        raise ConfigError(f"--num-ranks {num_ranks}: expected 1 or more")
-    if num_ranks == 1:
-        from potstill.student_train.distributed import stop_distributed
-
-        try:
-            summary = train(config)
-        finally:
-            stop_distributed()
-        print(summary.format())
-        return DONE if summary.is_done else PREEMPTED
-    words = [f"--set={override}" for override in getattr(arguments, OVERRIDES)]
-    if arguments.config is not None:
-        words.append(f"--config={arguments.config}")
-    return _judge(run_ranks(RANK_MODULE, words, num_ranks=num_ranks), config)
-
-
-def _judge(code: int, config: object) -> int:
-    """The exit code of a launched run: what the launcher says, and the marker that a done run leaves."""
-    from potstill.student_train.config import TrainConfig
-    from potstill.student_train.run_folder import read_done
-
-    assert isinstance(config, TrainConfig)
-    folder = config.run.output_dir
-    done = read_done(folder)
-    if code == 0 and done is not None:
-        print(json.dumps({"run": str(folder), **done}))
-        return DONE
-    if code == PREEMPTED:
-        return PREEMPTED
-    told = f"the launcher ended with code {code}" + ("" if code else ", but the run left no mark of its end")
-    print(f"potstill train: error: {told}; see the messages above and {folder}", file=sys.stderr)
-    return ERROR
-
-
-TRAIN = Command(
-    name="train",
-    summary="train a student, from labels or from targets",
-    description="Train or continue the run whose folder is run.output_dir. With --num-ranks above 1, DeepSpeed's "
-    "launcher starts the ranks on this machine. On a cluster start the ranks with any launcher that sets RANK, "
-    "WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT:\n"
-    "  deepspeed --hostfile hosts --module potstill.student_train --config run.yaml",
-    examples=(
-        "potstill train --config run.yaml --num-ranks 8",
-        "potstill train --preset lm --tokens data/train --model-config configs/small --output runs/small",
-        "potstill train --config run.yaml --set optimizer.lr=1e-3 curriculum.0.temperature=2.0",
-    ),
-    add_arguments=_train_arguments,
-    run=_train,
 )
 
 

@@ -187,19 +187,23 @@ class Loader:
             raise StoreError(f"plan: batch {batch} has rows of shape {rows.shape}, expected ({size},)")
         return rows[size * self._rank // self._world : size * (self._rank + 1) // self._world]
 
+    def reads(self, batch: int) -> list[Int64]:
+        """Row ids of each read that this rank makes of a store for global batch `batch`; nothing is read."""
+        rows = self._rank_rows(batch)
+        return [rows[cut] for cut in self._cuts(len(rows))]
+
     def _cuts(self, num_rows: int) -> list[slice]:
         """One task per thread and batch, so that a large batch is read in parallel."""
         step = max(1, -(-num_rows // self._num_threads))
         return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
 
     def _submit(self, prefetcher: Prefetcher[_Piece], batch: int) -> None:
-        rows = self._rank_rows(batch)
         names = self._plan.joined(batch)
         unknown = names - self._joined.keys()
         if unknown:
             raise StoreError(f"plan: batch {batch} needs the stores {sorted(unknown)}, which were not given")
-        for cut in self._cuts(len(rows)):
-            prefetcher.submit(functools.partial(self._load, rows[cut], names))
+        for rows in self.reads(batch):
+            prefetcher.submit(functools.partial(self._load, rows, names))
 
     def _load(self, rows: Int64, names: frozenset[str]) -> _Piece:
         tokens = self._tokens.tokens_rows(rows)

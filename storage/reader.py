@@ -189,6 +189,11 @@ class StoreReader:
             raise MismatchError(f"{self.url} is a {self._spec.kind} store, expected a {kind} store")
         return self.rows(ids)
 
+    def read_bytes(self, ids: Sequence[int] | NDArray[np.int64]) -> int:
+        """Bytes that `rows(ids)` reads: the record batches that hold these rows, each once. From the index alone."""
+        entries = (self._locate(int(row)) for row in ids)
+        return sum({(int(e["unit"]), int(e["offset"])): int(e["length"]) for e in entries}.values())
+
     def column_bytes(self, ids: Sequence[int] | NDArray[np.int64]) -> tuple[dict[str, int], int]:
         """Compressed bytes by column, and tokens, of the record batches that hold these rows."""
         seen: set[tuple[int, int]] = set()

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from potstill.student_train.export_hf import ExportSummary
     from potstill.student_train.measure import EvalSummary
     from potstill.student_train.packed import PackedBatch, collate_rows
-    from potstill.student_train.trainer import TrainSummary
+    from potstill.student_train.preflight import CheckedRun
+    from potstill.student_train.summary import TrainSummary
 
 __all__ = [
     "EvalConfig",
@@ -38,16 +39,19 @@ _LAZY = {
     "ExportSummary": "export_hf",
     "PackedBatch": "packed",
     "TrainConfig": "config",
-    "TrainSummary": "trainer",
+    "TrainSummary": "summary",
     "collate_rows": "packed",
 }
 
 
-def train(config: TrainConfig) -> TrainSummary:
-    """Train or continue a student. The summary's `is_done` is False when the run was asked to stop early."""
+def train(config: TrainConfig, *, checked: CheckedRun | None = None) -> TrainSummary:
+    """Train or continue a student. The summary's `is_done` is False when the run was asked to stop early.
+
+    `checked` is what preflight.check_run gave for this configuration in this process, if it was called already.
+    """
     from potstill.student_train import trainer
 
-    return trainer.train(config)
+    return trainer.train(config, checked=checked)
 
 
 def evaluate(config: EvalConfig) -> EvalSummary:

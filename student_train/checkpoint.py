@@ -128,18 +128,25 @@ def list_checkpoints(run: Path) -> list[Checkpoint]:
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
+def find_resume(options: CheckpointConfig, run: Path) -> Checkpoint | None:
+    """The checkpoint to continue from, None for a start from the beginning. Raises ResumeError that names the key."""
+    try:
+        if isinstance(options.resume, Path):
+            return read_checkpoint(options.resume)
+        return next(reversed(list_checkpoints(run)), None) if options.resume == "auto" else None
+    except ResumeError as error:
+        key = f"checkpoint.resume = {options.resume}: " if isinstance(options.resume, Path) else ""
+        raise ResumeError(f"{key}{error}") from error
+
+
 def choose_resume(options: CheckpointConfig, run: Path, topology: Topology) -> Checkpoint | None:
     """The checkpoint to continue from, chosen by rank 0 for all. Raises ResumeError (on all ranks)."""
     answer: Any = None
     if topology.is_main:
         try:
-            if isinstance(options.resume, Path):
-                answer = read_checkpoint(options.resume)
-            elif options.resume == "auto":
-                answer = next(reversed(list_checkpoints(run)), None)
+            answer = find_resume(options, run)
         except ResumeError as error:
-            key = f"checkpoint.resume = {options.resume}: " if isinstance(options.resume, Path) else ""
-            answer = ResumeError(f"{key}{error}")
+            answer = error
     answer = broadcast_object(answer)
     if isinstance(answer, ResumeError):
         raise answer
@@ -165,7 +172,7 @@ def check_pinned(checkpoint: Checkpoint, pinned: dict[str, Any]) -> None:
         raise ResumeError(
             f"{checkpoint.folder} belongs to another run:\n"
             + "\n".join(differing)
-            + "\nuse the run's own configuration, or a new run.output_dir (run.force: true starts anew "
+            + "\nuse the run's own configuration, or a new run.output_dir (--force, or run.force: true, starts anew "
             "here)"
         )
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from potstill.common.errors import ConfigError, UserError
+from potstill.student_train.batch_arithmetic import accumulation_steps
 from potstill.student_train.config import OptimizerConfig, TrainConfig
 
 log = logging.getLogger(__name__)
@@ -112,18 +113,6 @@ def gather_objects(value: Any) -> list[Any]:
     box = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(box, value)
     return box
-
-
-def accumulation_steps(config: TrainConfig, world_size: int) -> int:
-    """Micro-batches per rank and step. Raises ConfigError when the global batch does not divide."""
-    data = config.data
-    per_forward = data.micro_batch_rows * world_size
-    if data.global_batch_rows % per_forward:
-        raise ConfigError(
-            f"data.global_batch_rows {data.global_batch_rows} is not a multiple of data.micro_batch_rows "
-            f"{data.micro_batch_rows} x {world_size} ranks = {per_forward}; choose one that is"
-        )
-    return data.global_batch_rows // per_forward
 
 
 def deepspeed_config(config: TrainConfig, *, world_size: int, load_universal: bool = False) -> dict[str, Any]:

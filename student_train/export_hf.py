@@ -62,7 +62,10 @@ def export(config: ExportConfig) -> ExportSummary:
     if source.checkpoint is None:
         raise UserError(f"{config.run} is a Hugging Face folder already; name a run or a checkpoint")
     if config.output_dir.exists() and not config.force:
-        raise UserError(f"output_dir {config.output_dir} exists; name another folder or set force: true to replace it")
+        raise UserError(
+            f"output_dir {config.output_dir} exists; name another folder, or replace it with --force (force: true in a "
+            "file)"
+        )
     run_config = read_run_config(source.run)
     dtype = config.dtype or run_config.model.dtype
     model = load_model(source, dtype=dtype)

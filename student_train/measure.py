@@ -36,7 +36,9 @@ class EvalSummary:
 def evaluate(config: EvalConfig) -> EvalSummary:
     """Measure; writes `config.output` (JSON) when given. Raises UserError."""
     if config.output is not None and config.output.exists() and not config.force:
-        raise UserError(f"output {config.output} exists; name another file or set force: true")
+        raise UserError(
+            f"output {config.output} exists; name another file, or overwrite it with --force (force: true in a file)"
+        )
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     tokens = open_store(config.heldout, "tokens", "heldout")

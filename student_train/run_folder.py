@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from potstill.student_train.stop import STOP_FILE
 log = logging.getLogger(__name__)
 CONFIG_FILE = "config.yaml"
 DONE_FILE = "done.json"
+LOGS_FOLDER = "logs"  # what libraries printed, a file for each start
 STUDENT_FOLDER = "student"  # config.json of the student
 PART_FILE = f".{CONFIG_FILE}.part"  # what a kill during the very first write leaves
 _NOT_THE_ARCHITECTURE = {"architectures", "dtype", "transformers_version"}
@@ -57,8 +59,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def prepare_run_folder(config: TrainConfig) -> None:
-    """Make sure that output_dir may be written (rank 0 only). Raises UserError rather than overwrite anything.
+def check_run_folder(config: TrainConfig) -> bool:
+    """Whether output_dir holds a run; nothing is touched. Raises UserError where a start would overwrite something.
 
     A folder that holds a run is continued with checkpoint.resume auto or PATH; with `never` it needs run.force. A
     folder that holds something else is never touched, not even with run.force.
@@ -67,19 +69,33 @@ def prepare_run_folder(config: TrainConfig) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"run.output_dir {folder} is a file; name a folder")
     holds_run = (folder / CONFIG_FILE).is_file()
-    others = [path for path in folder.iterdir() if path.name != PART_FILE] if folder.is_dir() else []
+    ours = {PART_FILE, LOGS_FOLDER}  # what a start leaves that was killed before the run was a run
+    others = [path for path in folder.iterdir() if path.name not in ours] if folder.is_dir() else []
     if others and not holds_run:
         raise UserError(f"run.output_dir {folder} holds other files and no run; name a new or empty folder")
-    if holds_run and config.run.force:
-        log.info("deleting the run in %s (run.force)", folder)
-        delete_run(folder)
-    elif holds_run and config.checkpoint.resume == "never":
+    if holds_run and config.checkpoint.resume == "never" and not config.run.force:
         raise UserError(
             f"run.output_dir {folder} holds a run already and checkpoint.resume is never; continue it with resume "
-            "auto, name another folder, or set run.force: true to delete it"
+            "auto, name another folder, or delete it with --force (run.force: true in a file)"
         )
+    return holds_run
+
+
+def prepare_run_folder(config: TrainConfig) -> None:
+    """Make output_dir ready for a start (rank 0, or the command that starts the ranks). Raises as check_run_folder."""
+    folder = config.run.output_dir
+    if check_run_folder(config) and config.run.force:
+        log.info("deleting the run in %s (run.force)", folder)
+        delete_run(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / STOP_FILE).unlink(missing_ok=True)
+
+
+def new_log_file(run: Path) -> Path:
+    """The file for what libraries and launchers print during one start: `RUN/logs/train-YYYYMMDD-HHMMSS.log`."""
+    folder = run / LOGS_FOLDER
+    folder.mkdir(exist_ok=True)
+    return folder / f"train-{time.strftime('%Y%m%d-%H%M%S')}.log"
 
 
 def delete_run(folder: Path) -> None:
@@ -123,7 +139,7 @@ def check_student(checkpoint: Checkpoint, student_config: Any) -> None:
         raise ResumeError(
             f"model.config or model.path has changed since {checkpoint.folder}:\n"
             + "\n".join(differing)
-            + "\ntake back the change, or name a new run.output_dir (run.force: true starts anew here)"
+            + "\ntake back the change, or name a new run.output_dir (--force, or run.force: true, starts anew here)"
         )
 
 

@@ -6,8 +6,6 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,12 +13,11 @@ import torch
 from potstill.common.errors import UserError
 from potstill.common.progress import Progress
 from potstill.storage import Loader, StoreError
-from potstill.student_train.checkpoint import Checkpoint, ResumeError, check_pinned, choose_resume, load_checkpoint
+from potstill.student_train.checkpoint import Checkpoint, ResumeError, choose_resume, load_checkpoint
 from potstill.student_train.config import TrainConfig
 from potstill.student_train.curriculum import CurriculumPlan, describe
 from potstill.student_train.distributed import (
     Topology,
-    accumulation_steps,
     broadcast_object,
     build_engine,
     check_deepspeed,
@@ -45,9 +42,9 @@ from potstill.student_train.metrics import (
 )
 from potstill.student_train.model import StudentModel, active_parameters, build_student, count_parameters
 from potstill.student_train.model_checks import check_model
+from potstill.student_train.preflight import CheckedRun, check_continuable, check_run
 from potstill.student_train.run_folder import (
     DONE_FILE,
-    check_student,
     pinned_values,
     prepare_run_folder,
     report_changes,
@@ -55,8 +52,8 @@ from potstill.student_train.run_folder import (
     write_start,
 )
 from potstill.student_train.stop import StopRequest
-from potstill.student_train.stores import Stores, build_plan, check_objectives, open_stores
-from potstill.student_train.student_config import hf_config
+from potstill.student_train.stores import Stores
+from potstill.student_train.summary import TrainSummary
 from potstill.student_train.trackers import check_trackers
 from potstill.student_train.universal import convert, needs_conversion, remove_universal_folders, universal_folder
 
@@ -64,57 +61,19 @@ log = logging.getLogger(__name__)
 EVAL_PLACE = ("kind", "step", "tokens", "runtime_seconds")  # where a line of held-out figures stands in the run
 
 
-@dataclass(frozen=True)
-class TrainSummary:
-    """How a run ended."""
-
-    status: str  # "done", or why it stopped before the end
-    output_dir: Path
-    steps: int
-    total_steps: int
-    tokens: int
-    num_parameters: int
-    seconds: float
-    last: dict[str, Any]
-    heldout: dict[str, Any]
-
-    @property
-    def is_done(self) -> bool:
-        return self.status == "done"
-
-    def format(self) -> str:
-        """A few lines for a person."""
-        lines = [
-            f"run {self.output_dir}: {self.status}, step {self.steps} of {self.total_steps}, {self.tokens:,} tokens, "
-            f"{self.num_parameters:,} parameters, {self.seconds:.1f} s"
-        ]
-        if self.last:
-            loss, ce = ("not finite" if self.last[key] is None else f"{self.last[key]:.4f}" for key in ("loss", "ce"))
-            lines.append(f"  last loss {loss} (ce {ce})")
-        if self.heldout:
-            figures = {name: value for name, value in self.heldout.items() if isinstance(value, float)}
-            lines.append("  held-out: " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
-        if not self.is_done:
-            lines.append("  start the same command again to continue")
-        return "\n".join(lines)
-
-
-def train(config: TrainConfig) -> TrainSummary:
+def train(config: TrainConfig, *, checked: CheckedRun | None = None) -> TrainSummary:
     """Train (or continue) the run of `config` in this process, which is one rank of the launcher's world.
 
-    Raises UserError (also StoreError of the storage room) before any model is built when configuration, stores and
-    world do not fit; LossNotFiniteError during training.
+    `checked` is what `check_run` gave for this configuration in this process, if it was called already. Raises
+    UserError (also StoreError of the storage room) before any model is built when configuration, stores and world do
+    not fit; LossNotFiniteError during training.
     """
     started = time.monotonic()
     if config.run.num_threads is not None:
         torch.set_num_threads(config.run.num_threads)
     # Everything that needs no process group is checked before there is one, so that errors are plain.
-    accumulation_steps(config, world_from_environment()[1])
-    stores = open_stores(config)
-    check_objectives(config, stores)
-    plan = build_plan(config, stores)
-    spec = stores.tokens.spec
-    student_config = hf_config(config.model, vocab_size=spec.vocab_size, row_length=spec.row_length)
+    checked = checked or check_run(config, world_size=world_from_environment()[1])
+    stores, plan, student_config = checked.stores, checked.plan, checked.student_config
     topology = start_distributed()
     on_main(topology, check_trackers, config.logging)
     on_main(topology, prepare_run_folder, config)
@@ -143,17 +102,6 @@ def on_main(topology: Topology, function: Any, *args: Any) -> None:
     error = broadcast_object(error)
     if error is not None:
         raise error
-
-
-def check_continuable(checkpoint: Checkpoint, config: TrainConfig, plan: CurriculumPlan, student_config: Any) -> None:
-    """Refuse a checkpoint of other pinned settings, or one behind the end of the run. Raises ResumeError."""
-    check_pinned(checkpoint, pinned_values(config))
-    check_student(checkpoint, student_config)
-    if checkpoint.step > plan.total_steps:
-        raise ResumeError(
-            f"{checkpoint.folder} is at step {checkpoint.step}, behind the end of the run at {plan.total_steps}; "
-            "raise run.max_steps or name an earlier checkpoint"
-        )
 
 
 def build_model(

@@ -90,6 +90,32 @@ def _tree_of(name: str, parsed: object) -> object:
 
 
 @pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        ("train --temperature 2.0", "use --set objective.temperature=2.0 or --set curriculum.0.temperature=2.0"),
+        ("train --learning-rate=1e-3", "use --set optimizer.lr=1e-3"),
+        (
+            "train --every-steps 5",
+            "checkpoint.every_steps=5 or --set logging.every_steps=5 or --set eval.every_steps=5",
+        ),
+        ("train --num-rank 2", "there is no --num-rank here; use --num-ranks"),
+        ("train --max-steps 4", "use --steps"),
+        ("export --outptu x --run r", "use --output"),
+        ("train --zzz", "there is no --zzz here; --help lists all flags"),
+        ("train runs/x", "unexpected: runs/x"),
+    ],
+)
+def test_an_unknown_flag_is_answered_with_the_nearest_flag_or_key(
+    words: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(shlex.split(words))
+    assert caught.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"potstill {words.split()[0]}: error: ") and last.endswith(hint)
+
+
+@pytest.mark.parametrize(
     "words", [(), ("distil",), ("train", "--num-ranks", "two"), ("status",), ("dump", "--no-such")]
 )
 def test_a_wrong_command_line_ends_with_2(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
@@ -205,39 +231,3 @@ def test_errors_of_the_rooms_that_a_person_can_mend_are_found_by_name() -> None:
 
     for module, name in cli.MENDABLE:
         assert issubclass(getattr(importlib.import_module(module), name), Exception)
-
-
-@pytest.mark.parametrize(
-    ("launcher_code", "marked", "code"), [(0, True, 0), (0, False, 1), (75, False, 75), (2, True, 1), (-9, False, 1)]
-)
-def test_a_launched_run_is_judged_by_its_mark_and_its_code(
-    launcher_code: int,
-    marked: bool,
-    code: int,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    started: list[tuple[str, list[str], int]] = []
-
-    def run_ranks(module: str, words: list[str], *, num_ranks: int) -> int:
-        started.append((module, words, num_ranks))
-        if marked:
-            (tmp_path / "run").mkdir()
-            (tmp_path / "run" / "done.json").write_text('{"step": 7}')
-        return launcher_code
-
-    monkeypatch.setattr("potstill.launch.processes.run_ranks", run_ranks)
-    assert cli.main(["train", "--preset", "lm", "--num-ranks", "3", "--output", str(tmp_path / "run")]) == code
-    ((module, words, num_ranks),) = started
-    assert (module, num_ranks) == ("potstill.student_train", 3)
-    assert words[-1] == f"--config={lm_path()}"
-    assert f'--set=run.output_dir="{tmp_path / "run"}"' in words
-    error = capsys.readouterr().err
-    assert ("left no mark" in error) == (launcher_code == 0 and not marked)
-
-
-def lm_path() -> Path:
-    from potstill.launch.presets import find_preset
-
-    return find_preset("lm").path

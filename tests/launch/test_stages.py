@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from potstill.common.errors import UserError
-from potstill.launch.processes import run_ranks, start, stop
+from potstill.launch.processes import start
 from potstill.launch.stages import Stage, StageRunner
 
 
@@ -85,48 +84,3 @@ def test_failure_names_the_stage_and_shows_its_last_lines(tmp_path: Path) -> Non
 def test_a_stage_that_says_0_without_its_output_has_failed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="ended with code 0 but its output is not complete"):
         runner(tmp_path, [script(tmp_path, "liar", "pass")], []).run()
-
-
-def test_a_child_dies_with_its_parent(tmp_path: Path) -> None:
-    pid_file = tmp_path / "pid"
-    child = f"import os, time\nopen({str(pid_file)!r}, 'w').write(str(os.getpid()))\ntime.sleep(60)"
-    parent = (
-        "import sys, time\nfrom potstill.launch.processes import start\n"
-        f"start([sys.executable, '-c', {child!r}])\ntime.sleep(60)"
-    )
-    process = start([sys.executable, "-c", parent], environment={"PYTHONPATH": os.pathsep.join(sys.path)})
-    try:
-        deadline = time.monotonic() + 30
-        while not (pid_file.exists() and pid_file.read_text()) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        pid = int(pid_file.read_text())
-        process.kill()
-        process.wait()
-        while _alive(pid) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert not _alive(pid)
-    finally:
-        stop(process)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state != "Z"
-
-
-def test_ranks_get_their_place_and_their_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "probe_rank.py").write_text(
-        "import os, sys, pathlib\n"
-        "e = os.environ\n"
-        "text = ' '.join([e['RANK'], e['LOCAL_RANK'], e['WORLD_SIZE'], e['MASTER_ADDR'], *sys.argv[1:]])\n"
-        "pathlib.Path(sys.argv[2], e['RANK']).write_text(text)\n"
-        "sys.exit(7 if sys.argv[1] == 'fail' and e['RANK'] == '1' else 0)\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
-    assert run_ranks("probe_rank", ["ok", str(tmp_path)], num_ranks=2) == 0
-    assert (tmp_path / "0").read_text() == f"0 0 2 127.0.0.1 ok {tmp_path}"
-    assert (tmp_path / "1").read_text() == f"1 1 2 127.0.0.1 ok {tmp_path}"
-    assert run_ranks("probe_rank", ["fail", str(tmp_path)], num_ranks=2) != 0

@@ -1,0 +1,56 @@
+"""How a training run ended, for a person and for a program. Ranks write it, the command reads it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TrainSummary:
+    """How a run ended."""
+
+    status: str  # "done", or why it stopped before the end
+    output_dir: Path
+    steps: int
+    total_steps: int
+    tokens: int
+    num_parameters: int
+    seconds: float
+    last: dict[str, Any]
+    heldout: dict[str, Any]
+
+    @property
+    def is_done(self) -> bool:
+        return self.status == "done"
+
+    def format(self) -> str:
+        """A few lines for a person."""
+        lines = [
+            f"run {self.output_dir}: {self.status}, step {self.steps} of {self.total_steps}, {self.tokens:,} tokens, "
+            f"{self.num_parameters:,} parameters, {self.seconds:.1f} s"
+        ]
+        if self.last:
+            loss, ce = ("not finite" if self.last[key] is None else f"{self.last[key]:.4f}" for key in ("loss", "ce"))
+            lines.append(f"  last loss {loss} (ce {ce})")
+        if self.heldout:
+            figures = {name: value for name, value in self.heldout.items() if isinstance(value, float)}
+            lines.append("  held-out: " + ", ".join(f"{name} {_figure(value)}" for name, value in figures.items()))
+        if not self.is_done:
+            lines.append("  start the same command again to continue")
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain values, e.g. for the last line of `potstill train --json`."""
+        return {**asdict(self), "output_dir": str(self.output_dir)}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> TrainSummary:
+        """What `to_json` wrote."""
+        return cls(**{**value, "output_dir": Path(value["output_dir"])})
+
+
+def _figure(value: float) -> str:
+    """Counts (rows, positions) come as whole floats."""
+    return f"{value:,.0f}" if value.is_integer() and abs(value) > 1 else f"{value:.4f}"
