@@ -31,7 +31,7 @@ from potstill.storage.spec import RunSpec
 from potstill.storage.stats import StoreStats, store_stats
 from potstill.storage.status import StoreStatus, store_status
 from potstill.storage.verify import VerifyReport, verify_store
-from potstill.storage.writer import StoreWriter
+from potstill.storage.writer import StoreWriter, check_output, discard_unused
 
 __all__ = [
     "ORDER_VERSION",
@@ -67,9 +67,11 @@ __all__ = [
     "VersionError",
     "WriteFailedError",
     "check_alignment",
+    "check_output",
     "check_student",
     "collect_garbage",
     "concatenate",
+    "discard_unused",
     "format_row",
     "permute",
     "seal_store",

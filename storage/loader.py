@@ -244,7 +244,7 @@ class Loader:
             self.close()
             raise CorruptError(
                 f"loader: {self.num_bad_rows} rows had unreadable targets, at most {allowed} are tolerated; "
-                "verify the store and write the damaged units again"
+                "look for the damage with: potstill verify STORE --deep"
             )
 
 
