@@ -20,6 +20,7 @@ from potstill.storage.gc import GcReport, collect_garbage
 from potstill.storage.id_map import IdMap
 from potstill.storage.inspect import format_row
 from potstill.storage.joining import JoinedRow, RowDataset, RowSample, check_joined
+from potstill.storage.k_bound import KBound, bound_positions
 from potstill.storage.loader import LoadedBatch, Loader
 from potstill.storage.order import ORDER_VERSION, RowOrder, permute
 from potstill.storage.paths import StorePath
@@ -33,7 +34,7 @@ from potstill.storage.spec import RunSpec
 from potstill.storage.stats import StoreStats, store_stats
 from potstill.storage.status import StoreStatus, store_status
 from potstill.storage.verify import VerifyReport, verify_store
-from potstill.storage.writer import StoreWriter
+from potstill.storage.writer import StoreWriter, check_output, discard_unused
 
 __all__ = [
     "NO_LABEL",
@@ -47,6 +48,7 @@ __all__ = [
     "GcReport",
     "IdMap",
     "JoinedRow",
+    "KBound",
     "LoadedBatch",
     "Loader",
     "Manifest",
@@ -74,11 +76,14 @@ __all__ = [
     "VerifyReport",
     "VersionError",
     "WriteFailedError",
+    "bound_positions",
     "check_alignment",
     "check_joined",
+    "check_output",
     "check_student",
     "collect_garbage",
     "concatenate",
+    "discard_unused",
     "format_row",
     "permute",
     "seal_store",

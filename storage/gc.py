@@ -33,7 +33,10 @@ def collect_garbage(path: StorePath, *, dry_run: bool) -> GcReport:
     folder = open_folder(path)
     manifest = load_manifest(folder, load_spec(folder))
     if manifest is None:
-        raise UnsealedError(f"{folder.url} is not sealed; its attempt files may still be in use, seal it first")
+        raise UnsealedError(
+            f"{folder.url} is not sealed, and files without a record may still be in use; "
+            f"seal it first: potstill seal {folder.url}"
+        )
     named = {unit.file for unit in manifest.units}
     doomed = [f"units/{n}" for n in folder.names("units") if _ATTEMPT.fullmatch(n) and n not in named]
     doomed += [f"tmp/{n}" for n in folder.names("tmp")]

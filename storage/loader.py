@@ -247,7 +247,7 @@ class Loader:
             self.close()
             raise CorruptError(
                 f"loader: {self.num_bad_rows} rows had unreadable targets, at most {allowed} are tolerated; "
-                "verify the store and write the damaged units again"
+                "look for the damage with: potstill verify STORE --deep"
             )
 
 

@@ -61,6 +61,15 @@ class ObjectFolder:
                 "use a store with conditional writes"
             )
 
+    def check_writable(self) -> None:
+        """Nothing is known of an object store before a request; `prepare` makes one."""
+
+    def explain_absence(self) -> str:
+        return (
+            f"{self.url} holds no run.json, so it is no store (or none yet); "
+            "check bucket, prefix and endpoint, and name the store itself (prepare: OUTPUT/train and OUTPUT/heldout)"
+        )
+
     def read(self, name: str, *, max_bytes: int) -> bytes | None:
         def get() -> bytes:
             found = self._obs().get(self._store(), name)
@@ -135,6 +144,9 @@ class ObjectFolder:
                 return
 
         self._writing(name, remove)
+
+    def remove_if_empty(self) -> None:
+        """An object store has no folders."""
 
     def map(self, name: str, size: int) -> memoryview | None:
         return None

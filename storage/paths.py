@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
+from potstill.storage.absence import explain_absence
 from potstill.storage.errors import CorruptError, NotAStoreError, ReadFailedError, WriteFailedError
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,13 @@ class StoreFolder(Protocol):
     parallel_reads: int
 
     def prepare(self) -> None:
-        """Make the folder ready for writing; raises WriteFailedError when it cannot be written."""
+        """Make the folder, and those above it, ready for writing; WriteFailedError when it cannot be written."""
+
+    def check_writable(self) -> None:
+        """Raise WriteFailedError when it is plain, without writing anything, that no store can be made here."""
+
+    def explain_absence(self) -> str:
+        """One line for a person who named this place although it holds no store."""
 
     def read(self, name: str, *, max_bytes: int) -> bytes | None:
         """Whole object, or None when it does not exist."""
@@ -51,6 +58,9 @@ class StoreFolder(Protocol):
 
     def delete(self, name: str) -> None:
         """Remove an object; a missing one is no error."""
+
+    def remove_if_empty(self) -> None:
+        """Remove the folder and its subfolders as far as nothing is in them."""
 
     def map(self, name: str, size: int) -> memoryview | None:
         """Memory map of an object of exactly `size` bytes, or None where that is not possible."""
@@ -90,18 +100,29 @@ class LocalFolder:
         self.url = str(self.root)
 
     def prepare(self) -> None:
-        if self.root.exists() and not self.root.is_dir():
-            raise WriteFailedError(f"{self.url} is a file, expected a folder; name another path")
-        if not self.root.parent.is_dir():
-            raise WriteFailedError(f"{self.url}: the parent folder does not exist; create it first")
+        self.check_writable()
         with writing(self.url):
-            self.root.mkdir(exist_ok=True)
+            self.root.mkdir(parents=True, exist_ok=True)
             for name in SUBFOLDERS:
                 (self.root / name).mkdir(exist_ok=True)
             probe = self._tmp_path()
-            self._write_file(probe, b"probe")
-            probe.unlink()
+            try:
+                self._write_file(probe, b"probe")
+            finally:
+                _discard(probe)
             self._sync_folder(self.root)
+
+    def check_writable(self) -> None:
+        nearest = self.root
+        while not os.path.lexists(nearest):
+            nearest = nearest.parent
+        if not nearest.is_dir():
+            raise WriteFailedError(f"{self.url}: {nearest} is a file, expected a folder; name another path")
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise WriteFailedError(f"{self.url}: {nearest} may not be written by this user; name another path")
+
+    def explain_absence(self) -> str:
+        return explain_absence(self.root)
 
     def read(self, name: str, *, max_bytes: int) -> bytes | None:
         try:
@@ -181,6 +202,11 @@ class LocalFolder:
     def delete(self, name: str) -> None:
         with writing(f"{self.url}/{name}"), contextlib.suppress(FileNotFoundError):
             os.unlink(self.root / name)
+
+    def remove_if_empty(self) -> None:
+        for folder in (*(self.root / name for name in SUBFOLDERS), self.root):
+            with contextlib.suppress(OSError):  # not empty, or not there
+                folder.rmdir()
 
     def map(self, name: str, size: int) -> memoryview | None:
         if size == 0:

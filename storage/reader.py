@@ -74,7 +74,8 @@ class StoreReader:
             self._open_partial(num_units)
         else:
             raise UnsealedError(
-                f"{self.url} is not sealed; complete the stage that writes it, or open it with allow_partial"
+                f"{self.url} is not sealed yet: `potstill status {self.url}` tells what is missing, "
+                f"`potstill seal {self.url}` seals it when nothing is (in Python, allow_partial=True opens part of it)"
             )
 
         self._stats = StatColumns(self._index, self._spec.stats)
@@ -248,7 +249,7 @@ class StoreReader:
                     return DecodedBatch(data, spec=self._spec, where=where)
                 problem: StoreError = CorruptError(
                     f"{where}: record batch at {int(entry['offset'])} does not fit its crc32; "
-                    "restore the file from a copy or write the unit again"
+                    "restore the file from a copy (`potstill verify --deep` lists all that is damaged)"
                 )
             except GaveUpError:
                 raise

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from potstill.storage.checked_json import dump_checked, get_int, get_list, get_text, read_checked
-from potstill.storage.commit import CommitRecord, committed_records, read_record
+from potstill.storage.commit import CommitRecord, committed_records, read_record, record_name
 from potstill.storage.errors import CorruptError, StoreError, UnsealedError
 from potstill.storage.index import ROWS_PER_BLOCK, IndexBlock, RowIndex, build_columns, encode_index
 from potstill.storage.paths import StoreFolder, StorePath, open_folder
@@ -24,6 +24,7 @@ INDEX_NAME = "index.arrow"
 MAX_MANIFEST_BYTES = 1 << 30
 _UNIT_FILE = re.compile(r"u\d{7,12}-[0-9a-f]{12}\.arrow")
 _INDEX_FILE = re.compile(r"index(-[0-9a-f]{12})?\.arrow")
+STAGES = {"tokens": "prepare", "targets": "dump", "scores": "score"}  # the command that writes each kind
 TOTALS = ("num_rows", "num_tokens", "num_entries", "num_targets", "num_bytes")
 
 
@@ -90,7 +91,8 @@ def seal_store(path: StorePath) -> Manifest:
         if found != record.num_bytes:
             raise CorruptError(
                 f"{folder.url}/units/{record.file}: {found} bytes, its record says {record.num_bytes}; "
-                "remove the record to have the unit done again"
+                f"restore the file from a copy, or delete the unit's record ({record_name(record.unit)} beside it) and "
+                "run the same dump or score again"
             )
     data, blocks = encode_index(build_columns(ordered, spec.stats), spec.fingerprint)
     sha256 = hashlib.sha256(data).hexdigest()
@@ -112,7 +114,9 @@ def seal_store(path: StorePath) -> Manifest:
         logger.info("sealed %s: %d rows, %d tokens", folder.url, manifest.num_rows, manifest.num_tokens)
     found_manifest = load_manifest(folder, spec)
     if found_manifest is None:
-        raise CorruptError(f"{folder.url}/{MANIFEST_NAME} vanished after the seal; seal again")
+        raise CorruptError(
+            f"{folder.url}/{MANIFEST_NAME} was deleted by somebody else while the store was sealed; seal it again"
+        )
     return found_manifest
 
 
@@ -123,7 +127,7 @@ def _complete(records: dict[int, CommitRecord], spec: RunSpec, folder: StoreFold
     if missing:
         raise UnsealedError(
             f"{folder.url}: {len(missing)} of {num_units} units are missing (first: {missing[:5]}); "
-            "run the stage again to complete them"
+            f"run the same {STAGES[spec.kind]} again to complete them"
         )
     for unit in range(num_units):
         rows = len(records[unit].num_tokens)
@@ -145,11 +149,11 @@ def _open_end(records: dict[int, CommitRecord], spec: RunSpec, folder: StoreFold
     while _late(num_units, records, spec, folder):
         num_units += 1
     if not num_units:
-        raise UnsealedError(f"{folder.url}: no unit is committed; nothing to seal")
+        raise UnsealedError(f"{folder.url}: no unit is committed, so there is nothing to seal; run prepare again")
     if num_units - 1 in records and records[num_units - 1].extra.get("end") is False:
         raise UnsealedError(
             f"{folder.url}: {num_units} units are committed, but the last one is not marked as the end of the input; "
-            "run prepare again to complete the store"
+            "run the same prepare again to complete the store"
         )
     return num_units
 
@@ -170,7 +174,9 @@ def _publish_index(folder: StoreFolder, data: memoryview, sha256: str) -> str:
         found = folder.read(name, max_bytes=len(data)) if folder.size(name) == len(data) else None
         if found is not None and hashlib.sha256(found).hexdigest() == sha256:
             return name
-    raise StoreError(f"{folder.url}: two damaged index files are in the way; delete {INDEX_NAME} and seal again")
+    raise StoreError(
+        f"{folder.url}: two damaged index files stand at the place of the index; delete {INDEX_NAME} and seal again"
+    )
 
 
 def load_manifest(folder: StoreFolder, spec: RunSpec) -> Manifest | None:
@@ -184,7 +190,7 @@ def load_manifest(folder: StoreFolder, spec: RunSpec) -> Manifest | None:
 def parse_manifest(value: Mapping[str, Any], spec: RunSpec, *, where: str) -> Manifest:
     """Check every field against the run; CorruptError on the first that does not fit."""
     if get_text(value, "fingerprint", where=where) != spec.fingerprint:
-        raise CorruptError(f"{where}: manifest belongs to another run; run.json or manifest.json was replaced")
+        raise CorruptError(f"{where}: it belongs to another run than run.json; restore both files from one copy")
     units = _unit_entries(get_list(value, "units", where=where), where)
     digest = get_text(value, "store_digest", where=where)
     if digest != store_digest(spec.fingerprint, [u.sha256 for u in units]):

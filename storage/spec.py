@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -32,6 +32,7 @@ CODEC = {
 }
 MAX_ROW_LENGTH = 1 << 24
 MAX_ROWS = 1 << 40
+_SHOWN, _MAX_SHOWN = 3, 80  # differing fields in one message, characters of one value
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
 
@@ -149,14 +150,32 @@ class RunSpec:
 
 
 def require_same(found: RunSpec, wanted: RunSpec, *, where: str) -> None:
-    """Raise MismatchError that names the first differing field of two specs."""
-    a, b = found.to_json(), wanted.to_json()
-    for key in sorted(a.keys() | b.keys()):
-        if a.get(key) != b.get(key):
-            raise MismatchError(
-                f"{where}: field {key!r} is {a.get(key)!r} in the store but {b.get(key)!r} is wanted now; "
-                "write to another path, or use force to delete the store first"
-            )
+    """Raise MismatchError that names the fields in which two specs differ, three of them at most."""
+    if found.kind != wanted.kind:
+        raise MismatchError(
+            f"{where}: a {found.kind} store stands here, {wanted.kind} are to be written; name another path"
+        )
+    differing = list(_differences(found.to_json(), wanted.to_json()))
+    if differing:
+        more = f"; and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
+        raise MismatchError(
+            f"{where}: another run stands here: {'; '.join(differing[:_SHOWN])}{more}. Use the options of that run to "
+            "continue it, another output, or --force, which deletes the store and begins again"
+        )
+
+
+def _differences(found: Any, wanted: Any, path: str = "") -> Iterator[str]:
+    """`a.b is 1 in the store, 2 is wanted now` for each leaf of two JSON values that differs, by name."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in sorted(found.keys() | wanted.keys()):
+            yield from _differences(found.get(key), wanted.get(key), f"{path}.{key}" if path else key)
+    elif found != wanted:
+        yield f"{path} is {_short(found)} in the store, {_short(wanted)} is wanted now"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
 def _check_version(value: Mapping[str, Any], *, where: str) -> None:

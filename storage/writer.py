@@ -23,7 +23,7 @@ from potstill.storage.commit import (
     read_record,
     record_name,
 )
-from potstill.storage.errors import CorruptError, NotAStoreError, StoreError, StoreExistsError
+from potstill.storage.errors import CorruptError, NotAStoreError, StoreError, StoreExistsError, VersionError
 from potstill.storage.id_map import ID_MAP_NAME, IdMap
 from potstill.storage.paths import SUBFOLDERS, StoreFolder, StorePath, open_folder
 from potstill.storage.row_checks import check_rows, row_stats
@@ -39,10 +39,10 @@ _OWN_TOP_NAMES = re.compile(r"run\.json|manifest\.json|index(-[0-9a-f]{12})?\.ar
 
 
 def load_spec(folder: StoreFolder) -> RunSpec:
-    """Read run.json; NotAStoreError when there is none."""
+    """Read run.json; NotAStoreError, which says what is there instead, when there is none."""
     value = read_checked(folder, RUN_NAME, max_bytes=MAX_RUN_BYTES)
     if value is None:
-        raise NotAStoreError(f"{folder.url} holds no {RUN_NAME}; it is not a store (or not yet)")
+        raise NotAStoreError(folder.explain_absence())
     return RunSpec.from_json(value, where=f"{folder.url}/{RUN_NAME}")
 
 
@@ -75,16 +75,19 @@ class StoreWriter:
         """Create the store, or open the same run to resume it.
 
         Raises MismatchError (naming the field) when another run lies there, StoreExistsError when the folder holds
-        something else, WriteFailedError when it cannot be written. `force` deletes an existing store first.
+        something else, WriteFailedError when it cannot be written. Folders above it are made. `force` deletes a
+        store that stands there first, but none of another kind: that is a mistake in the path.
         `id_frequencies` [V] turns on frequency-ranked ids.
         """
         folder = open_folder(path)
+        folder.check_writable()
         id_map = None if id_frequencies is None else IdMap.from_frequencies(id_frequencies)
         if id_map is not None:
             if len(id_map.id_of_rank) != spec.vocab_size:
                 raise StoreError(f"id frequencies: {len(id_map.id_of_rank)} values for {spec.vocab_size} ids")
             spec = dataclasses.replace(spec, id_map_sha256=id_map.sha256)
         if force:
+            _refuse_other_kind(folder, spec)
             delete_store(folder)
         _refuse_foreign(folder)
         folder.prepare()
@@ -93,6 +96,26 @@ class StoreWriter:
         if not folder.create(RUN_NAME, dump_checked(spec.to_json())):
             require_same(load_spec(folder), spec, where=f"{folder.url}/{RUN_NAME}")
             logger.info("resuming the store %s", folder.url)
+        return cls(folder, spec, load_id_map(folder, spec))
+
+    @classmethod
+    def resume(cls, path: StorePath, spec: RunSpec) -> StoreWriter | None:
+        """Open the same run if it has committed a unit, else None; nothing is written.
+
+        Without a committed unit nothing is lost when the store is created anew with `force`: a run.json alone does not
+        hold the place for other options. Raises MismatchError when another run has units here, StoreExistsError when
+        the folder holds something else, WriteFailedError when it is plain that it cannot be written.
+        """
+        folder = open_folder(path)
+        folder.check_writable()
+        _refuse_foreign(folder)
+        if folder.read(RUN_NAME, max_bytes=MAX_RUN_BYTES) is None:
+            return None
+        found = load_spec(folder)
+        if found.kind == spec.kind and not list_records(folder):
+            return None
+        require_same(found, spec, where=f"{folder.url}/{RUN_NAME}")
+        logger.info("resuming the store %s", folder.url)
         return cls(folder, spec, load_id_map(folder, spec))
 
     @property
@@ -130,6 +153,10 @@ class StoreWriter:
     def committed(self) -> dict[int, CommitRecord]:
         """Readable records by unit."""
         return committed_records(self._folder, self._spec)
+
+    def record(self, unit: int) -> CommitRecord | None:
+        """The readable record of one unit, or None."""
+        return read_record(self._folder, unit, self._spec)
 
     def commit_unit(self, unit: int, rows: Sequence[Row], *, extra: Mapping[str, Any] | None = None) -> bool:
         """Encode, write durably and commit; False if another attempt at this unit had won.
@@ -183,6 +210,24 @@ class StoreWriter:
         self._folder.put(f"failures/u{unit:07d}-{secrets.token_hex(6)}.json", dump_checked(value))
 
 
+def check_output(path: StorePath) -> None:
+    """Raise StoreExistsError or WriteFailedError when it is plain that no store can be written at `path`.
+
+    For an early word before anything is loaded: nothing is created, and a store that stands there is no error.
+    """
+    folder = open_folder(path)
+    folder.check_writable()
+    _refuse_foreign(folder)
+
+
+def discard_unused(path: StorePath) -> None:
+    """Take away a store in which no unit is committed, with its empty folder; anything else is left as it is."""
+    folder = open_folder(path)
+    if not list_records(folder):
+        delete_store(folder)
+        folder.remove_if_empty()
+
+
 def delete_store(folder: StoreFolder) -> None:
     """Delete the files of a store, run.json last; does nothing when there is no run.json."""
     if folder.read(RUN_NAME, max_bytes=MAX_RUN_BYTES) is None:
@@ -196,6 +241,15 @@ def delete_store(folder: StoreFolder) -> None:
                 for item in folder.names(sub):
                     folder.delete(f"{sub}/{item}")
         folder.delete(name)
+
+
+def _refuse_other_kind(folder: StoreFolder, spec: RunSpec) -> None:
+    try:
+        found = load_spec(folder)
+    except (NotAStoreError, CorruptError, VersionError):
+        return  # nothing there, or nothing that anybody can read
+    if found.kind != spec.kind:
+        require_same(found, spec, where=f"{folder.url}/{RUN_NAME}")
 
 
 def _refuse_foreign(folder: StoreFolder) -> None:
