@@ -13,7 +13,7 @@ from potstill.common.exit_codes import DONE, ERROR, PREEMPTED
 from potstill.launch.command import Command
 from potstill.launch.options import OVERRIDES, add_config_options, read_config
 from potstill.launch.presets import find_preset, list_presets
-from potstill.launch.text import table
+from potstill.launch.text import print_table
 
 RANK_MODULE = "potstill.student_train"
 
@@ -22,7 +22,7 @@ def _presets(arguments: argparse.Namespace) -> int:
     if arguments.name is not None:
         print(find_preset(arguments.name).path.read_text(encoding="utf-8"), end="")
     else:
-        print(table(["preset", ""], [(preset.name, preset.summary) for preset in list_presets()], align="<<"))
+        print_table(["preset", ""], [(preset.name, preset.summary) for preset in list_presets()], align="<<")
     return DONE
 
 

@@ -128,3 +128,13 @@ def heldout_figures(sums: dict[str, float], num_rows: int) -> dict[str, float | 
         "positions": sums["label_weight"],
         "rows": float(num_rows),
     }
+
+
+def evaluation_line(figures: dict[str, float | None]) -> str:
+    """Loss and perplexity of held-out rows for the console, and agreement and KL where a teacher was compared with."""
+    parts = [f"held-out loss {figures['heldout_loss']:.4f}", f"perplexity {figures['perplexity']:.4g}"]
+    if figures.get("agreement") is not None:
+        parts.append(f"agreement {figures['agreement']:.3f}")
+    if figures.get("teacher_kl") is not None:
+        parts.append(f"KL to the teacher {figures['teacher_kl']:.4f}")
+    return ", ".join(parts)

@@ -17,7 +17,7 @@ from potstill.student_train.checkpoint import apply_retention, checkpoint_folder
 from potstill.student_train.config import TrainConfig
 from potstill.student_train.curriculum import CurriculumPlan, rows_digest
 from potstill.student_train.distributed import Topology, all_reduce_sum, plain_gradient_norm, set_learning_rate
-from potstill.student_train.evaluation import HeldoutEvaluation
+from potstill.student_train.evaluation import HeldoutEvaluation, evaluation_line
 from potstill.student_train.metrics import Meter, MetricsLog, ModelCost, loss_figures, peak_memory_bytes
 from potstill.student_train.spikes import LossSpikeError, remember
 from potstill.student_train.stop import StopRequest
@@ -231,6 +231,8 @@ def evaluate(run: Run, evaluation: HeldoutEvaluation) -> None:
         figures = evaluation.measure(run.engine)
     where = {"step": run.loop["step"], "tokens": run.loop["tokens"], "runtime_seconds": run.loop["runtime_seconds"]}
     run.metrics.write({"kind": "eval", **where, **figures})
+    if run.topology.is_main:
+        log.info("step %d/%d %s", run.loop["step"], run.plan.total_steps, evaluation_line(figures))
 
 
 def settle(run: Run) -> None:

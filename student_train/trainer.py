@@ -120,9 +120,8 @@ def train(config: TrainConfig) -> TrainSummary:
     on_main(topology, prepare_run_folder, config)
     checkpoint = choose_resume(config.checkpoint, config.run.output_dir, topology)
     with open_run(config, topology, stores, plan, student_config, checkpoint) as run:
-        with Progress(
-            plan.total_steps - run.loop["step"], unit="steps", description="train", enabled=topology.is_main
-        ) as progress:
+        done, is_main = run.loop["step"], topology.is_main
+        with Progress(plan.total_steps, done=done, unit="steps", description="train", enabled=is_main) as progress:
             status = train_steps(run, progress)
         summary = summarise(run, status, seconds=time.monotonic() - started)
         if summary.is_done:
