@@ -52,7 +52,6 @@ class HeldoutEvaluation:
     rank: int
     world_size: int
     device: torch.device
-    every_steps: int | None = None
 
     @classmethod
     def create(
@@ -63,10 +62,6 @@ class HeldoutEvaluation:
         if num_rows == 0:
             raise UserError("the held-out store holds no rows; prepare a larger held-out split")
         return cls(tokens=tokens, targets=targets, num_rows=num_rows, **options)
-
-    def due(self, step: int) -> bool:
-        """Whether an evaluation belongs after this step."""
-        return self.every_steps is not None and step % self.every_steps == 0
 
     def _batches(self) -> list[tuple[np.ndarray, int]]:
         """This rank's (row ids, how many of them count) per forward; equally many on every rank."""

@@ -54,6 +54,7 @@ from potstill.student_train.run_folder import (
     write_done,
     write_start,
 )
+from potstill.student_train.samples import text_sampler
 from potstill.student_train.stop import StopRequest
 from potstill.student_train.stores import Stores, build_plan, check_objectives, open_stores
 from potstill.student_train.student_config import hf_config
@@ -113,6 +114,7 @@ def train(config: TrainConfig) -> TrainSummary:
     stores = open_stores(config)
     check_objectives(config, stores)
     plan = build_plan(config, stores)
+    sampler = text_sampler(config, stores)
     spec = stores.tokens.spec
     student_config = hf_config(config.model, vocab_size=spec.vocab_size, row_length=spec.row_length)
     topology = start_distributed()
@@ -120,6 +122,7 @@ def train(config: TrainConfig) -> TrainSummary:
     on_main(topology, prepare_run_folder, config)
     checkpoint = choose_resume(config.checkpoint, config.run.output_dir, topology)
     with open_run(config, topology, stores, plan, student_config, checkpoint) as run:
+        run.sampler = sampler
         done, is_main = run.loop["step"], topology.is_main
         with Progress(plan.total_steps, done=done, unit="steps", description="train", enabled=is_main) as progress:
             status = train_steps(run, progress)
@@ -212,6 +215,7 @@ def open_run(
                 metrics=metrics,
                 stop=stop,
                 evaluation=heldout_evaluation(config, stores, topology),
+                sampler=None,
                 pinned=pinned_values(config),
                 checkpoint_extra={"stores": stores.digests(), "num_parameters": count_parameters(student)},
                 cost=model_cost(student, student_config, stores.tokens.spec.row_length, topology),
@@ -280,7 +284,6 @@ def heldout_evaluation(config: TrainConfig, stores: Stores, topology: Topology) 
         stores.heldout,
         stores.heldout_targets,
         max_rows=config.eval.max_rows,
-        every_steps=config.eval.every_steps,
         batch_rows=config.data.micro_batch_rows,
         rank=topology.rank,
         world_size=topology.world_size,
