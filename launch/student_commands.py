@@ -182,9 +182,10 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
 
 REPORT = Command(
     name="report",
-    summary="one page of curves and figures over several runs",
-    description="Write one HTML page that needs no network: curves over tokens and time, the final figures, and what "
-    "differs between the configurations.",
+    summary="one page of curves, figures and samples over several runs",
+    description="Write one HTML page that needs no network: held-out figures, curves over tokens, steps or time that "
+    "one can zoom, samples of text, and what differs between the configurations. Runs are called by run.name (by "
+    "their folder where they have none), and a click on a name switches the run off in the whole page.",
     examples=("potstill report runs/labels-only runs/distilled", "potstill report runs/* --output all.html --force"),
     add_arguments=_report_arguments,
     run=_report,
