@@ -41,8 +41,8 @@ MENDABLE = (
 )
 
 
-def build_parser(command: str | None = None) -> argparse.ArgumentParser:
-    """Make the parser. The options of `command` are filled in; the other commands have only their name and summary."""
+def build_parser(*filled: str) -> argparse.ArgumentParser:
+    """Make the parser. The options of the commands `filled` are there; others have only their name and summary."""
     parser = argparse.ArgumentParser(
         prog="potstill",
         description=DESCRIPTION,
@@ -63,14 +63,14 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
         )
         child.set_defaults(run=entry.run)
         child.add_argument("--traceback", action="store_true", help="show where an error came from")
-        if entry.name == command:
+        if entry.name in filled:
             entry.add_arguments(child)
     return parser
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parse a command line; leaves the program with code 2 and a usage line if it is wrong."""
-    return build_parser(argv[0] if argv else None).parse_args(argv)
+    return build_parser(*argv[:1]).parse_args(argv)
 
 
 def is_mendable(error: Exception) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from potstill.launch.command import Command
+from potstill.launch.completion_command import COMPLETION
 from potstill.launch.demo_command import DEMO
 from potstill.launch.plan import PLAN
 from potstill.launch.status_command import STATUS
@@ -27,4 +28,5 @@ COMMANDS: tuple[Command, ...] = (
     REPORT,
     EXPORT,
     DEMO,
+    COMPLETION,
 )
