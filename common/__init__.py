@@ -1,4 +1,4 @@
 """What every stage shares and no stage owns: errors, configuration files, progress, logging.
 
-Needs the standard library, pydantic, PyYAML and tqdm; imports no other room.
+Needs the standard library, pydantic, PyYAML and rich (on a terminal only); imports no other room.
 """

@@ -42,8 +42,8 @@ MENDABLE = (
 )
 
 
-def build_parser(command: str | None = None) -> argparse.ArgumentParser:
-    """Make the parser. The options of `command` are filled in; the other commands have only their name and summary."""
+def build_parser(*filled: str) -> argparse.ArgumentParser:
+    """Make the parser. The options of the commands `filled` are there; others have only their name and summary."""
     parser = argparse.ArgumentParser(
         prog="potstill",
         description=DESCRIPTION,
@@ -64,7 +64,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
         )
         child.set_defaults(run=entry.run, parser=child)
         child.add_argument("--traceback", action="store_true", help="show where an error came from")
-        if entry.name == command:
+        if entry.name in filled:
             entry.add_arguments(child)
     return parser
 
@@ -74,7 +74,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
     What is not known is explained by the flag or key that is nearest to it.
     """
-    arguments, unknown = build_parser(argv[0] if argv else None).parse_known_args(argv)
+    arguments, unknown = build_parser(*argv[:1]).parse_known_args(argv)
     if unknown:
         actions = arguments.parser._option_string_actions.items()
         flags = {flag: (action.const, action.help or "") for flag, action in actions if flag.startswith("--")}

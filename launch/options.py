@@ -185,7 +185,8 @@ def add_config_options(
         else:
             metavar = None if scalar.choices else flag[2:].replace("-", "_").upper()
             common["nargs"] = "+" if scalar.many else None
-            group.add_argument(flag, type=scalar.kind, choices=scalar.choices, metavar=metavar, **common)
+            made = group.add_argument(flag, type=scalar.kind, choices=scalar.choices, metavar=metavar, **common)
+            made.is_place = "path" in type_word(keys[path].annotation)  # type: ignore[attr-defined] # for completion
     parser.epilog = f"{parser.epilog or ''}\n\n{describe_keys(keys.values())}".lstrip("\n")
 
 

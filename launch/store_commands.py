@@ -1,21 +1,19 @@
-"""Commands on stores: seal, status, verify, inspect, stats, gc. They read files only; no model is loaded."""
+"""Commands on stores: seal, verify, inspect, stats, gc. They read files only; no model is loaded."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from potstill.common.errors import UserError
 from potstill.common.exit_codes import DONE, INCOMPLETE
-from potstill.common.progress import Progress, format_seconds
+from potstill.common.progress import Progress
 from potstill.launch.command import Command
-from potstill.launch.text import format_bytes, table
+from potstill.launch.text import format_bytes, print_table
 
 
 def _store_argument(parser: argparse.ArgumentParser) -> None:
@@ -51,56 +49,6 @@ SEAL = Command(
     examples=("potstill seal data/targets",),
     add_arguments=_store_argument,
     run=_seal,
-)
-
-
-def _status(arguments: argparse.Namespace) -> int:
-    from potstill.storage import store_status
-
-    codes = []
-    for path in arguments.stores:
-        status = store_status(path)
-        figures = asdict(status)
-        codes.append(DONE if status.sealed else INCOMPLETE)
-        if arguments.json:
-            print(json.dumps({"store": str(path), **figures}, default=str))
-            continue
-        rows = [(name.replace("_", " "), _figure(name, value)) for name, value in figures.items()]
-        print(f"{path}: {'sealed' if status.sealed else 'not sealed'}")
-        print(table(["what", "figure"], rows))
-    return max(codes)
-
-
-def _figure(name: str, value: Any) -> str:
-    if value is None:
-        return "-"
-    if name.endswith("bytes"):
-        return format_bytes(value)
-    if name.endswith("seconds"):
-        return format_seconds(value)
-    if isinstance(value, float):
-        return f"{value:,.1f}" if math.isfinite(value) else "-"
-    if isinstance(value, list | tuple | frozenset | set):
-        shown = sorted(value)
-        return f"{len(shown)}" + (
-            f": {', '.join(map(str, shown[:12]))}" + (", ..." if len(shown) > 12 else "") if shown else ""
-        )
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-def _status_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("stores", nargs="+", metavar="store", help="folders of stores")
-    _json_argument(parser)
-
-
-STATUS = Command(
-    name="status",
-    summary="how far a store is, from its files alone",
-    description="Count committed, failed and missing units, rows per second over all workers, and the time left. Ends "
-    "with 0 when every store is sealed, else with 3.",
-    examples=("potstill status data/targets", "potstill status data/targets data/scores --json"),
-    add_arguments=_status_arguments,
-    run=_status,
 )
 
 
@@ -152,7 +100,10 @@ def _inspect(arguments: argparse.Namespace) -> int:
         about = {"store": reader.url, "digest": reader.digest, "tokens": reader.num_tokens}
         about |= {**spec, "num_rows": reader.num_rows}
         plain = [(name, value if isinstance(value, str | int) else json.dumps(value)) for name, value in about.items()]
-        print(json.dumps(about) if arguments.json else table(["field", "value"], plain, align="<<"))
+        if arguments.json:
+            print(json.dumps(about))
+        else:
+            print_table(["field", "value"], plain, align="<<")
         return DONE
     if not 0 <= arguments.row < reader.num_rows:
         raise UserError(f"--row {arguments.row}: {arguments.store} has rows 0 to {reader.num_rows - 1}")

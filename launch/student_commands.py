@@ -9,14 +9,14 @@ from potstill.common.exit_codes import DONE
 from potstill.launch.command import Command
 from potstill.launch.options import add_config_options, read_config
 from potstill.launch.presets import find_preset, list_presets
-from potstill.launch.text import table
+from potstill.launch.text import print_table
 
 
 def _presets(arguments: argparse.Namespace) -> int:
     if arguments.name is not None:
         print(find_preset(arguments.name).path.read_text(encoding="utf-8"), end="")
     else:
-        print(table(["preset", ""], [(preset.name, preset.summary) for preset in list_presets()], align="<<"))
+        print_table(["preset", ""], [(preset.name, preset.summary) for preset in list_presets()], align="<<")
     return DONE
 
 
@@ -91,9 +91,10 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
 
 REPORT = Command(
     name="report",
-    summary="one page of curves and figures over several runs",
-    description="Write one HTML page that needs no network: curves over tokens and time, the final figures, and what "
-    "differs between the configurations.",
+    summary="one page of curves, figures and samples over several runs",
+    description="Write one HTML page that needs no network: held-out figures, curves over tokens, steps or time that "
+    "one can zoom, samples of text, and what differs between the configurations. Runs are called by run.name (by "
+    "their folder where they have none), and a click on a name switches the run off in the whole page.",
     examples=("potstill report runs/labels-only runs/distilled", "potstill report runs/* --output all.html --force"),
     add_arguments=_report_arguments,
     run=_report,

@@ -239,6 +239,26 @@ class HeldoutConfig(StrictModel):
         default=None, ge=1, description="Evaluate each so many steps; null: at the end only"
     )
     max_rows: int | None = Field(default=None, ge=1, description="Rows of data.heldout to use; null takes all")
+    samples: int = Field(
+        default=0,
+        ge=0,
+        le=64,
+        description="Texts that the student writes at each evaluation, after the beginnings of so many held-out rows",
+    )
+    sample_prompts: tuple[str, ...] = Field(
+        default=(), max_length=64, description="Texts to go on from at each evaluation, beside those rows or without"
+    )
+    sample_tokens: int = Field(default=48, ge=1, le=1024, description="Tokens of each sample")
+    sample_prompt_tokens: int = Field(default=24, ge=1, description="Tokens of a held-out row that make a prompt")
+    sample_temperature: float = Field(
+        default=0.0,
+        ge=0,
+        le=10,
+        description="0 takes the most probable token each time; above 0 draws, by run.seed alike at each evaluation",
+    )
+    tokenizer: LocalPath | None = Field(
+        default=None, description="Tokenizer folder for the samples; null looks beside the tokens store"
+    )
 
 
 # Keys of a DeepSpeed configuration that follow from ours, and the key of ours that decides each.
@@ -300,6 +320,14 @@ class TrainConfig(StrictModel):
             raise ValueError(f"deepspeed.{key} is set by the trainer; use {OWNED_DEEPSPEED_KEYS[key]} instead")
         for key in sorted(set(self.deepspeed) & set(REFUSED_DEEPSPEED_KEYS)):
             raise ValueError(f"deepspeed.{key} is not supported ({REFUSED_DEEPSPEED_KEYS[key]}); remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _samples(self) -> TrainConfig:
+        if self.eval.samples and self.data.heldout is None:
+            raise ValueError(
+                "eval.samples takes its prompts from data.heldout; name that store, or eval.sample_prompts"
+            )
         return self
 
     @model_validator(mode="after")

@@ -52,7 +52,6 @@ class HeldoutEvaluation:
     rank: int
     world_size: int
     device: torch.device
-    every_steps: int | None = None
 
     @classmethod
     def create(
@@ -63,10 +62,6 @@ class HeldoutEvaluation:
         if num_rows == 0:
             raise UserError("the held-out store holds no rows; prepare a larger held-out split")
         return cls(tokens=tokens, targets=targets, num_rows=num_rows, **options)
-
-    def due(self, step: int) -> bool:
-        """Whether an evaluation belongs after this step."""
-        return self.every_steps is not None and step % self.every_steps == 0
 
     def _batches(self) -> list[tuple[np.ndarray, int]]:
         """This rank's (row ids, how many of them count) per forward; equally many on every rank."""
@@ -128,3 +123,13 @@ def heldout_figures(sums: dict[str, float], num_rows: int) -> dict[str, float | 
         "positions": sums["label_weight"],
         "rows": float(num_rows),
     }
+
+
+def evaluation_line(figures: dict[str, float | None]) -> str:
+    """Loss and perplexity of held-out rows for the console, and agreement and KL where a teacher was compared with."""
+    parts = [f"held-out loss {figures['heldout_loss']:.4f}", f"perplexity {figures['perplexity']:.4g}"]
+    if figures.get("agreement") is not None:
+        parts.append(f"agreement {figures['agreement']:.3f}")
+    if figures.get("teacher_kl") is not None:
+        parts.append(f"KL to the teacher {figures['teacher_kl']:.4f}")
+    return ", ".join(parts)

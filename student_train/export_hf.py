@@ -73,7 +73,7 @@ def export(config: ExportConfig) -> ExportSummary:
     shutil.rmtree(part, ignore_errors=True)
     part.parent.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(part, max_shard_size=config.max_shard_bytes)
-    tokenizer = find_tokenizer(config, run_config)
+    tokenizer = find_tokenizer(config.tokenizer, run_config)
     if tokenizer is not None:
         copy_tokenizer(tokenizer, part)
     record = {"step": source.checkpoint.step, "checkpoint": str(source.checkpoint.folder), "dtype": dtype}
@@ -92,14 +92,12 @@ def export(config: ExportConfig) -> ExportSummary:
     )
 
 
-def find_tokenizer(config: ExportConfig, run: TrainConfig) -> Path | None:
+def find_tokenizer(asked: Path | None, run: TrainConfig) -> Path | None:
     """The tokenizer folder: as asked, else of the starting weights, else what the tokens store remembers."""
-    if config.tokenizer is not None:
-        if not any((config.tokenizer / name).is_file() for name in TOKENIZER_FILES):
-            raise UserError(
-                f"tokenizer {config.tokenizer} holds no tokenizer files ({', '.join(TOKENIZER_FILES[:2])}, ...)"
-            )
-        return config.tokenizer
+    if asked is not None:
+        if not any((asked / name).is_file() for name in TOKENIZER_FILES):
+            raise UserError(f"tokenizer {asked} holds no tokenizer files ({', '.join(TOKENIZER_FILES[:2])}, ...)")
+        return asked
     candidates = [run.model.path]
     if isinstance(run.data.tokens, Path):
         candidates += [run.data.tokens / "tokenizer", run.data.tokens.parent / "tokenizer"]

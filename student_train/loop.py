@@ -17,8 +17,9 @@ from potstill.student_train.checkpoint import apply_retention, checkpoint_folder
 from potstill.student_train.config import TrainConfig
 from potstill.student_train.curriculum import CurriculumPlan, rows_digest
 from potstill.student_train.distributed import Topology, all_reduce_sum, plain_gradient_norm, set_learning_rate
-from potstill.student_train.evaluation import HeldoutEvaluation
+from potstill.student_train.evaluation import HeldoutEvaluation, evaluation_line
 from potstill.student_train.metrics import Meter, MetricsLog, ModelCost, loss_figures, peak_memory_bytes
+from potstill.student_train.samples import ON_CONSOLE, TextSampler, sample_line
 from potstill.student_train.spikes import LossSpikeError, remember
 from potstill.student_train.stop import StopRequest
 from potstill.student_train.write_failures import ROOM
@@ -48,6 +49,7 @@ class Run:
     metrics: MetricsLog
     stop: StopRequest
     evaluation: HeldoutEvaluation | None
+    sampler: TextSampler | None
     pinned: dict[str, Any]
     checkpoint_extra: dict[str, Any]
     cost: ModelCost
@@ -213,8 +215,11 @@ def after_step(run: Run, batch: LoadedBatch) -> None:
     save_due = last or (config.checkpoint.every_steps is not None and step % config.checkpoint.every_steps == 0)
     if step % config.logging.every_steps == 0:
         log_line(run)
-    if run.evaluation is not None and (last or run.evaluation.due(step)):
-        evaluate(run, run.evaluation)
+    if last or (config.eval.every_steps is not None and step % config.eval.every_steps == 0):
+        if run.evaluation is not None:
+            evaluate(run, run.evaluation)
+        if run.sampler is not None:
+            sample(run, run.sampler)
     if save_due:
         save(run)
 
@@ -229,8 +234,27 @@ def evaluate(run: Run, evaluation: HeldoutEvaluation) -> None:
         log_line(run)
     with run.meter.paused():
         figures = evaluation.measure(run.engine)
-    where = {"step": run.loop["step"], "tokens": run.loop["tokens"], "runtime_seconds": run.loop["runtime_seconds"]}
-    run.metrics.write({"kind": "eval", **where, **figures})
+    run.metrics.write({"kind": "eval", **place(run), **figures})
+    if run.topology.is_main:
+        log.info("step %d/%d %s", run.loop["step"], run.plan.total_steps, evaluation_line(figures))
+
+
+def sample(run: Run, sampler: TextSampler) -> None:
+    """Write texts, a line of metrics that holds them all, and the first few of them to the console."""
+    settle(run)
+    if run.meter.digests:
+        log_line(run)
+    with run.meter.paused():
+        texts = sampler.write(run.engine, device=run.topology.device)
+    run.metrics.write({"kind": "sample", **place(run), "temperature": sampler.temperature, "samples": texts})
+    if run.topology.is_main:
+        for text in texts[:ON_CONSOLE]:
+            log.info("step %d/%d %s", run.loop["step"], run.plan.total_steps, sample_line(text))
+
+
+def place(run: Run) -> dict[str, Any]:
+    """Where in the run a line of figures stands."""
+    return {name: run.loop[name] for name in ("step", "tokens", "runtime_seconds")}
 
 
 def settle(run: Run) -> None:

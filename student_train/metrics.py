@@ -205,7 +205,7 @@ class MetricsLog:
         try:
             while left:  # a disk takes what still fits and fails at the next write
                 left = left[self._file.write(left) :]
-            for tracker in self._trackers:
+            for tracker in self._trackers if record["kind"] != "sample" else ():
                 tracker.log(record)
         except OSError as error:
             self.failure = error

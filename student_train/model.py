@@ -194,18 +194,22 @@ class StudentModel(nn.Module):
         self_check: bool = False,
         calibrate: bool = False,
         probe: bool = False,
-    ) -> tuple[Tensor, Tensor]:
+        next_after: Tensor | None = None,
+    ) -> Any:
         """loss = (sum over positions of weight * loss) / normalizer, differentiable; sums are detached.
 
         `num_micro_batches` is how many micro-batches this rank adds up to a step; a mixture of experts then adds its
         share of the load balancing loss (see router.py for the weight). None leaves it out, as evaluation does.
         `self_check` first compares the loss path with float64 on this batch and raises SelfCheckError on a mismatch.
         `calibrate` appends the calibration bins to the sums. `probe` returns, in place of the two, the logits that the
-        loss works on and those of the Hugging Face model (model_checks.py); it stands here because ZeRO-3 gathers
-        weights only inside the wrapped forward.
+        loss works on and those of the Hugging Face model (model_checks.py). `next_after` int64 [B] returns the logits
+        [B, V] of the token behind that place of each row (samples.py). Both stand here because ZeRO-3 gathers weights
+        only inside the wrapped forward.
         """
         if probe:
             return self.both_logits(micro)
+        if next_after is not None:
+            return self.next_logits(micro, next_after)
         balance = None if num_micro_batches is None else self.balance
         hidden, router_logits = self._backbone(micro, with_routers=balance is not None)
         request = LossRequest(micro, objective, normalizer, self_check=self_check, calibrate=calibrate)
@@ -222,6 +226,13 @@ class StudentModel(nn.Module):
         ours = self.hf.lm_head.finish(self.hf.lm_head(self.hidden_states(micro)))
         out = self.hf(input_ids=micro.input_ids, position_ids=micro.position_ids, use_cache=False)
         return ours, out.logits.flatten(0, 1)
+
+    def next_logits(self, micro: MicroBatch, after: Tensor) -> Tensor:
+        """Logits [B, V] float32, as the loss has them, of the token behind place `after` [B] of each full row."""
+        hidden = self.hidden_states(micro).view(*micro.input_ids.shape, -1)  # [B, L, D]
+        last = hidden[torch.arange(len(after), device=after.device), after]
+        logits: Tensor = self.hf.lm_head.finish(self.hf.lm_head(last))
+        return logits.float()
 
     def hidden_states(self, micro: MicroBatch) -> Tensor:
         """Hidden states before the head [N, D] of the real tokens."""

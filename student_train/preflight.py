@@ -22,6 +22,7 @@ from potstill.student_train.config import TrainConfig
 from potstill.student_train.curriculum import CurriculumPlan
 from potstill.student_train.distributed import check_deepspeed, deepspeed_config
 from potstill.student_train.run_folder import check_run_folder, check_student, pinned_values
+from potstill.student_train.samples import TextSampler, text_sampler
 from potstill.student_train.stores import Stores, build_plan, check_objectives, open_stores
 from potstill.student_train.student_config import hf_config
 from potstill.student_train.trackers import check_trackers
@@ -37,6 +38,7 @@ class CheckedRun:
     plan: CurriculumPlan
     student_config: Any  # of transformers
     accumulation: int  # micro-batches per rank and step
+    sampler: TextSampler | None  # of the texts that the run writes, if it shall
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,10 @@ def check_run(config: TrainConfig, *, world_size: int) -> CheckedRun:
     stores = open_stores(config)
     check_objectives(config, stores)
     plan = build_plan(config, stores)
+    sampler = text_sampler(config, stores)
     spec = stores.tokens.spec
     student_config = hf_config(config.model, vocab_size=spec.vocab_size, row_length=spec.row_length)
-    return CheckedRun(stores, plan, student_config, accumulation)
+    return CheckedRun(stores, plan, student_config, accumulation, sampler)
 
 
 def check_start(config: TrainConfig, *, num_ranks: int, planning: bool = False) -> CheckedStart:

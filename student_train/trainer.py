@@ -74,14 +74,15 @@ def train(config: TrainConfig, *, checked: CheckedRun | None = None) -> TrainSum
     # Everything that needs no process group is checked before there is one, so that errors are plain.
     checked = checked or check_run(config, world_size=world_from_environment()[1])
     stores, plan, student_config = checked.stores, checked.plan, checked.student_config
+    sampler = checked.sampler
     topology = start_distributed()
     on_main(topology, check_trackers, config.logging)
     on_main(topology, prepare_run_folder, config)
     checkpoint = choose_resume(config.checkpoint, config.run.output_dir, topology)
     with open_run(config, topology, stores, plan, student_config, checkpoint) as run:
-        with Progress(
-            plan.total_steps - run.loop["step"], unit="steps", description="train", enabled=topology.is_main
-        ) as progress:
+        run.sampler = sampler
+        done, is_main = run.loop["step"], topology.is_main
+        with Progress(plan.total_steps, done=done, unit="steps", description="train", enabled=is_main) as progress:
             status = train_steps(run, progress)
         summary = summarise(run, status, seconds=time.monotonic() - started)
         if summary.is_done:
@@ -161,6 +162,7 @@ def open_run(
                 metrics=metrics,
                 stop=stop,
                 evaluation=heldout_evaluation(config, stores, topology),
+                sampler=None,
                 pinned=pinned_values(config),
                 checkpoint_extra={"stores": stores.digests(), "num_parameters": count_parameters(student)},
                 cost=model_cost(student, student_config, stores.tokens.spec.row_length, topology),
@@ -229,7 +231,6 @@ def heldout_evaluation(config: TrainConfig, stores: Stores, topology: Topology) 
         stores.heldout,
         stores.heldout_targets,
         max_rows=config.eval.max_rows,
-        every_steps=config.eval.every_steps,
         batch_rows=config.data.micro_batch_rows,
         rank=topology.rank,
         world_size=topology.world_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Iterator
 
@@ -42,3 +43,11 @@ def test_set_up_twice_writes_once(capsys: pytest.CaptureFixture[str]) -> None:
     setup_logging(rank=0)
     logging.getLogger("potstill.test").info("hello")
     assert capsys.readouterr().err.count("hello") == 1
+
+
+def test_records_go_to_the_stderr_of_the_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    setup_logging(rank=0)
+    stream = io.StringIO()
+    monkeypatch.setattr("sys.stderr", stream)
+    logging.getLogger("potstill.test").info("hello")
+    assert stream.getvalue().endswith("hello\n")

@@ -37,6 +37,18 @@ def train_run(tree: dict[str, Any]) -> dict[str, Any]:
     return {"status": summary.status, "steps": summary.steps, "tokens": summary.tokens}
 
 
+def train_on_a_console(tree: dict[str, Any]) -> str:
+    """Train as a rank as the command does, and return what comes on standard error."""
+    import io
+
+    from potstill.common.log import setup_logging
+
+    with contextlib.redirect_stderr(io.StringIO()) as console:
+        setup_logging()
+        train_run(tree)
+    return console.getvalue()
+
+
 def train_elsewhere(tree: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]:
     """Train with another home, temporary folder and way to the network, and end as a command ends."""
     os.environ.update(environment)
