@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from potstill.launch.command import Command
 from potstill.launch.demo_command import DEMO
+from potstill.launch.inspect_command import INSPECT
 from potstill.launch.plan import PLAN
-from potstill.launch.store_commands import GC, INSPECT, SEAL, STATS, STATUS, VERIFY
+from potstill.launch.store_commands import GC, SEAL, STATS, STATUS, VERIFY
 from potstill.launch.student_commands import EVAL, EXPORT, PRESETS, REPORT, TRAIN
 from potstill.launch.teacher_commands import DUMP, PREPARE, SCORE
 
