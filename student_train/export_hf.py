@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from potstill.storage import StoreError, StoreReader
 from potstill.student_train.checkpoint import write_json_atomically
 from potstill.student_train.config import ExportConfig, TrainConfig
 from potstill.student_train.run_folder import read_run_config
+from potstill.student_train.text_bytes import tokenizers_beside
 from potstill.student_train.weights import find_source, load_model
 
 log = logging.getLogger(__name__)
@@ -97,14 +99,12 @@ def find_tokenizer(config: ExportConfig, run: TrainConfig) -> Path | None:
                 f"tokenizer {config.tokenizer} holds no tokenizer files ({', '.join(TOKENIZER_FILES[:2])}, ...)"
             )
         return config.tokenizer
-    candidates = [run.model.path]
-    if isinstance(run.data.tokens, Path):
-        candidates += [run.data.tokens / "tokenizer", run.data.tokens.parent / "tokenizer"]
+    info: Mapping[str, Any] = {}
     try:
-        named = StoreReader(run.data.tokens).spec.info.get("tokenizer")
-        candidates.insert(1, Path(named) if isinstance(named, str) else None)
+        info = StoreReader(run.data.tokens).spec.info
     except StoreError as error:
         log.warning("the tokens store of the run cannot be read for its tokenizer: %s", error)
+    candidates = [run.model.path, *tokenizers_beside(run.data.tokens, info)]
     for folder in candidates:
         if folder is not None and (folder / "tokenizer.json").is_file():
             return folder
