@@ -5,9 +5,10 @@ from __future__ import annotations
 from potstill.launch.command import Command
 from potstill.launch.completion_command import COMPLETION
 from potstill.launch.demo_command import DEMO
+from potstill.launch.inspect_command import INSPECT
 from potstill.launch.plan import PLAN
 from potstill.launch.status_command import STATUS
-from potstill.launch.store_commands import GC, INSPECT, SEAL, STATS, VERIFY
+from potstill.launch.store_commands import GC, SEAL, STATS, VERIFY
 from potstill.launch.student_commands import EVAL, EXPORT, PRESETS, REPORT
 from potstill.launch.teacher_commands import DUMP, PREPARE, SCORE
 from potstill.launch.train_command import TRAIN

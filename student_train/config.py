@@ -378,6 +378,9 @@ class EvalConfig(StrictModel):
     targets: StorePlace | None = Field(
         default=None, description="Targets store over heldout: adds agreement and KL to the teacher"
     )
+    tokenizer: Path | None = Field(
+        default=None, description="Tokenizer folder, for bits per byte; null: the model's own or the one beside heldout"
+    )
     max_rows: int | None = Field(default=None, ge=1, description="Rows to use; null takes all")
     batch_rows: int = Field(default=4, ge=1, description="Rows per forward")
     dtype: Dtype = Field(default="float32", description="Arithmetic")

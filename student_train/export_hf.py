@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +17,18 @@ import torch
 
 from potstill.common.errors import UserError
 from potstill.storage import StoreError, StoreReader
-from potstill.student_train.checkpoint import write_json_atomically
-from potstill.student_train.config import ExportConfig, TrainConfig
+from potstill.student_train.card_facts import gather_facts
+from potstill.student_train.checkpoint import write_json_atomically, write_text_atomically
+from potstill.student_train.config import ExportConfig, ModelConfig, TrainConfig
+from potstill.student_train.model_card import model_card
 from potstill.student_train.run_folder import read_run_config
+from potstill.student_train.text_bytes import tokenizers_beside
 from potstill.student_train.weights import find_source, load_model
 
 log = logging.getLogger(__name__)
 CHECK_TIMEOUT_SECONDS = 3600
 PROBE_TOKENS = 48
+CARD_FILE = "README.md"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -52,7 +58,8 @@ class ExportSummary:
         return (
             f"exported step {self.step} to {self.output_dir}: {self.num_parameters:,} parameters, {self.dtype}\n"
             f"  largest difference of logits: {check}\n"
-            f"  tokenizer: {self.tokenizer or 'not known; copy it beside the weights (--set tokenizer=FOLDER)'}"
+            f"  tokenizer: {self.tokenizer or 'not known; copy it beside the weights (--set tokenizer=FOLDER)'}\n"
+            f"  model card: {self.output_dir / CARD_FILE}; fill in the licence before you publish"
         )
 
 
@@ -69,6 +76,7 @@ def export(config: ExportConfig) -> ExportSummary:
     run_config = read_run_config(source.run)
     dtype = config.dtype or run_config.model.dtype
     model = load_model(source, dtype=dtype)
+    restore_use_cache(model, run_config.model)
     part = config.output_dir.with_name(f".{config.output_dir.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.parent.mkdir(parents=True, exist_ok=True)
@@ -78,6 +86,18 @@ def export(config: ExportConfig) -> ExportSummary:
         copy_tokenizer(tokenizer, part)
     record = {"step": source.checkpoint.step, "checkpoint": str(source.checkpoint.folder), "dtype": dtype}
     write_json_atomically(part / "potstill_export.json", record)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    title = config.output_dir.name if run_config.run.name == "run" else run_config.run.name
+    facts = gather_facts(
+        source.run,
+        source.checkpoint,
+        run_config,
+        title=title,
+        hf_config=model.config,
+        num_parameters=num_parameters,
+        dtype=dtype,
+    )
+    write_text_atomically(part / CARD_FILE, model_card(facts))
     difference = check_in_fresh_process(model, part) if config.check else None
     if config.output_dir.exists():
         shutil.rmtree(config.output_dir)
@@ -85,11 +105,35 @@ def export(config: ExportConfig) -> ExportSummary:
     return ExportSummary(
         output_dir=config.output_dir,
         step=source.checkpoint.step,
-        num_parameters=sum(p.numel() for p in model.parameters()),
+        num_parameters=num_parameters,
         dtype=dtype,
         tokenizer=tokenizer,
         logits_difference=difference,
     )
+
+
+def restore_use_cache(model: Any, config: ModelConfig) -> None:
+    """Give the model the `use_cache` of the configuration that the student was made from.
+
+    Training switches it off, and the run folder keeps it so; a student that generates without a cache is slow.
+    """
+    wanted = source_use_cache(config)
+    model.config.use_cache = wanted
+    if model.generation_config is not None:
+        model.generation_config.use_cache = wanted
+
+
+def source_use_cache(config: ModelConfig) -> bool:
+    """`use_cache` as `model.config` or `model.path` has it; true, the default of transformers, where it is not said."""
+    if isinstance(config.config, dict):
+        return bool(config.config.get("use_cache", True))
+    place = Path(str(config.path if config.config is None else config.config))
+    file = place if place.is_file() else place / "config.json"
+    try:
+        return bool(json.loads(file.read_text(encoding="utf-8")).get("use_cache", True))
+    except (OSError, ValueError, AttributeError) as error:
+        log.warning("%s cannot be read for its use_cache (%s); the export says true, the default", file, error)
+        return True
 
 
 def find_tokenizer(asked: Path | None, run: TrainConfig) -> Path | None:
@@ -98,14 +142,12 @@ def find_tokenizer(asked: Path | None, run: TrainConfig) -> Path | None:
         if not any((asked / name).is_file() for name in TOKENIZER_FILES):
             raise UserError(f"tokenizer {asked} holds no tokenizer files ({', '.join(TOKENIZER_FILES[:2])}, ...)")
         return asked
-    candidates = [run.model.path]
-    if isinstance(run.data.tokens, Path):
-        candidates += [run.data.tokens / "tokenizer", run.data.tokens.parent / "tokenizer"]
+    info: Mapping[str, Any] = {}
     try:
-        named = StoreReader(run.data.tokens).spec.info.get("tokenizer")
-        candidates.insert(1, Path(named) if isinstance(named, str) else None)
+        info = StoreReader(run.data.tokens).spec.info
     except StoreError as error:
         log.warning("the tokens store of the run cannot be read for its tokenizer: %s", error)
+    candidates = [run.model.path, *tokenizers_beside(run.data.tokens, info)]
     for folder in candidates:
         if folder is not None and (folder / "tokenizer.json").is_file():
             return folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -17,6 +16,7 @@ import numpy as np
 
 from potstill.common.errors import UserError
 from potstill.common.model_place import TOKENIZER_FILES, find_model, one_line
+from potstill.common.token_table import tokenizer_digest
 from potstill.teacher_dump.config import TrainTokenizer
 
 log = logging.getLogger(__name__)
@@ -111,22 +111,6 @@ def context_limit(source: str, tokenizer: Any) -> tuple[int, str] | None:
 def vocabulary_size(tokenizer: Any) -> int:
     """Largest id + 1, added tokens included."""
     return max(tokenizer.get_vocab().values()) + 1
-
-
-def tokenizer_digest(tokenizer: Any) -> str:
-    """sha256 over what decides the ids of a text: normalizer, pre-tokenizer, model and added tokens.
-
-    Truncation, padding, decoder and templates are left out: they do not change how a text is cut.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        whole = json.loads(backend.to_str())
-        added = sorted((token["id"], token["content"]) for token in whole.get("added_tokens") or [])
-        parts = {key: whole.get(key) for key in ("normalizer", "pre_tokenizer", "model")} | {"added": added}
-    else:
-        parts = {"class": type(tokenizer).__name__, "vocab": sorted(tokenizer.get_vocab().items())}
-    canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def train_bpe(folder: Path, texts: Iterable[str], *, settings: TrainTokenizer, input_digest: str, force: bool) -> None:
