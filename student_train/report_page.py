@@ -40,7 +40,9 @@ figcaption { position: absolute; z-index: 2; top: 2px; left: 0; pointer-events: 
 .sample .prompt { margin: 0 0 .4rem; white-space: pre-wrap; }
 .sample h3 { font-size: .9rem; margin: .6rem 0 .1rem; }
 .sample h3 small { font-weight: 400; color: var(--faint); }
-blockquote { margin: 0; padding-left: .8rem; border-left: 3px solid var(--line); white-space: pre-wrap; }
+/* A student that has learnt little may write line breaks only: such a text must not fill the page. */
+blockquote { margin: 0; padding-left: .8rem; border-left: 3px solid var(--line); white-space: pre-wrap;
+  max-height: 12em; overflow-y: auto; }
 details { margin: .5rem 0; } summary { cursor: pointer; }
 [hidden] { display: none !important; }
 @media (max-width: 600px) {
