@@ -39,6 +39,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p potstill
+	$(BIN)/mypy examples/*.py
 
 test: lint
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup $(TEST_ARGS)
