@@ -61,7 +61,7 @@ def figures(losses: Losses) -> dict[str, Any]:
         "selector_gain_interval": [round(end, 4) for end in gain.interval()],
         "selector_worth_it": ANSWERS[is_gain(gains)],
         "means": {arm: round(Spread.of(found).mean, 4) for arm, found in losses.items()},
-        "losses": {arm: [round(loss, 4) for loss in found] for arm, found in losses.items()},
+        "losses": {arm: [round(loss, 6) for loss in found] for arm, found in losses.items()},
     }
 
 
