@@ -37,6 +37,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     Benchmark("selector", "what selecting half of the positions saves"),
     Benchmark("plan_demo", "the planner's figures beside what the demo's dump did cost", by_itself="on your stores"),
     Benchmark("init_rules", "initial weights by width: spread and mean over seeds", by_itself="an hour"),
+    Benchmark("demo_spread", "the demo's comparison over five seeds, against its goals", by_itself="ten minutes"),
     Benchmark("methods", "a preset against label-only and plain KD over several seeds", by_itself="on your stores"),
 )
 

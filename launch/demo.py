@@ -1,4 +1,4 @@
-"""The main job, whole and small: text to a distilled student beside one that saw labels only, on this machine.
+"""The main job, whole and small: text to distilled students beside ones that saw labels only, on this machine.
 
 It runs the commands that a person would run, as children of this one, and prints them. What is done is not done again;
 what was cut short goes on where it was.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import itertools
 import json
 import os
 import shutil
@@ -25,7 +24,7 @@ from potstill.launch.demo_corpus import write_corpus
 from potstill.launch.demo_plan import DemoSize, make_stages, write_configs
 from potstill.launch.demo_report import report
 from potstill.launch.processes import Child, count_devices, start
-from potstill.launch.stages import StageRunner
+from potstill.launch.stages import Stage, StageRunner
 from potstill.launch.warm import WarmChild, warm_up
 
 MARKER = "demo.json"
@@ -34,33 +33,46 @@ TIMES = "times.json"
 
 def run_demo(root: Path, size: DemoSize, *, force: bool) -> str:
     """Run what is missing and return the report. Raises UserError: the folder holds something else, a stage fails."""
-    began = time.monotonic()
+    with demo_folder(root, size, force=force):
+        run_stages(root, size, make_stages(size, root))
+        return report(root, size, _read_times(root))
+
+
+@contextlib.contextmanager
+def demo_folder(root: Path, size: DemoSize, *, force: bool = False) -> Iterator[None]:
+    """Make the folder ours and hold it. Raises UserError: it holds something else, or another demo runs in it."""
     _claim(root, size, force=force)
     with _only_one(root):
-        corpus = root / "corpus" / "library.jsonl"
-        if not corpus.is_file():
-            say(f"corpus: {write_corpus(corpus, max_bytes=size.corpus_bytes):,} bytes of the standard library's source")
-        write_configs(size, root)
-        times = _read_times(root)
-        runner = _runner(root, size)
-        try:
-            runner.run()
-        finally:
-            for name, seconds in runner.seconds.items():
-                times[name] = times.get(name, 0.0) + seconds
-            (root / TIMES).write_text(json.dumps(times, indent=1) + "\n", encoding="utf-8")
-        if runner.seconds:
-            say(f"all stages done in {format_seconds(time.monotonic() - began)}")
-        return report(root, times)
+        yield
 
 
-def _runner(root: Path, size: DemoSize) -> StageRunner:
+def run_stages(root: Path, size: DemoSize, stages: Sequence[Stage]) -> None:
+    """Write corpus and configurations, and run those of the stages that are not done, in a folder that is held."""
+    began = time.monotonic()
+    corpus = root / "corpus" / "library.jsonl"
+    if not corpus.is_file():
+        written = write_corpus(
+            corpus, max_bytes=size.corpus_bytes, noise=size.noise, heldout_fraction=size.heldout_fraction
+        )
+        say(f"corpus: {written.format()}")
+    write_configs(size, root)
+    times = _read_times(root)
+    runner = _runner(root, stages)
+    try:
+        runner.run()
+    finally:
+        for name, seconds in runner.seconds.items():
+            times[name] = times.get(name, 0.0) + seconds
+        (root / TIMES).write_text(json.dumps(times, indent=1) + "\n", encoding="utf-8")
+    if runner.seconds:
+        say(f"all stages done in {format_seconds(time.monotonic() - began)}")
+
+
+def _runner(root: Path, stages: Sequence[Stage]) -> StageRunner:
     """Two things at a time, each with one thread: on two cores that beats one thing with two threads."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     has_gpu = _has_gpu()
     slots = 2 if cores > 1 else 1
-    # One rank on a GPU, whose second rank would need a second device.
-    stages = make_stages(size, root, num_ranks=1 if has_gpu else min(slots, size.teacher_ranks))
     os.environ |= {
         "OMP_NUM_THREADS": str(max(1, cores // slots)),
         "HF_HUB_OFFLINE": "1",
@@ -78,9 +90,8 @@ def _cold(words: Sequence[str], output: Path) -> Child:
 
 
 def _warm(words: Sequence[str], output: Path) -> Child:
-    # What starts ranks, and what needs no torch, gains nothing from the server.
-    needs_server = words[0] != "prepare" and ("--num-ranks", "2") not in itertools.pairwise(words)
-    return WarmChild(words, output) if needs_server else _cold(words, output)
+    # What needs no torch gains nothing from the server.
+    return WarmChild(words, output) if words[0] != "prepare" else _cold(words, output)
 
 
 def _has_gpu() -> bool:
@@ -109,7 +120,7 @@ def _claim(root: Path, size: DemoSize, *, force: bool) -> None:
             if json.loads(marker.read_text(encoding="utf-8")) == wanted:
                 return
         raise UserError(
-            f"{root} holds a demo of other sizes (with or without --quick, or of another version); "
+            f"{root} holds a demo of other sizes (with or without --quick, other --noise, or of another version); "
             "name another folder with --output, or delete this one with --force"
         )
     root.mkdir(parents=True, exist_ok=True)

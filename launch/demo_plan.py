@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,21 @@ import yaml
 from potstill.launch.stages import Stage
 
 DUMP_WORKERS = 2
-DISTILLED_HEAD = """\
-# The distilled student of the demo. Early, the small model's scores choose: rows that it finds easy, and the teacher's
-# word only where the true token is within the small model's reach; later all rows and all tokens.
-"""
-LABELS_HEAD = """\
-# The same student, seed and steps as distilled.yaml, and the same rows but for its first stage, where a selector
-# chooses; here the labels are all it sees.
-"""
+# Arms of the comparison, and what stands at the head of their YAML.
+ARMS = {
+    "labels": """\
+# The student that sees labels only: same student, steps, order and learning rate as kd.yaml and distilled.yaml.
+""",
+    "kd": """\
+# Plain distillation: the teacher's targets on all rows and all tokens, and no selector.
+""",
+    "distilled": """\
+# Distillation with a selector: the rows where the teacher's mean loss lies furthest below that of the small language
+# model, from 40 % of all rows at first to 70 % at the end. Noise is what neither of the two can predict, so it comes
+# last in that order (difference sampling, MiniPLM, arXiv 2410.17215).
+""",
+}
+SEED_NOTE = "# Another seed: --set run.seed=2 run.name={arm}-2 run.output_dir={folder}-2\n"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +39,7 @@ class ModelSize:
     num_heads: int
     intermediate_size: int
     steps: int
-    batch_rows: int = 8
+    batch_rows: int = 2
     learning_rate: float = 3e-3
 
     def config(self, *, vocab_size: int, row_length: int) -> dict[str, Any]:
@@ -57,125 +65,139 @@ class DemoSize:
     """All numbers of a demo."""
 
     corpus_bytes: int
+    noise: float  # share of the passages to train on that are replaced by noise
     vocab_size: int
     row_length: int
     heldout_fraction: float
     kept_entries: int
     check_export: bool
-    teacher_ranks: int
+    seeds: tuple[int, ...]  # of the students; everything else is made once
     teacher: ModelSize
     slm: ModelSize
     student: ModelSize
 
 
+# A small vocabulary and two rows a step: in the half minute that a student has on one core, all arms come below the
+# bigram's loss and still fall (benchmarks/results/demo_spread.md).
 FULL = DemoSize(
-    corpus_bytes=2_600_000,
-    vocab_size=2048,
+    corpus_bytes=3_000_000,
+    noise=0.4,
+    vocab_size=512,
     row_length=256,
     heldout_fraction=0.05,
     kept_entries=32,
     check_export=True,
-    teacher_ranks=2,
-    teacher=ModelSize(
-        hidden_size=160,
-        num_layers=4,
-        num_heads=4,
-        intermediate_size=448,
-        steps=1200,
-        batch_rows=4,
-        learning_rate=2.5e-3,
-    ),
-    slm=ModelSize(hidden_size=64, num_layers=2, num_heads=2, intermediate_size=192, steps=200, learning_rate=4e-3),
-    student=ModelSize(hidden_size=96, num_layers=2, num_heads=3, intermediate_size=256, steps=300, learning_rate=3e-3),
+    seeds=(1, 2, 3),
+    teacher=ModelSize(hidden_size=128, num_layers=3, num_heads=4, intermediate_size=344, steps=2400),
+    slm=ModelSize(hidden_size=64, num_layers=2, num_heads=2, intermediate_size=176, steps=600, learning_rate=6e-3),
+    student=ModelSize(hidden_size=96, num_layers=2, num_heads=3, intermediate_size=256, steps=1200, learning_rate=4e-3),
 )
 # For tests: every stage runs, the numbers mean little.
 QUICK = DemoSize(
     corpus_bytes=300_000,
+    noise=0.4,
     vocab_size=512,
     row_length=64,
     heldout_fraction=0.1,
     kept_entries=32,
     check_export=False,
-    teacher_ranks=1,
+    seeds=(1, 2),
     teacher=ModelSize(hidden_size=64, num_layers=2, num_heads=2, intermediate_size=160, steps=40, learning_rate=5e-3),
     slm=ModelSize(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64, steps=10, learning_rate=5e-3),
-    student=ModelSize(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64, steps=20, learning_rate=5e-3),
+    student=ModelSize(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64, steps=12, learning_rate=5e-3),
 )
 
 
-def student_config(size: DemoSize, root: Path, *, distilled: bool) -> dict[str, Any]:
-    """The tree of one student run; the two differ in the folder and in the curriculum only."""
-    name = "distilled" if distilled else "labels-only"
+def student_config(size: DemoSize, root: Path, arm: str) -> dict[str, Any]:
+    """The tree of one arm's runs (of its first seed); arms differ in name, folder and curriculum only."""
+    name = f"{arm}-{size.seeds[0]}"
+    student = size.student
     tree: dict[str, Any] = {
-        "run": {"name": name, "output_dir": str(root / "runs" / name), "max_steps": size.student.steps, "seed": 1},
+        "run": {
+            "name": name,
+            "output_dir": str(root / "runs" / name),
+            "max_steps": student.steps,
+            "seed": size.seeds[0],
+        },
         "model": {"config": str(root / "configs" / "student")},
         "data": {
             "tokens": str(root / "data" / "train"),
-            "global_batch_rows": size.student.batch_rows,
-            "micro_batch_rows": size.student.batch_rows,
+            "heldout": str(root / "data" / "heldout"),
+            "global_batch_rows": student.batch_rows,
+            "micro_batch_rows": student.batch_rows,
         },
-        "optimizer": {"lr": size.student.learning_rate},
+        "optimizer": {"lr": student.learning_rate},
         "schedule": {"kind": "cosine", "warmup": 0.05, "min_ratio": 0.05},
-        "checkpoint": {"every_steps": max(10, size.student.steps // 4), "keep_last": 1},
+        "eval": {"every_steps": max(1, student.steps // 4)},
+        "checkpoint": {"every_steps": max(10, student.steps // 4), "keep_last": 1},
     }
-    if distilled:
-        tree["data"] |= {
-            "targets": {"teacher": str(root / "targets" / "train")},
-            "scores": {"slm": str(root / "scores")},
-        }
-        tree["objective"] = {"alpha": 0.9, "divergence": "forward_kl", "missing_mass": "tail"}
-        tree["curriculum"] = [
-            {
-                "name": "selected",
-                "until": 0.2,
-                "targets": "teacher",
-                "rows": {
-                    "score": {"kind": "stat", "of": [{"store": "slm", "stat": "mean_loss"}]},
-                    "keep": "lowest",
-                    "share": {"kind": "linear", "start": 0.6, "end": 1.0},
-                    "segments": 4,
-                },
-                "tokens": {"policy": "label_rank", "source": "slm", "max_rank": 64, "applies_to": "kd"},
-            },
-            {"name": "all", "targets": "teacher"},
-        ]
+    if arm == "labels":
+        return tree
+    tree["data"]["targets"] = {"teacher": str(root / "targets" / "train")}
+    tree["objective"] = {"alpha": 0.9, "divergence": "forward_kl", "missing_mass": "tail"}
+    tree["curriculum"] = [{"name": "all", "targets": "teacher"}]
+    if arm == "distilled":
+        tree["data"]["scores"] = {"slm": str(root / "scores")}
+        losses = [{"store": "slm", "stat": "mean_loss"}, {"store": "teacher", "stat": "mean_loss"}]
+        share = {"kind": "linear", "start": 0.4, "end": 0.7}
+        rows = {"score": {"kind": "difference", "of": losses}, "keep": "highest", "share": share, "segments": 8}
+        tree["curriculum"] = [{"name": "selected", "targets": "teacher", "rows": rows}]
     return tree
 
 
 def write_configs(size: DemoSize, root: Path) -> None:
-    """Write the models' config.json and the students' YAML below `root`/configs; the same bytes each time."""
+    """Write the models' config.json and one YAML an arm below `root`/configs; the same bytes each time."""
     (root / "targets").mkdir(exist_ok=True)
     for name, model in (("teacher", size.teacher), ("slm", size.slm), ("student", size.student)):
         folder = root / "configs" / name
         folder.mkdir(parents=True, exist_ok=True)
         config = model.config(vocab_size=size.vocab_size, row_length=size.row_length)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for name, head, distilled in (("labels-only", LABELS_HEAD, False), ("distilled", DISTILLED_HEAD, True)):
-        text = head + yaml.safe_dump(student_config(size, root, distilled=distilled), sort_keys=False)
-        (root / "configs" / f"{name}.yaml").write_text(text, encoding="utf-8")
+    for arm, head in ARMS.items():
+        note = SEED_NOTE.format(arm=arm, folder=root / "runs" / arm)
+        text = head + note + yaml.safe_dump(student_config(size, root, arm), sort_keys=False)
+        (root / "configs" / f"{arm}.yaml").write_text(text, encoding="utf-8")
 
 
-def make_stages(size: DemoSize, root: Path, *, num_ranks: int) -> list[Stage]:
-    """The stages in order. `num_ranks` is how many ranks the teacher's run is spread over."""
+def student_names(seeds: Sequence[int]) -> list[str]:
+    """Names of the students' runs, seed by seed."""
+    return [f"{arm}-{seed}" for seed in seeds for arm in ARMS]
+
+
+def make_stages(size: DemoSize, root: Path) -> list[Stage]:
+    """The stages, the most urgent first: label runs, which need no teacher, fill the core beside the teacher's run."""
+    make = _StageMaker(size, root)
+    first = f"distilled-{size.seeds[0]}"
+    return [
+        *store_stages(size, root),
+        *student_stages(size, root, size.seeds),
+        make.evaluate("teacher", "models/teacher", "export-teacher"),
+        make.evaluate("slm", "models/slm", "export-slm"),
+        *(make.evaluate(name, f"runs/{name}", f"train-{name}") for name in student_names(size.seeds)),
+        make.export(first, check=size.check_export),
+    ]
+
+
+def store_stages(size: DemoSize, root: Path) -> list[Stage]:
+    """From text to everything that a student reads: tokens, teacher, targets, small model, scores."""
     make = _StageMaker(size, root)
     return [
         make.prepare(),
-        make.train_lm("teacher", size.teacher, num_ranks),
-        make.train_lm("slm", size.slm, 1),
+        make.train_lm("teacher", size.teacher),
+        make.train_lm("slm", size.slm),
         make.export("teacher"),
         *(make.dump_share("train", worker) for worker in range(DUMP_WORKERS)),
         make.export("slm"),
         make.score(),
         make.dump("heldout"),
         make.seal("train"),
-        make.train_student("distilled", "seal-train", "score"),
-        make.train_student("labels-only", "prepare"),
-        make.evaluate("teacher", "models/teacher", "export-teacher"),
-        make.evaluate("slm", "models/slm", "export-slm"),
-        make.evaluate("labels-only", "runs/labels-only", "train-labels-only"),
-        make.evaluate("distilled", "runs/distilled", "train-distilled"),
-        make.export("distilled", check=size.check_export),
     ]
+
+
+def student_stages(size: DemoSize, root: Path, seeds: Sequence[int]) -> list[Stage]:
+    """One run for each seed and arm, a seed of all arms first."""
+    make = _StageMaker(size, root)
+    return [make.train_student(arm, seed) for seed in seeds for arm in ARMS]
 
 
 @dataclass(frozen=True)
@@ -198,18 +220,23 @@ class _StageMaker:
         )
         return self.stage("prepare", template, done="data/heldout/manifest.json")
 
-    def train_lm(self, name: str, model: ModelSize, ranks: int) -> Stage:
+    def train_lm(self, name: str, model: ModelSize) -> Stage:
         template = (
-            f"train --preset lm --output {{root}}/runs/{name} --steps {model.steps} --num-ranks {ranks} "
+            f"train --preset lm --output {{root}}/runs/{name} --steps {model.steps} --num-ranks 1 "
             f"--model-config {{root}}/configs/{name} --tokens {{root}}/data/train --set run.name={name} "
-            f"data.global_batch_rows={model.batch_rows} data.micro_batch_rows={model.batch_rows // ranks} "
+            f"data.global_batch_rows={model.batch_rows} data.micro_batch_rows={model.batch_rows} "
             f"optimizer.lr={model.learning_rate} checkpoint.every_steps={max(10, model.steps // 8)} "
             "checkpoint.keep_last=1"
         )
-        return self.stage(f"train-{name}", template, "prepare", done=f"runs/{name}/done.json", slots=ranks)
+        return self.stage(f"train-{name}", template, "prepare", done=f"runs/{name}/done.json")
 
-    def train_student(self, name: str, *needs: str) -> Stage:
-        template = f"train --config {{root}}/configs/{name}.yaml --num-ranks 1"
+    def train_student(self, arm: str, seed: int) -> Stage:
+        name = f"{arm}-{seed}"
+        needs = {"labels": ["prepare"], "kd": ["seal-train"], "distilled": ["seal-train", "score"]}[arm]
+        template = (
+            f"train --config {{root}}/configs/{arm}.yaml --num-ranks 1 "
+            f"--set run.seed={seed} run.name={name} run.output_dir={{root}}/runs/{name}"
+        )
         return self.stage(f"train-{name}", template, *needs, done=f"runs/{name}/done.json")
 
     def export(self, name: str, *, check: bool = False) -> Stage:

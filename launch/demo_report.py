@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from potstill.common.progress import format_seconds
+from potstill.launch.demo_ngrams import NgramLosses, ngram_losses, pairs
+from potstill.launch.demo_plan import ARMS, DemoSize, student_names
+from potstill.launch.paired import Spread, differences, is_gain
 from potstill.launch.stages import shell_line
 from potstill.launch.text import format_bytes, table
 
-MODELS = ("teacher", "slm", "labels-only", "distilled")
+if TYPE_CHECKING:
+    from potstill.storage import StoreReader, TokensRow
+
+NGRAMS = "ngrams.json"
+ARM_NAMES = {"labels": "labels", "kd": "plain KD", "distilled": "distilled, selector"}
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -19,41 +26,100 @@ def _json(path: Path) -> dict[str, Any]:
     return found
 
 
-def report(root: Path, times: Mapping[str, float]) -> str:
-    """One table of the models, one line of the store, one table of times, and what to do next."""
-    return "\n\n".join([models_table(root), verdict(root), store_line(root), times_table(times), next_steps(root)])
+def report(root: Path, size: DemoSize, times: Mapping[str, float]) -> str:
+    """One table of the models, what it says, one line of the store, one table of times, and what to do next."""
+    losses = {arm: [evaluation(root, f"{arm}-{seed}")["heldout_loss"] for seed in size.seeds] for arm in ARMS}
+    parts = [
+        models_table(root, size, losses),
+        seeds_table(size.seeds, losses),
+        f"{verdict(losses)}\n{selector_verdict(losses)}",
+        store_line(root),
+        times_table(times),
+        next_steps(root, size),
+    ]
+    return "\n\n".join(parts)
 
 
-def models_table(root: Path) -> str:
-    """A line for each model: size, training, and its figures on the same held-out rows."""
-    rows = []
-    for name in MODELS:
-        figures, done = _json(root / "eval" / f"{name}.json"), _json(root / "runs" / name / "done.json")
-        agreement = figures["agreement"]
-        rows.append(
-            (
-                name,
-                f"{figures['num_parameters']:,}",
-                f"{done['step']:,}",
-                f"{done['tokens']:,}",
-                f"{figures['heldout_loss']:.4f}",
-                f"{figures['perplexity']:.2f}",
-                "-" if name == "teacher" or agreement is None else f"{100 * agreement:.1f} %",
-            )
-        )
-    header = ["model", "parameters", "steps", "tokens", "held-out loss", "perplexity", "agrees with teacher"]
-    return table(header, rows)
+def evaluation(root: Path, name: str) -> dict[str, Any]:
+    """What `potstill eval` has found for one model."""
+    return _json(root / "eval" / f"{name}.json")
 
 
-def verdict(root: Path) -> str:
-    """Who is ahead on held-out loss, and by how much, as it came out."""
-    labels = _json(root / "eval" / "labels-only.json")["heldout_loss"]
-    distilled = _json(root / "eval" / "distilled.json")["heldout_loss"]
-    word = "ahead of" if distilled < labels else "BEHIND"
+def reference_losses(root: Path) -> NgramLosses:
+    """Unigram and bigram of the tokens store on the held-out rows; counted once and kept in the folder."""
+    kept = root / NGRAMS
+    if kept.is_file():
+        return NgramLosses(**_json(kept))
+    from potstill.storage import StoreReader
+
+    train, heldout = (StoreReader(str(root / "data" / part)) for part in ("train", "heldout"))
+    counted, measured = (pairs((row.tokens, row.doc_lens) for row in _rows(store)) for store in (train, heldout))
+    found = ngram_losses(counted, measured, vocab_size=train.spec.vocab_size)
+    kept.write_text(json.dumps(vars(found)) + "\n", encoding="utf-8")
+    return found
+
+
+def _rows(store: StoreReader) -> Iterator[TokensRow]:
+    for number in range(store.num_rows):
+        yield cast("TokensRow", store.row(number))
+
+
+def models_table(root: Path, size: DemoSize, losses: Mapping[str, Sequence[float]]) -> str:
+    """A line for each model, arm and reference: size, training, and the loss on the same held-out positions."""
+    ngrams = reference_losses(root)
+    rows = [
+        ("unigram, for reference", "", "", "", f"{ngrams.unigram:.4f}", "", ""),
+        ("bigram, for reference", "", "", "", f"{ngrams.bigram:.4f}", "", ""),
+        *(_model_row(root, name, [name], []) for name in ("teacher", "slm")),
+    ]
+    for arm in ARMS:
+        gaps = [] if arm == "labels" else differences(losses["labels"], losses[arm])
+        rows.append(_model_row(root, ARM_NAMES[arm], [f"{arm}-{seed}" for seed in size.seeds], gaps))
+    header = ["model", "parameters", "steps", "tokens", "held-out loss", "ahead of labels", "agrees with teacher"]
+    count = f"Mean ± standard deviation over {len(size.seeds)} seeds; loss in nats per token of clean held-out text"
+    return f"{table(header, rows)}\n{count}, {ngrams.positions:,} tokens."
+
+
+def _model_row(root: Path, title: str, names: Sequence[str], gaps: Sequence[float]) -> tuple[str, ...]:
+    figures, done = [evaluation(root, name) for name in names], _json(root / "runs" / names[0] / "done.json")
+    agreement = [figure["agreement"] for figure in figures]
+    told = "" if title == "teacher" or None in agreement else f"{100 * Spread.of(agreement).mean:.1f} %"
     return (
-        f"The distilled student is {abs(labels - distilled):.4f} nats {word} the one that saw labels only "
-        "(held-out loss; same initial weights, seed of the order and number of steps; only in its first stage does the "
-        "selector choose the distilled student's rows). One seed: another may give another distance."
+        title,
+        f"{figures[0]['num_parameters']:,}",
+        f"{done['step']:,}",
+        f"{done['tokens']:,}",
+        Spread.of([figure["heldout_loss"] for figure in figures]).format(),
+        Spread.of(gaps).format(sign=True) if gaps else "",
+        told,
+    )
+
+
+def seeds_table(seeds: Sequence[int], losses: Mapping[str, Sequence[float]]) -> str:
+    """Held-out loss by seed and arm."""
+    rows = [(str(seed), *(f"{losses[arm][at]:.4f}" for arm in ARMS)) for at, seed in enumerate(seeds)]
+    return table(["seed", *(ARM_NAMES[arm] for arm in ARMS)], rows)
+
+
+def verdict(losses: Mapping[str, Sequence[float]]) -> str:
+    """Who is ahead on held-out loss, and by how much, as it came out."""
+    gap = Spread.of(differences(losses["labels"], losses["distilled"]))
+    word = "ahead of" if gap.mean > 0 else "BEHIND"
+    size = Spread(abs(gap.mean), gap.sd, gap.count).format()
+    return (
+        f"The distilled students are {size} nats {word} those that saw labels only (paired by seed: same initial "
+        "weights and number of steps)."
+    )
+
+
+def selector_verdict(losses: Mapping[str, Sequence[float]]) -> str:
+    """Whether the selector was worth it here: plain KD minus distilled, paired by seed."""
+    gains = differences(losses["kd"], losses["distilled"])
+    gain, (low, high) = Spread.of(gains), Spread.of(gains).interval()
+    answer = {True: "yes", False: "no", None: "cannot be told"}[is_gain(gains)]
+    return (
+        f"Was the selector worth it here? {answer}: plain KD minus distilled is {gain.format(sign=True)} nats "
+        f"(95 % interval of the mean by Student's t, {gain.count} seeds: {low:+.4f} to {high:+.4f})."
     )
 
 
@@ -73,21 +139,22 @@ def times_table(times: Mapping[str, float]) -> str:
     return table(["stage", "wall time"], [(name, format_seconds(seconds)) for name, seconds in times.items()])
 
 
-def next_steps(root: Path) -> str:
+def next_steps(root: Path, size: DemoSize) -> str:
     """Where things are, and commands to go on with."""
     row = ["--row", "0", "--tokens", f"{root}/data/train", "--tokenizer", f"{root}/data/tokenizer"]
-    other = ["--set", f"run.output_dir={root}/runs/mine", "objective.alpha=0.5"]
+    other = ["--set", f"run.output_dir={root}/runs/mine", "run.name=mine", "objective.alpha=0.5"]
+    runs = [f"{root}/runs/{name}" for name in student_names(size.seeds)]
     commands = [
         ["inspect", f"{root}/targets/train", *row],
         ["stats", f"{root}/targets/train"],
         ["verify", f"{root}/targets/train", "--deep"],
         ["train", "--config", f"{root}/configs/distilled.yaml", *other],
-        ["report", f"{root}/runs/labels-only", f"{root}/runs/distilled", "--output", f"{root}/report.html"],
+        ["report", *runs, "--output", f"{root}/report.html"],
     ]
     return "\n".join(
         [
-            f"Files are in {root}: data/ targets/ scores/ (stores), configs/, runs/ (metrics, checkpoints), "
-            "models/ (Hugging Face), logs/",
+            f"Files are in {root}: corpus/ (text; the field `noise` names every span of noise), data/ targets/ scores/ "
+            "(stores), configs/, runs/ (metrics, checkpoints), models/ (Hugging Face), logs/",
             "Go on with:",
             *(f"  {shell_line(['potstill', *words])}" for words in commands),
         ]

@@ -112,7 +112,7 @@ class StageRunner:
             if stage.name in started or not set(stage.needs) <= self._finished:
                 continue
             if min(stage.slots, self._slots) > free:
-                break  # keep the order: a wide stage is not overtaken for ever by narrow ones behind it
+                break  # keep the order: a wide stage is not overtaken again and again by narrow ones behind it
             free -= min(stage.slots, self._slots)
             ready.append(stage)
         return ready
@@ -149,7 +149,7 @@ class StageRunner:
             raise UserError(
                 f"stage {name} ended with code {code}{'' if code else ' but its output is not complete'}; "
                 f"the end of {self.log_path(name)}:\n{self._tail(name)}\n"
-                "mend the cause and repeat the command: it goes on from here"
+                "fix the cause and repeat the command: it goes on from here"
             )
         self.seconds[name] = time.monotonic() - running.began
         self._finished.add(name)
