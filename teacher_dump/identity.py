@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from potstill.common.errors import UserError
+from potstill.common.model_place import find_model, one_line
 from potstill.storage import RunSpec
 from potstill.teacher_dump.config import TeacherConfig
 from potstill.teacher_dump.tokenizer import tokenizer_digest
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 
 _HASH_THREADS = 4
 _PLACE_KEYS = ("revision", "trust_remote_code", "subfolder", "token", "cache_dir", "local_files_only")
+_FETCH_KEYS = ("token", "cache_dir", "local_files_only")  # of them those that fetching a whole model takes
 # Options of from_pretrained that say where weights come from or lie, not what they are.
 _IDLE_OPTIONS = {*_PLACE_KEYS, "device_map", "max_memory", "low_cpu_mem_usage", "use_safetensors", "force_download"}
 # Keys of config.json that do not change what the model computes.
@@ -36,7 +38,24 @@ def load_config(teacher: TeacherConfig) -> Any:
     try:
         return AutoConfig.from_pretrained(teacher.model, **_place_options(teacher))
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"teacher {teacher.model!r}: no readable model configuration: {error}") from error
+        raise UserError(f"teacher {teacher.model!r}: no readable model configuration: {one_line(error)}") from error
+
+
+def located(teacher: TeacherConfig) -> TeacherConfig:
+    """The same settings, told to use the hub's cache where the hub cannot be reached.
+
+    Raises UserError, before anything heavy is loaded, when a model is neither a folder nor in the cache nor on the hub.
+    """
+    options = teacher.load_options
+    one_by_one = (teacher.model, *(member.model for member in teacher.ensemble))
+    local_only = [
+        find_model(name, what="teacher", revision=options.get("revision"), cache_dir=options.get("cache_dir"))
+        for name in one_by_one
+        if not options.get("subfolder")
+    ]
+    if not any(local_only):
+        return teacher
+    return teacher.model_copy(update={"load_options": {**options, "local_files_only": True}})
 
 
 def _place_options(teacher: TeacherConfig) -> dict[str, Any]:
@@ -104,7 +123,7 @@ def _check_tokenizer(teacher: TeacherConfig, tokens: RunSpec) -> None:
         found = tokenizer_digest(AutoTokenizer.from_pretrained(teacher.model, **_place_options(teacher)))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"teacher {teacher.model!r}: its tokenizer cannot be loaded ({error}); "
+            f"teacher {teacher.model!r}: its tokenizer cannot be loaded ({one_line(error)}); "
             "set check_tokenizer=false if you know that it is that of the rows"
         ) from error
     if found != tokens.tokenizer_digest:
@@ -163,9 +182,10 @@ def weights_digest(teacher: TeacherConfig) -> str:
         try:
             patterns = ["*.safetensors", "*.json", "*.bin"]
             revision = teacher.load_options.get("revision")
-            folder = Path(snapshot_download(teacher.model, revision=revision, allow_patterns=patterns))
+            options = {key: teacher.load_options[key] for key in _FETCH_KEYS if key in teacher.load_options}
+            folder = Path(snapshot_download(teacher.model, revision=revision, allow_patterns=patterns, **options))
         except Exception as error:  # the hub's client has a dozen classes of its own, without one base
-            raise UserError(f"teacher {teacher.model!r} is no folder and not on the hub: {error}") from error
+            raise UserError(f"teacher {teacher.model!r} is no folder and cannot be fetched: {one_line(error)}") from error
     return folder_weights_digest(folder)
 
 

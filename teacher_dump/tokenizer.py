@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from potstill.common.errors import UserError
+from potstill.common.model_place import TOKENIZER_FILES, find_model, one_line
 from potstill.teacher_dump.config import TrainTokenizer
 
 log = logging.getLogger(__name__)
@@ -52,14 +53,13 @@ class TextEncoder:
 
 def load_tokenizer(source: str) -> Any:
     """The Hugging Face tokenizer in a folder or of a hub id; UserError when there is none."""
+    local_only = find_model(source, what="tokenizer", files=TOKENIZER_FILES)
     from transformers import AutoTokenizer
 
-    if os.path.sep in source and not Path(source).is_dir() and source.count("/") != 1:
-        raise UserError(f"tokenizer {source!r}: no such folder")
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, local_files_only=local_only)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"tokenizer {source!r} cannot be loaded: {error}") from error
+        raise UserError(f"tokenizer {source!r} cannot be loaded: {one_line(error)}") from error
 
 
 def text_encoder(source: str, *, append_eos: bool, add_bos: bool) -> TextEncoder:
