@@ -19,6 +19,7 @@ from potstill.storage.errors import (
 from potstill.storage.gc import GcReport, collect_garbage
 from potstill.storage.id_map import IdMap
 from potstill.storage.inspect import format_row
+from potstill.storage.k_bound import KBound, bound_positions
 from potstill.storage.loader import LoadedBatch, Loader
 from potstill.storage.order import ORDER_VERSION, RowOrder, permute
 from potstill.storage.plan import EpochPlan, RowPlan
@@ -42,6 +43,7 @@ __all__ = [
     "GaveUpError",
     "GcReport",
     "IdMap",
+    "KBound",
     "LoadedBatch",
     "Loader",
     "Manifest",
@@ -66,6 +68,7 @@ __all__ = [
     "VerifyReport",
     "VersionError",
     "WriteFailedError",
+    "bound_positions",
     "check_alignment",
     "check_output",
     "check_student",

@@ -106,8 +106,10 @@ class LocalFolder:
             for name in SUBFOLDERS:
                 (self.root / name).mkdir(exist_ok=True)
             probe = self._tmp_path()
-            self._write_file(probe, b"probe")
-            probe.unlink()
+            try:
+                self._write_file(probe, b"probe")
+            finally:
+                _discard(probe)
             self._sync_folder(self.root)
 
     def check_writable(self) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
+from potstill.storage.k_bound import KBound, bound_positions
 from potstill.storage.paths import StorePath
 from potstill.storage.reader import StoreReader
 from potstill.storage.rows import ScoresRow, TargetsRow
+from potstill.storage.sparse_targets import SparseTargets
 from potstill.storage.target_checks import segment_sums
 
 MAX_ROWS = 512
@@ -51,6 +54,7 @@ class StoreStats:
     sampled_tokens: int
     column_bytes: Mapping[str, int]
     histograms: Mapping[str, Histogram] = field(default_factory=dict)
+    k_bound: KBound | None = None  # of a store whose selection is top_p_k
 
     def format(self) -> str:
         """Text for a terminal."""
@@ -58,6 +62,7 @@ class StoreStats:
         lines = [
             f"{self.url}: {self.kind}, {self.num_rows} rows, {self.num_tokens} tokens, {self.num_entries} entries, "
             f"{self.num_bytes} bytes ({per_token:.2f} B/token)",
+            *([] if self.k_bound is None else [self.k_bound.describe(per_token)]),
             f"columns, compressed bytes per token over {self.sampled_rows} rows:",
         ]
         for name, num_bytes in self.column_bytes.items():
@@ -72,11 +77,13 @@ def store_stats(path: StorePath, *, max_rows: int = MAX_ROWS) -> StoreStats:
     reader = StoreReader(path)
     picks = np.unique(np.linspace(0, max(0, reader.num_rows - 1), min(max_rows, reader.num_rows)).astype(np.int64))
     values: dict[str, list[np.ndarray]] = {name: [] for name in BINS}
+    targets: list[SparseTargets] = []
     tokens = 0
     for row in picks:
         found = reader.row(int(row))
         if isinstance(found, TargetsRow):
             _collect_targets(found, values)
+            targets.append(found.targets)
             tokens += found.targets.num_tokens
         elif isinstance(found, ScoresRow):
             values["entropy (nats)"].append(found.entropy)
@@ -98,7 +105,20 @@ def store_stats(path: StorePath, *, max_rows: int = MAX_ROWS) -> StoreStats:
         sampled_tokens=tokens,
         column_bytes={name: round(n * scale) for name, n in column_bytes.items()},
         histograms={name: _histogram(x, BINS[name]) for name, x in joined.items() if x.size},
+        k_bound=_k_bound(reader.spec.selection, targets),
     )
+
+
+def _k_bound(selection: Mapping[str, Any] | None, rows: Sequence[SparseTargets]) -> KBound | None:
+    if selection is None or selection["mode"] != "top_p_k" or not rows:
+        return None
+    counts = np.concatenate([np.diff(targets.offsets) for targets in rows])
+    tails = np.concatenate([targets.log_tail for targets in rows])
+    some = counts > 0  # positions without a target have no entries
+    k, p = int(selection["k"]), float(selection["p"])
+    num_bound, kept = bound_positions(counts[some], tails[some], k=k, p=p)
+    positions = max(1, int(some.sum()))
+    return KBound(k, p, num_bound / positions, kept / positions)
 
 
 def _collect_targets(row: TargetsRow, values: dict[str, list[np.ndarray]]) -> None:

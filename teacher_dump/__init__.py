@@ -1,6 +1,7 @@
 """The teacher stage: `prepare` text, `dump` a teacher's targets, `score` rows with a small model.
 
-The heavy libraries are loaded inside the three functions, so that the command's help does not wait for them.
+The heavy libraries are loaded inside the three functions, so that neither the command's help nor the refusal of a path
+waits for them.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ def dump(
     config: DumpConfig, worker: int | None = None, num_workers: int | None = None
 ) -> WorkerSummary | SeriesSummary:
     """Teacher over a tokens store -> targets store; see potstill.teacher_dump.dumping."""
+    from potstill.teacher_dump.early import early_dump
+
+    config = early_dump(config)
     from potstill.teacher_dump import dumping
 
     return dumping.dump(config, worker, num_workers)
@@ -35,6 +39,9 @@ def dump(
 
 def score(config: ScoreConfig, worker: int | None = None, num_workers: int | None = None) -> WorkerSummary:
     """Small language model over a tokens store -> scores store; see potstill.teacher_dump.scoring."""
+    from potstill.teacher_dump.early import early_score
+
+    config = early_score(config)
     from potstill.teacher_dump import scoring
 
     return scoring.score(config, worker, num_workers)

@@ -134,10 +134,10 @@ class SelectionConfig(StrictModel):
     mode: Literal["top_k", "top_p_k", "sample"] = Field(
         default="top_p_k", description="top_p_k: the smallest prefix with mass p, k at most; sample: unbiased draws"
     )
-    k: int = Field(default=100, ge=1, le=255, description="Entries per token at most")
+    k: int = Field(default=100, ge=1, le=255, description="Entries per token at most, 1 to 255")
     p: float = Field(default=0.95, gt=0, le=1, description="Mass to reach in mode top_p_k")
     num_draws: int = Field(
-        default=50, ge=1, le=255, description="Draws per token in mode sample (with replacement, at T = 1)"
+        default=50, ge=1, le=255, description="Draws per token in mode sample, 1 to 255 (with replacement, at T = 1)"
     )
     power: float = Field(
         default=1.0, ge=0.5, le=1.5, description="Draws of mode sample come from p^power; not 1: weights, not counts"
@@ -212,3 +212,9 @@ class ScoreConfig(WalkConfig):
     salt_rank: int = Field(
         default=10, ge=1, le=254, description="A label within this rank counts as learnable (SALT: k = 10)"
     )
+
+    @model_validator(mode="after")
+    def _one_model(self) -> Self:
+        if self.model.checkpoints:
+            raise ValueError("score runs one model: leave model.checkpoints out and run score once for each of them")
+        return self

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,9 @@ import numpy as np
 from torch import Tensor
 
 from potstill.kernels.topk import Sampled, TopK
-from potstill.storage import RunSpec, StoreReader
+from potstill.storage import KBound, RunSpec, StoreReader, bound_positions
 from potstill.teacher_dump.batches import TeacherBatch
-from potstill.teacher_dump.config import DumpConfig
+from potstill.teacher_dump.config import DumpConfig, SelectionConfig
 from potstill.teacher_dump.engines import TeacherEngine
 from potstill.teacher_dump.on_device import batch_sample, batch_topk
 from potstill.teacher_dump.pipeline import BatchRows
@@ -71,7 +71,7 @@ class DumpJob(Job):
                 vocab_size=vocab_size,
                 chunk_bytes=chunk_bytes,
             )
-            return DumpResult(batch, vocab_size, lambda: host_draws(drawn.wait()))
+            return DumpResult(batch, vocab_size, lambda: host_draws(drawn.wait()), selection)
         topk = batch_topk(
             engine,
             batch,
@@ -80,7 +80,14 @@ class DumpJob(Job):
             temperatures=self.config.temperatures,
             chunk_bytes=chunk_bytes,
         )
-        return DumpResult(batch, vocab_size, lambda: host_prefix(topk.wait(), self.config))
+        return DumpResult(batch, vocab_size, lambda: host_prefix(topk.wait(), self.config), selection)
+
+    def k_bound(self, figures: Mapping[str, float]) -> KBound | None:
+        selection, positions = self.config.selection, figures.get("positions", 0.0)
+        if selection.mode != "top_p_k" or not positions:
+            return None
+        share, kept = (figures[name] / positions for name in ("k_bound", "kept_mass"))
+        return KBound(selection.k, selection.p, share, kept)
 
 
 @dataclass(frozen=True)
@@ -90,13 +97,22 @@ class DumpResult:
     batch: TeacherBatch
     vocab_size: int
     wait: Callable[[], HostTargets]
+    selection: SelectionConfig
 
     def rows(self) -> BatchRows:
         """Wait for the copy, select entries and cut into rows of the store."""
         found = self.wait()
         rows = list(cut_rows(found, self.batch.rows))
         excluded = np.nan_to_num(found.excluded_mass.astype(np.float64))
-        return BatchRows(rows, {"excluded_mass": float(excluded.sum()), "positions": float(len(excluded))})
+        figures = {"excluded_mass": float(excluded.sum()), "positions": float(len(excluded))}
+        return BatchRows(rows, figures, self._shown(found))
+
+    def _shown(self, found: HostTargets) -> dict[str, float]:
+        if self.selection.mode != "top_p_k":
+            return {}
+        counts = np.diff(found.offsets)
+        num_bound, kept = bound_positions(counts, found.log_tail, k=self.selection.k, p=self.selection.p)
+        return {"k_bound": float(num_bound), "kept_mass": kept}
 
 
 def host_prefix(topk: TopK, config: DumpConfig) -> HostTargets:

@@ -185,7 +185,9 @@ def weights_digest(teacher: TeacherConfig) -> str:
             options = {key: teacher.load_options[key] for key in _FETCH_KEYS if key in teacher.load_options}
             folder = Path(snapshot_download(teacher.model, revision=revision, allow_patterns=patterns, **options))
         except Exception as error:  # the hub's client has a dozen classes of its own, without one base
-            raise UserError(f"teacher {teacher.model!r} is no folder and cannot be fetched: {one_line(error)}") from error
+            raise UserError(
+                f"teacher {teacher.model!r} is no folder and cannot be fetched: {one_line(error)}"
+            ) from error
     return folder_weights_digest(folder)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -38,10 +38,14 @@ class HostResult(Protocol):
 
 @dataclass(frozen=True)
 class BatchRows:
-    """Rows of one batch; `figures` are sums that the worker adds up (e.g. excluded mass)."""
+    """Rows of one batch; `figures` are sums that the worker adds up (e.g. excluded mass) and notes in its records.
+
+    `shown` are further sums, added up for the summary and not noted anywhere.
+    """
 
     rows: Sequence[FinishedRow]
     figures: Mapping[str, float] = field(default_factory=dict)
+    shown: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -56,6 +60,7 @@ class WalkTotals:
     figures: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: {"model": 0.0, "wait_input": 0.0, "wait_finish": 0.0})
     stopped_by: str | None = None
+    last_unit: int | None = None  # committed
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,7 @@ class Walk:
         refused_elsewhere: Callable[[], int],
         refused_allowed: int,
         on_rows: Callable[[int, int], None] = lambda rows, tokens: None,
+        on_unit: Callable[[int, WalkTotals], None] = lambda unit, totals: None,
         stop_reason: Callable[[], str | None] = lambda: None,
     ) -> None:
         self._reader, self._writer = reader, writer
@@ -94,7 +100,7 @@ class Walk:
         self._max_consecutive_failures = max_consecutive_failures
         self._refused_elsewhere, self._refused_allowed = refused_elsewhere, refused_allowed
         self._num_elsewhere, self._counted_at = refused_elsewhere(), time.monotonic()
-        self._on_rows, self._stop_reason = on_rows, stop_reason
+        self._on_rows, self._on_unit, self._stop_reason = on_rows, on_unit, stop_reason
         self._consecutive_failures = 0
         self._unit_began = 0.0
         self.totals = WalkTotals()
@@ -182,10 +188,7 @@ class Walk:
         done = [part.result() for part in parts]
         finished = [row for part in done for row in part.rows]
         refused = [refused for _, refused in finished if refused is not None]
-        figures: dict[str, float] = {}
-        for part in done:
-            for name, value in part.figures.items():
-                figures[name] = figures.get(name, 0.0) + value
+        figures, shown = _sums(part.figures for part in done), _sums(part.shown for part in done)
         rows = [row for row, _ in finished]
         extra: dict[str, Any] = {"figures": figures, "seconds": round(seconds, 6)}
         if refused:
@@ -194,9 +197,9 @@ class Walk:
             self._num_elsewhere, self._counted_at = self._refused_elsewhere(), time.monotonic()
         # Row counts are added up here, at the one place where it is known that the rows are safe.
         if self._too_many(refused):
-            return _Committed(number, 0, 0, refused, figures, too_many=True)
+            return _Committed(number, 0, 0, refused, figures | shown, too_many=True)
         self._writer.commit_unit(number, rows, extra=extra)
-        return _Committed(number, len(rows), sum(_num_tokens(row) for row in rows), refused, figures)
+        return _Committed(number, len(rows), sum(_num_tokens(row) for row in rows), refused, figures | shown)
 
     def _too_many(self, refused: Sequence[Refused]) -> bool:
         return self._num_elsewhere + len(self.totals.refused) + len(refused) > self._refused_allowed
@@ -217,11 +220,12 @@ class Walk:
             log.warning("row %d is refused and stored without targets: %s", item.row, item.reason)
         if done.too_many or self._too_many([]):
             raise UserError(self._refusal_text())
-        self.totals.units += 1
+        self.totals.units, self.totals.last_unit = self.totals.units + 1, number
         self.totals.rows += done.num_rows
         self.totals.tokens += done.num_tokens
         for name, value in done.figures.items():
             self.totals.figures[name] = self.totals.figures.get(name, 0.0) + value
+        self._on_unit(number, self.totals)
 
     def _failed(self, number: int, error: Exception) -> None:
         reason = f"{type(error).__name__}: {error}"
@@ -232,7 +236,7 @@ class Walk:
         if self._consecutive_failures >= self._max_consecutive_failures:
             raise UserError(
                 f"unit {number}: failure {self._consecutive_failures} in a row, the worker stops; the last one was "
-                f"{reason}. Committed units are safe; mend the cause and run again"
+                f"{reason}. Committed units are safe; remove the cause and run the same command again"
             ) from error
 
     def _refusal_text(self) -> str:
@@ -252,6 +256,14 @@ class _Committed:
     refused: list[Refused]
     figures: Mapping[str, float]
     too_many: bool = False
+
+
+def _sums(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    sums: dict[str, float] = {}
+    for part in parts:
+        for name, value in part.items():
+            sums[name] = sums.get(name, 0.0) + value
+    return sums
 
 
 def _num_tokens(row: Row) -> int:

@@ -6,40 +6,31 @@ carries the cursor at its end, so that a run that was killed goes on there and i
 
 from __future__ import annotations
 
-import itertools
 import logging
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from potstill.common.config import inside
 from potstill.common.errors import UserError
+from potstill.common.model_place import TOKENIZER_FILES, find_model
 from potstill.common.progress import Progress, format_seconds
-from potstill.storage import RunSpec, StoreWriter, TokensRow, seal_store
+from potstill.storage import RunSpec, check_output
 from potstill.teacher_dump.config import PrepareConfig
 from potstill.teacher_dump.documents import Document, DocumentReader, Place
 from potstill.teacher_dump.inputs import InputFile, digest_files, find_files
-from potstill.teacher_dump.packing import Cursor, PackedRow, Packer
+from potstill.teacher_dump.kept_tokenizer import KeptTokenizer
+from potstill.teacher_dump.prepared import Output, StoreSummary
 from potstill.teacher_dump.split import Split
-from potstill.teacher_dump.tokenizer import TextEncoder, keep_tokenizer, text_encoder, train_bpe
+from potstill.teacher_dump.tokenizer import TextEncoder, context_limit, text_encoder, train_bpe, trained_already
 
 log = logging.getLogger(__name__)
 
 TRAIN, HELDOUT = "train", "heldout"
 _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 256, 1 << 20
-
-
-@dataclass(frozen=True)
-class StoreSummary:
-    """What one store holds."""
-
-    path: Path | str
-    documents: int
-    rows: int
-    tokens: int
 
 
 @dataclass(frozen=True)
@@ -56,6 +47,7 @@ class PrepareSummary:
     bad_lines: int
     resumed_rows: int
     seconds: float
+    notes: tuple[str, ...] = ()
 
     def format(self) -> str:
         """A few lines for a person."""
@@ -69,96 +61,40 @@ class PrepareSummary:
             f"read {self.num_files} files, {self.input_bytes / 1e6:.1f} MB in {format_seconds(self.seconds)}; "
             f"{self.bad_lines} broken records skipped; {self.resumed_rows} rows were there from an earlier run"
         )
-        return "\n".join(lines)
-
-
-class _Output:
-    """One tokens store being written: packs documents, commits whole units, goes on where an earlier run ended."""
-
-    def __init__(self, path: Path | str, spec: RunSpec, *, force: bool) -> None:
-        self.path = path
-        self._writer = StoreWriter.create(path, spec, force=force)
-        records = self._writer.committed()
-        self._unit = next(unit for unit in itertools.count() if unit not in records)
-        self.complete = False
-        self.start: Cursor | None = None
-        self.bad_lines: int | None = None
-        first_row = 0
-        if self._unit:
-            extra = records[self._unit - 1].extra
-            self.start = Cursor.from_json(extra["cursor"])
-            self.complete = bool(extra["end"])
-            self.bad_lines = extra["bad_lines"]
-            first_row = int(extra["rows"])
-        self.resumed_rows = first_row
-        self.rows = first_row
-        self._pending: list[PackedRow] = []
-        self._packer = Packer(row_length=spec.row_length, first_row=first_row, start=self.start)
-
-    def wants(self, place: Place) -> bool:
-        return not self.complete and self._packer.wants(place)
-
-    def add(self, document: Document, ids: np.ndarray) -> None:
-        for packed in self._packer.add(document, ids):
-            self._append(packed)
-
-    def finish(self, end: Place, *, bad_lines: int) -> StoreSummary:
-        """Commit what is left; the store must not be empty."""
-        if not self.complete:
-            for packed in self._packer.finish(end, bad_lines=bad_lines):
-                self._append(packed)
-            if self._pending:
-                self._commit(bad_lines=bad_lines)
-        return StoreSummary(self.path, self._packer.documents, self.rows, self._packer.tokens)
-
-    def _append(self, packed: PackedRow) -> None:
-        # A unit is committed only when a next row shows that it was not the last one, which is marked in its record.
-        if len(self._pending) == self._writer.spec.rows_per_unit:
-            self._commit()
-        self._pending.append(packed)
-
-    def _commit(self, *, bad_lines: int | None = None) -> None:
-        """Commit the pending rows; `bad_lines` of the whole input is given with the last unit only."""
-        rows: list[TokensRow] = [packed.row for packed in self._pending]
-        self.rows += len(rows)
-        cursor = self._pending[-1].cursor
-        extra = {"cursor": cursor.to_json(), "rows": self.rows, "end": bad_lines is not None, "bad_lines": bad_lines}
-        self._writer.commit_unit(self._unit, rows, extra=extra)
-        self._unit += 1
-        self._pending = []
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
 def prepare(config: PrepareConfig) -> PrepareSummary:
     """Tokenize and pack `config.input` into sealed tokens stores under `config.output`.
 
-    Run again after a kill, it goes on; run again after the end, it does nothing. Raises UserError for bad input and
-    StoreError for trouble with the stores.
+    Run again after a kill, it goes on; run again after the end, it does nothing. A run that fails before its first unit
+    of rows leaves nothing at the output. Raises UserError for bad input and StoreError for trouble with the stores.
     """
     started = time.monotonic()
+    _check_places(config)
     files = find_files(config.input)
     if sum(file.num_bytes for file in files) == 0:
         raise UserError(f"input {config.input}: {len(files)} files, all empty; there is nothing to prepare")
     input_digest = digest_files(files)
-    if isinstance(config.output, Path):
-        config.output.mkdir(parents=True, exist_ok=True)
     split = _make_split(config, files)
-    source = _tokenizer_source(config, files, split, input_digest)
-    encoder = text_encoder(source, append_eos=config.append_eos, add_bos=config.add_bos)
-    if config.train_tokenizer is None and isinstance(config.output, Path):
-        _keep_tokenizer(config, encoder)
-    spec = _run_spec(config, files, encoder, split, input_digest)
-    outputs = {
-        name: _Output(inside(config.output, name), spec(name), force=config.force)
-        for name in ((TRAIN, HELDOUT) if split.threshold else (TRAIN,))
-    }
-    bad_lines = _fill(config, files, split, encoder, outputs)
-    end = Place(len(files), 0)
-    stores = [output.finish(end, bad_lines=bad_lines) for output in outputs.values()]
-    for store in stores:
-        if store.rows == 0:
-            raise UserError(_nothing_in(store.path, bad_lines))
-    for store in stores:
-        seal_store(store.path)
+    with ExitStack() as stack:
+        source, encoder, kept = _tokenizer(config, files, split, input_digest, stack)
+        notes = _notes(config, source, encoder)
+        spec = _run_spec(config, files, encoder, split, input_digest)
+        outputs = {
+            name: Output(inside(config.output, name), spec(name), force=config.force, tokenizer=kept)
+            for name in ((TRAIN, HELDOUT) if split.threshold else (TRAIN,))
+        }
+        if kept is not None and any(output.begun for output in outputs.values()):
+            kept.place()  # somebody has deleted it since
+        bad_lines = _fill(config, files, split, encoder, outputs)
+        for output in outputs.values():
+            if output.empty:
+                raise UserError(_nothing_in(output.path, bad_lines, begun=any(one.begun for one in outputs.values())))
+        end = Place(len(files), 0)
+        stores = [output.finish(end, bad_lines=bad_lines) for output in outputs.values()]
+    for output in outputs.values():
+        output.seal()
     return PrepareSummary(
         stores=tuple(stores),
         tokenizer=source,
@@ -170,7 +106,31 @@ def prepare(config: PrepareConfig) -> PrepareSummary:
         bad_lines=bad_lines,
         resumed_rows=sum(output.resumed_rows for output in outputs.values()),
         seconds=time.monotonic() - started,
+        notes=notes,
     )
+
+
+def _check_places(config: PrepareConfig) -> None:
+    """Refuse, before anything is read or loaded, an output that cannot be written and a tokenizer that is not there."""
+    for part in (TRAIN, HELDOUT) if config.heldout_fraction or config.heldout_documents else (TRAIN,):
+        check_output(inside(config.output, part))
+    if config.tokenizer is not None:
+        find_model(config.tokenizer, what="tokenizer", files=TOKENIZER_FILES)
+
+
+def _notes(config: PrepareConfig, source: str, encoder: TextEncoder) -> tuple[str, ...]:
+    """What a later stage would refuse, said now; each is logged as a warning and stands in the summary."""
+    limit = None if config.train_tokenizer is not None else context_limit(source, encoder.tokenizer)
+    if limit is None or config.row_length <= limit[0]:
+        return ()
+    positions, where = limit
+    note = (
+        f"row_length {config.row_length} is more than the {positions} positions that the model of tokenizer {source} "
+        f"reads ({where}): dump and score refuse these rows with that model; prepare with --row-length {positions} or "
+        "less, unless another teacher reads them"
+    )
+    log.warning("%s", note)
+    return (note,)
 
 
 def _make_split(config: PrepareConfig, files: Sequence[InputFile]) -> Split:
@@ -180,19 +140,27 @@ def _make_split(config: PrepareConfig, files: Sequence[InputFile]) -> Split:
     return Split.by_fraction(config.heldout_fraction, salt=config.split_salt)
 
 
-def _keep_tokenizer(config: PrepareConfig, encoder: TextEncoder) -> None:
-    """A copy beside the stores, so that they can be used where the model's folder is not."""
+def _tokenizer(
+    config: PrepareConfig, files: Sequence[InputFile], split: Split, input_digest: str, stack: ExitStack
+) -> tuple[str, TextEncoder, KeptTokenizer | None]:
+    """Its name, the tokenizer with what goes round a document, and the copy to be placed beside the first rows.
+
+    A tokenizer trained now lies in a temporary folder until then, which goes with `stack`.
+    """
     folder = Path(config.output) / "tokenizer"
-    if folder.is_dir() and Path(str(config.tokenizer)).is_dir() and folder.samefile(str(config.tokenizer)):
-        return
-    keep_tokenizer(encoder, folder, force=config.force)
-
-
-def _tokenizer_source(config: PrepareConfig, files: Sequence[InputFile], split: Split, input_digest: str) -> str:
+    ends = {"append_eos": config.append_eos, "add_bos": config.add_bos}
     if config.train_tokenizer is None:
         assert config.tokenizer is not None
-        return config.tokenizer
-    folder = Path(config.output) / "tokenizer"  # a place of its own kind is refused by the configuration
+        encoder = text_encoder(config.tokenizer, **ends)
+        itself = folder.is_dir() and Path(config.tokenizer).is_dir() and folder.samefile(config.tokenizer)
+        if itself or not isinstance(config.output, Path):
+            return config.tokenizer, encoder, None
+        return config.tokenizer, encoder, KeptTokenizer(encoder, folder, force=config.force)
+    settings = config.train_tokenizer
+    if trained_already(folder, settings=settings, input_digest=input_digest, force=config.force):
+        log.info("tokenizer %s is there already, trained on the same input", folder)
+        return str(folder), text_encoder(str(folder), **ends), None
+    trained = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="potstill_tokenizer_"))) / "tokenizer"
     reader = _reader(config, files)
     with Progress(sum(file.num_bytes for file in files), unit="bytes", description="train tokenizer") as progress:
 
@@ -202,9 +170,9 @@ def _tokenizer_source(config: PrepareConfig, files: Sequence[InputFile], split: 
                 if not split.held_out(document.text):
                     yield document.text
 
-        settings = config.train_tokenizer
-        train_bpe(folder, texts(), settings=settings, input_digest=input_digest, force=config.force)
-    return str(folder)
+        train_bpe(trained, texts(), settings=settings, input_digest=input_digest, force=False)
+    encoder = text_encoder(str(trained), **ends)
+    return str(folder), encoder, KeptTokenizer(encoder, folder, force=config.force, trained=trained)
 
 
 def _reader(
@@ -248,7 +216,7 @@ def _fill(
     files: Sequence[InputFile],
     split: Split,
     encoder: TextEncoder,
-    outputs: dict[str, _Output],
+    outputs: dict[str, Output],
 ) -> int:
     """Read from the earliest cursor to the end; returns the number of broken records over the whole input."""
     open_outputs = [output for output in outputs.values() if not output.complete]
@@ -293,10 +261,11 @@ def _last_part(path: Path | str) -> str:
     return str(path).rsplit("/", 1)[-1]
 
 
-def _nothing_in(path: Path | str, bad_lines: int) -> str:
+def _nothing_in(path: Path | str, bad_lines: int, *, begun: bool) -> str:
     if _last_part(path) == HELDOUT:
+        again = "; with --force, because rows of the other part are written already" if begun else ""
         return (
             f"{path}: no document fell into the held-out part; the input is too small for this heldout_fraction, "
-            "raise it or set heldout_documents"
+            f"raise it or set heldout_documents{again}"
         )
     return f"{path}: the input holds no text to train on ({bad_lines} broken records skipped)"

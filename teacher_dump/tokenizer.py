@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from potstill.teacher_dump.config import TrainTokenizer
 log = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
-_TRAINED_RECORD = "potstill_trained.json"
+TRAINED_RECORD = "potstill_trained.json"
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,30 @@ def text_encoder(source: str, *, append_eos: bool, add_bos: bool) -> TextEncoder
     )
 
 
+def context_limit(source: str, tokenizer: Any) -> tuple[int, str] | None:
+    """Positions that the model of a tokenizer reads, and which file says so; None when nothing does.
+
+    The configuration beside the tokenizer is what `dump` goes by; without one, the tokenizer's own model_max_length.
+    """
+    file: Path | str | None = Path(source) / "config.json"
+    if not Path(source).is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(source, "config.json")
+        file = cached if isinstance(cached, str) else None
+    try:
+        config = json.loads(Path(file).read_text()) if file is not None and Path(file).is_file() else {}
+    except (OSError, ValueError):
+        config = {}  # not ours to judge here: `dump` reads it, and says what is wrong
+    for group in (config, config.get("text_config") or {}):
+        for key in ("max_position_embeddings", "n_positions"):
+            if isinstance(group.get(key), int):
+                return group[key], f"{key} of its config.json"
+    longest = getattr(tokenizer, "model_max_length", None)
+    # transformers puts 1e30 where a tokenizer says nothing.
+    return (int(longest), "model_max_length of the tokenizer") if longest and longest < 1 << 30 else None
+
+
 def vocabulary_size(tokenizer: Any) -> int:
     """Largest id + 1, added tokens included."""
     return max(tokenizer.get_vocab().values()) + 1
@@ -104,72 +129,13 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def keep_tokenizer(encoder: TextEncoder, folder: Path, *, force: bool) -> None:
-    """Save the tokenizer of the stores beside them, where `export` looks for it; nothing is done where it stands.
-
-    Raises UserError where the folder holds another one (and `force` is off), or where what was saved would give other
-    ids than the tokenizer that made the stores.
-    """
-    if folder.exists():
-        if (folder / "tokenizer_config.json").is_file() and tokenizer_digest(
-            load_tokenizer(str(folder))
-        ) == encoder.digest:
-            return
-        if not force:
-            raise UserError(
-                f"{folder} exists and is not the tokenizer of this run (digest {encoder.digest[:12]}); use another "
-                "output, or force to replace it"
-            )
-        _check_holds_a_tokenizer_only(folder)
-        shutil.rmtree(folder)
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    encoder.tokenizer.save_pretrained(str(partial))
-    saved = tokenizer_digest(load_tokenizer(str(partial)))
-    if saved != encoder.digest:
-        shutil.rmtree(partial)
-        raise UserError(
-            f"the tokenizer, saved and loaded again, is another one (digest {saved[:12]}, expected "
-            f"{encoder.digest[:12]}); transformers cannot save it whole"
-        )
-    partial.rename(folder)
-
-
-# What tokenizers of transformers save; nothing else is ever deleted with one.
-_TOKENIZER_FILES = {
-    "added_tokens.json",
-    "chat_template.jinja",
-    "merges.txt",
-    "sentencepiece.bpe.model",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-    _TRAINED_RECORD,
-}
-
-
-def _check_holds_a_tokenizer_only(folder: Path) -> None:
-    """Raise UserError when deleting the folder would delete more than a tokenizer."""
-    names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else {folder.name}
-    if others := sorted(names - _TOKENIZER_FILES):
-        raise UserError(
-            f"{folder} stands where the tokenizer of this run goes, and force deletes tokenizers only; it holds "
-            f"{', '.join(others[:5])}. Move it away, or use another output"
-        )
-
-
 def train_bpe(folder: Path, texts: Iterable[str], *, settings: TrainTokenizer, input_digest: str, force: bool) -> None:
     """Train a byte-level BPE on `texts` and save it to `folder`, loadable by AutoTokenizer.
 
     `<|endoftext|>` (id 0) is its bos, eos and padding token. A folder trained before with the same settings on the
     same input is left as it is. Raises UserError when the folder holds anything else and `force` is off.
     """
-    record = {"settings": settings.model_dump(mode="json"), "input_digest": input_digest}
-    if _trained_already(folder, record, force=force):
+    if trained_already(folder, settings=settings, input_digest=input_digest, force=force):
         log.info("tokenizer %s is there already, trained on the same input", folder)
         return
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -189,30 +155,63 @@ def train_bpe(folder: Path, texts: Iterable[str], *, settings: TrainTokenizer, i
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
     )
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    wrapped.save_pretrained(str(partial))
-    (partial / _TRAINED_RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-    if folder.exists():
-        shutil.rmtree(folder)  # only one of ours gets here: _trained_already has looked
-    partial.rename(folder)
+    record = _trained_record(settings, input_digest)
+    with saved_beside(folder) as partial:
+        wrapped.save_pretrained(str(partial))
+        (partial / TRAINED_RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+        if folder.exists():
+            shutil.rmtree(folder)  # only one of ours gets here: trained_already has looked
+        partial.rename(folder)
 
 
-def _trained_already(folder: Path, record: dict[str, Any], *, force: bool) -> bool:
+def trained_already(folder: Path, *, settings: TrainTokenizer, input_digest: str, force: bool) -> bool:
+    """Whether this tokenizer stands in the folder. UserError where another one does and `force` is off."""
     if not folder.exists():
         return False
     try:
-        found = json.loads((folder / _TRAINED_RECORD).read_text())
+        found = json.loads((folder / TRAINED_RECORD).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} exists and was not trained here; move it away, or use it as tokenizer") from error
+    record = _trained_record(settings, input_digest)
     if found == record and not force:
         return True
     if not force:
+        before, now = found.get("settings", {}), record["settings"]
+        changes = [
+            f"{key} was {before.get(key)}, {now.get(key)} is wanted" for key in now if before.get(key) != now[key]
+        ]
         raise UserError(
-            f"{folder} was trained with other settings or on other input ({found['settings']}, wanted "
-            f"{record['settings']}); use another output, or force to train it again"
+            f"{folder} was trained with other settings or on other input "
+            f"({'; '.join(changes) or 'the input files have changed'}); use another output, or --force to train again"
         )
     return False
+
+
+def _trained_record(settings: TrainTokenizer, input_digest: str) -> dict[str, Any]:
+    return {"settings": settings.model_dump(mode="json"), "input_digest": input_digest}
+
+
+@contextmanager
+def saved_beside(folder: Path) -> Iterator[Path]:
+    """A name beside `folder` to save to and to rename; nothing is left there after an error.
+
+    Raises UserError when it cannot be written: a full disk, a read-only one.
+    """
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+    except Exception as error:
+        # The Rust library under the fast tokenizers has no class for the errors of the system.
+        if isinstance(error, UserError) or not (isinstance(error, OSError) or "(os error " in str(error)):
+            raise
+        raise UserError(
+            f"writing the tokenizer to {folder} failed: {one_line(error)}; free space, or name another output, and run "
+            "the same command again"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _limited(texts: Iterable[str], max_bytes: int) -> Iterator[str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from potstill.common.errors import UserError
 from potstill.common.progress import Progress, format_seconds
-from potstill.storage import RunSpec, StoreReader, StoreWriter, seal_store
+from potstill.storage import KBound, RunSpec, StoreReader, StoreWriter, seal_store
 from potstill.teacher_dump.batches import TeacherBatch, apart_batch, packed_batch
 from potstill.teacher_dump.config import TeacherConfig, WalkConfig
 from potstill.teacher_dump.identity import check_fits, computing_dtype, describe, load_config, members
@@ -43,6 +43,10 @@ class Job(Protocol):
     def compute(self, engine: TeacherEngine, batch: TeacherBatch, vocab_size: int) -> HostResult:
         """Run the model over a batch; the result finishes in another thread."""
 
+    def k_bound(self, figures: Mapping[str, float]) -> KBound | None:
+        """How often the selection stopped at k, from the sums of `BatchRows`; None where it has no such bound."""
+        return None
+
 
 @dataclass(frozen=True)
 class WorkerSummary:
@@ -61,6 +65,8 @@ class WorkerSummary:
     stage_seconds: Mapping[str, float]
     num_missing: int  # units of the whole store
     sealed: bool
+    bytes_per_token: float | None  # of the sealed store, else of this worker's last unit
+    k_bound: KBound | None  # over this worker's rows
 
     @property
     def tokens_per_second(self) -> float:
@@ -73,6 +79,10 @@ class WorkerSummary:
             f"{self.tokens} tokens in {format_seconds(self.seconds)} ({self.tokens_per_second:,.0f} tokens/s)"
             f" -> {self.path}"
         ]
+        if self.k_bound is not None:
+            lines.append(self.k_bound.describe(self.bytes_per_token))
+        elif self.bytes_per_token is not None:
+            lines.append(f"{self.bytes_per_token:.1f} B/token")
         if self.refused_rows:
             lines.append(
                 f"refused rows, stored without targets: {len(self.refused_rows)} {list(self.refused_rows[:10])}"
@@ -84,7 +94,7 @@ class WorkerSummary:
         elif self.num_missing:
             lines.append(f"{self.num_missing} units are still missing; run again, or wait for the other workers")
         else:
-            lines.append("the store is complete; seal it with: potstill seal")
+            lines.append(f"the store is complete; seal it with: potstill seal {self.path}")
         return "\n".join(lines)
 
 
@@ -98,9 +108,7 @@ def run_worker(
     """
     started = time.monotonic()
     place, group = _join(config, teacher, worker=worker, num_workers=num_workers)
-    tokens = StoreReader(config.tokens)
-    if tokens.spec.kind != "tokens":
-        raise UserError(f"{config.tokens} is a store of {tokens.spec.kind}, expected a tokens store made by prepare")
+    tokens = open_rows(config)
     model_config = load_config(teacher)
     check_fits(teacher, model_config, tokens.spec)
     for member, _ in members(teacher):
@@ -132,6 +140,14 @@ def run_worker(
             f"{place.worker}; what is committed is safe, run the same command again to go on"
         )
     return _finish(config, job, writer, place, group, totals, seconds=time.monotonic() - started)
+
+
+def open_rows(config: WalkConfig) -> StoreReader:
+    """The tokens store; UserError when the store is of another kind, StoreError when it cannot be read."""
+    tokens = StoreReader(config.tokens)
+    if tokens.spec.kind != "tokens":
+        raise UserError(f"{config.tokens} is a store of {tokens.spec.kind}, expected a tokens store made by prepare")
+    return tokens
 
 
 def _join(
@@ -192,6 +208,7 @@ def _walk(
             refused_elsewhere=lambda: _num_refused(writer, except_units=own),
             refused_allowed=_refused_allowed(config, tokens.num_rows),
             on_rows=on_rows,
+            on_unit=partial(_warn_of_k, job, writer),
             stop_reason=stop_reason,
         )
         totals = walk.run(units)
@@ -201,6 +218,20 @@ def _walk(
                 engine.idle_pass()
                 idle_passes -= 1
     return totals
+
+
+def _warn_of_k(job: Job, writer: StoreWriter, unit: int, totals: WalkTotals) -> None:
+    """Say it with the first unit, when a change costs minutes and not days."""
+    if totals.units != 1:
+        return
+    bound = job.k_bound(totals.figures)
+    if bound is not None and bound.much:
+        log.warning("after the first unit: %s", bound.describe(_bytes_per_token(writer, unit)))
+
+
+def _bytes_per_token(writer: StoreWriter, unit: int | None) -> float | None:
+    record = None if unit is None else writer.record(unit)
+    return None if record is None else record.num_bytes / max(1, sum(record.num_tokens))
 
 
 def _num_refused(writer: StoreWriter, *, except_units: Collection[int] = ()) -> int:
@@ -244,10 +275,11 @@ def _finish(
     num_missing = len(writer.todo())
     if num_missing == 0:
         _check_refused(config, writer)
+    bytes_per_token = _bytes_per_token(writer, totals.last_unit)
     sealed = False
     if config.seal and place.num_workers == (1 if group is None else group.world) and num_missing == 0:
-        seal_store(config.output)
-        sealed = True
+        manifest = seal_store(config.output)
+        sealed, bytes_per_token = True, manifest.num_bytes / max(1, manifest.num_tokens)
     positions = totals.figures.get("positions", 0.0)
     excluded = totals.figures.get("excluded_mass", 0.0) / positions if positions else 0.0
     if excluded > _MUCH_EXCLUDED:
@@ -271,4 +303,6 @@ def _finish(
         stage_seconds=dict(totals.seconds),
         num_missing=num_missing,
         sealed=sealed,
+        bytes_per_token=bytes_per_token,
+        k_bound=job.k_bound(totals.figures),
     )

@@ -214,7 +214,7 @@ def test_nothing_to_prepare_is_said(
 
 
 def test_a_missing_tokenizer_is_named(corpus: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match="this folder does not exist"):
         prepare(config(corpus, tmp_path / "out", tmp_path / "no" / "tokenizer"))
 
 
