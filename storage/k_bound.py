@@ -40,8 +40,7 @@ class KBound:
         """What to do about it, with what that costs."""
         more = f"raise k ({MAX_K} at most; about 2 bytes for each entry more), " if self.k < MAX_K else ""
         return (
-            f"{more}lower p to what k can reach, or use mode sample (unbiased at any entropy, about 20 to 30 B/token "
-            "with 50 draws)"
+            f"{more}lower p to what k can reach, or use mode sample (draws, unbiased whatever the entropy, fewer bytes)"
         )
 
 
