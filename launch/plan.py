@@ -1,7 +1,8 @@
 """`potstill plan`: what a dump and a student run will cost, before they are started; and what they did cost, after.
 
-Costs come from the models' own shapes (counted on torch's meta device, no weights), a table of GPUs and a utilisation;
-`calibrate` replaces table and utilisation by what a short real dump does on this machine.
+Costs come from the models' own shapes (counted on torch's meta device, no weights), a table of GPUs and a utilisation,
+and no plan is faster than the host can select, encode and read (`plan_limits`). `calibrate` replaces all of it by what
+a short real dump does on this machine.
 """
 
 from __future__ import annotations
@@ -9,31 +10,35 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from potstill.common.config import StrictModel
 from potstill.common.errors import UserError
 from potstill.common.exit_codes import DONE
+from potstill.common.model_place import find_model, one_line
 from potstill.common.progress import format_seconds
 from potstill.launch.calibrate import Measured, calibrate
 from potstill.launch.command import Command
 from potstill.launch.options import add_config_options, read_config
-from potstill.teacher_dump.config import DumpConfig, PlaceText, SelectionConfig
+from potstill.launch.plan_limits import (
+    COUNT_FORMS,
+    CPU,
+    GPUS,
+    LOADER_TOKENS,
+    device,
+    format_hours,
+    format_size,
+    host_tokens_per_second,
+    read_count,
+    start_seconds,
+)
+from potstill.teacher_dump.config import DumpConfig, PlaceText, SelectionConfig, WalkConfig
 
-# Dense bfloat16 operations per second and memory, from the makers' data sheets.
-GPUS = {
-    "h200": (989e12, 141e9),
-    "h100": (989e12, 80e9),
-    "a100": (312e12, 80e9),
-    "l40s": (362e12, 48e9),
-    "a10": (125e12, 24e9),
-    "rtx4090": (165e12, 24e9),
-}
 # Bytes per stored entry (id planes and value gaps after zstd) and of all side columns per token.
 _ENTRY_BYTES_SMALL, _ENTRY_BYTES_LARGE, _SIDE_BYTES, _DRAW_BYTES = 1.97, 2.03, 4.0, 1.8
 # Mean entries of top-p 0.95 at 2.1 nats of teacher entropy, and how they grow with it.
@@ -42,20 +47,24 @@ _POWER_GROWTH = 2.1
 _BACKWARD = 3.0  # a training step costs three forward passes
 
 
+Tokens = Annotated[int | str | None, BeforeValidator(read_count)]
+
+
 class PlanConfig(StrictModel):
     """What to plan for."""
 
     teacher: PlaceText = Field(description="Model whose configuration is read: folder or hub id")
-    tokens: int | None = Field(
-        default=None, ge=1, description="Tokens to dump; with --calibrate null takes those of the store"
+    tokens: Tokens = Field(
+        default=None,
+        description=f"Tokens to dump: a number ({COUNT_FORMS}) or a tokens store; null takes the store of --calibrate",
     )
-    row_length: int = Field(default=4096, ge=2, description="Tokens per row")
+    row_length: int = Field(default=4096, ge=2, description="Tokens per row; a store named as tokens has its own")
     selection: SelectionConfig = Field(
         default_factory=lambda: SelectionConfig.model_validate({}), description="As in the dump"
     )
     num_temperatures: int = Field(default=0, ge=0, le=16, description="Temperatures besides 1 whose tails are stored")
     teacher_entropy: float = Field(default=2.1, gt=0, lt=20, description="Mean entropy in nats; better: calibrate")
-    gpu: str = Field(default="h100", description=f"One of {', '.join(GPUS)}")
+    gpu: str = Field(default="h100", description=f"One of {', '.join(GPUS)}; cpu: this machine without a GPU, measured")
     num_gpus: int = Field(default=1, ge=1, description="GPUs, each a worker of the dump")
     dump_utilisation: float = Field(
         default=0.45, gt=0, le=1, description="Share of the GPU's speed that a dump reaches"
@@ -63,15 +72,19 @@ class PlanConfig(StrictModel):
     batch_rows: int = Field(default=8, ge=1, description="Rows per forward pass of a calibration")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(default="auto", description="As in the dump")
     student: PlaceText | None = Field(default=None, description="Student model, to plan its run as well")
-    student_tokens: int | None = Field(
-        default=None, ge=1, description="Tokens the student sees; None: those of the dump"
-    )
+    student_tokens: Tokens = Field(default=None, description="Tokens the student sees; null: those of the dump")
     student_tokens_per_second: float | None = Field(
         default=None, gt=0, description="Measured over all GPUs (a run's metrics tell it), instead of the next key"
     )
     train_utilisation: float = Field(
         default=0.4, gt=0, le=1, description="Share of the GPU's speed that training reaches"
     )
+
+    @model_validator(mode="after")
+    def _number(self) -> Self:
+        if isinstance(self.student_tokens, str):
+            raise ValueError(f"student_tokens {self.student_tokens!r} is no number; write it as in {COUNT_FORMS}")
+        return self
 
 
 @dataclass(frozen=True)
@@ -82,6 +95,7 @@ class ModelCosts:
     active_parameters: int
     forward_flops: float  # per token, attention included
     vocab_size: int
+    context: int | None  # positions that it reads at most
 
 
 @dataclass(frozen=True)
@@ -99,22 +113,30 @@ class Plan:
     student_seconds: float | None
     student_gpu_hours: float | None
     student_read_bytes_per_second: float | None
+    dump_limit: str = "measured on this machine"  # what ends the dump's speed
+    student_limit: str | None = None
+    device: str = "GPU"
     notes: tuple[str, ...] = ()
 
     def rows(self) -> list[tuple[str, str]]:
         """What and how much, as text."""
         rows = [
-            ("dump, wall time", format_seconds(self.dump_seconds)),
-            ("dump, GPU hours", f"{self.dump_gpu_hours:,.2f}"),
-            ("store", f"{self.dump_bytes / 1e9:,.3f} GB ({self.bytes_per_token:.1f} B/token)"),
-            ("dump writes", f"{self.dump_write_bytes_per_second / 1e6:,.2f} MB/s over all workers"),
-            ("teacher weights", f"{self.teacher_memory_bytes / 1e9:,.2f} GB"),
+            (
+                "dump, wall time",
+                f"{format_seconds(self.dump_seconds)} ({format_seconds(self.startup_seconds)} to start)",
+            ),
+            (f"dump, {self.device} hours", format_hours(self.dump_gpu_hours * 3600)),
+            ("dump, limited by", self.dump_limit),
+            ("store", f"{format_size(self.dump_bytes)} ({self.bytes_per_token:.1f} B/token)"),
+            ("dump writes", f"{format_size(self.dump_write_bytes_per_second)}/s over all workers"),
+            ("teacher weights", format_size(self.teacher_memory_bytes)),
         ]
         if self.student_seconds is not None and self.student_gpu_hours is not None:
             rows += [
                 ("student, wall time", format_seconds(self.student_seconds)),
-                ("student, GPU hours", f"{self.student_gpu_hours:,.2f}"),
-                ("student reads", f"{(self.student_read_bytes_per_second or 0) / 1e6:,.2f} MB/s over all ranks"),
+                (f"student, {self.device} hours", format_hours(self.student_gpu_hours * 3600)),
+                ("student, limited by", self.student_limit or "-"),
+                ("student reads", f"{format_size(self.student_read_bytes_per_second or 0)}/s over all ranks"),
             ]
         return rows
 
@@ -125,21 +147,24 @@ class Plan:
         return "\n".join([*(f"{what:<{width}}  {figure}" for what, figure in rows), *self.notes])
 
 
-def model_costs(source: str, *, row_length: int) -> ModelCosts:
+def model_costs(source: str, *, row_length: int, what: str = "teacher") -> ModelCosts:
     """Costs of a model from its configuration; raises UserError when there is none.
 
     A token costs two operations per parameter it meets in a matrix product, and per layer two products with on
     average half a row of keys and values. Of a mixture of experts it meets the share that the router chooses.
     """
+    local_only = find_model(source, what=what)
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, local_files_only=local_only)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model {source!r}: no configuration that transformers can build: {error}") from error
+        raise UserError(
+            f"{what} {source!r}: no configuration that transformers can build: {one_line(error)}"
+        ) from error
     text = config.get_text_config()
     num_experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 1
     share = (getattr(text, "num_experts_per_tok", None) or num_experts) / num_experts
@@ -152,63 +177,88 @@ def model_costs(source: str, *, row_length: int) -> ModelCosts:
     heads = getattr(text, "num_attention_heads", 1)
     width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
     attention = text.num_hidden_layers * 4.0 * width * row_length / 2
-    return ModelCosts(total, round(active), 2.0 * multiplied + attention, text.vocab_size)
+    context = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    return ModelCosts(total, round(active), 2.0 * multiplied + attention, text.vocab_size, context)
 
 
 def store_bytes_per_token(
     selection: SelectionConfig, *, vocab_size: int, entropy: float, num_temperatures: int
 ) -> float:
     """Expected bytes per token of a targets store at this mean teacher entropy (nats)."""
-    per_entry = _ENTRY_BYTES_SMALL if vocab_size <= 1 << 16 else _ENTRY_BYTES_LARGE
     side = _SIDE_BYTES + num_temperatures
+    entries = expected_entries(selection, vocab_size=vocab_size, entropy=entropy)
+    if selection.mode == "sample":
+        return _DRAW_BYTES * entries + side
+    return (_ENTRY_BYTES_SMALL if vocab_size <= 1 << 16 else _ENTRY_BYTES_LARGE) * entries + side
+
+
+def expected_entries(selection: SelectionConfig, *, vocab_size: int, entropy: float) -> float:
+    """Expected entries per token at this mean teacher entropy (nats)."""
     if selection.mode == "sample":
         # Distinct ids of n draws grow slower than n: about 13 of 50 at 2.1 nats, 5 of 12.
         distinct = 13.0 * (selection.num_draws / 50) ** 0.65 * entropy / _ENTROPY_AT
         # A flatter proposal touches more ids: 32, 18, 11 and 7.5 at powers 0.5, 0.8, 1 and 1.2 (benchmarks.proposals).
         distinct *= math.exp(_POWER_GROWTH * (1.0 - selection.power))
-        return _DRAW_BYTES * min(selection.num_draws, distinct) + side
+        return min(selection.num_draws, distinct)
     entries = float(min(selection.k, vocab_size))
     if selection.mode == "top_p_k":
         at_95 = _ENTRIES_AT * math.exp(_ENTRIES_GROWTH * (entropy - _ENTROPY_AT))
         # Entries needed grow about with a power of the mass that is left out (31, 42, 74 at .90, .95, .99).
         entries = min(entries, max(1.0, at_95 * ((1 - min(selection.p, 0.9999)) / 0.05) ** -0.4))
-    return per_entry * entries + side
+    return entries
+
+
+def with_rows(config: PlanConfig, store: str | None) -> PlanConfig:
+    """`tokens` as a number, and the row length with it, where they are those of a store.
+
+    `store` is taken where `tokens` says nothing. UserError when there is neither, or no tokens store of that name, or
+    another row length was asked for.
+    """
+    from potstill.storage import StoreError, StoreReader
+
+    if isinstance(config.tokens, int):
+        return config
+    place = store if config.tokens is None else config.tokens
+    if place is None:
+        raise UserError(
+            f"tokens: say how many are to be dumped (--tokens {COUNT_FORMS.split(', ')[-1]}), or name a tokens store"
+        )
+    try:
+        reader = StoreReader(place)
+    except StoreError as error:
+        raise UserError(f"tokens {place!r} is neither a number ({COUNT_FORMS}) nor a tokens store: {error}") from error
+    length = reader.spec.row_length
+    if reader.spec.kind != "tokens":
+        raise UserError(f"tokens {place!r} is a store of {reader.spec.kind}, expected a tokens store made by prepare")
+    if "row_length" in config.model_fields_set and config.row_length != length:
+        raise UserError(f"row_length {config.row_length}: the rows of {place} have {length} tokens; leave it out")
+    return config.model_copy(update={"tokens": reader.num_tokens, "row_length": length})
 
 
 def make_plan(config: PlanConfig, *, measured: Measured | None = None) -> Plan:
     """Work out a plan; `measured` (of a worker on this machine) replaces the GPU table for the dump."""
-    if config.gpu not in GPUS:
-        raise UserError(f"gpu {config.gpu!r} is not known; use one of {', '.join(GPUS)}")
-    if config.tokens is None:
-        raise UserError("tokens: say how many are to be dumped (--tokens), or name the store with --calibrate")
-    peak, memory = GPUS[config.gpu]
+    config = with_rows(config, None)
+    assert isinstance(config.tokens, int)
+    peak, memory = device(config.gpu)
     teacher = model_costs(config.teacher, row_length=config.row_length)
-    per_token = store_bytes_per_token(
-        config.selection,
-        vocab_size=teacher.vocab_size,
-        entropy=config.teacher_entropy,
-        num_temperatures=config.num_temperatures,
-    )
-    rate, startup = peak * config.dump_utilisation / teacher.forward_flops, 0.0
+    weights = (4.0 if config.gpu in CPU else 2.0) * teacher.parameters
     if measured is not None:
         rate, startup, per_token = measured.tokens_per_second, measured.startup_seconds, measured.bytes_per_token
+        limit = "measured on this machine"
+    else:
+        rate, limit = _dump_rate(config, peak / teacher.forward_flops, vocab_size=teacher.vocab_size)
+        startup = start_seconds(weights)
+        per_token = store_bytes_per_token(
+            config.selection,
+            vocab_size=teacher.vocab_size,
+            entropy=config.teacher_entropy,
+            num_temperatures=config.num_temperatures,
+        )
     seconds = config.tokens / (rate * config.num_gpus) + startup
-    notes: list[str] = []
-    weights = 2.0 * teacher.parameters
-    if weights > 0.9 * memory:
-        notes.append(
-            f"the teacher's weights ({weights / 1e9:.0f} GB) do not fit a {config.gpu}: engine zero3, "
-            f"groups of {math.ceil(weights / (0.7 * memory))} GPUs or more"
-        )
-    student_seconds = student_read = None
-    if config.student is not None:
-        student = model_costs(config.student, row_length=config.row_length)
-        student_tokens = config.student_tokens or config.tokens
-        student_rate = config.student_tokens_per_second or (
-            peak * config.train_utilisation * config.num_gpus / (_BACKWARD * student.forward_flops)
-        )
-        student_seconds = student_tokens / student_rate
-        student_read = student_rate * per_token
+    student_rate, student_limit = _student_rate(config, peak)
+    student_tokens = config.student_tokens or config.tokens
+    assert isinstance(student_tokens, int)
+    student_seconds = None if student_rate is None else student_tokens / student_rate
     return Plan(
         dump_seconds=seconds,
         startup_seconds=startup,
@@ -216,13 +266,57 @@ def make_plan(config: PlanConfig, *, measured: Measured | None = None) -> Plan:
         dump_gpu_hours=seconds * config.num_gpus / 3600,
         dump_bytes=config.tokens * per_token,
         bytes_per_token=per_token,
-        dump_write_bytes_per_second=config.tokens * per_token / seconds,
+        dump_write_bytes_per_second=rate * config.num_gpus * per_token,
         teacher_memory_bytes=weights,
         student_seconds=student_seconds,
         student_gpu_hours=None if student_seconds is None else student_seconds * config.num_gpus / 3600,
-        student_read_bytes_per_second=student_read,
-        notes=tuple(notes),
+        student_read_bytes_per_second=None if student_rate is None else student_rate * per_token,
+        dump_limit=limit,
+        student_limit=student_limit,
+        device="machine" if config.gpu in CPU else "GPU",
+        notes=tuple(_notes(config, teacher, weights, memory)),
     )
+
+
+def _dump_rate(config: PlanConfig, forward: float, *, vocab_size: int) -> tuple[float, str]:
+    """Tokens per second of one worker, and what ends it; `forward` is that of the model at full utilisation."""
+    threads = WalkConfig.model_fields["finish_threads"].default
+    forward *= config.dump_utilisation
+    entries = expected_entries(config.selection, vocab_size=vocab_size, entropy=config.teacher_entropy)
+    host = host_tokens_per_second(entries, threads=threads)
+    if forward <= host:
+        return forward, f"the teacher's forward pass ({forward:,.0f} tokens/s a worker)"
+    return host, (
+        f"selecting and encoding on the host ({host:,.0f} tokens/s a worker with finish_threads {threads}; the forward "
+        f"pass alone would do {forward:,.0f})"
+    )
+
+
+def _student_rate(config: PlanConfig, peak: float) -> tuple[float | None, str | None]:
+    """Tokens per second of the student over all GPUs, and what ends it; None without a student."""
+    if config.student is None:
+        return None, None
+    if config.student_tokens_per_second is not None:
+        return config.student_tokens_per_second, "student_tokens_per_second, as given"
+    costs = model_costs(config.student, row_length=config.row_length, what="student")
+    steps = peak * config.train_utilisation * config.num_gpus / (_BACKWARD * costs.forward_flops)
+    loading = LOADER_TOKENS * config.num_gpus
+    if steps <= loading:
+        return steps, f"the student's step ({steps:,.0f} tokens/s over all ranks)"
+    return loading, f"reading rows ({loading:,.0f} tokens/s over all ranks; the step alone would do {steps:,.0f})"
+
+
+def _notes(config: PlanConfig, teacher: ModelCosts, weights: float, memory: float) -> Iterator[str]:
+    if weights > 0.9 * memory:
+        yield (
+            f"the teacher's weights ({weights / 1e9:.0f} GB) do not fit a {config.gpu}: engine zero3, "
+            f"groups of {math.ceil(weights / (0.7 * memory))} GPUs or more"
+        )
+    if teacher.context is not None and teacher.context < config.row_length:
+        yield (
+            f"the teacher reads at most {teacher.context} positions, so dump refuses rows of {config.row_length}: "
+            f"prepare and plan with --row-length {teacher.context} or less"
+        )
 
 
 def compare(plan: Plan, store: str) -> list[tuple[str, str, str, str]]:
@@ -283,10 +377,7 @@ def _run(arguments: argparse.Namespace) -> int:
     config = read_config(PlanConfig, arguments)
     measured = None
     if arguments.calibrate:
-        from potstill.storage import StoreReader
-
-        if config.tokens is None:
-            config = config.model_copy(update={"tokens": StoreReader(arguments.calibrate).num_tokens})
+        config = with_rows(config, arguments.calibrate)
         teacher = {"model": config.teacher, "batch_rows": config.batch_rows, "dtype": config.dtype}
         settings = {"tokens": arguments.calibrate, "output": "-", "teacher": teacher, "selection": config.selection}
         dump = DumpConfig.model_validate(settings)
@@ -315,7 +406,8 @@ PLAN = Command(
     description="Work out, from the models' configurations, what a dump and a student's run will cost, before they are "
     "started. --calibrate measures instead of assuming; --beside shows afterwards what a dump did cost.",
     examples=(
-        "potstill plan --teacher models/teacher --tokens 100000000000 --gpu h100 --num-gpus 64",
+        "potstill plan --teacher models/teacher --tokens 100B --gpu h100 --num-gpus 64",
+        "potstill plan --teacher models/teacher --tokens data/train --gpu cpu",
         "potstill plan --teacher models/teacher --calibrate data/train --beside data/targets",
     ),
     add_arguments=_arguments,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,14 @@ import pytest
 
 from potstill.common.errors import UserError
 from potstill.launch.calibrate import calibrate, steady_rate
-from potstill.launch.plan import PLAN, PlanConfig, compare, make_plan, model_costs, store_bytes_per_token
+from potstill.launch.options import read_config
+from potstill.launch.plan import PLAN, PlanConfig, compare, make_plan, model_costs, store_bytes_per_token, with_rows
+from potstill.launch.plan_limits import LOADER_TOKENS, host_tokens_per_second
 from potstill.storage import StoreReader, StoreWriter, seal_store, store_status
 from potstill.teacher_dump.config import DumpConfig, SelectionConfig
 from tests.teacher_dump.tiny import make_tokens, save_llama
+
+RESULTS = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "results"
 
 
 def test_costs_are_counted_from_shapes(tmp_path: Path) -> None:
@@ -62,23 +67,96 @@ def test_sizes_are_near_those_measured(selection: Any, vocab_size: int, entropy:
     assert found == pytest.approx(expected, rel=0.15)
 
 
+def middle_model(folder: Path) -> Path:
+    """A configuration of 1.2 G parameters: its forward pass, and not the host, ends the speed of a dump."""
+    from transformers import LlamaConfig
+
+    shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
+    LlamaConfig(**shape, vocab_size=32_000, max_position_embeddings=8192).save_pretrained(folder)
+    return folder
+
+
 def test_a_plan_scales_and_warns(tmp_path: Path) -> None:
-    folder = save_llama(tmp_path / "model")
+    folder = middle_model(tmp_path / "model")
     one = make_plan(PlanConfig(teacher=folder, tokens=10**9, student=folder))
     eight = make_plan(PlanConfig(teacher=folder, tokens=10**9, student=folder, num_gpus=8))
-    assert eight.dump_seconds == pytest.approx(one.dump_seconds / 8)
-    assert eight.dump_gpu_hours == pytest.approx(one.dump_gpu_hours)
-    assert one.student_seconds == pytest.approx(one.dump_seconds * 3 * 0.45 / 0.4)
+    assert eight.dump_seconds - eight.startup_seconds == pytest.approx((one.dump_seconds - one.startup_seconds) / 8)
+    assert eight.dump_worker_seconds == pytest.approx(one.dump_worker_seconds)
+    assert one.student_seconds == pytest.approx(one.dump_worker_seconds * 3 * 0.45 / 0.4)
+    assert "forward pass" in one.dump_limit and "step" in str(one.student_limit)
     assert "store" in one.format() and not one.notes
     from transformers import LlamaConfig
 
     large = LlamaConfig(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64)
     large.save_pretrained(tmp_path / "large")
-    assert "engine zero3" in make_plan(PlanConfig(teacher=tmp_path / "large", tokens=10**9)).format()
-    with pytest.raises(UserError, match="gpu 'abacus' is not known"):
+    text = make_plan(PlanConfig(teacher=tmp_path / "large", tokens=10**9)).format()
+    assert "engine zero3" in text and "reads at most 2048 positions, so dump refuses rows of 4096" in text
+    with pytest.raises(UserError, match=r"gpu 'abacus' is not known; use one of .* cpu"):
         make_plan(PlanConfig(teacher=folder, tokens=1, gpu="abacus"))
-    with pytest.raises(UserError, match="no configuration"):
+    with pytest.raises(UserError, match="this folder does not exist"):
         make_plan(PlanConfig(teacher=tmp_path / "nothing", tokens=1))
+
+
+def test_a_small_teacher_is_not_faster_than_the_host(tmp_path: Path) -> None:
+    folder = save_llama(tmp_path / "model")
+    plan = make_plan(PlanConfig(teacher=folder, student=folder, tokens=20_000_000, row_length=64))
+    measured = json.loads((RESULTS / "dump_cpu.json").read_text())["encode_tokens_per_core_s"]
+    assert host_tokens_per_second(64, threads=1) == measured  # the figure it stands on, at 64 entries a token
+    rate = 20_000_000 / plan.dump_worker_seconds
+    assert rate <= host_tokens_per_second(1, threads=2) and "selecting and encoding on the host" in plan.dump_limit
+    assert plan.dump_seconds > 20_000_000 / rate > 0 and plan.startup_seconds >= 10
+    assert plan.student_seconds is not None and 20_000_000 / plan.student_seconds == pytest.approx(LOADER_TOKENS)
+    assert f'"warm_tokens_per_s": {round(LOADER_TOKENS)}' in (RESULTS / "storage_loader.txt").read_text()
+    assert "reading rows" in str(plan.student_limit)
+    assert " 0.0s" not in plan.format() and "hours      0\n" not in plan.format()
+    # More entries cost the host more.
+    wide = make_plan(PlanConfig(teacher=folder, tokens=10**6, row_length=64, selection={"mode": "top_k", "k": 64}))
+    narrow = make_plan(PlanConfig(teacher=folder, tokens=10**6, row_length=64, selection={"mode": "top_k", "k": 8}))
+    assert wide.dump_worker_seconds > 2 * narrow.dump_worker_seconds
+
+
+@pytest.mark.parametrize("name", ["cpu", "none"])
+def test_a_machine_without_a_gpu_is_measured(name: str, tmp_path: Path) -> None:
+    folder = middle_model(tmp_path / "model")
+    plan = make_plan(PlanConfig(teacher=folder, tokens=10**6, gpu=name, student=folder))
+    fast = make_plan(PlanConfig(teacher=folder, tokens=10**6))
+    assert plan.dump_worker_seconds > 10 * fast.dump_worker_seconds
+    assert "machine hours" in plan.format() and "GPU" not in plan.format()
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [("100B", 10**11), ("100e9", 10**11), ("20M", 2 * 10**7), ("1.5T", 15 * 10**11), ("3k", 3000), ("7_000", 7000)],
+)
+def test_tokens_are_a_number_as_people_write_it(text: str, tokens: int) -> None:
+    assert PlanConfig(teacher="x", tokens=text, student_tokens=text).tokens == tokens
+    parser = argparse.ArgumentParser()
+    PLAN.add_arguments(parser)
+    parsed = parser.parse_args(["--teacher", "x", "--tokens", text, "--student-tokens", text])
+    config = read_config(PlanConfig, parsed)
+    assert (config.tokens, config.student_tokens) == (tokens, tokens)
+
+
+@pytest.mark.parametrize("wrong", ["0", 0, -5, "1.5", 1.5])
+def test_tokens_are_a_whole_number(wrong: Any) -> None:
+    with pytest.raises(ValueError, match=r"expected a whole number of tokens|neither|no number") as caught:
+        with_rows(PlanConfig(teacher="x", tokens=wrong), None)
+    assert str(wrong) in str(caught.value)
+    with pytest.raises(ValueError, match="is no number"):
+        PlanConfig(teacher="x", tokens=1, student_tokens="many")
+
+
+def test_tokens_may_be_a_store(tmp_path: Path) -> None:
+    tokens = make_tokens(tmp_path / "tokens", [(16,), (9, 7)] * 4)
+    folder = save_llama(tmp_path / "model")
+    config = with_rows(PlanConfig(teacher=folder, tokens=str(tokens)), None)
+    assert (config.tokens, config.row_length) == (StoreReader(tokens).num_tokens, 16)
+    assert make_plan(PlanConfig(teacher=folder, tokens=str(tokens))).dump_bytes > 0
+    assert with_rows(PlanConfig(teacher=folder), str(tokens)) == config
+    with pytest.raises(UserError, match="have 16 tokens; leave it out"):
+        with_rows(PlanConfig(teacher=folder, tokens=str(tokens), row_length=32), None)
+    with pytest.raises(UserError, match=r"neither a number \(100000000, .*\) nor a tokens store: .*did you mean"):
+        with_rows(PlanConfig(teacher=folder, tokens=str(tmp_path / "tokns")), None)
 
 
 def test_a_calibrated_plan_is_near_the_dump(tmp_path: Path) -> None:
