@@ -5,7 +5,7 @@
 The text is that of the demo without its noise (the source of Python's standard library), in rows of 256 tokens. Each
 run is `potstill train`, so what is measured is what a user gets. Printed are, for each hidden size and rule, the mean
 and the standard deviation over seeds of the held-out loss at the end; the last line is JSON. What is done is not done
-again: the command repeated goes on where it was stopped.
+again: the command repeated continues where it was stopped.
 """
 
 from __future__ import annotations

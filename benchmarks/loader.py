@@ -172,7 +172,7 @@ def drop_page_cache(root: Path) -> None:
 
 
 def batches(root: Path, num_rows: int, threads: int) -> Iterator[int]:
-    """Tokens of batch after batch, for ever."""
+    """Tokens of batch after batch, without end."""
     plan = EpochPlan(num_rows, global_batch=16, seed=SEED, joined=("teacher",))
     readers = StoreReader(root / "tokens"), StoreReader(root / "targets")
     with Loader(plan, readers[0], {"teacher": readers[1]}, num_threads=threads) as loader:

@@ -7,7 +7,7 @@
 The first form compares one preset on your stores. The second makes stores of real text, runs every preset from random
 weights, those of --trained from a trained student too, and writes the tables. Runs stand in --work under the digest
 of their configuration: what is done is not done again, presets share the baselines that are equal, and the command
-started again goes on. Printed are means and spreads (standard deviations over seeds) of the held-out loss and the
+started again continues. Printed are means and spreads (standard deviations over seeds) of the held-out loss and the
 calibration error at the end, the differences to plain KD and to labels by seed, and the steps after which an arm first
 reaches the final loss of the label-only run of its seed; the last line is JSON.
 """

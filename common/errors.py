@@ -1,4 +1,4 @@
-"""The errors that a person can mend. The command prints their text without a traceback."""
+"""The errors that a person can correct. The command prints their text without a traceback."""
 
 
 class UserError(ValueError):

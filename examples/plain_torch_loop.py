@@ -1,11 +1,11 @@
 """A plain torch loop over potstill's stores: loader -> model -> sparse distillation loss -> optimizer step.
 
 Shows: the loader's order and its state in a checkpoint, micro-batches that are divided by the count of the whole
-global batch, the fused loss (no logits [N, V] are kept), and a resume that goes on as if nothing had happened.
+global batch, the fused loss (no logits [N, V] are kept), and a resume that continues as if nothing had happened.
 
     python examples/plain_torch_loop.py --tokens data/train --targets targets --model configs/student --output run
 
-Run it again with more --steps: it goes on from run/checkpoint.pt. Every step prints one line.
+Run it again with more --steps: it continues from run/checkpoint.pt. Every step prints one line.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def train(options: argparse.Namespace) -> list[float]:
     with make_loader(options.tokens, options.targets, global_batch=options.batch, seed=options.seed) as loader:
         if checkpoint.exists():
             resume(checkpoint, model, optimizer, loader)
-            print(f"goes on at step {loader.state_dict()['batches']}")
+            print(f"continues at step {loader.state_dict()['batches']}")
         for batch in loader:  # without an end: epoch after epoch
             if batch.batch >= options.steps:
                 break

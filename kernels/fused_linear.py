@@ -141,7 +141,7 @@ class FusedLinearLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         flags = (needs[0], needs[1], needs[2])
         total, sums, grads = run_chunks(plan, hidden, weight, bias, weights=plan.weights, needs=flags)
-        # Neither inputs nor outputs, so they may hang on ctx itself, where backward can let them go.
+        # Neither inputs nor outputs, so they may be kept on ctx itself, where backward can let them go.
         ctx.gradients = (grads.hidden, grads.weight, grads.bias)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.plan = plan

@@ -1,7 +1,7 @@
 """The teacher's side: its k best ids per token with exact tails, and the selections made from them.
 
 All figures are float32 and normalised over the ids below `vocab_size` (a head may be padded beyond it).
-Order and ties: value down, then id up, on float32 logits, so that the result does not hang on a library's
+Order and ties: value down, then id up, on float32 logits, so that the result does not depend on a library's
 choice among equals.
 """
 

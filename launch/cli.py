@@ -34,8 +34,8 @@ the whole of it on this machine, in minutes:
 
 exit codes:
 """
-# Errors of the rooms below that a person can mend; only a module that is loaded can have raised one.
-MENDABLE = (
+# Errors of the rooms below that a person can correct; only a module that is loaded can have raised one.
+EXPECTED_ERRORS = (
     ("potstill.storage.errors", "StoreError"),
     ("potstill.kernels.types", "SelfCheckError"),
     ("potstill.student_train.loop", "LossNotFiniteError"),
@@ -82,9 +82,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def is_mendable(error: Exception) -> bool:
+def is_expected(error: Exception) -> bool:
     """Whether the text of the error is for the person at the terminal, not for a developer."""
-    kinds = [getattr(sys.modules[module], name, None) for module, name in MENDABLE if module in sys.modules]
+    kinds = [getattr(sys.modules[module], name, None) for module, name in EXPECTED_ERRORS if module in sys.modules]
     return isinstance(error, (UserError, OSError, *filter(None, kinds)))
 
 
@@ -100,13 +100,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except KeyboardInterrupt:
-        print(f"potstill {arguments.command}: interrupted; the same command goes on from here", file=sys.stderr)
+        print(f"potstill {arguments.command}: interrupted; the same command continues from here", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        if arguments.traceback or not is_mendable(error):
+        if arguments.traceback or not is_expected(error):
             traceback.print_exc()
         text = str(error) or type(error).__name__
-        if not is_mendable(error):
+        if not is_expected(error):
             text = f"not foreseen: {type(error).__name__}: {text}; this is a defect of potstill, please report it"
         print(f"potstill {arguments.command}: error: {text}", file=sys.stderr)
         return ERROR

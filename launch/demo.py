@@ -1,7 +1,7 @@
 """The main job, whole and small: text to distilled students beside ones that saw labels only, on this machine.
 
 It runs the commands that a person would run, as children of this one, and prints them. What is done is not done again;
-what was cut short goes on where it was.
+what was cut short continues where it was.
 """
 
 from __future__ import annotations

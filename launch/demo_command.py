@@ -47,8 +47,8 @@ DEMO = Command(
     description="Prepare the source of Python's standard library as text, part of it replaced by noise as crawled text "
     "has it (--no-noise leaves it clean), train a small teacher and a smaller language model, write targets and "
     "scores, train three students on labels only, three by plain distillation and three with a selector of rows, and "
-    "print means and spreads on clean held-out text. Repeated, it does only what is missing; stopped, it goes on where "
-    "it was.",
+    "print means and spreads on clean held-out text. Repeated, it does only what is missing; stopped, it continues "
+    "where it was.",
     examples=("potstill demo", "potstill demo --no-noise --output /data/demo"),
     add_arguments=_demo_arguments,
     run=_demo,

@@ -149,7 +149,7 @@ class StageRunner:
             raise UserError(
                 f"stage {name} ended with code {code}{'' if code else ' but its output is not complete'}; "
                 f"the end of {self.log_path(name)}:\n{self._tail(name)}\n"
-                "fix the cause and repeat the command: it goes on from here"
+                "fix the cause and repeat the command: it continues from here"
             )
         self.seconds[name] = time.monotonic() - running.began
         self._finished.add(name)

@@ -170,7 +170,7 @@ STATUS = Command(
     name="status",
     summary="how far a store is, from its files alone",
     description="Count committed, failed and missing units, rows per second over all workers, and the time left. Ends "
-    "with 0 when every store is sealed, else with 3. With --watch it goes on until then; a store that is complete and "
+    "with 0 when every store is sealed, else with 3. With --watch it runs until then; a store that is complete and "
     f"not sealed for {SEALING_SECONDS:g} seconds ends it with 3, Ctrl-C with 130.",
     examples=(
         "potstill status data/targets",

@@ -206,7 +206,7 @@ def _what_failed(end: RanksEnd, scratch: Path) -> str:
         code = end.codes[failed]
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         why = " (the system does so when memory runs out: see dmesg)" if code == -signal.SIGKILL else ""
-        return f"rank {failed} {how}{why} and left no message; the same command goes on from the newest checkpoint"
+        return f"rank {failed} {how}{why} and left no message; the same command continues from the newest checkpoint"
     if told is not None:
         return f"not foreseen: {told}; this is a defect of potstill, please report it with the log"
     return "the ranks ended, but the run left no mark of its end; start the same command again"

@@ -48,7 +48,7 @@ class _Piece:
 
 
 class Loader:
-    """Iterator over LoadedBatch, for ever; any world size and any resume give the same global batches."""
+    """Iterator over LoadedBatch, without end; any world size and any resume give the same global batches."""
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ from potstill.storage.order import ORDER_VERSION, Int64, RowOrder
 
 
 class RowPlan(Protocol):
-    """Rows of global batch 0, 1, 2, ... for ever."""
+    """Rows of global batch 0, 1, 2, ... without end."""
 
     @property
     def global_batch(self) -> int:

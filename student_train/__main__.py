@@ -2,7 +2,7 @@
 
 Any launcher that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT will do; without one it runs alone.
 Exit codes are those of `potstill` (common/exit_codes.py): 0 done, 75 stopped early and saved (start again to continue),
-1 something must be mended first (the last line of the log says what), 2 a wrong command line.
+1 an error (the last line of the log says what), 2 a wrong command line.
 """
 
 from __future__ import annotations

@@ -229,7 +229,7 @@ def load_checkpoint(engine: Any, folder: Path, *, loop: dict[str, Any], universa
     path, client = engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
     if path is None:
         raise ResumeError(f"DeepSpeed found nothing to load in {folder}; the checkpoint is damaged, take another one")
-    mend_optimizer(engine.optimizer, settings)
+    restore_optimizer(engine.optimizer, settings)
     if not universal and (client or {}).get("potstill", {}).get("step") != loop["step"]:
         raise ResumeError(
             f"{folder}: the manifest says step {loop['step']}, the model file {client.get('potstill')}; the files "
@@ -237,7 +237,7 @@ def load_checkpoint(engine: Any, folder: Path, *, loop: dict[str, Any], universa
         )
 
 
-def mend_optimizer(optimizer: Any, settings: list[dict[str, Any]]) -> None:
+def restore_optimizer(optimizer: Any, settings: list[dict[str, Any]]) -> None:
     """Undo what a universal ZeRO-3 load of DeepSpeed 0.19 does to an optimizer with several parameter groups.
 
     It gives every group the settings of the first (so weight decay would reach norms and biases), and one and the same

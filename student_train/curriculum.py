@@ -28,7 +28,7 @@ PLAN_VERSION = 1
 
 @dataclass(frozen=True)
 class StageSpan:
-    """Stage `index` covers the steps [first_step, end_step); the last one goes on for ever."""
+    """Stage `index` covers the steps [first_step, end_step); the last one has no end."""
 
     index: int
     stage: Stage

@@ -147,7 +147,7 @@ def check_deepspeed(ds_config: dict[str, Any]) -> None:
             f"deepspeed.zero_optimization.{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
             for problem in error.errors()
         )
-        raise ConfigError(f"DeepSpeed refuses its options: {found}; mend or remove these keys") from error
+        raise ConfigError(f"DeepSpeed refuses its options: {found}; correct or remove these keys") from error
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The train loop, and the small things that hang on it: agreement of the ranks, lines of metrics, saves."""
+"""The train loop, and the small things that belong to it: agreement of the ranks, lines of metrics, saves."""
 
 from __future__ import annotations
 
@@ -303,7 +303,7 @@ def log_line(run: Run) -> None:
 def save(run: Run) -> None:
     """Commit a checkpoint on all ranks, after the last loss proved finite.
 
-    A save ends a line of metrics too, so that a resumed run writes the very lines of an uninterrupted one.
+    A save ends a line of metrics too, so that a resumed run writes the same lines as an uninterrupted one.
     """
     folder = checkpoint_folder(run.folder, run.loop["step"])
     if run.last_saved is not None and Path(run.last_saved).resolve() == folder.resolve():

@@ -63,7 +63,7 @@ class DistillationHead(nn.Module):
 
     def __init__(self, linear: Any, *, soft_cap: float | None, logit_scale: float) -> None:
         super().__init__()
-        self.weight = linear.weight  # the very parameter, so that tied embeddings stay tied
+        self.weight = linear.weight  # the same parameter, so that tied embeddings stay tied
         self.bias = getattr(linear, "bias", None)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.soft_cap = soft_cap

@@ -63,7 +63,7 @@ class RouterBalance:
         if not router_logits:
             raise UserError(
                 "model.router_aux_loss: no layer of this student has a router, though its configuration names experts; "
-                "set model.router_aux_loss to 0, or mend the configuration (mlp_only_layers, decoder_sparse_step)"
+                "set model.router_aux_loss to 0, or correct the configuration (mlp_only_layers, decoder_sparse_step)"
             )
         mask = None
         if token_index is not None:

@@ -144,7 +144,7 @@ def check_student(checkpoint: Checkpoint, student_config: Any) -> None:
 
 
 def report_changes(config: TrainConfig) -> None:
-    """Log each key whose value is not the one that the run was last started with: a resumed run goes on with it."""
+    """Log each key whose value is not the one that the run was last started with: a resumed run continues with it."""
     path = config.run.output_dir / CONFIG_FILE
     if not path.is_file():
         return

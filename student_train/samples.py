@@ -32,7 +32,7 @@ CONSOLE_CHARACTERS = 60  # of a prompt's end and of a text's beginning
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the student goes on from."""
+    """What the student continues from."""
 
     source: str  # "held-out row 12", or "given"
     text: str
@@ -166,7 +166,7 @@ def heldout_prompts(
     prompts = []
     for row in cast("list[TokensRow]", heldout.rows(places)):
         starts = np.cumsum(row.doc_lens) - row.doc_lens
-        # The first document that goes on behind the prompt, else the longest one.
+        # The first document that continues behind the prompt, else the longest one.
         longer = np.flatnonzero(row.doc_lens > most)
         document = int(longer[0]) if len(longer) else int(row.doc_lens.argmax())
         start, length = int(starts[document]), int(row.doc_lens[document])

@@ -118,7 +118,7 @@ def open_stores(config: TrainConfig) -> Stores:
         heldout = open_store(data.heldout, "tokens", "data.heldout")
         if heldout.digest == tokens.digest:
             raise UserError(
-                f"data.heldout = {data.heldout} holds the very rows of data.tokens (digest {tokens.digest[:16]}...), "
+                f"data.heldout = {data.heldout} holds the same rows of data.tokens (digest {tokens.digest[:16]}...), "
                 "so nothing would be held out; name the heldout store that prepare wrote beside it, or remove the key"
             )
         for field in ("tokenizer_digest", "vocab_size"):

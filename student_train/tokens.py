@@ -153,7 +153,7 @@ def known_weight_sum(choice: TokenChoice, num_labelled: list[int]) -> float:
 
 
 def known_active(choice: TokenChoice, num_labelled: list[int]) -> int | None:
-    """How many positions will weigh more than 0, or None where that hangs on the scores (a soft weight may be 0)."""
+    """How many positions will weigh more than 0, or None where that depends on the scores (a soft weight may be 0)."""
     if choice.floor > 0:
         return sum(num_labelled)
     if TOKEN_POLICIES[choice.selector.policy].kind == "share":

@@ -58,13 +58,13 @@ class WandbTracker:
             os.environ["WANDB_MODE"] = mode
         import wandb
 
-        # One id per folder: a resumed run goes on in the same place, and two folders never meet.
+        # One id per folder: a resumed run continues in the same place, and two folders never meet.
         key = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
         try:
             self._run = wandb.init(project="potstill", name=name, dir=str(run), mode=mode, id=key, resume="allow")
         except wandb.Error as error:
             raise UserError(
-                f"logging.wandb is {mode} and wandb does not start: {error}; mend that, or set logging.wandb: offline "
+                f"logging.wandb is {mode} but wandb fails: {error}; correct that, or set logging.wandb: offline "
                 f"(then: wandb sync {run / 'wandb'}/offline-run-*)"
             ) from error
 
@@ -84,7 +84,7 @@ def check_trackers(options: LoggingConfig) -> None:
     if options.wandb == "online":
         import wandb
 
-        # wandb.init would ask for a key on a terminal, and a job that has one but no person at it would wait for ever.
+        # wandb.init would ask for a key on a terminal, and a job that has one but no person would wait without end.
         if not wandb.login(prompt=False, verify=False):
             raise UserError(
                 "logging.wandb is online, but wandb has no key here: set WANDB_API_KEY, run `wandb login` on this "

@@ -104,12 +104,12 @@ class SharedSave:
         if not any(told):
             return
         if self.topology.is_main:
-            # It has no manifest, so it counts for nothing; what it holds may be the very bytes that are missing.
+            # It has no manifest, so it counts for nothing; what it holds may be the bytes that are missing.
             shutil.rmtree(self.folder, ignore_errors=True)
         causes = "; ".join(f"rank {rank}: {cause}" for rank, cause in enumerate(told) if cause is not None)
         stands = f"the checkpoint that stands is {self.last_saved}" if self.last_saved else "no checkpoint stands"
         raise CheckpointWriteError(
             f"step {self.step}: the checkpoint {self.folder} could not be written. {causes}. What was written of it "
-            f"is deleted; {stands}. Please {ROOM} and start the same command again: it goes on from "
+            f"is deleted; {stands}. Please {ROOM} and start the same command again: it continues from "
             f"{'that checkpoint' if self.last_saved else 'the start'}"
         ) from failure

@@ -184,7 +184,7 @@ class Walk:
                 parts[behind - 1].exception()
 
     def _commit(self, number: int, parts: list[Future[BatchRows]], seconds: float) -> _Committed:
-        # The parts were handed to the same threads before this call, so waiting for them cannot block for ever.
+        # The parts were handed to the same threads before this call, so waiting for them cannot block without end.
         done = [part.result() for part in parts]
         finished = [row for part in done for row in part.rows]
         refused = [refused for _, refused in finished if refused is not None]

@@ -25,7 +25,7 @@ class StoreSummary:
 
 
 class Output:
-    """One tokens store being written: packs documents, commits whole units, goes on where an earlier run ended.
+    """One tokens store being written: packs documents, commits whole units, continues where an earlier run ended.
 
     Nothing is written before the first unit is whole. The tokenizer is placed then, ahead of the store, and nothing of
     either is left if that unit cannot be committed. `force` deletes another store at that moment, not before.

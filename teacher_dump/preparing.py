@@ -1,7 +1,7 @@
 """prepare: text files or a data set -> tokens stores of packed rows, `train/` and `heldout/`.
 
 One pass in the order of the input; memory holds a few documents and one unit of rows per store. Each commit record
-carries the cursor at its end, so that a run that was killed goes on there and its stores are equal to the bit.
+carries the cursor at its end, so that a killed run continues there and its stores are equal to the bit.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class PrepareSummary:
 def prepare(config: PrepareConfig) -> PrepareSummary:
     """Tokenize and pack `config.input` into sealed tokens stores under `config.output`.
 
-    Run again after a kill, it goes on; run again after the end, it does nothing. A run that fails before its first unit
+    After a kill the same call continues; after the end it does nothing. A run that fails before its first unit
     of rows leaves nothing at the output. Raises UserError for bad input and StoreError for trouble with the stores.
     """
     started = time.monotonic()
@@ -212,7 +212,7 @@ def _fill(
     behind = min(open_outputs, key=lambda output: output.start.place if output.start else Place(0, 0))
     start = behind.start.place if behind.start else Place(0, 0)
     if behind.start:
-        log.info("prepare goes on at file %d of %d, record %d", start.file + 1, source.num_files, start.record + 1)
+        log.info("prepare continues at file %d of %d, record %d", start.file + 1, source.num_files, start.record + 1)
     reader = source.read(start=start, bad_lines=behind.start.bad_lines if behind.start else 0)
     total = source.num_bytes
     with Progress(total or None, unit="bytes", description="prepare") as progress:

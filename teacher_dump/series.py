@@ -68,7 +68,7 @@ def series_configs(config: DumpConfig) -> list[DumpConfig]:
 
 
 def dump_series(config: DumpConfig, run: Callable[[DumpConfig], WorkerSummary]) -> SeriesSummary:
-    """Run `run` for each checkpoint in order; what is complete is passed over, so a broken series goes on.
+    """Run `run` for each checkpoint in order; what is complete is passed over, so a broken series continues.
 
     Every checkpoint is held against the rows before the first is run: days later is too late to hear of another
     tokenizer. Raises UserError as `run` does.

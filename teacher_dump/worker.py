@@ -104,7 +104,7 @@ def run_worker(
     """Do what is missing in this worker's share; seal when everything is there and there is one worker only.
 
     Nothing is loaded when nothing is missing. Raises UserError (bad input, too many refused rows, failed units),
-    StoppedError after a signal, StoreError for trouble with the stores. Running it again goes on.
+    StoppedError after a signal, StoreError for trouble with the stores. Running it again continues.
     """
     started = time.monotonic()
     place, group = _join(config, teacher, worker=worker, num_workers=num_workers)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One machine, one worker per GPU (NUM_WORKERS on a CPU), sealed at the end. Stopped? Run it again: it goes on.
+# One machine, one worker per GPU (NUM_WORKERS on a CPU), sealed at the end. Stopped? Run it again: it continues.
 #   OUTPUT=targets bash dump_local.sh --tokens data/train --teacher models/teacher
 set -euo pipefail
 

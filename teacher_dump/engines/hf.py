@@ -89,7 +89,7 @@ def refuse_missing(teacher: TeacherConfig, missing: Iterable[str]) -> None:
     if names := sorted(missing):
         raise UserError(
             f"teacher {teacher.model!r}: {len(names)} of its weights are not in the checkpoint "
-            f"({', '.join(names[:3])}); expected all of them: fetch the checkpoint again, or mend its config.json"
+            f"({', '.join(names[:3])}); expected all of them: fetch the checkpoint again, or correct its config.json"
         )
 
 

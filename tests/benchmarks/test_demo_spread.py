@@ -1,4 +1,4 @@
-"""The spread of the demo: what its figures are, which goals are met, and that it goes on where it was."""
+"""The spread of the demo: what its figures are, which goals are met, and that it continues where it was."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ def fails(words: str, capsys: pytest.CaptureFixture[str]) -> str:
         ("presets salty", "preset 'salty' does not exist"),
     ],
 )
-def test_what_a_person_can_mend_is_said_and_ends_with_1(
+def test_what_a_person_can_correct_is_said_and_ends_with_1(
     words: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -228,8 +228,8 @@ def test_benchmarks_are_one_command_and_end_with_their_json() -> None:
     assert "store_codec" in done.stdout
 
 
-def test_errors_of_the_rooms_that_a_person_can_mend_are_found_by_name() -> None:
+def test_errors_of_the_rooms_that_a_person_can_correct_are_found_by_name() -> None:
     import importlib
 
-    for module, name in cli.MENDABLE:
+    for module, name in cli.EXPECTED_ERRORS:
         assert issubclass(getattr(importlib.import_module(module), name), Exception)

@@ -1,4 +1,4 @@
-"""The demo, whole and tiny: every stage runs, a killed one goes on, a finished one costs nothing to repeat."""
+"""The demo, whole and tiny: every stage runs, a killed one continues, a finished one costs nothing to repeat."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -95,3 +96,43 @@ def test_files_that_are_named_exist() -> None:
     named = re.findall(rf"`((?:{'|'.join(rooms)})/[a-z_/.]*)`", README) + re.findall(r"\]\(([^)]+)\)", README)
     assert len(named) > 10
     assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+RESULT_ROW = re.compile(
+    r"^\| (?P<what>[^|]+) \| (?P<figure>[^|]+) \| \[[^\]]+\]\((?P<file>benchmarks/results/[^)]+)\) \|$", re.M
+)
+NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?")
+
+
+def numbers(text: str) -> list[float]:
+    return [float(found.replace(",", "")) for found in NUMBER.findall(text)]
+
+
+def holds(value: str, found: list[float]) -> bool:
+    """Whether one of the numbers, rounded as the README rounds, is this value."""
+    digits = len(value.partition(".")[2])
+    return any(f"{number:.{digits}f}" == value.replace(",", "") for number in found)
+
+
+@pytest.mark.parametrize("row", list(RESULT_ROW.finditer(README)), ids=lambda row: row["what"].strip())
+def test_every_result_is_in_its_file(row: re.Match[str]) -> None:
+    found = numbers((ROOT / row["file"]).read_text(encoding="utf-8"))
+    values = NUMBER.findall(row["figure"])
+    assert values
+    assert [value for value in values if not holds(value, found)] == []
+
+
+def test_the_results_stand_first_and_say_where_they_were_measured() -> None:
+    assert README.index("## Results") < README.index("## Two commands")
+    assert len(RESULT_ROW.findall(README)) >= 8
+    kept = json.loads((ROOT / "benchmarks" / "results" / "demo_spread.json").read_text(encoding="utf-8"))
+    about = kept["1,2,3,4,5"]
+    assert about["commit"] in README
+    assert about["machine"] in README
+
+
+def test_no_figure_stands_outside_the_table_of_results() -> None:
+    prose = re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE)
+    prose = "\n".join(line for line in prose.splitlines() if not line.startswith("|"))
+    unit = r"(?:nats|%|bytes per token|B/token|[kMG]?i?B\b|tokens/s|seconds?|minutes?|hours?|times\b)"
+    assert re.findall(rf"\d[\d.,]* ?{unit}", prose) == []

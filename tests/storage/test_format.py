@@ -16,7 +16,7 @@ from tests.storage import independent_reader
 from tests.storage.stores import write_targets, write_tokens
 
 GOLDEN = Path(__file__).parent / "golden"
-# store digest and sha256 of the decoded rows: a newer version must read these stores to the same values for ever.
+# store digest and sha256 of the decoded rows: a newer version must read these stores to the same values without end.
 PINNED = {
     "tokens": ("327cfddd1d28367fafc6c31c77a2a8c1009066a77ec283c0829a6311d22571f9", "e06b09153f28cbd0"),
     "targets": ("44ac2f182e7ed4d3b42c80c1b1c126730e5f9b32d6e37eab17a249e464b56ff4", "04b79b091a66bcac"),

@@ -143,7 +143,7 @@ def test_the_checkpoint_pins_the_rule(stores: Any, tmp_path: Path) -> None:
         ResumeError, match=r"model\.init: the checkpoint has 'width_residual', the configuration 'width'"
     ):
         check_pinned(checkpoint_of(before), pinned_values(workers.config_of(tree)))
-    # A checkpoint from before there was a rule began with the configuration's own std, and goes on when told so.
+    # A checkpoint from before there was a rule began with the configuration's std, and continues with that rule.
     older = {key: value for key, value in before.items() if key != "model.init"}
     with pytest.raises(
         ResumeError, match=r"model\.init: the checkpoint has 'config', the configuration 'width_residual'"

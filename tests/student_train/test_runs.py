@@ -186,7 +186,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(stores, tmp_path: Path) -> None
     assert "the loss of step 5 is not finite" in message
     assert ", ".join(str(row) for row in plan.rows(5)) in message
     assert "step_00000004" in message
-    # Nothing was saved from the broken state, and starting again simply goes on from step 4.
+    # Nothing was saved from the broken state, and starting again simply continues from step 4.
     assert run_ranks(workers.train_run, tree, world=2)[0]["steps"] == 8
     assert all(math.isfinite(record["loss"]) for record in lines(run))
 
@@ -219,7 +219,7 @@ def test_a_stop_file_saves_and_stops_all_ranks(stores, tmp_path: Path) -> None:
     assert steps == results[1]["steps"] < 100000
     assert (run / "checkpoints" / f"step_{steps:08d}" / "potstill.json").is_file()
     assert not (run / "done.json").exists()
-    # The file is taken away by the next start, which goes on.
+    # The file is taken away by the next start, which continues.
     shorter = tiny.config_tree(stores, run, run={"max_steps": steps + 2})
     result = run_ranks(workers.train_run, shorter, world=2)[0]
     assert (result["status"], result["steps"]) == ("done", steps + 2)

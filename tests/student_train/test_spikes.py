@@ -80,7 +80,7 @@ def test_a_spike_stops_all_ranks_before_the_save(stores, tmp_path: Path) -> None
     assert "LossSpikeError: step 5 is a loss spike: loss" in message and "of the 5 steps before" in message
     assert ", ".join(str(row) for row in plan.rows(5)) in message and "step_00000003" in message
     assert [folder.name for folder in (run / "checkpoints").iterdir()] == ["step_00000003"]
-    # The window came back with the checkpoint, and without the jump the run goes on to its end.
+    # The window came back with the checkpoint, and without the jump the run continues to its end.
     assert run_ranks(workers.train_run, tree, world=2)[0]["steps"] == 10
     manifest = json.loads((run / "checkpoints" / "step_00000010" / "potstill.json").read_text())
     records = [record for record in read_metrics(run) if record["kind"] == "train"]

@@ -60,7 +60,7 @@ def test_wandb_offline_stays_in_the_run_folder(stores, tmp_path: Path, outside: 
         assert run_ranks(workers.train_elsewhere, tree, outside, world=2)[0]["steps"] == max_steps
         assert not processes_of(tmp_path)
     first, second = sorted((run / "wandb").glob("offline-run-*"))
-    assert first.name.rpartition("-")[2] == second.name.rpartition("-")[2], "a resumed run goes on under its id"
+    assert first.name.rpartition("-")[2] == second.name.rpartition("-")[2], "a resumed run continues under its id"
     for folder in (first, second):
         [written] = folder.glob("run-*.wandb")
         content = written.read_bytes()

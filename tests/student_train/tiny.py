@@ -1,4 +1,4 @@
-"""Tiny stores whose teacher is the very process that made the text: a bigram chain over a small vocabulary."""
+"""Tiny stores whose teacher is the process that made the text: a bigram chain over a small vocabulary."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packing and the split are pure: rows are the documents end to end, and any cursor goes on to the same rows."""
+"""Packing and the split are pure: rows are the documents end to end, and any cursor continues to the same rows."""
 
 from __future__ import annotations
 

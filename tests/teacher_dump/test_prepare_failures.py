@@ -138,7 +138,7 @@ def test_a_disk_that_is_full_from_the_first_byte_on_to_the_last(
     small_disk: Callable[[int], Path],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Each size ends in one line; after each failure the disk grows and the same command goes on."""
+    """Each size ends in one line; after each failure the disk grows and the same command continues."""
     whole = tmp_path / "whole"
     words = ["--vocab-size", "300"] if train else ["--tokenizer", str(tokenizer_folder)]
     words = ["prepare", "--input", str(corpus), *words, "--row-length", "32", "--rows-per-unit", "4", "--output"]
