@@ -11,7 +11,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 .PHONY: help setup demo test test-slow lint bench bench-gpu clean
 
 help:
-	@echo "make demo        the main job on this machine: text, teacher, targets, two students, one table (minutes)"
+	@echo "make demo        the main job on this machine: text, teacher, targets, nine students, one table (minutes)"
 	@echo "make test        ruff, mypy and the CPU test suite"
 	@echo "make test-slow   the campaigns"
 	@echo "make bench       the benchmarks that need no GPU"

@@ -95,7 +95,7 @@ REPORT = Command(
     description="Write one HTML page that needs no network: held-out figures, curves over tokens, steps or time that "
     "one can zoom, samples of text, and what differs between the configurations. Runs are called by run.name (by "
     "their folder where they have none), and a click on a name switches the run off in the whole page.",
-    examples=("potstill report runs/labels-only runs/distilled", "potstill report runs/* --output all.html --force"),
+    examples=("potstill report runs/labels-1 runs/distilled-1", "potstill report runs/* --output all.html --force"),
     add_arguments=_report_arguments,
     run=_report,
 )
