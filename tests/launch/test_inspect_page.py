@@ -1,0 +1,135 @@
+"""The page of `inspect --html`: its data against the stores, and that no token can break out of it."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from potstill.common.token_table import TokenTable, read_token_table
+from potstill.launch.cli import main
+from potstill.launch.inspect_data import data_json
+from potstill.launch.inspect_page import render_page
+from potstill.launch.inspect_text import piece_text, row_texts
+from potstill.storage import StoreReader, TargetsRow, TokensRow
+from tests.launch.conftest import write_targets
+
+
+class Parts(HTMLParser):
+    """Contents of the script elements, and every address that a page names."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.scripts: list[str] = []
+        self.addresses: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.scripts += [""] if tag == "script" else []
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href")]
+
+    def handle_data(self, data: str) -> None:
+        if self.lasttag == "script" and self.scripts and not self.scripts[-1]:
+            self.scripts[-1] = data
+
+
+def data_of(page: Path) -> dict[str, Any]:
+    parts = Parts(page.read_text(encoding="utf-8"))
+    assert len(parts.scripts) == 2
+    found: dict[str, Any] = json.loads(parts.scripts[0])
+    return found
+
+
+@pytest.fixture(scope="module")
+def targets(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    store = tmp_path_factory.mktemp("page") / "targets"
+    write_targets(data / "train", store)
+    assert main(["seal", str(store)]) == 0
+    return store
+
+
+def options(data: Path) -> list[str]:
+    return ["--tokens", str(data / "train"), "--tokenizer", str(data / "tokenizer")]
+
+
+def test_the_page_holds_what_the_stores_hold(targets: Path, data: Path, tmp_path: Path) -> None:
+    assert main(["inspect", str(targets), "--html", str(tmp_path / "p.html"), "--rows", "1:3", *options(data)]) == 0
+    page = data_of(tmp_path / "p.html")
+    assert [row["row"] for row in page["rows"]] == [1, 2]
+    for shown in page["rows"]:
+        tokens, taught = StoreReader(data / "train").row(shown["row"]), StoreReader(targets).row(shown["row"])
+        assert isinstance(tokens, TokensRow) and isinstance(taught, TargetsRow)
+        assert shown["ids"] == tokens.tokens.tolist() and shown["docs"] == tokens.doc_lens.tolist()
+        starts = set((np.cumsum(tokens.doc_lens) - tokens.doc_lens).tolist())
+        assert [n for n, known in enumerate(shown["predicted"]) if not known] == sorted(starts)
+        assert shown["candidates"]["at"] == [n for n in range(len(tokens.tokens)) if n not in starts]
+        for at, ids, shares in zip(*(shown["candidates"][name] for name in ("at", "ids", "p")), strict=True):
+            first, last = taught.targets.offsets[at - 1 : at + 1]
+            assert ids == taught.targets.ids[first:last].tolist()
+            assert ids[0] == shown["ids"][at], "the made-up teacher's first candidate is the true token"
+            assert shares == pytest.approx(np.exp(taught.targets.logprobs[first:last]), rel=1e-3)  # type: ignore[index]
+            assert shown["values"]["t_loss"][at] == pytest.approx(-taught.targets.label_logprob[at - 1], rel=1e-3)  # type: ignore[index]
+        assert all(shown["values"]["t_rank"][n] is None for n in starts)
+    assert {one["key"] for one in page["quantities"]} == {"t_loss", "t_rank", "t_entropy", "t_tail"}
+
+
+def test_a_page_needs_nothing_else_and_overwrites_nothing(
+    targets: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["inspect", str(targets), "--html", str(tmp_path / "pages"), "--rows", "0:3", *options(data)]
+    assert main(words) == 0
+    pages = sorted((tmp_path / "pages").iterdir())
+    assert [page.name for page in pages] == ["row_0.html", "row_1.html", "row_2.html"]
+    assert Parts(pages[1].read_text()).addresses == ["row_0.html", "row_2.html"]
+    assert "http" not in pages[1].read_text()
+    assert main(words) == 1
+    assert "--force" in capsys.readouterr().err
+    assert main([*words, "--force"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--html", "p.html"], "give one of --row 17 and --rows 0:10"),
+        (["--html", "p.html", "--rows", "0:9999"], "has rows 0 to"),
+        (["--html", "p.html", "--rows", "3"], "FIRST:END"),
+        (["--html", "p.html", "--row", "0"], "with --tokens"),
+        (["--rows", "0:3"], "add --html FILE"),
+    ],
+)
+def test_wrong_requests_are_told(
+    targets: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(targets), *words]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_no_token_breaks_out_of_the_page() -> None:
+    evil = ["</script><script>alert(1)</script>", "<!--<script>", "\"'&\u2028\u2029", "\x00\x1b[31m\ud800"]
+    data = {"title": evil[0], "about": [[evil[1], evil[0]]], "names": evil, "rows": [], "quantities": []}
+    text = data_json(data)
+    assert not set("<>&\u2028\u2029\x00\x1b") & set(text)
+    assert json.loads(text) == data
+    parts = Parts(render_page(data))
+    assert len(parts.scripts) == 2 and json.loads(parts.scripts[0])["names"] == evil
+
+
+def test_characters_cut_over_tokens_stand_whole_where_they_end(data: Path) -> None:
+    from tokenizers import Tokenizer
+
+    table = read_token_table(data / "tokenizer")
+    text = "café 日本 👩‍🚀\n</script>"
+    ids = Tokenizer.from_file(str(data / "tokenizer" / "tokenizer.json")).encode(text).ids
+    texts = row_texts(ids, [len(ids)], table)
+    assert "".join(texts) == text and "" in texts and "日" in texts
+    assert piece_text(ids[texts.index("")], table).startswith("\\x")
+    # A row that was cut inside a character: nothing is lost or raised.
+    assert row_texts([1, 2], [1, 1], TokenTable({1: b"\xe6\x97", 2: b"\xa5x"}, frozenset(), "byte_level")) == [
+        "\\xe6\\x97",
+        "\\xa5x",
+    ]
+    assert row_texts([5, 6], [2], None) == ["5", "6"]
