@@ -130,7 +130,7 @@ class RanksEnd:
     """How the ranks of a run ended."""
 
     codes: tuple[int, ...]  # by rank; negative: ended by that signal
-    first_failed: int | None  # the rank that was the first to end with a code that is not fine
+    failed: tuple[int, ...]  # ranks that ended by themselves with a code that is not fine, in that order
     signals: tuple[int, ...]  # that came for the command and were passed on
 
 
@@ -166,7 +166,8 @@ def run_ranks(
     command = [sys.executable, "-u", "-m", module, *arguments]
     port = free_port()
     ranks: list[subprocess.Popen[bytes]] = []
-    failed: int | None = None
+    failed: list[int] = []
+    deadline = float("inf")
     try:
         with passing_signals_to(ranks) as received:
             for rank in range(num_ranks):
@@ -174,16 +175,18 @@ def run_ranks(
                 ranks.append(start(command, environment={**(environment or {}), **place}))
                 if received:  # it went to the ranks that were there
                     kill_group(ranks[-1], signal.SIGTERM)
-            deadline = float("inf")
-            while any(process.poll() is None for process in ranks) and time.monotonic() < deadline:
-                ended = [rank for rank, process in enumerate(ranks) if process.poll() not in (None, *fine)]
-                if ended and failed is None:
-                    failed, deadline = ended[0], time.monotonic() + LAST_WORDS_SECONDS
+            while time.monotonic() < deadline:
+                codes = [process.poll() for process in ranks]
+                new = [rank for rank, code in enumerate(codes) if code not in (None, *fine) and rank not in failed]
+                # Of those that ended since the last look, one that was killed is the cause of the others' errors.
+                failed += sorted(new, key=lambda rank: (codes[rank] or 0) > 0)
+                if None not in codes:
+                    break
+                if failed and deadline == float("inf"):
+                    deadline = time.monotonic() + LAST_WORDS_SECONDS
                 time.sleep(POLL_SECONDS)
-            ended = [rank for rank, process in enumerate(ranks) if process.poll() not in (None, *fine)]
-            failed = ended[0] if failed is None and ended else failed
     finally:
         for process in ranks:
             kill_group(process, signal.SIGKILL)  # one that waits for a rank that is gone, and what a rank has started
-        codes = tuple(process.wait() for process in ranks)
-    return RanksEnd(codes, failed, tuple(received))
+            process.wait()
+    return RanksEnd(tuple(process.wait() for process in ranks), tuple(failed), tuple(received))

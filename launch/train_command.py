@@ -182,7 +182,7 @@ def _on_ranks(config: TrainConfig, num_ranks: int, scratch: Path, log_file: Path
     )
     summary = read_summary(scratch)
     is_marked = read_done(config.run.output_dir) is not None
-    if end.first_failed is None and summary is not None and (is_marked or not summary.is_done):
+    if not end.failed and summary is not None and (is_marked or not summary.is_done):
         return _tell(summary, as_json=as_json)
     if end.signals and not list(scratch.glob("error_*.json")):
         name = signal.Signals(end.signals[0]).name
@@ -200,7 +200,7 @@ def _what_failed(end: RanksEnd, scratch: Path) -> str:
     told = main_error(errors, len(end.codes))
     if told is not None and any(error.foreseen for error in errors):
         return told
-    failed = end.first_failed
+    failed = end.failed[0] if end.failed else None
     if failed is not None and failed not in {error.rank for error in errors}:
         # The errors of the other ranks only say that they have lost this one.
         code = end.codes[failed]

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+COUNTS = ("positions", "rows")  # held-out figures that are whole numbers
+
 
 @dataclass(frozen=True)
 class TrainSummary:
@@ -36,7 +38,13 @@ class TrainSummary:
             lines.append(f"  last loss {loss} (ce {ce})")
         if self.heldout:
             figures = {name: value for name, value in self.heldout.items() if isinstance(value, float)}
-            lines.append("  held-out: " + ", ".join(f"{name} {_figure(value)}" for name, value in figures.items()))
+            lines.append(
+                "  held-out: "
+                + ", ".join(
+                    f"{name} {value:,.0f}" if name in COUNTS else f"{name} {value:.4f}"
+                    for name, value in figures.items()
+                )
+            )
         if not self.is_done:
             lines.append("  start the same command again to continue")
         return "\n".join(lines)
@@ -49,8 +57,3 @@ class TrainSummary:
     def from_json(cls, value: dict[str, Any]) -> TrainSummary:
         """What `to_json` wrote."""
         return cls(**{**value, "output_dir": Path(value["output_dir"])})
-
-
-def _figure(value: float) -> str:
-    """Counts (rows, positions) come as whole floats."""
-    return f"{value:,.0f}" if value.is_integer() and abs(value) > 1 else f"{value:.4f}"

@@ -82,7 +82,7 @@ def _alive(pid: int) -> bool:
 
 
 def test_ranks_get_their_place_and_their_arguments(tmp_path: Path, probe: Callable[..., processes.RanksEnd]) -> None:
-    assert probe("ok") == processes.RanksEnd((0, 0), None, ())
+    assert probe("ok") == processes.RanksEnd((0, 0), (), ())
     for rank in (0, 1):
         assert (tmp_path / f"place{rank}").read_text() == f"{rank} {rank} 2 2 127.0.0.1 more"
 
@@ -92,13 +92,13 @@ def test_a_rank_that_fails_is_named_and_the_others_are_ended(
     tmp_path: Path, probe: Callable[..., processes.RanksEnd], what: str, code: int
 ) -> None:
     end = probe(what)
-    assert (end.codes[1], end.first_failed) == (code, 1)
+    assert (end.codes[1], end.failed) == (code, (1,))
     assert end.codes[0] == -signal.SIGKILL, "it did not listen to anything else"
     assert not _alive(int((tmp_path / "pid0").read_text()))
 
 
 def test_ranks_that_stop_early_are_no_failure(probe: Callable[..., processes.RanksEnd]) -> None:
-    assert probe("ends75") == processes.RanksEnd((0, 75), None, ())
+    assert probe("ends75") == processes.RanksEnd((0, 75), (), ())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -116,7 +116,7 @@ def test_signals_reach_every_rank_as_term(
     sender.start()
     end = probe("saves")
     sender.join()
-    assert end == processes.RanksEnd((75, 75), None, (number,))
+    assert end == processes.RanksEnd((75, 75), (), (number,))
     assert (tmp_path / "saved0").exists() and (tmp_path / "saved1").exists()
     assert signal.getsignal(number) == before
 
