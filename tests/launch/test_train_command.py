@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,8 @@ from potstill.common.exit_codes import DONE, ERROR, PREEMPTED
 from potstill.launch import train_command
 from potstill.launch.cli import main
 from tests.student_train import tiny
+
+BOUND_SECONDS = 300  # of one start with real ranks, which takes ten on a quiet machine
 
 # What a rank is told, and what it may do in return; argv[1] is --config=FILE.
 PROBE = """
@@ -116,3 +122,103 @@ def test_force_is_done_by_the_command_and_not_passed_on(
     assert main(["train", "--config", str(config), "--num-ranks", "2", "--force"]) == DONE
     assert sorted(path.name for path in run.iterdir()) == ["done.json", "logs"]
     assert len(list((run / "logs").iterdir())) == 1
+
+
+def environment() -> dict[str, str]:
+    """Ours without what silences DeepSpeed in tests: the noise is what is looked for."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("DS_ACCELERATOR", "PYTHONWARNINGS")}
+    return {**kept, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
+def command(config: Path, *words: str) -> list[str]:
+    return [sys.executable, "-m", "potstill.launch", "train", "--config", str(config), *words]
+
+
+def form(text: str, run: Path) -> list[str]:
+    """Output without what differs between two runs: figures and the folder."""
+    return [re.sub(r"\d([\d.,]*\d)?", "#", line.replace(str(run), "RUN")) for line in text.splitlines()]
+
+
+LOG_LINE = re.compile(r"\d\d:\d\d:\d\d [IW] (\[rank 0\] )?\S|train: ")
+
+
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.timeout(5 * BOUND_SECONDS)
+def test_one_and_two_ranks_print_the_same_form_and_no_noise(stores, tmp_path: Path) -> None:
+    forms = []
+    for num_ranks in (1, 2):
+        folder = tmp_path / str(num_ranks)
+        folder.mkdir()
+        config = write_config(stores, folder, run={"max_steps": 2}, zero_stage=1)
+        words = command(config, "--num-ranks", str(num_ranks), "--json")
+        done = subprocess.run(
+            words, capture_output=True, text=True, timeout=BOUND_SECONDS, env=environment(), check=False
+        )
+        assert done.returncode == DONE, done.stderr
+        *summary, last = done.stdout.splitlines()
+        assert json.loads(last)["status"] == "done"
+        forms.append(form("\n".join(summary), folder / "run"))
+        assert all(LOG_LINE.match(line) for line in done.stderr.splitlines()), done.stderr
+        assert "step 2/2 loss" in done.stderr and "train: 2/2 steps" in done.stderr
+        (log,) = (folder / "run" / "logs").iterdir()
+        assert str(log) in done.stderr
+        text = log.read_text()
+        assert "step 2/2 loss" in text
+        if not Path("/dev/nvidiactl").exists():
+            assert text.count("Setting accelerator to CPU") == num_ranks, text
+    assert forms[0] == forms[1]
+    assert forms[0][0].startswith("run RUN: done, step # of #, # tokens, ")
+
+
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.timeout(5 * BOUND_SECONDS)
+def test_an_error_of_all_ranks_is_the_last_line_and_stands_there_once(stores, tmp_path: Path) -> None:
+    config = write_config(stores, tmp_path, run={"max_steps": 100}, optimizer={"lr": 0.5}, spike_policy="stop")
+    words = command(config, "--num-ranks", "2", "--set", "spike_window=8", "spike_sigma=0.1")
+    done = subprocess.run(words, capture_output=True, text=True, timeout=BOUND_SECONDS, env=environment(), check=False)
+    assert (done.returncode, done.stdout) == (ERROR, "")
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("potstill train: error: all 2 ranks: step ") and "lower optimizer.lr" in last
+    assert last.endswith(f"; log: {next((tmp_path / 'run' / 'logs').iterdir())}")
+    assert done.stderr.count("is a loss spike") == 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.timeout(5 * BOUND_SECONDS)
+def test_a_killed_rank_is_named_and_a_stopped_run_goes_on(stores, tmp_path: Path) -> None:
+    config = write_config(stores, tmp_path, run={"max_steps": 100_000})
+    words = command(config, "--num-ranks", "2")
+
+    def started() -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=(tmp_path / "err").open("w"), text=True, env=environment()
+        )
+        end = time.monotonic() + BOUND_SECONDS
+        while "loss" not in (tmp_path / "err").read_text().partition("float64")[2] and time.monotonic() < end:
+            assert process.poll() is None, (tmp_path / "err").read_text()
+            time.sleep(0.05)
+        return process
+
+    process = started()
+    try:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(children) == 2, "a process for each rank and none beside them"
+        os.kill(int(children[1]), signal.SIGKILL)
+        assert process.wait(timeout=BOUND_SECONDS) == ERROR
+    finally:
+        process.kill()
+    assert (
+        (tmp_path / "err").read_text().splitlines()[-1].startswith("potstill train: error: rank 1 was ended by SIGKILL")
+    )
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+    process = started()
+    try:
+        process.terminate()
+        out, _ = process.communicate(timeout=BOUND_SECONDS)
+    finally:
+        process.kill()
+    assert process.returncode == PREEMPTED, (tmp_path / "err").read_text()
+    assert out.startswith(f"run {tmp_path / 'run'}: signal SIGTERM, step ")
+    assert out.splitlines()[-1] == "  start the same command again to continue"
+    assert list((tmp_path / "run" / "checkpoints").glob("step_*/potstill.json"))
