@@ -82,6 +82,7 @@ class Progress:
             TextColumn("{task.fields[figures]}", markup=False),
             console=Console(file=self._stream),
             refresh_per_second=4,
+            redirect_stdout=False,  # a command may have sent it to a log file, and what goes there stays there
         )
         bar.add_task(self._description, total=self.total, completed=self.done, count=self._count(), figures="")
         return bar
