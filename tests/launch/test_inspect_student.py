@@ -14,8 +14,12 @@ import yaml
 
 from potstill.launch.cli import main
 from potstill.storage import ScoresRow, StoreReader, TokensRow
+from potstill.student_train.checkpoint import checkpoint_folder, commit_checkpoint
+from potstill.student_train.model import build_student
+from potstill.student_train.run_folder import pinned_values, write_start
+from potstill.student_train.student_config import hf_config
+from potstill.student_train.weights import find_source, load_model
 from tests.chromium import Chromium, find_chromium
-from tests.dist_harness import run_ranks
 from tests.launch.test_inspect_page import data_of
 from tests.student_train import tiny, workers
 
@@ -40,16 +44,25 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def run(stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of six steps in two stages."""
+    """The folder of a run of six steps in two stages, with random weights in its checkpoint."""
     folder = tmp_path_factory.mktemp("runs") / "student"
-    tree = tiny.config_tree(stores, folder, run={"max_steps": STEPS}, curriculum=CURRICULUM, zero_stage=1)
-    run_ranks(workers.train_run, tree, world=1)
+    tree = tiny.config_tree(stores, folder, run={"max_steps": STEPS}, curriculum=CURRICULUM)
+    tree["model"]["init_std"] = 0.2  # so that losses differ from token to token
+    config = workers.config_of(tree)
+    student_config = hf_config(config.model, vocab_size=tiny.VOCAB, row_length=tiny.ROW_LENGTH)
+    student = build_student(config.model, student_config, seed=config.run.seed)
+    checkpoint = checkpoint_folder(folder, STEPS)
+    checkpoint.mkdir(parents=True)
+    write_start(config, student_config, {}, [])
+    torch.save({"module": student.state_dict()}, checkpoint / "mp_rank_00_model_states.pt")
+    commit_checkpoint(checkpoint, {"loop": {"step": STEPS}, "data": {}, "pinned": pinned_values(config)})
     return folder
 
 
 @pytest.fixture(scope="module")
 def exported(run: Path) -> Path:
-    assert main(["export", "--run", str(run), "--output-dir", str(run.parent / "hf"), "--set", "check=false"]) == 0
+    """The same weights as a Hugging Face folder."""
+    load_model(find_source(run), dtype="float32").save_pretrained(run.parent / "hf")
     return run.parent / "hf"
 
 
