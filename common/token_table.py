@@ -59,11 +59,17 @@ class TokenTable:
         return sum(len(self.piece(token)) for token in tokens if token not in self.special)
 
 
-def read_token_table(place: Path) -> TokenTable:
-    """The table of a tokenizer folder or a tokenizer.json. Raises UserError."""
+def tokenizer_file(place: Path) -> Path:
+    """The tokenizer.json of a folder, or the file itself. Raises UserError where there is none."""
     file = place / "tokenizer.json" if place.is_dir() else place
     if not file.is_file():
         raise UserError(f"no tokenizer in {place}: expected {file}")
+    return file
+
+
+def read_token_table(place: Path) -> TokenTable:
+    """The table of a tokenizer folder or a tokenizer.json. Raises UserError."""
+    file = tokenizer_file(place)
     try:
         return token_table(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

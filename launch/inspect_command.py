@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from potstill.common.errors import UserError
 from potstill.common.exit_codes import DONE
 from potstill.launch.command import Command
+from potstill.launch.inspect_flags import FLAGS, add_student_arguments
 from potstill.launch.text import print_table
 
 if TYPE_CHECKING:
@@ -20,16 +21,17 @@ if TYPE_CHECKING:
 TEXT_CANDIDATES, PAGE_CANDIDATES = 5, 20
 
 
-def _load_decode(tokenizer: Path | None) -> Callable[[Sequence[int]], str]:
-    """How to show token ids: as text if there is a tokenizer, else as numbers."""
+def _load_decode(tokenizer: Path | None, tokens: StoreReader) -> Callable[[Sequence[int]], str]:
+    """How to show token ids: as text if there is a tokenizer, else as numbers. Raises UserError."""
     if tokenizer is None:
         return lambda ids: " ".join(map(str, ids))
+    from potstill.common.token_table import tokenizer_file
+    from potstill.launch.store_tokenizer import check_tokenizer
+
+    check_tokenizer(tokenizer, digest=tokens.spec.tokenizer_digest, store=tokens.url)
     from tokenizers import Tokenizer
 
-    file = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
-    if not file.is_file():
-        raise UserError(f"no tokenizer in {tokenizer}: expected {file}")
-    loaded = Tokenizer.from_file(str(file))
+    loaded = Tokenizer.from_file(str(tokenizer_file(tokenizer)))
     return lambda ids: str(loaded.decode(list(ids), skip_special_tokens=False))
 
 
@@ -39,8 +41,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
     reader = StoreReader(arguments.store, allow_partial=arguments.partial)
     if arguments.html is not None:
         return _write_page(arguments, reader)
-    for flag in ("rows", "scores"):
-        if getattr(arguments, flag) is not None:
+    for flag, name in {"rows": "rows", "scores": "scores", **FLAGS}.items():
+        if getattr(arguments, name) is not None:
             raise UserError(f"--{flag} is for the page that --html writes; add --html FILE")
     if arguments.row is None:
         spec = {name: value for name, value in reader.spec.to_json().items() if value not in (None, [], {})}
@@ -61,7 +63,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
                 f"{arguments.store} holds {reader.spec.kind}; name the tokens store that it was made from with --tokens"
             )
         under = StoreReader(arguments.tokens)
-    decode = _load_decode(arguments.tokenizer)
+    decode = _load_decode(arguments.tokenizer, under)
     print(format_row(under, over, arguments.row, decode, arguments.max_tokens, arguments.candidates or TEXT_CANDIDATES))
     return DONE
 
@@ -84,6 +86,7 @@ def _page_sources(arguments: argparse.Namespace, reader: StoreReader) -> Sources
     """The stores by kind, as they were given. Raises UserError."""
     from potstill.common.token_table import read_token_table
     from potstill.launch.inspect_data import Sources
+    from potstill.launch.store_tokenizer import check_tokenizer
     from potstill.storage import StoreReader
 
     kind = reader.spec.kind
@@ -94,8 +97,11 @@ def _page_sources(arguments: argparse.Namespace, reader: StoreReader) -> Sources
     scores = reader if kind == "scores" else None
     if arguments.scores is not None:
         scores = StoreReader(arguments.scores)
+    tokens = reader if kind == "tokens" else StoreReader(arguments.tokens)
+    if arguments.tokenizer is not None:
+        check_tokenizer(arguments.tokenizer, digest=tokens.spec.tokenizer_digest, store=tokens.url)
     return Sources(
-        tokens=reader if kind == "tokens" else StoreReader(arguments.tokens),
+        tokens=tokens,
         targets=reader if kind == "targets" else None,
         scores=scores,
         table=None if arguments.tokenizer is None else read_token_table(arguments.tokenizer),
@@ -106,6 +112,7 @@ def _write_page(arguments: argparse.Namespace, reader: StoreReader) -> int:
     """Write one page over the rows to a file, or one page per row into a folder."""
     from potstill.launch.inspect_data import page_data
     from potstill.launch.inspect_page import render_page
+    from potstill.launch.inspect_student import student_part
 
     rows = _page_rows(arguments, reader.num_rows)
     sources = _page_sources(arguments, reader)
@@ -115,9 +122,17 @@ def _write_page(arguments: argparse.Namespace, reader: StoreReader) -> int:
     standing = [name for name in names if name.exists()]
     if standing and not arguments.force:
         raise UserError(f"{standing[0]} exists; name another file, or add --force to overwrite it")
+    part = student_part(arguments, sources.tokens, rows)
+    extras = None if part is None else dict(zip(rows, part.extras, strict=True))
     for number, (name, group) in enumerate(zip(names, groups, strict=True)):
         page = render_page(
-            page_data(sources, group, max_candidates=arguments.candidates or PAGE_CANDIDATES),
+            page_data(
+                sources,
+                group,
+                max_candidates=arguments.candidates or PAGE_CANDIDATES,
+                extras=None if extras is None else [extras[row] for row in group],
+                about=() if part is None else part.about,
+            ),
             previous=names[number - 1].name if number else None,
             following=names[number + 1].name if number + 1 < len(names) else None,
         )
@@ -140,6 +155,7 @@ def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rows", metavar="FIRST:END", help="with --html: several rows, 0:10 for the first ten")
     parser.add_argument("--scores", metavar="STORE", help="with --html: scores of a small model over the same rows")
+    add_student_arguments(parser)
     parser.add_argument("--force", action="store_true", help="with --html: overwrite what stands there")
     parser.add_argument("--partial", action="store_true", help="look into a store that is not sealed yet")
 
@@ -151,12 +167,14 @@ INSPECT = Command(
     "token by token, and what the teacher or the small model says about the next one: the label's probability and "
     "rank, the entropy, the mass outside, the first candidates. A bar marks the end of a document, a star the label. "
     "With --html, write a page that needs no network: the text shaded by loss, rank, entropy or tail, and the "
-    "teacher's candidates of each token.",
+    "teacher's candidates of each token; with --run also by what a step of the run keeps, and by the student's loss.",
     examples=(
         "potstill inspect targets/train",
         "potstill inspect targets/train --row 17 --tokens data/train --tokenizer data/tokenizer",
         "potstill inspect targets/train --html rows.html --rows 0:10 --tokens data/train --tokenizer data/tokenizer "
         "--scores data/scores",
+        "potstill inspect targets/train --html rows.html --rows 0:10 --tokens data/train --tokenizer data/tokenizer "
+        "--run runs/student --step 0.5",
     ),
     add_arguments=_inspect_arguments,
     run=_inspect,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,46 +26,60 @@ QUANTILE = 0.97  # where a scale ends: a few outliers would leave all other toke
 
 @dataclass(frozen=True)
 class Quantity:
-    """Something to shade tokens by.
+    """Something to shade tokens by: a figure (named shortly in `short`) of a source.
 
     `scale`: linear from 0, rank (logarithmic, 0 to 255), signed (two colours around 0), weight (0: not trained on).
     """
 
     key: str
-    label: str
+    source: str
+    figure: str
+    short: str
     unit: str
     scale: str
     about: str
 
+    @property
+    def label(self) -> str:
+        """What the choice on the page calls it."""
+        return f"{self.source}: {self.figure}"
 
-TEACHER = (
+
+LOSS, RANK, TAIL = "loss of the true token", "rank of the true token", "mass outside the kept entries"
+GAP = "loss less the teacher's"
+GAP_ABOUT = "Above 0: the teacher knows better"
+SHORT = ("loss, nats", "less the teacher's", "rank of the token", "entropy, nats", "mass not kept")  # as listed
+KEPT = "kept"  # the source of the weights
+QUANTITIES = (
+    Quantity("t_loss", "teacher", LOSS, SHORT[0], "nats", "linear", "-log p(true token), from the label column"),
+    Quantity("t_rank", "teacher", RANK, SHORT[2], "", "rank", "0: the teacher's first choice; 255: 255 or more"),
     Quantity(
-        "t_loss", "teacher: loss of the true token", "nats", "linear", "-log p(true token), from the label column"
+        "t_entropy", "teacher", "entropy", SHORT[3], "nats", "linear", "How undecided the teacher was at this token"
     ),
-    Quantity(
-        "t_rank", "teacher: rank of the true token", "", "rank", "0: the teacher's first choice; 255: 255 or more"
-    ),
-    Quantity("t_entropy", "teacher: entropy", "nats", "linear", "How undecided the teacher was before this token"),
-    Quantity(
-        "t_tail", "teacher: mass outside the kept entries", "%", "linear", "The tail that the store does not name"
-    ),
+    Quantity("t_tail", "teacher", TAIL, SHORT[4], "%", "linear", "The tail that the store does not name"),
+    Quantity("s_loss", "small model", LOSS, SHORT[0], "nats", "linear", "-log p(true token) of the scores store"),
+    Quantity("s_rank", "small model", RANK, SHORT[2], "", "rank", "0: the small model's first choice"),
+    Quantity("s_entropy", "small model", "entropy", SHORT[3], "nats", "linear", "How undecided the small model was"),
+    Quantity("gap", "small model", GAP, SHORT[1], "nats", "signed", GAP_ABOUT),
+    Quantity("st_loss", "student", LOSS, SHORT[0], "nats", "linear", "-log p(true token) of the student"),
+    Quantity("st_entropy", "student", "entropy", SHORT[3], "nats", "linear", "How undecided the student was"),
+    Quantity("st_gap", "student", GAP, SHORT[1], "nats", "signed", GAP_ABOUT),
+    Quantity("w_loss", KEPT, "weight in the loss", "", "", "weight", "What the token counts in the step's whole loss"),
+    Quantity("w_kd", KEPT, "weight in distillation", "", "", "weight", "What it counts in the distillation term alone"),
 )
-SMALL = (
-    Quantity(
-        "s_loss", "small model: loss of the true token", "nats", "linear", "-log p(true token) of the scores store"
-    ),
-    Quantity("s_rank", "small model: rank of the true token", "", "rank", "0: the small model's first choice"),
-    Quantity("s_entropy", "small model: entropy", "nats", "linear", "How undecided the small model was"),
-)
-GAP = Quantity("gap", "small model's loss less the teacher's", "nats", "signed", "Above 0: the teacher knows better")
 
 
 @dataclass
 class RowExtras:
-    """What a student or a curriculum adds to a row: figures by position [n], and notes for the row's summary."""
+    """What a student or a curriculum adds to a row.
+
+    figures: by position [n], named as the keys of QUANTITIES; note: one line under the row's summary;
+    left_out: whether the step does not draw the row at all.
+    """
 
     figures: dict[str, Values] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    note: str = ""
+    left_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,9 +98,12 @@ def page_data(
     *,
     max_candidates: int,
     extras: Sequence[RowExtras] | None = None,
-    extra_quantities: Sequence[Quantity] = (),
+    about: Sequence[Sequence[str]] = (),
 ) -> dict[str, Any]:
-    """Plain data of the page. Raises MismatchError when the stores do not belong together."""
+    """Plain data of the page; `about`: more names and values beside the stores.
+
+    Raises MismatchError when the stores do not belong together.
+    """
     built: list[dict[str, Any]] = []
     names: dict[int, str] = {}
     given = extras if extras is not None else [RowExtras() for _ in rows]
@@ -94,14 +111,14 @@ def page_data(
         data, used = _row_data(sources, row, extra, max_candidates=max_candidates)
         built.append(data)
         names |= {token: piece_text(token, sources.table) for token in used}
-    known = [*TEACHER, *SMALL, GAP, *extra_quantities]
-    quantities = [_quantity(one, built) for one in known if any(one.key in data["values"] for data in built)]
+    quantities = [_quantity(one, built) for one in QUANTITIES if any(one.key in data["values"] for data in built)]
     return {
         "title": _title(sources, rows),
-        "about": _about(sources),
+        "about": [*_about(sources), *map(list, about)],
         "as_text": sources.table is not None,
         "names": {str(token): text for token, text in sorted(names.items())},
         "quantities": quantities,
+        "short": SHORT,
         "rows": built,
     }
 
@@ -177,13 +194,16 @@ def _row_data(sources: Sources, row: int, extra: RowExtras, *, max_candidates: i
         values |= {"s_loss": -scored.label_logprob, "s_rank": scored.label_rank, "s_entropy": scored.entropy}
         if "t_loss" in values:
             values["gap"] = values["s_loss"] - values["t_loss"]
+    values |= extra.figures
+    if "st_loss" in values and "t_loss" in values:
+        values["st_gap"] = values["st_loss"] - values["t_loss"]
     data["values"] = {
-        name: _plain(column, stored if name.startswith("t_") or name == "gap" else predicted)
-        for name, column in (values | extra.figures).items()
+        name: _plain(column, stored if name.startswith("t_") or name in ("gap", "st_gap") else predicted)
+        for name, column in values.items()
     }
     data["predicted"] = [int(n) for n in stored]
     data["figures"] = _figures(sources, row, ids, predicted, stored, values, taught)
-    data["notes"] = extra.notes
+    data["note"], data["left_out"] = extra.note, extra.left_out
     return data, used
 
 
@@ -265,6 +285,8 @@ def _figures(
         lines.append(["entries", f"{np.diff(taught.targets.offsets)[where].mean():.1f} a token"])
     if "s_loss" in values and len(at):
         lines.append(["small model's loss", f"{float(values['s_loss'][at].mean()):.3f} nats"])
+    if "st_loss" in values and len(at):
+        lines.append(["student's loss", f"{float(values['st_loss'][at].mean()):.3f} nats"])
     if sources.targets is not None:
         totals, num_tokens = sources.targets.column_bytes([row])
         lines.append(["targets take", f"{sum(totals.values()) / max(num_tokens, 1):.0f} bytes a token"])
@@ -279,7 +301,7 @@ def _quantity(one: Quantity, rows: Iterable[Mapping[str, Any]]) -> dict[str, Any
         top = max([1.0, *found])
     elif one.scale != "rank":
         top = nice_ceiling(float(np.quantile(np.abs(found), QUANTILE)) if found else 1.0)
-    return {"key": one.key, "label": one.label, "unit": one.unit, "scale": one.scale, "about": one.about, "top": top}
+    return {**asdict(one), "label": one.label, "top": top}
 
 
 def nice_ceiling(value: float) -> float:

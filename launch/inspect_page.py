@@ -33,12 +33,16 @@ PAGE = """<!doctype html>
 <label class="by">shade by <select id="quantity"></select></label>
 <div id="legend" aria-hidden="true"><div class="ramp"></div><div class="ticks"></div></div>
 </div>
-<p id="summary"></p>
 <main>
+<div>
+<p id="summary"></p>
+<p id="note"></p>
 <section id="text" tabindex="0" role="group" aria-label="tokens of the row" aria-describedby="keys"></section>
+</div>
 <aside id="panel" aria-live="polite" aria-label="what was expected at the token">
 <div class="token"><span class="shown"></span><span class="where"></span></div>
 <p class="truth"></p>
+<p class="now"></p>
 <table class="facts"><tbody></tbody></table>
 <div class="list" tabindex="0" aria-label="candidates"></div>
 </aside>

@@ -8,6 +8,7 @@ SCRIPT = r"""
 const data = JSON.parse(document.getElementById('data').textContent);
 const $ = id => document.getElementById(id);
 const text = $('text'), panel = $('panel'), rowChoice = $('row'), quantityChoice = $('quantity');
+const minor = ['text', 'entries', 'targets take'];  // left out on a small screen
 let row = null, quantity = null, chosen = null, tokens = [], found = new Map();
 
 function make(tag, name, content) {
@@ -57,21 +58,27 @@ function shareOf(one, value) {  // 0 to 1, or -1 to 1 where there are two signs
   if (one.scale === 'rank') return Math.log1p(value) / Math.log(256);
   return Math.max(-1, Math.min(1, value / one.top));
 }
-function shade(share) {
+function shade(share, one) {
+  if (one.scale === 'weight')  // what is kept stands out by its ink too, see ink()
+    return share > 0 ? `color-mix(in oklab, var(--cold) ${(12 + 30 * share).toFixed(0)}%, transparent)` : '';
   const strength = (Math.abs(share) * 92).toFixed(0);
   return strength === '0' ? '' : `color-mix(in oklab, var(--${share < 0 ? 'cold' : 'warm'}) ${strength}%, transparent)`;
+}
+function ink(share, one) {
+  return one.scale === 'weight' ? `color-mix(in oklab, var(--ink) ${(100 * share).toFixed(0)}%, var(--soft))` : '';
 }
 function legend() {
   const ramp = document.querySelector('.ramp'), ticks = document.querySelector('.ticks');
   const signed = quantity.scale === 'signed', steps = [];
-  for (let n = 0; n <= 10; n++) steps.push(shade(signed ? n / 5 - 1 : n / 10) || 'transparent');
+  for (let n = 0; n <= 10; n++) steps.push(shade(signed ? n / 5 - 1 : n / 10, quantity) || 'transparent');
   ramp.style.background = `linear-gradient(to right, ${steps.join(', ')})`;
   let marks;
   const top = number(quantity.top, '') + (quantity.unit ? ' ' + quantity.unit : '');
   const ranks = [0, 1, 3, 10, 40, 255];
   if (quantity.scale === 'rank') marks = ranks.map(rank => [shareOf(quantity, rank), rank === 255 ? '255+' : rank]);
   else if (signed) marks = [[0, '\u2264 \u2212' + number(quantity.top, '')], [.5, '0'], [1, '\u2265 ' + top]];
-  else if (quantity.scale === 'weight') marks = [[0, '0: left out'], [1, number(quantity.top, '') + ': trained on']];
+  else if (quantity.scale === 'weight')
+    marks = [[0, '0: left out'], [1, quantity.top > 1 ? number(quantity.top, '') : '1: trained on']];
   else marks = [[0, '0'], [.5, number(quantity.top / 2, '')], [1, '\u2265 ' + top]];
   ticks.replaceChildren(...marks.map(([share, label]) => {
     const mark = make('span', '', label);
@@ -84,7 +91,8 @@ function paint() {
   const values = row.values[quantity.key] || [];
   tokens.forEach((node, n) => {
     const value = values[n];
-    node.style.background = known(value) ? shade(shareOf(quantity, value)) : '';
+    node.style.background = known(value) ? shade(shareOf(quantity, value), quantity) : '';
+    node.style.color = known(value) ? ink(shareOf(quantity, value), quantity) : '';
   });
   legend();
 }
@@ -118,12 +126,13 @@ function showRow(wanted) {
   });
   text.replaceChildren(...nodes);
   const summary = row.figures.map(([name, value]) => {
-    const part = make('span', '', name + ' ');
+    const part = make('span', minor.includes(name) ? 'minor' : '', name + ' ');
     part.append(make('b', '', value));
     return part;
   });
-  for (const note of row.notes) summary.push(make('span', '', note));
   $('summary').replaceChildren(...summary);
+  $('note').textContent = row.note;
+  $('note').className = row.left_out ? 'out' : '';
   paint();
   showToken(null);
 }
@@ -193,18 +202,37 @@ function candidates(place) {
   if (known(tail)) lines.push(candidate('', 'tail: all others', tail / 100, full, null, 'rest'));
   return lines;
 }
+function valueText(one, place, nats) {
+  const value = place === null ? null : (row.values[one.key] || [])[place];
+  if (!known(value)) return '\u2013';
+  if (one.scale === 'rank') return rankText(value);
+  return one.unit === 'nats' ? value.toFixed(2) + nats : number(value, one.unit);
+}
+function facts(place) {  // a line for each figure, a column for each model; then the weights
+  const models = data.quantities.filter(one => one.source !== 'kept');
+  const sources = [...new Set(models.map(one => one.source))];
+  const cell = one => {
+    const node = make('td', one === quantity ? 'now' : '', one ? valueText(one, place, '') : '');
+    if (one) node.title = one.label + '. ' + one.about;
+    return node;
+  };
+  const line = (name, cells) => { const node = make('tr'); node.append(make('td', '', name), ...cells); return node; };
+  const lines = data.short.map(short => [short, models.filter(one => one.short === short)])
+    .filter(([, found]) => found.length)
+    .map(([short, found]) => line(short, sources.map(source => cell(found.find(one => one.source === source)))));
+  if (sources.length) lines.unshift(line('', sources.map(source => make('th', '', source))));
+  const weights = data.quantities.filter(one => one.source === 'kept');
+  return [...lines, ...weights.map(one => {
+    const node = line(one.label, [cell(one)]);
+    node.firstChild.colSpan = sources.length || 1;
+    return node;
+  })];
+}
 function showToken(place) {
-  const shown = panel.querySelector('.shown'), where = panel.querySelector('.where');
-  const facts = panel.querySelector('tbody');
+  const shown = panel.querySelector('.shown'), where = panel.querySelector('.where'), now = panel.querySelector('.now');
   shown.replaceChildren();
-  facts.replaceChildren(...data.quantities.map(one => {
-    const line = make('tr', one === quantity ? 'now' : '');
-    const value = place === null ? null : (row.values[one.key] || [])[place];
-    const said = one.scale === 'rank' && known(value) ? rankText(value) : number(value, one.unit);
-    line.append(make('td', '', one.label), make('td', '', said + (one.unit === 'nats' && known(value) ? ' nats' : '')));
-    line.title = one.about;
-    return line;
-  }));
+  panel.querySelector('tbody').replaceChildren(...facts(place));
+  now.replaceChildren(make('span', '', quantity.label), make('b', '', valueText(quantity, place, ' nats')));
   if (place === null) {
     where.textContent = '';
     panel.querySelector('.truth').textContent = 'Point at a token, tap it, or go to the text and use the arrow keys.';
@@ -291,8 +319,13 @@ quantityChoice.addEventListener('change', () => {
   showToken(chosen);
   remember();
 });
-data.rows.forEach((one, n) => rowChoice.append(new Option('row ' + one.row, n)));
-data.quantities.forEach((one, n) => quantityChoice.append(new Option(one.label, n)));
+data.rows.forEach((one, n) => rowChoice.append(new Option(`row ${one.row}${one.left_out ? ' (not drawn)' : ''}`, n)));
+for (const source of new Set(data.quantities.map(one => one.source))) {
+  const group = make('optgroup');
+  group.label = source;
+  data.quantities.forEach((one, n) => { if (one.source === source) group.append(new Option(one.label, n)); });
+  quantityChoice.append(group);
+}
 const wanted = new URLSearchParams(location.hash.slice(1));
 const nothing = { key: '', label: 'nothing', unit: '', scale: 'linear', about: '', top: 1 };
 quantity = data.quantities.find(one => one.key === wanted.get('by')) || data.quantities[0] || nothing;

@@ -36,6 +36,8 @@ select { max-width: 100%; } button:disabled { opacity: .4; }
 #summary b { color: var(--ink); font-weight: 600; font-variant-numeric: tabular-nums; }
   #summary span { margin-right: 1.1em;
   display: inline-block; }
+#note { margin: .2rem 0 .9rem; font-size: .88rem; max-width: 44rem; padding-left: .7rem;
+  border-left: 3px solid var(--cold); } #note:empty { display: none; } #note.out { border-color: var(--warm); }
 main { display: grid; grid-template-columns: minmax(0, 1fr) var(--panel); gap: 2rem; align-items: start; }
 #text { font-size: 1.06rem; line-height: 1.85; max-width: 44rem; overflow-wrap: anywhere; white-space: pre-wrap;
   border-radius: 6px; padding-bottom: 2rem; }
@@ -46,12 +48,11 @@ main { display: grid; grid-template-columns: minmax(0, 1fr) var(--panel); gap: 2
 .t.part, .sign { color: var(--soft); opacity: .75; font-size: .85em; }
 .t.none { border-bottom: 1px dotted var(--soft); }
 .t.look { box-shadow: 0 0 0 1.5px var(--soft); } .t.chosen { box-shadow: 0 0 0 2px var(--mark); }
-.off .t:not(.none) { opacity: .55; }
 .doc { white-space: normal; color: var(--soft); font-size: .75rem; line-height: 1.4;
   border-top: 1px solid var(--line);
   margin: 1rem 0 .4rem; padding-top: .2rem; } .doc:first-child { margin-top: 0; }
-#panel { position: sticky; top: 4.6rem; height: calc(100vh - 6rem); min-height: 24rem; max-height: 46rem;
-  display: flex;
+#panel { position: sticky; top: 4.6rem; margin-top: .8rem; height: calc(100vh - 7.9rem); min-height: 24rem;
+  max-height: 46rem; display: flex;
   flex-direction: column; background: var(--card); border: 1px solid var(--line); border-radius: 8px;
   padding: .8rem 1rem; }
 .token { display: flex; gap: .6rem; align-items: baseline; justify-content: space-between; height: 1.9rem; }
@@ -61,7 +62,9 @@ main { display: grid; grid-template-columns: minmax(0, 1fr) var(--panel); gap: 2
 .facts { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabular-nums; width: 100%; }
 .facts td { padding: .05rem 0; color: var(--soft); } .facts td + td { text-align: right; color: var(--ink);
   white-space: nowrap; }
-.facts tr.now td { color: var(--ink); font-weight: 600; }
+.facts th { text-align: right; font-weight: 400; color: var(--soft); white-space: nowrap; padding-left: .6rem; }
+.facts td.now { font-weight: 700; text-decoration: underline 2px var(--mark); text-underline-offset: 3px; }
+p.now { display: none; margin: .2rem 0; justify-content: space-between; font-size: .88rem; }
 .list { flex: 1; overflow-y: auto; margin-top: .5rem; border-top: 1px solid var(--line); padding-top: .3rem;
   scrollbar-gutter: stable; font-size: .85rem; }
 .c { display: grid; grid-template-columns: 1.5rem minmax(0, 1fr) 5rem 3.7rem 3.7rem; gap: .4rem; align-items: center;
@@ -85,7 +88,7 @@ footer { color: var(--soft); font-size: .8rem; margin: 1.5rem 0; } kbd { border:
   .bar { gap: .4rem .8rem; } .by { flex: 1 1 100%; } .by select { flex: 1; min-width: 0; } #legend { flex: 1 1 9rem; }
   #panel { position: fixed; z-index: 3; inset: auto 0 0 0; top: auto; height: 41vh; min-height: 0; max-height: none;
     border-radius: 12px 12px 0 0; padding: .5rem .8rem; box-shadow: 0 -4px 18px rgb(0 0 0 / .18); }
-  .facts tr:not(.now) { display: none; } .truth { height: 3em; margin: 0; }
+  .facts, #summary .minor { display: none; } p.now { display: flex; } .truth { height: 3em; margin: 0; }
   .bar { position: static; }
   .t { scroll-margin: 1rem 0 44vh; }
 }

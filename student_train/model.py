@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from potstill.common.causal_lm import backbone, soft_cap_and_scale
 from potstill.common.errors import UserError
 from potstill.common.packed import as_lines
-from potstill.kernels.loss import linear_sparse_loss, self_check, token_statistics
+from potstill.kernels.loss import TokenStatistics, linear_sparse_loss, self_check, token_statistics
 from potstill.kernels.types import IGNORE_LABEL, LossSums
 from potstill.student_train.batch import MicroBatch
 from potstill.student_train.calibration import calibration_bins
@@ -79,7 +79,7 @@ class DistillationHead(nn.Module):
         if request is None:
             return F.linear(hidden, self.weight, self.bias)
         micro, objective = request.micro, request.objective
-        token_weights, kd_weights = self._choice(hidden, micro, objective)
+        token_weights, kd_weights = self.choice(hidden, micro, objective)
         distils = objective.alpha > 0.0
         options: dict[str, Any] = {
             "token_weights": token_weights,
@@ -117,8 +117,21 @@ class DistillationHead(nn.Module):
             )
         return loss, torch.cat(figures)
 
+    def statistics(self, hidden: Tensor, micro: MicroBatch, objective: StepObjective | None) -> TokenStatistics:
+        """Figures of every position [N] without gradients; those against the targets where an objective is given."""
+        return token_statistics(
+            hidden=hidden.detach(),
+            weight=self.weight.detach(),
+            bias=None if self.bias is None else self.bias.detach(),
+            labels=micro.labels,
+            targets=None if objective is None else micro.targets,
+            soft_cap=self.soft_cap,
+            logit_scale=self.logit_scale,
+            **({} if objective is None else divergence_arguments(objective)),
+        )
+
     @torch.no_grad()
-    def _choice(self, hidden: Tensor, micro: MicroBatch, objective: StepObjective) -> tuple[Tensor, Tensor | None]:
+    def choice(self, hidden: Tensor, micro: MicroBatch, objective: StepObjective) -> tuple[Tensor, Tensor | None]:
         """Weights [N] of the positions for the whole loss and for its KD term; unlabelled positions weigh 0."""
         labelled = micro.labels != IGNORE_LABEL
         everywhere = labelled.float()
@@ -126,16 +139,7 @@ class DistillationHead(nn.Module):
         if choice is None or not choice.uses_student:
             return (everywhere if micro.token_weights is None else micro.token_weights), micro.kd_weights
         needs_targets = "divergence" in TOKEN_POLICIES[choice.selector.policy].needs
-        figures = token_statistics(
-            hidden=hidden.detach(),
-            weight=self.weight.detach(),
-            bias=None if self.bias is None else self.bias.detach(),
-            labels=micro.labels,
-            targets=micro.targets if needs_targets else None,
-            soft_cap=self.soft_cap,
-            logit_scale=self.logit_scale,
-            **(divergence_arguments(objective) if needs_targets else {}),
-        )
+        figures = self.statistics(hidden, micro, objective if needs_targets else None)
         columns = {"loss": -figures.label_logprob, "entropy": figures.entropy, **micro.columns}
         if needs_targets:
             columns["divergence"] = figures.divergence

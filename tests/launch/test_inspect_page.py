@@ -108,9 +108,27 @@ def test_wrong_requests_are_told(
     assert message in capsys.readouterr().err
 
 
+def test_another_tokenizer_is_refused(
+    targets: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = data / "tokenizer" / "tokenizer.json"
+    tree = json.loads(file.read_text())
+    vocab = tree["model"]["vocab"]
+    first, second = [piece for piece, token in vocab.items() if token in (20, 21)]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    other = tmp_path / "tokenizer.json"
+    other.write_text(json.dumps(tree))
+    for place in (other, tmp_path):
+        for words in (["--html", str(tmp_path / "p.html")], []):
+            words += ["--row", "0", "--tokens", str(data / "train"), "--tokenizer", str(place)]
+            assert main(["inspect", str(targets), *words]) == 1
+            assert "the tokenizer that prepare used" in capsys.readouterr().err
+    assert main(["inspect", str(targets), "--row", "0", "--tokens", str(data / "train"), "--tokenizer", str(file)]) == 0
+
+
 def test_no_token_breaks_out_of_the_page() -> None:
     evil = ["</script><script>alert(1)</script>", "<!--<script>", "\"'&\u2028\u2029", "\x00\x1b[31m\ud800"]
-    data = {"title": evil[0], "about": [[evil[1], evil[0]]], "names": evil, "rows": [], "quantities": []}
+    data = {"title": evil[0], "about": [[evil[1], evil[0]]], "names": evil, "rows": [], "quantities": [], "short": []}
     text = data_json(data)
     assert not set("<>&\u2028\u2029\x00\x1b") & set(text)
     assert json.loads(text) == data
