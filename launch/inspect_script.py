@@ -160,7 +160,7 @@ function whereKept(place, rank) {  // what the list does not show of the true to
   const listed = row.candidates.ids[where], kept = row.kept[place];
   if (listed.includes(row.ids[place])) return null;
   if (kept === listed.length || (known(rank) && rank >= kept && row.candidates.unit === 'p'))
-    return 'outside the kept entries: it is in the tail';
+    return 'not kept: in the tail';
   if (known(rank) && row.candidates.unit === 'p') return 'kept, behind the entries listed here';
   return 'not among those listed here';
 }
