@@ -50,8 +50,8 @@ function number(value, unit) {
 }
 function percent(share) {
   const value = 100 * share;
-  if (value > 0 && value < 0.01) return '<0.01 %';
-  return value.toFixed(value >= 10 ? 1 : 2) + ' %';
+  if (value > 0 && value < 0.01) return '<0.01\u00a0%';
+  return value.toFixed(value >= 10 ? 1 : 2) + '\u00a0%';
 }
 function rankText(rank) { return rank >= 255 ? '255 or more' : String(rank); }
 function shareOf(one, value) {  // 0 to 1, or -1 to 1 where there are two signs
@@ -160,7 +160,7 @@ function whereKept(place, rank) {  // what the list does not show of the true to
   const listed = row.candidates.ids[where], kept = row.kept[place];
   if (listed.includes(row.ids[place])) return null;
   if (kept === listed.length || (known(rank) && rank >= kept && row.candidates.unit === 'p'))
-    return 'outside the kept entries: it is in the tail';
+    return 'not kept: in the tail';
   if (known(rank) && row.candidates.unit === 'p') return 'kept, behind the entries listed here';
   return 'not among those listed here';
 }
@@ -172,7 +172,7 @@ function truth(place) {
   const loss = (row.values.t_loss || [])[place], rank = (row.values.t_rank || [])[place];
   if (rank === 0) said.push('the teacher\u2019s first choice');
   else if (known(rank)) said.push('rank ' + rankText(rank) + ' of the teacher');
-  if (known(loss)) said.push('p = ' + percent(Math.exp(-loss)));
+  if (known(loss)) said.push(('p\u00a0=\u00a0' + percent(Math.exp(-loss))).replace('=\u00a0<', '<\u00a0'));
   const place_ = whereKept(place, rank);
   if (place_) said.push(place_);
   return (said.length ? 'True token: ' + said.join(', ') + '.' : '') + end;
@@ -205,7 +205,8 @@ function candidates(place) {
 function valueText(one, place, nats) {
   const value = place === null ? null : (row.values[one.key] || [])[place];
   if (!known(value)) return '\u2013';
-  if (one.scale === 'rank') return rankText(value);
+  if (one.scale === 'rank') return value >= 255 ? '255+' : String(value);
+  if (one.scale === 'weight') return value.toFixed(2);
   return one.unit === 'nats' ? value.toFixed(2) + nats : number(value, one.unit);
 }
 function facts(place) {  // a line for each figure, a column for each model; then the weights
@@ -231,6 +232,7 @@ function facts(place) {  // a line for each figure, a column for each model; the
 function showToken(place) {
   const shown = panel.querySelector('.shown'), where = panel.querySelector('.where'), now = panel.querySelector('.now');
   shown.replaceChildren();
+  panel.className = place === null ? 'idle' : '';
   panel.querySelector('tbody').replaceChildren(...facts(place));
   now.replaceChildren(make('span', '', quantity.label), make('b', '', valueText(quantity, place, ' nats')));
   if (place === null) {

@@ -90,6 +90,7 @@ footer { color: var(--soft); font-size: .8rem; margin: 1.5rem 0; } kbd { border:
     border-radius: 12px 12px 0 0; padding: .5rem .8rem; box-shadow: 0 -4px 18px rgb(0 0 0 / .18); }
   .facts, #summary .minor { display: none; } p.now { display: flex; } .truth { height: 3em; margin: 0; }
   .bar { position: static; }
+  #panel.idle { height: auto; } .idle .list, .idle .token, .idle .now { display: none; }
   .t { scroll-margin: 1rem 0 44vh; }
 }
 @media (prefers-reduced-motion: no-preference) { .c .meter i { transition: width .08s; } }
