@@ -63,7 +63,11 @@ class Progress:
     def __enter__(self) -> Self:
         if self._enabled and is_terminal(self._stream):
             self._bar = self._make_bar()
-            self._bar.start()
+            try:
+                self._bar.start()
+            except BaseException:  # Ctrl-C during the first drawing: rich would leave the cursor hidden
+                self._bar.stop()
+                raise
         return self
 
     def _make_bar(self) -> Bar:

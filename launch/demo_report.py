@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from potstill.common.progress import format_seconds
+from potstill.common.sizes import format_bytes
 from potstill.launch.demo_ngrams import NgramLosses, ngram_losses, pairs
 from potstill.launch.demo_plan import ARMS, DemoSize, student_names
 from potstill.launch.paired import Spread, differences, is_gain
 from potstill.launch.stages import shell_line
-from potstill.launch.text import format_bytes, table
+from potstill.launch.text import table
 
 if TYPE_CHECKING:
     from potstill.storage import StoreReader, TokensRow

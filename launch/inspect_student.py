@@ -68,11 +68,7 @@ def _step(text: str | None) -> int | float | None:
     if text is None:
         return None
     try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        return float(text)
+        return int(text) if text.lstrip("+-").isdecimal() else float(text)
     except ValueError as error:
         raise UserError(f"--step {text}: expected a number of a step, or a share of the run such as 0.5") from error
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from potstill.common.exit_codes import DONE, INCOMPLETE
 from potstill.common.progress import format_seconds, is_terminal
+from potstill.common.sizes import format_bytes
 from potstill.launch.command import Command
-from potstill.launch.text import format_bytes, print_table, rich_table
+from potstill.launch.text import print_table, rich_table
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -54,8 +55,12 @@ def _watch(stores: Sequence[str], *, seconds: float, as_json: bool) -> int:
         from rich.live import Live
 
         looks = _look(stores)
-        with Live(_page(looks), auto_refresh=False) as live:
+        live = Live(_page(looks), auto_refresh=False)
+        try:  # as a context manager it would leave the cursor hidden when Ctrl-C comes during the first page
+            live.start(refresh=True)
             return _until_done(stores, seconds, lambda looks: live.update(_page(looks), refresh=True))
+        finally:
+            live.stop()
     told: dict[str, str] = {}
 
     def tell(looks: Looks) -> None:

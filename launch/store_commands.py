@@ -9,8 +9,8 @@ from dataclasses import asdict
 
 from potstill.common.exit_codes import DONE, INCOMPLETE
 from potstill.common.progress import Progress
+from potstill.common.sizes import format_bytes
 from potstill.launch.command import Command
-from potstill.launch.text import format_bytes
 
 
 def _store_argument(parser: argparse.ArgumentParser) -> None:

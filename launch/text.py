@@ -15,16 +15,6 @@ if TYPE_CHECKING:
 _WIDEST = 1_000_000  # of a plain table: a line is as long as its cells are
 
 
-def format_bytes(count: float) -> str:
-    """Write a number of bytes with a binary unit: `512 B`, `3.4 MiB`."""
-    size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if size < 1024 or unit == "TiB":
-            break
-        size /= 1024
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-
-
 def rich_table(header: Sequence[str], rows: Sequence[Sequence[object]], *, align: str = "", title: str = "") -> Table:
     """A table for a terminal; its cells are text, never markup. `align`: see `table`."""
     from rich import box

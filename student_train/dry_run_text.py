@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from potstill.common.sizes import format_bytes
 from potstill.student_train.dry_run import DryRun, StageFigures
 
 DIGEST_SHOWN = 12  # hexadecimal digits
@@ -37,7 +38,7 @@ def _stores(run: DryRun) -> Iterator[str]:
             store.key,
             f"{store.rows:,} rows",
             f"{store.tokens:,} tokens",
-            format_size(store.bytes),
+            format_bytes(store.bytes),
             f"digest {store.digest[:DIGEST_SHOWN]}",
             store.path,
         )
@@ -46,8 +47,8 @@ def _stores(run: DryRun) -> Iterator[str]:
     yield from _columns(rows, right=(1, 2, 3))
     reads = {store.key: store.read_bytes for store in run.stores if store.read_bytes is not None}
     about = "about " if run.reads_sampled else ""
-    parts = ", ".join(f"{key} {format_size(count)}" for key, count in reads.items())
-    yield f"read in training, by all ranks: {about}{format_size(sum(reads.values()))} ({parts});"
+    parts = ", ".join(f"{key} {format_bytes(count)}" for key, count in reads.items())
+    yield f"read in training, by all ranks: {about}{format_bytes(sum(reads.values()))} ({parts});"
     yield "a row is read with the record batch that holds it, once for each time it is trained on"
 
 
@@ -81,8 +82,8 @@ def _stage(stage: StageFigures, run: DryRun) -> Iterator[str]:
 
 def _memory(run: DryRun) -> Iterator[str]:
     parts = {part: size for part, size in run.memory_bytes.items() if size}
-    rows = [(part, format_size(size)) for part, size in parts.items()]
-    yield from _columns([*rows, ("sum", format_size(sum(parts.values())))], right=(1,))
+    rows = [(part, format_bytes(size)) for part, size in parts.items()]
+    yield from _columns([*rows, ("sum", format_bytes(sum(parts.values())))], right=(1,))
     yield f"{run.num_parameters:,} parameters; not counted: activations, which grow with the tokens of a forward"
     yield "(model.gradient_checkpointing keeps them small), the loader's batches, and what torch itself takes"
 
@@ -90,16 +91,6 @@ def _memory(run: DryRun) -> Iterator[str]:
 def _curve(ends: tuple[float, float]) -> str:
     first, last = (f"{value:.4g}" for value in ends)
     return first if first == last else f"{first} -> {last}"
-
-
-def format_size(count: float) -> str:
-    """A number of bytes with a decimal unit: `512 B`, `3.4 MB`."""
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if size < 1000 or unit == "TB":
-            break
-        size /= 1000
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
 
 
 def _columns(rows: Sequence[tuple[str, ...]], *, right: tuple[int, ...]) -> Iterator[str]:
