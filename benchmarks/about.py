@@ -7,7 +7,7 @@ import platform
 import time
 from typing import Any
 
-from potstill.student_train.run_folder import versions
+from potstill.student_train.run.run_folder import versions
 
 SHOWN = ("torch", "deepspeed", "transformers")
 

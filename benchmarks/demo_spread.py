@@ -21,12 +21,12 @@ from typing import Any
 
 from benchmarks.about import about
 from potstill.common.errors import UserError
-from potstill.launch.demo import demo_folder, run_stages
-from potstill.launch.demo_plan import ARMS, FULL, QUICK, DemoSize, store_stages, student_stages
-from potstill.launch.demo_report import ARM_NAMES, reference_losses
-from potstill.launch.paired import Spread, differences, is_gain
+from potstill.launch.demo.paired import Spread, differences, is_gain
+from potstill.launch.demo.report import ARM_NAMES, reference_losses
+from potstill.launch.demo.run import demo_folder, run_stages
+from potstill.launch.demo.sizes import ARMS, FULL, QUICK, DemoSize, store_stages, student_stages
 from potstill.launch.text import table
-from potstill.student_train.metrics import read_metrics
+from potstill.student_train.run.metrics import read_metrics
 
 LABELS_SD_GOAL, GAP_MIN_GOAL, GAP_SD_GOAL = 0.03, 0.05, 0.03
 ANSWERS = {True: "yes", False: "no", None: "cannot be told"}

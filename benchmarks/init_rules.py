@@ -22,8 +22,8 @@ import yaml
 from benchmarks.about import about, about_line
 from benchmarks.methods import run_stages
 from potstill.launch.cli import main as potstill
-from potstill.launch.demo_corpus import write_corpus
-from potstill.launch.stages import Stage
+from potstill.launch.demo.corpus import write_corpus
+from potstill.launch.demo.steps import Stage
 from potstill.launch.text import table
 
 RULES = ("config", "width", "width_residual")

@@ -42,11 +42,11 @@ from potstill.storage import (
     seal_store,
     token_digest,
 )
-from potstill.storage.index import column_types, encode_index
-from potstill.storage.paths import open_folder
-from potstill.storage.rows import Row
-from potstill.storage.seal import INDEX_NAME, MANIFEST_NAME, Manifest, UnitEntry, store_digest
-from potstill.storage.unit_file import encode_unit
+from potstill.storage.files.paths import open_folder
+from potstill.storage.files.unit_file import encode_unit
+from potstill.storage.rows.row_types import Row
+from potstill.storage.store.index import column_types, encode_index
+from potstill.storage.store.seal import INDEX_NAME, MANIFEST_NAME, Manifest, UnitEntry, store_digest
 
 ROW_LENGTH, ROWS_PER_UNIT, VOCAB = 8192, 256, 32_000
 GLOBAL_BATCH, SEED = 64, 11

@@ -31,13 +31,13 @@ from benchmarks.methods_report import PresetResult, Table, write_report
 from benchmarks.methods_stores import SERIES, RealText
 from potstill.common.config import build_config, load_config
 from potstill.common.errors import UserError
-from potstill.launch.demo import say
+from potstill.launch.demo.run import say
+from potstill.launch.demo.steps import Stage, StageRunner, Starter
+from potstill.launch.demo.warm import WarmChild, warm_up
 from potstill.launch.presets import find_preset, list_presets
 from potstill.launch.processes import count_devices, start
-from potstill.launch.stages import Stage, StageRunner, Starter
-from potstill.launch.warm import WarmChild, warm_up
-from potstill.student_train.config import TrainConfig
-from potstill.student_train.metrics import read_metrics
+from potstill.student_train.config.train import TrainConfig
+from potstill.student_train.run.metrics import read_metrics
 
 # Methods whose papers start from a trained student: their positions or rows are chosen by what it knows.
 FROM_TRAINED = ("paced", "pocl", "se_kd", "tip")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from potstill.launch.stages import Stage
+from potstill.launch.demo.steps import Stage
 
 # Steps of the series teacher's run after which its checkpoints are taken: the first while its loss still falls fast.
 SERIES = {"early": 150, "middle": 300, "final": 600}

@@ -26,7 +26,7 @@ import transformers
 
 from potstill.common.errors import UserError
 from potstill.launch.calibrate import calibrate, run_workers
-from potstill.launch.demo_plan import DUMP_WORKERS, FULL
+from potstill.launch.demo.sizes import DUMP_WORKERS, FULL
 from potstill.launch.plan import PlanConfig, compare, format_comparison, make_plan
 from potstill.storage import StoreReader, seal_store
 from potstill.teacher_dump.config import DumpConfig

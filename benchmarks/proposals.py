@@ -18,7 +18,7 @@ from torch import Tensor
 
 from potstill.kernels.topk import select_sample
 from potstill.storage import RunSpec, SparseTargets, TargetsRow
-from potstill.storage.unit_file import encode_unit
+from potstill.storage.files.unit_file import encode_unit
 
 
 @dataclass(frozen=True)

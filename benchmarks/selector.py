@@ -18,8 +18,8 @@ import torch
 from benchmarks.step import finish, measure, parse
 from potstill.kernels.loss import linear_sparse_loss
 from potstill.kernels.types import SparseTargetTensors
-from potstill.student_train.distributed import stop_distributed
-from potstill.student_train.model import DTYPES
+from potstill.student_train.model.student import DTYPES
+from potstill.student_train.run.engine import stop_distributed
 
 
 def head_seconds(options: argparse.Namespace, share: float, *, repeats: int = 7) -> float:

@@ -35,9 +35,9 @@ from potstill.storage import (
     token_digest,
 )
 from potstill.student_train import train
-from potstill.student_train.config import TrainConfig
-from potstill.student_train.distributed import stop_distributed
-from potstill.student_train.metrics import read_metrics
+from potstill.student_train.config.train import TrainConfig
+from potstill.student_train.run.engine import stop_distributed
+from potstill.student_train.run.metrics import read_metrics
 
 ROWS_PER_UNIT = 64
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from potstill.kernels import objective, products, rows_torch, tiles
+from potstill.kernels import products, rows_torch, tiles
+from potstill.kernels import row_terms as objective
 from potstill.kernels.types import KernelInputError
 
 BACKENDS = ("auto", "torch", "triton", "triton_compiled")

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from potstill.kernels import products
 from potstill.kernels.backends import Backend
-from potstill.kernels.objective import RowTerms
+from potstill.kernels.row_terms import RowTerms
 from potstill.kernels.settings import LossSettings
 from potstill.kernels.types import LossSums, SparseTargetTensors
 

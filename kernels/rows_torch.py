@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from potstill.kernels.objective import FixSet, RowStats, RowTerms
+from potstill.kernels.row_terms import FixSet, RowStats, RowTerms
 from potstill.kernels.settings import LossSettings
 
 # Finite, so that (z - max) * exp(z - max) is -0 and not NaN where a column was taken out.

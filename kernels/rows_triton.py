@@ -13,7 +13,7 @@ from torch import Tensor
 
 from potstill.kernels import products
 from potstill.kernels.backends import Backend
-from potstill.kernels.objective import FixSet, RowStats, RowTerms, build_fix_set, row_terms
+from potstill.kernels.row_terms import FixSet, RowStats, RowTerms, build_fix_set, row_terms
 from potstill.kernels.settings import LossSettings
 from potstill.kernels.tiles import TILE, TileStats
 from potstill.kernels.triton_kernels import dense_grad_kernel, scale_kernel, stats_kernel, tile_stats_kernel

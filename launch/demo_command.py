@@ -29,8 +29,8 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
 def _demo(arguments: argparse.Namespace) -> int:
     from dataclasses import replace
 
-    from potstill.launch.demo import run_demo
-    from potstill.launch.demo_plan import FULL, QUICK
+    from potstill.launch.demo.run import run_demo
+    from potstill.launch.demo.sizes import FULL, QUICK
 
     size = QUICK if arguments.quick else FULL
     if arguments.noise is not None:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 from potstill.common.errors import UserError
 from potstill.common.exit_codes import DONE
 from potstill.launch.command import Command
-from potstill.launch.inspect_flags import FLAGS, add_student_arguments
+from potstill.launch.inspect.flags import FLAGS, add_student_arguments
 from potstill.launch.text import print_table
 
 if TYPE_CHECKING:
-    from potstill.launch.inspect_data import Sources
+    from potstill.launch.inspect.data import Sources
     from potstill.storage import StoreReader
 
 TEXT_CANDIDATES, PAGE_CANDIDATES = 5, 20
@@ -85,7 +85,7 @@ def _page_rows(arguments: argparse.Namespace, num_rows: int) -> list[int]:
 def _page_sources(arguments: argparse.Namespace, reader: StoreReader) -> Sources:
     """The stores by kind, as they were given. Raises UserError."""
     from potstill.common.token_table import read_token_table
-    from potstill.launch.inspect_data import Sources
+    from potstill.launch.inspect.data import Sources
     from potstill.launch.store_tokenizer import check_tokenizer
     from potstill.storage import StoreReader
 
@@ -110,9 +110,9 @@ def _page_sources(arguments: argparse.Namespace, reader: StoreReader) -> Sources
 
 def _write_page(arguments: argparse.Namespace, reader: StoreReader) -> int:
     """Write one page over the rows to a file, or one page per row into a folder."""
-    from potstill.launch.inspect_data import page_data
-    from potstill.launch.inspect_page import render_page
-    from potstill.launch.inspect_student import student_part
+    from potstill.launch.inspect.data import page_data
+    from potstill.launch.inspect.page import render_page
+    from potstill.launch.inspect.student import student_part
 
     rows = _page_rows(arguments, reader.num_rows)
     sources = _page_sources(arguments, reader)

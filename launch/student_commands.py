@@ -36,14 +36,14 @@ PRESETS = Command(
 
 
 def _eval_arguments(parser: argparse.ArgumentParser) -> None:
-    from potstill.student_train.config import EvalConfig
+    from potstill.student_train.config.train import EvalConfig
 
     add_config_options(parser, EvalConfig)
 
 
 def _eval(arguments: argparse.Namespace) -> int:
     from potstill.student_train import evaluate
-    from potstill.student_train.config import EvalConfig
+    from potstill.student_train.config.train import EvalConfig
 
     print(evaluate(read_config(EvalConfig, arguments)).format())
     return DONE
@@ -63,21 +63,21 @@ EVAL = Command(
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
-    from potstill.student_train.config import ExportConfig
+    from potstill.student_train.config.train import ExportConfig
 
     add_config_options(parser, ExportConfig, flags={"--output": "output_dir"})
 
 
 def _export(arguments: argparse.Namespace) -> int:
     from potstill.student_train import export
-    from potstill.student_train.config import ExportConfig
+    from potstill.student_train.config.train import ExportConfig
 
     print(export(read_config(ExportConfig, arguments)).format())
     return DONE
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from potstill.student_train.report import write_report
+    from potstill.student_train.report.build import write_report
 
     print(f"wrote {write_report(arguments.runs, arguments.output, force=arguments.force)}")
     return DONE

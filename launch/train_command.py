@@ -26,16 +26,16 @@ from potstill.launch.presets import find_preset
 from potstill.launch.processes import RanksEnd, count_devices, run_ranks
 
 if TYPE_CHECKING:
-    from potstill.student_train.config import TrainConfig
-    from potstill.student_train.preflight import CheckedStart
-    from potstill.student_train.summary import TrainSummary
+    from potstill.student_train.config.train import TrainConfig
+    from potstill.student_train.run.preflight import CheckedStart
+    from potstill.student_train.run.summary import TrainSummary
 
 RANK_MODULE = "potstill.student_train"
 log = logging.getLogger("potstill.launch.train")
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
-    from potstill.student_train.config import TrainConfig
+    from potstill.student_train.config.train import TrainConfig
 
     parser.add_argument("--preset", metavar="NAME", help="start from a preset instead of --config (`potstill presets`)")
     parser.add_argument(
@@ -62,7 +62,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from potstill.student_train.batch_arithmetic import accumulation_steps
+    from potstill.student_train.config.batch_arithmetic import accumulation_steps
 
     config = _read(arguments)
     if "RANK" in os.environ and not arguments.dry_run:
@@ -74,7 +74,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _read(arguments: argparse.Namespace) -> TrainConfig:
-    from potstill.student_train.config import TrainConfig
+    from potstill.student_train.config.train import TrainConfig
 
     if arguments.preset is not None:
         if arguments.config is not None:
@@ -92,13 +92,13 @@ def _num_ranks(arguments: argparse.Namespace) -> int:
 
 
 def _check_and_run(config: TrainConfig, num_ranks: int, scratch: Path, arguments: argparse.Namespace) -> int:
-    from potstill.student_train.rank_report import OnceForAllRanks
+    from potstill.student_train.run.rank_report import OnceForAllRanks
 
     if num_ranks > 1:  # the ranks check again, and would warn again
         for handler in logging.getLogger("potstill").handlers:
             handler.addFilter(OnceForAllRanks(scratch))
     with noise_to(scratch / "check.log"):
-        from potstill.student_train.preflight import check_start
+        from potstill.student_train.run.preflight import check_start
 
         start = check_start(config, num_ranks=num_ranks, planning=arguments.dry_run)
         figures = _dry_run(start) if arguments.dry_run else None
@@ -116,8 +116,8 @@ def _check_and_run(config: TrainConfig, num_ranks: int, scratch: Path, arguments
 
 
 def _dry_run(start: CheckedStart) -> tuple[str, dict[str, object]]:
-    from potstill.student_train.dry_run import dry_run
-    from potstill.student_train.dry_run_text import format_dry_run
+    from potstill.student_train.run.dry_run import dry_run
+    from potstill.student_train.run.dry_run_text import format_dry_run
 
     figures = dry_run(start)
     return format_dry_run(figures), figures.to_json()
@@ -125,7 +125,7 @@ def _dry_run(start: CheckedStart) -> tuple[str, dict[str, object]]:
 
 def _prepare(config: TrainConfig, scratch: Path) -> Path:
     """Make the run folder ready (with --force: empty), and a log file in it that begins with what the check printed."""
-    from potstill.student_train.run_folder import new_log_file, prepare_run_folder
+    from potstill.student_train.run.run_folder import new_log_file, prepare_run_folder
 
     prepare_run_folder(config)
     log_file = new_log_file(config.run.output_dir)
@@ -143,7 +143,7 @@ def _in_this_process(start: CheckedStart, log_file: Path, *, as_json: bool) -> i
     from potstill.student_train import train
 
     with noise_to(log_file):
-        from potstill.student_train.distributed import stop_distributed
+        from potstill.student_train.run.engine import stop_distributed
 
         try:
             summary = train(_unforced(start.config), checked=start.run)
@@ -155,7 +155,7 @@ def _in_this_process(start: CheckedStart, log_file: Path, *, as_json: bool) -> i
 def _one_of_many(config: TrainConfig, *, as_json: bool) -> int:
     """This process is a rank of another launcher, which has its own ways with output."""
     from potstill.student_train import train
-    from potstill.student_train.distributed import stop_distributed
+    from potstill.student_train.run.engine import stop_distributed
 
     try:
         summary = train(config)
@@ -168,8 +168,8 @@ def _one_of_many(config: TrainConfig, *, as_json: bool) -> int:
 
 def _on_ranks(config: TrainConfig, num_ranks: int, scratch: Path, log_file: Path, *, as_json: bool) -> int:
     """Start the ranks with exactly the configuration that was checked, and judge how they ended."""
-    from potstill.student_train.rank_report import FOLDER_VARIABLE, LOG_VARIABLE, read_summary
-    from potstill.student_train.run_folder import read_done
+    from potstill.student_train.run.rank_report import FOLDER_VARIABLE, LOG_VARIABLE, read_summary
+    from potstill.student_train.run.run_folder import read_done
 
     checked = scratch / "config.yaml"
     checked.write_text(dump_config(_unforced(config)), encoding="utf-8")
@@ -194,7 +194,7 @@ def _on_ranks(config: TrainConfig, num_ranks: int, scratch: Path, log_file: Path
 
 def _what_failed(end: RanksEnd, scratch: Path) -> str:
     """The error of the rank that failed first, in its own words if it left any."""
-    from potstill.student_train.rank_report import main_error, read_errors
+    from potstill.student_train.run.rank_report import main_error, read_errors
 
     errors = read_errors(scratch)
     told = main_error(errors, len(end.codes))

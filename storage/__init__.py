@@ -3,7 +3,6 @@
 The format is described in docs/format.md; this facade is the only thing other rooms import.
 """
 
-from potstill.storage.commit import CommitRecord
 from potstill.storage.errors import (
     CorruptError,
     GaveUpError,
@@ -16,25 +15,26 @@ from potstill.storage.errors import (
     VersionError,
     WriteFailedError,
 )
-from potstill.storage.gc import GcReport, collect_garbage
-from potstill.storage.id_map import IdMap
-from potstill.storage.inspect import format_row
-from potstill.storage.joining import JoinedRow, RowDataset, RowSample, check_joined
-from potstill.storage.k_bound import KBound, bound_positions
-from potstill.storage.loader import LoadedBatch, Loader
-from potstill.storage.order import ORDER_VERSION, RowOrder, permute
-from potstill.storage.paths import StorePath
-from potstill.storage.plan import EpochPlan, RowPlan
-from potstill.storage.reader import StoreReader
-from potstill.storage.rows import NO_LABEL, Row, ScoresRow, TargetsRow, TokensRow, token_digest
-from potstill.storage.seal import Manifest, seal_store
-from potstill.storage.self_check import AlignmentReport, check_alignment, check_student
-from potstill.storage.sparse_targets import Candidates, SparseTargets, concatenate
-from potstill.storage.spec import RunSpec
-from potstill.storage.stats import StoreStats, store_stats
-from potstill.storage.status import StoreStatus, store_status
-from potstill.storage.verify import VerifyReport, verify_store
-from potstill.storage.writer import StoreWriter, check_output, discard_unused
+from potstill.storage.files.commit import CommitRecord
+from potstill.storage.files.paths import StorePath
+from potstill.storage.loading.joining import JoinedRow, RowDataset, RowSample, check_joined
+from potstill.storage.loading.loader import LoadedBatch, Loader
+from potstill.storage.loading.order import ORDER_VERSION, RowOrder, permute
+from potstill.storage.loading.row_plan import EpochPlan, RowPlan
+from potstill.storage.rows.id_map import IdMap
+from potstill.storage.rows.k_bound import KBound, bound_positions
+from potstill.storage.rows.row_types import NO_LABEL, Row, ScoresRow, TargetsRow, TokensRow, token_digest
+from potstill.storage.rows.sparse_targets import Candidates, SparseTargets, concatenate
+from potstill.storage.store.gc import GcReport, collect_garbage
+from potstill.storage.store.inspect import format_row
+from potstill.storage.store.reader import StoreReader
+from potstill.storage.store.seal import Manifest, seal_store
+from potstill.storage.store.self_check import AlignmentReport, check_alignment, check_student
+from potstill.storage.store.spec import RunSpec
+from potstill.storage.store.stats import StoreStats, store_stats
+from potstill.storage.store.status import StoreStatus, store_status
+from potstill.storage.store.verify import VerifyReport, verify_store
+from potstill.storage.store.writer import StoreWriter, check_output, discard_unused
 
 __all__ = [
     "NO_LABEL",

@@ -10,12 +10,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from potstill.student_train.config import EvalConfig, ExportConfig, TrainConfig
-    from potstill.student_train.export_hf import ExportSummary
-    from potstill.student_train.measure import EvalSummary
-    from potstill.student_train.packed import PackedBatch, collate_rows
-    from potstill.student_train.preflight import CheckedRun
-    from potstill.student_train.summary import TrainSummary
+    from potstill.student_train.config.train import EvalConfig, ExportConfig, TrainConfig
+    from potstill.student_train.data.packed import PackedBatch, collate_rows
+    from potstill.student_train.evaluation.folder import EvalSummary
+    from potstill.student_train.export.hf_folder import ExportSummary
+    from potstill.student_train.run.preflight import CheckedRun
+    from potstill.student_train.run.summary import TrainSummary
 
 __all__ = [
     "EvalConfig",
@@ -33,14 +33,14 @@ __all__ = [
 
 # Where the names that are imported on demand come from.
 _LAZY = {
-    "EvalConfig": "config",
-    "EvalSummary": "measure",
-    "ExportConfig": "config",
-    "ExportSummary": "export_hf",
-    "PackedBatch": "packed",
-    "TrainConfig": "config",
-    "TrainSummary": "summary",
-    "collate_rows": "packed",
+    "EvalConfig": "config.train",
+    "EvalSummary": "evaluation.folder",
+    "ExportConfig": "config.train",
+    "ExportSummary": "export.hf_folder",
+    "PackedBatch": "data.packed",
+    "TrainConfig": "config.train",
+    "TrainSummary": "run.summary",
+    "collate_rows": "data.packed",
 }
 
 
@@ -49,23 +49,23 @@ def train(config: TrainConfig, *, checked: CheckedRun | None = None) -> TrainSum
 
     `checked` is what preflight.check_run gave for this configuration in this process, if it was called already.
     """
-    from potstill.student_train import trainer
+    from potstill.student_train.run import trainer
 
     return trainer.train(config, checked=checked)
 
 
 def evaluate(config: EvalConfig) -> EvalSummary:
     """Measure a run, a checkpoint or a Hugging Face folder on held-out rows."""
-    from potstill.student_train import measure
+    from potstill.student_train.evaluation import folder
 
-    return measure.evaluate(config)
+    return folder.evaluate(config)
 
 
 def export(config: ExportConfig) -> ExportSummary:
     """Write a checkpoint as a Hugging Face folder and check it in a fresh process."""
-    from potstill.student_train import export_hf
+    from potstill.student_train.export import hf_folder
 
-    return export_hf.export(config)
+    return hf_folder.export(config)
 
 
 def __getattr__(name: str) -> Any:

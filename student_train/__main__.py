@@ -19,7 +19,7 @@ from potstill.common.errors import UserError
 from potstill.common.exit_codes import DONE, ERROR, PREEMPTED
 from potstill.common.log import setup_logging
 from potstill.common.noise import noise_to
-from potstill.student_train.rank_report import (
+from potstill.student_train.run.rank_report import (
     FOLDER_VARIABLE,
     LOG_VARIABLE,
     OnceForAllRanks,
@@ -63,8 +63,8 @@ def run_rank(options: argparse.Namespace, *, reports: Path | None) -> int:
     from potstill.kernels.types import SelfCheckError
     from potstill.storage import StoreError
     from potstill.student_train import train
-    from potstill.student_train.config import TrainConfig
-    from potstill.student_train.distributed import die_with_parent, stop_distributed, world_from_environment
+    from potstill.student_train.config.train import TrainConfig
+    from potstill.student_train.run.engine import die_with_parent, stop_distributed, world_from_environment
 
     rank = 0
     try:

@@ -24,7 +24,7 @@ _CONTEXT.set_forkserver_preload(
         "transformers.models.llama.modeling_llama",
         "torch._inductor.compile_fx",  # ZeRO 1-3 pull it in at their first engine: seconds per child otherwise
         "networkx",
-        "potstill.student_train.trainer",
+        "potstill.student_train.run.trainer",
     ]
 )
 

@@ -14,7 +14,7 @@ from benchmarks.methods import PLAIN_KD, STUDENT, Comparison
 from benchmarks.methods_report import PresetResult, Spread, table, verdict
 from potstill.common.config import build_config
 from potstill.launch.presets import list_presets
-from potstill.student_train.config import TrainConfig
+from potstill.student_train.config.train import TrainConfig
 
 TARGETS = {name: f"/stores/{name}" for name in ("teacher", "early", "middle", "final", "sampled", "slm")}
 SCORES = {name: f"/scores/{name}" for name in ("teacher", "slm", "reference")}

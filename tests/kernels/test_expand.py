@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from potstill.kernels.expand import expand_targets
-from potstill.storage import codec, grid
-from potstill.storage.spec import RunSpec
+from potstill.storage.rows import codec, grid
+from potstill.storage.store.spec import RunSpec
 from tests.kernels.reference import as_draws, as_weights, make_targets
 
 

@@ -28,7 +28,7 @@ from potstill.kernels.sampling import (
 from potstill.kernels.teacher_rows import LogitSource
 from potstill.kernels.topk import select_sample
 from potstill.kernels.types import KernelInputError, SparseTargetTensors
-from potstill.storage import grid
+from potstill.storage.rows import grid
 from tests.kernels.reference import as_weights, make_targets
 from tests.kernels.test_loss_formulas import batch, check
 

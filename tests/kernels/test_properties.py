@@ -20,7 +20,7 @@ from potstill.kernels.loss import (
     sparse_loss,
     token_statistics,
 )
-from potstill.kernels.objective import RowStats, build_fix_set, row_terms
+from potstill.kernels.row_terms import RowStats, build_fix_set, row_terms
 from potstill.kernels.types import SparseTargetTensors
 from tests.kernels.reference import as_draws, make_targets
 

@@ -77,7 +77,7 @@ def _tree_of(name: str, parsed: object) -> object:
     """Build the checked tree of an example, so that a flag that sets a key wrongly is found."""
     from potstill.launch.options import read_config
     from potstill.launch.plan import PlanConfig
-    from potstill.student_train import config as student
+    from potstill.student_train.config import train as student
     from potstill.teacher_dump import config as teacher
 
     trees = {

@@ -24,12 +24,12 @@ import pytest
 
 from potstill.common.errors import UserError
 from potstill.launch.cli import main
-from potstill.launch.demo import run_demo
-from potstill.launch.demo_corpus import CorpusSummary, library_modules, write_corpus
-from potstill.launch.demo_ngrams import ngram_losses, pairs
-from potstill.launch.demo_noise import NOISES, add_noise, passages
-from potstill.launch.demo_plan import ARMS, FULL, QUICK, DemoSize, make_stages, student_config, student_names
-from potstill.launch.demo_report import ARM_NAMES, selector_verdict, verdict
+from potstill.launch.demo.corpus import CorpusSummary, library_modules, write_corpus
+from potstill.launch.demo.ngrams import ngram_losses, pairs
+from potstill.launch.demo.noise import NOISES, add_noise, passages
+from potstill.launch.demo.report import ARM_NAMES, selector_verdict, verdict
+from potstill.launch.demo.run import run_demo
+from potstill.launch.demo.sizes import ARMS, FULL, QUICK, DemoSize, make_stages, student_config, student_names
 from potstill.teacher_dump.split import Split
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

@@ -12,9 +12,9 @@ import pytest
 
 from potstill.common.token_table import TokenTable, read_token_table
 from potstill.launch.cli import main
-from potstill.launch.inspect_data import data_json
-from potstill.launch.inspect_page import render_page
-from potstill.launch.inspect_text import piece_text, row_texts
+from potstill.launch.inspect.data import data_json
+from potstill.launch.inspect.page import render_page
+from potstill.launch.inspect.text import piece_text, row_texts
 from potstill.storage import StoreReader, TargetsRow, TokensRow
 from tests.launch.conftest import write_targets
 

@@ -14,11 +14,11 @@ import yaml
 
 from potstill.launch.cli import main
 from potstill.storage import ScoresRow, StoreReader, TokensRow
-from potstill.student_train.checkpoint import checkpoint_folder, commit_checkpoint
-from potstill.student_train.model import build_student
-from potstill.student_train.run_folder import pinned_values, write_start
-from potstill.student_train.student_config import hf_config
-from potstill.student_train.weights import find_source, load_model
+from potstill.student_train.export.weights import find_source, load_model
+from potstill.student_train.model.hf_config import hf_config
+from potstill.student_train.model.student import build_student
+from potstill.student_train.run.checkpoint import checkpoint_folder, commit_checkpoint
+from potstill.student_train.run.run_folder import pinned_values, write_start
 from tests.chromium import Chromium, find_chromium
 from tests.launch.test_inspect_page import data_of
 from tests.student_train import tiny, workers

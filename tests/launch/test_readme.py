@@ -16,7 +16,7 @@ from potstill.launch.options import OVERRIDES
 from potstill.launch.plan import PlanConfig
 from potstill.launch.presets import find_preset, list_presets
 from potstill.student_train import __main__ as rank_main
-from potstill.student_train.config import EvalConfig, ExportConfig, TrainConfig
+from potstill.student_train.config.train import EvalConfig, ExportConfig, TrainConfig
 from potstill.teacher_dump.config import DumpConfig, PrepareConfig, ScoreConfig
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from potstill.common.errors import UserError
+from potstill.launch.demo.steps import Stage, StageRunner
 from potstill.launch.processes import start
-from potstill.launch.stages import Stage, StageRunner
 
 
 def script(folder: Path, name: str, code: str, *, needs: tuple[str, ...] = (), slots: int = 1) -> Stage:

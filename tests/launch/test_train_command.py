@@ -30,8 +30,8 @@ BOUND_SECONDS = 300  # of one start with real ranks, which takes ten on a quiet 
 PROBE = """
 import json, os, pathlib, signal, sys, time
 from potstill.common.errors import UserError
-from potstill.student_train.rank_report import FOLDER_VARIABLE, LOG_VARIABLE, write_error, write_summary
-from potstill.student_train.summary import TrainSummary
+from potstill.student_train.run.rank_report import FOLDER_VARIABLE, LOG_VARIABLE, write_error, write_summary
+from potstill.student_train.run.summary import TrainSummary
 reports, rank = pathlib.Path(os.environ[FOLDER_VARIABLE]), int(os.environ["RANK"])
 import yaml
 run = pathlib.Path(yaml.safe_load(pathlib.Path(sys.argv[1].partition("=")[2]).read_text())["run"]["output_dir"])

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from potstill.storage import RunSpec, StoreError, StoreReader
-from potstill.storage.checked_json import load_checked
-from potstill.storage.commit import parse_record
-from potstill.storage.index import column_types
-from potstill.storage.ipc_layout import parse_batch, parse_footer
-from potstill.storage.seal import parse_manifest
-from potstill.storage.unit_file import DecodedBatch
+from potstill.storage.files.checked_json import load_checked
+from potstill.storage.files.commit import parse_record
+from potstill.storage.files.ipc_layout import parse_batch, parse_footer
+from potstill.storage.files.unit_file import DecodedBatch
+from potstill.storage.store.index import column_types
+from potstill.storage.store.seal import parse_manifest
 
 INTERESTING = (0, 1, -1, 2**7, 2**15, 2**31 - 1, -(2**31), 2**31, 2**32 - 1, 2**40, 2**62, -(2**63), 2**63 - 1)
 GOLDEN = Path(__file__).parent / "golden"

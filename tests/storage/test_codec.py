@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from benchmarks.store_codec import measure, select
 from benchmarks.teacher_stand_in import make_dumps
 from potstill.storage import RunSpec, SparseTargets, StoreError, concatenate
-from potstill.storage.codec import decode_targets, encode_targets
-from potstill.storage.grid import decode_odds, decode_tail, encode_odds, encode_tail
-from potstill.storage.planes import num_id_planes
+from potstill.storage.rows.codec import decode_targets, encode_targets
+from potstill.storage.rows.grid import decode_odds, decode_tail, encode_odds, encode_tail
+from potstill.storage.rows.planes import num_id_planes
 from tests.storage.stores import make_targets, same_targets, targets_spec
 
 KL_MEAN, KL_P99 = 1e-4, 3e-4
@@ -334,7 +334,7 @@ import hashlib, sys
 sys.path.insert(0, sys.argv[1])
 from tests.storage.stores import make_targets, targets_spec
 from potstill.storage import TargetsRow
-from potstill.storage.unit_file import encode_unit
+from potstill.storage.files.unit_file import encode_unit
 rows = [TargetsRow(r, 7, make_targets(r, 32, k=16), {"mean_loss": 1.0}) for r in range(4)]
 print(encode_unit(rows, spec=targets_spec(4, "in"), unit=0, id_map=None).sha256)
 """

@@ -20,7 +20,7 @@ from potstill.storage import (
     seal_store,
     verify_store,
 )
-from potstill.storage.checked_json import dump_checked, load_checked
+from potstill.storage.files.checked_json import dump_checked, load_checked
 from tests.storage.stores import make_targets_row, same_targets, targets_spec, write_targets, write_tokens
 
 NUM_ROWS = 10
@@ -28,7 +28,7 @@ NUM_ROWS = 10
 
 @pytest.fixture(autouse=True)
 def fast_retries(monkeypatch):
-    monkeypatch.setattr("potstill.storage.reader.RETRY_SECONDS", 0.0)
+    monkeypatch.setattr("potstill.storage.store.reader.RETRY_SECONDS", 0.0)
 
 
 @pytest.fixture(scope="module")

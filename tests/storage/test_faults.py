@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-import potstill.storage.paths as paths
+import potstill.storage.files.paths as paths
 from potstill.storage import (
     SparseTargets,
     StoreError,
@@ -27,7 +27,7 @@ from potstill.storage import (
     token_digest,
     verify_store,
 )
-from potstill.storage.commit import record_name
+from potstill.storage.files.commit import record_name
 from tests.storage.stores import make_targets_row, same_targets, targets_spec, tokens_spec, write_tokens
 
 NUM_ROWS = 8
@@ -190,11 +190,11 @@ def test_different_content_for_one_unit_one_attempt_wins(tmp_path):
 def test_clocks_do_not_matter(half, monkeypatch):
     store, writer, rows = half
     now = time.time()
-    monkeypatch.setattr("potstill.storage.writer.time.time", lambda: now - 86_400)
+    monkeypatch.setattr("potstill.storage.store.writer.time.time", lambda: now - 86_400)
     assert writer.commit_unit(1, rows[1])
     digest = seal_store(store).store_digest
     assert store_status(store).committed == 2 and verify_store(store, deep=True).ok
-    monkeypatch.setattr("potstill.storage.writer.time.time", lambda: now + 86_400)
+    monkeypatch.setattr("potstill.storage.store.writer.time.time", lambda: now + 86_400)
     assert not writer.commit_unit(1, rows[1]) and StoreReader(store).digest == digest
 
 

@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from potstill.storage import CorruptError, StoreError, StoreReader
-from potstill.storage.checked_json import load_checked
-from potstill.storage.ipc_layout import MAX_EXPANSION, parse_batch
-from potstill.storage.unit_file import NUM_HEAD_BUFFERS, DecodedBatch
+from potstill.storage.files.checked_json import load_checked
+from potstill.storage.files.ipc_layout import MAX_EXPANSION, parse_batch
+from potstill.storage.files.unit_file import NUM_HEAD_BUFFERS, DecodedBatch
 from tests.storage.mutations import GOLDEN, Targets, checksum_is_no_shield, mutate, mutate_json
 
 

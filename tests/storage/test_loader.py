@@ -202,7 +202,7 @@ def test_two_teachers_and_scores_are_joined_by_row(stores, tmp_path):
 
 
 def test_rows_made_from_other_tokens_are_refused(stores, monkeypatch):
-    import potstill.storage.loader as module
+    import potstill.storage.loading.loader as module
 
     monkeypatch.setattr(module, "token_digest", lambda tokens, doc_lens: 1)
     with make_loader(stores) as loader, pytest.raises(MismatchError, match="was made from other tokens"):
@@ -313,7 +313,7 @@ def test_slow_reads_run_side_by_side_and_ahead_of_the_consumer(stores, monkeypat
 CHILD = """
 import sys, threading, time
 from potstill.storage import EpochPlan, Loader, StoreReader
-import potstill.storage.paths as paths
+import potstill.storage.files.paths as paths
 tokens = StoreReader(sys.argv[1])
 paths.LocalFolder.read_range = lambda self, *a: time.sleep(60)
 loader = Loader(EpochPlan(tokens.num_rows, global_batch=4, seed=0), tokens, {})

@@ -8,9 +8,9 @@ import sys
 import pytest
 
 from potstill.storage import EpochPlan, Loader, StoreReader
-from potstill.storage.node_cache import NodeCache
-from potstill.storage.paths import LocalFolder
-from potstill.storage.pinning import cuda_is_there
+from potstill.storage.files.node_cache import NodeCache
+from potstill.storage.files.paths import LocalFolder
+from potstill.storage.loading.pinning import cuda_is_there
 from tests.storage.stores import same_targets, write_targets, write_tokens
 
 
@@ -60,7 +60,7 @@ def test_a_full_disk_only_stops_the_caching(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("potstill.storage.node_cache.os.rename", full)
+    monkeypatch.setattr("potstill.storage.files.node_cache.os.rename", full)
     assert (reader.row(1).tokens == tokens.row(1).tokens).all()
     assert list((tmp_path / "c").iterdir()) == []
 

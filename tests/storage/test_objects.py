@@ -22,12 +22,12 @@ from potstill.storage import (  # noqa: E402
     StoreWriter,
     WriteFailedError,
     collect_garbage,
-    object_paths,
     seal_store,
     store_status,
     verify_store,
 )
-from potstill.storage.paths import open_folder  # noqa: E402
+from potstill.storage.files import object_paths  # noqa: E402
+from potstill.storage.files.paths import open_folder  # noqa: E402
 from tests.storage.fault_proxy import FaultProxy  # noqa: E402
 from tests.storage.stores import (  # noqa: E402
     make_targets_row,

@@ -21,14 +21,14 @@ from potstill.storage import (
     concatenate,
     format_row,
     seal_store,
-    spec,
     store_stats,
     token_digest,
     verify_store,
 )
-from potstill.storage.checked_json import canonical
-from potstill.storage.codec import decode_targets, encode_targets
-from potstill.storage.grid import LEAST_LOG_WEIGHT, WEIGHT_TOP
+from potstill.storage.files.checked_json import canonical
+from potstill.storage.rows.codec import decode_targets, encode_targets
+from potstill.storage.rows.grid import LEAST_LOG_WEIGHT, WEIGHT_TOP
+from potstill.storage.store import spec
 from tests.storage import independent_reader
 from tests.storage.stores import same_targets, targets_spec, write_tokens
 from tests.storage.test_format import GOLDEN, assert_same

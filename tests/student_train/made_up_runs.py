@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from potstill.common.config import build_config, dump_config
-from potstill.student_train.config import TrainConfig
+from potstill.student_train.config.train import TrainConfig
 from tests.student_train import tiny
 
 STORES = ("tokens", "teacher", "scores", "heldout", "heldout_teacher")

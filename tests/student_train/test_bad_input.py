@@ -17,9 +17,9 @@ import yaml
 from potstill.common.exit_codes import ERROR
 from potstill.launch.cli import main
 from potstill.storage import StoreReader, StoreWriter
-from potstill.student_train.checkpoint import checkpoints_folder
-from potstill.student_train.metrics import METRICS_FILE, cut_metrics, read_metrics
-from potstill.student_train.run_folder import CONFIG_FILE, PART_FILE, delete_run, prepare_run_folder
+from potstill.student_train.run.checkpoint import checkpoints_folder
+from potstill.student_train.run.metrics import METRICS_FILE, cut_metrics, read_metrics
+from potstill.student_train.run.run_folder import CONFIG_FILE, PART_FILE, delete_run, prepare_run_folder
 from tests.dist_harness import run_ranks
 from tests.student_train import tiny, workers
 
@@ -128,7 +128,7 @@ def test_an_inline_model_that_cannot_be_meant(stores, tmp_path: Path, capsys, co
 
 def test_keys_that_transformers_renames_are_fine(stores, tmp_path: Path) -> None:
     """rope_theta lives in rope_parameters now, and is still read."""
-    from potstill.student_train.student_config import hf_config
+    from potstill.student_train.model.hf_config import hf_config
 
     model = {"config": {**tiny.STUDENT, "rope_theta": 5e3, "torch_dtype": "float32", "head_dim": 16}}
     config = workers.config_of(tiny.config_tree(stores, tmp_path, model=model))
@@ -139,7 +139,7 @@ def test_keys_that_no_configuration_declares_are_named(
     stores, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """qwen3_moe reads head_dim, which its configuration does not declare."""
-    from potstill.student_train.student_config import hf_config
+    from potstill.student_train.model.hf_config import hf_config
 
     values = {"model_type": "qwen3_moe", "hidden_size": 32, "head_dim": 16, "vocab_size": tiny.VOCAB}
     config = workers.config_of(tiny.config_tree(stores, tmp_path, model={"config": values}))

@@ -14,8 +14,8 @@ from potstill.common.config import build_config
 from potstill.common.errors import UserError
 from potstill.storage import StoreReader
 from potstill.student_train import evaluate
-from potstill.student_train.config import EvalConfig
-from potstill.student_train.measure import EvalSummary
+from potstill.student_train.config.train import EvalConfig
+from potstill.student_train.evaluation.folder import EvalSummary
 from potstill.teacher_dump import prepare
 from potstill.teacher_dump.config import PrepareConfig
 from tests.student_train import tiny
@@ -115,7 +115,7 @@ def test_other_tokenizers_count_what_they_write(tmp_path: Path) -> None:
 
     from potstill.common.token_table import tokenizer_digest
     from potstill.storage import TokensRow
-    from potstill.student_train.text_bytes import heldout_bytes
+    from potstill.student_train.evaluation.bits_per_byte import heldout_bytes
 
     vocab = {"[UNK]": 0, "play": 1, "##ing": 2, "café": 3}
     tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))

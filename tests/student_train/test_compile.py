@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from potstill.storage import Loader
-from potstill.student_train.batch import collate
-from potstill.student_train.model import build_student
-from potstill.student_train.model_checks import check_model
-from potstill.student_train.student_config import hf_config
+from potstill.student_train.data.batch import collate
+from potstill.student_train.model.checks import check_model
+from potstill.student_train.model.hf_config import hf_config
+from potstill.student_train.model.student import build_student
 from tests.student_train import tiny, workers
 
 

@@ -13,14 +13,14 @@ from potstill.common.errors import ConfigError
 from potstill.kernels.divergences import DIVERGENCES
 from potstill.kernels.settings import TEMPERATURE_SIDES
 from potstill.kernels.types import MISSING_MASS_MODES
-from potstill.student_train.config import (
+from potstill.student_train.config.stages import Divergence, MissingMass, TemperatureSide
+from potstill.student_train.config.train import (
     OWNED_DEEPSPEED_KEYS,
     REFUSED_DEEPSPEED_KEYS,
     EvalConfig,
     ExportConfig,
     TrainConfig,
 )
-from potstill.student_train.config_stages import Divergence, MissingMass, TemperatureSide
 from tests.student_train import tiny, workers
 
 PRESETS = sorted((Path(__file__).resolve().parents[2] / "launch" / "presets").glob("*.yaml"))

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from potstill.student_train.metrics import read_metrics
+from potstill.student_train.run.metrics import read_metrics
 from tests.dist_harness import run_ranks
 from tests.student_train import tiny, workers
 

@@ -10,9 +10,9 @@ import pytest
 
 from potstill.common.errors import UserError
 from potstill.storage import EpochPlan
-from potstill.student_train.config import RowScore
-from potstill.student_train.curriculum import CurriculumPlan
-from potstill.student_train.rows import ranked_rows, row_scores
+from potstill.student_train.config.train import RowScore
+from potstill.student_train.curriculum.plan import CurriculumPlan
+from potstill.student_train.curriculum.row_selector import ranked_rows, row_scores
 from tests.student_train import tiny, workers
 
 NUM_ROWS = 40

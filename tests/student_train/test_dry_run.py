@@ -16,12 +16,12 @@ from potstill.kernels.backends import Backend
 from potstill.kernels.loss import linear_sparse_loss, logits_chunk_bytes
 from potstill.launch.cli import main
 from potstill.storage import Loader, StoreReader
-from potstill.student_train.checkpoint import Checkpoint
-from potstill.student_train.dry_run import DryRun, dry_run
-from potstill.student_train.dry_run_text import format_dry_run
-from potstill.student_train.model import build_student, count_parameters
-from potstill.student_train.preflight import check_start
-from potstill.student_train.student_config import hf_config
+from potstill.student_train.model.hf_config import hf_config
+from potstill.student_train.model.student import build_student, count_parameters
+from potstill.student_train.run.checkpoint import Checkpoint
+from potstill.student_train.run.dry_run import DryRun, dry_run
+from potstill.student_train.run.dry_run_text import format_dry_run
+from potstill.student_train.run.preflight import check_start
 from tests.student_train import tiny, workers
 
 
@@ -101,7 +101,7 @@ def test_bytes_are_those_that_the_loaders_read(stores, tmp_path: Path, monkeypat
 
 
 def test_a_long_run_is_sampled_and_said_so(stores, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("potstill.student_train.dry_run.SAMPLED_ROWS", 400)
+    monkeypatch.setattr("potstill.student_train.run.dry_run.SAMPLED_ROWS", 400)
     whole = tiny.config_tree(stores, tmp_path / "run", run={"max_steps": 100})
     longer = tiny.config_tree(stores, tmp_path / "run", run={"max_steps": 10_000})
     exact, sampled = figures(whole), figures(longer)

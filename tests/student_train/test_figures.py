@@ -16,15 +16,15 @@ from torch import Tensor
 from potstill.common.config import build_config
 from potstill.storage import LoadedBatch, StoreReader
 from potstill.student_train import evaluate
-from potstill.student_train.batch import MicroBatch, collate
-from potstill.student_train.config import EvalConfig
-from potstill.student_train.distributed import Topology
-from potstill.student_train.evaluation import TARGETS, measuring_objective
-from potstill.student_train.metrics import PEAK_FLOPS, Meter, ModelCost, attention_spans, read_metrics
-from potstill.student_train.model import build_student
-from potstill.student_train.student_config import hf_config
-from potstill.student_train.trainer import model_cost
-from potstill.student_train.weights import find_source, load_model
+from potstill.student_train.config.train import EvalConfig
+from potstill.student_train.data.batch import MicroBatch, collate
+from potstill.student_train.evaluation.heldout import TARGETS, measuring_objective
+from potstill.student_train.export.weights import find_source, load_model
+from potstill.student_train.model.hf_config import hf_config
+from potstill.student_train.model.student import build_student
+from potstill.student_train.run.engine import Topology
+from potstill.student_train.run.metrics import PEAK_FLOPS, Meter, ModelCost, attention_spans, read_metrics
+from potstill.student_train.run.trainer import model_cost
 from tests.dist_harness import run_ranks
 from tests.student_train import tiny, workers
 

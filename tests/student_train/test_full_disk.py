@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from potstill.common.exit_codes import ERROR
-from potstill.student_train.checkpoint import checkpoints_folder, list_checkpoints
-from potstill.student_train.metrics import METRICS_FILE
+from potstill.student_train.run.checkpoint import checkpoints_folder, list_checkpoints
+from potstill.student_train.run.metrics import METRICS_FILE
 from tests.dist_harness import Ranks, run_ranks
 from tests.student_train import tiny, workers
 from tests.student_train.test_resume import STEPS, steps_of, tree_of

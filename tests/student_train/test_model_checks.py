@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from potstill.common.errors import UserError
-from potstill.student_train.metrics import read_metrics
-from potstill.student_train.model import StudentModel, build_student
-from potstill.student_train.model_checks import check_model, document_leak, probe_batch, probe_documents
-from potstill.student_train.student_config import hf_config
+from potstill.student_train.model.checks import check_model, document_leak, probe_batch, probe_documents
+from potstill.student_train.model.hf_config import hf_config
+from potstill.student_train.model.student import StudentModel, build_student
+from potstill.student_train.run.metrics import read_metrics
 from tests.dist_harness import run_ranks
 from tests.student_train import tiny, workers
 

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from potstill.storage import LoadedBatch, StoreReader
-from potstill.student_train.batch import collate
-from potstill.student_train.config import Objective, Stage
-from potstill.student_train.distributed import Topology
-from potstill.student_train.metrics import ModelCost, read_metrics
-from potstill.student_train.model import StudentModel, active_parameters, build_student, count_parameters
-from potstill.student_train.objective import step_objective
-from potstill.student_train.student_config import hf_config
-from potstill.student_train.trainer import model_cost
+from potstill.student_train.config.train import Objective, Stage
+from potstill.student_train.curriculum.step_objective import step_objective
+from potstill.student_train.data.batch import collate
+from potstill.student_train.model.hf_config import hf_config
+from potstill.student_train.model.student import StudentModel, active_parameters, build_student, count_parameters
+from potstill.student_train.run.engine import Topology
+from potstill.student_train.run.metrics import ModelCost, read_metrics
+from potstill.student_train.run.trainer import model_cost
 from tests.dist_harness import run_ranks
 from tests.student_train import tiny, workers
 

@@ -10,8 +10,8 @@ import pytest
 from potstill.common.errors import UserError
 from potstill.common.exit_codes import ERROR
 from potstill.launch.cli import main
-from potstill.student_train.checkpoint import ResumeError
-from potstill.student_train.preflight import Machine, check_machine, check_run, check_start
+from potstill.student_train.run.checkpoint import ResumeError
+from potstill.student_train.run.preflight import Machine, check_machine, check_run, check_start
 from tests.dist_harness import run_ranks
 from tests.student_train import tiny, workers
 

@@ -10,8 +10,8 @@ import yaml
 
 from potstill.common.config import load_config
 from potstill.launch.presets import list_presets
-from potstill.student_train.config import TrainConfig
-from potstill.student_train.metrics import read_metrics
+from potstill.student_train.config.train import TrainConfig
+from potstill.student_train.run.metrics import read_metrics
 from tests.dist_harness import run_ranks
 from tests.student_train import tiny, workers
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from potstill.common.errors import UserError
-from potstill.student_train.rank_report import (
+from potstill.student_train.run.rank_report import (
     OnceForAllRanks,
     main_error,
     name_ranks,
@@ -17,7 +17,7 @@ from potstill.student_train.rank_report import (
     write_error,
     write_summary,
 )
-from potstill.student_train.summary import TrainSummary
+from potstill.student_train.run.summary import TrainSummary
 
 
 @pytest.mark.parametrize(

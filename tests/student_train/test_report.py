@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from potstill.common.errors import UserError
-from potstill.student_train.metrics import read_metrics
-from potstill.student_train.report import labels_of, write_report
-from potstill.student_train.report_charts import AXES, CHARTS, COLOURS, FEW_POINTS, marker_sizes
-from potstill.student_train.report_page import STYLE
+from potstill.student_train.report.build import labels_of, write_report
+from potstill.student_train.report.charts import AXES, CHARTS, COLOURS, FEW_POINTS, marker_sizes
+from potstill.student_train.report.page import STYLE
+from potstill.student_train.run.metrics import read_metrics
 from tests.chromium import Chromium, find_chromium
 from tests.dist_harness import run_ranks
 from tests.student_train import tiny, workers

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from potstill.student_train.checkpoint import MANIFEST, checkpoints_folder, list_checkpoints
-from potstill.student_train.metrics import read_metrics
+from potstill.student_train.run.checkpoint import MANIFEST, checkpoints_folder, list_checkpoints
+from potstill.student_train.run.metrics import read_metrics
 from tests.dist_harness import Ranks, run_ranks
 from tests.student_train import tiny, workers
 

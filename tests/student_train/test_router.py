@@ -12,13 +12,13 @@ import torch
 
 from potstill.common.errors import ConfigError, UserError
 from potstill.storage import LoadedBatch, StoreReader
-from potstill.student_train.batch import MicroBatch, collate
-from potstill.student_train.config import Objective, Stage
-from potstill.student_train.metrics import loss_figures, read_metrics
-from potstill.student_train.model import SUM_NAMES, StudentModel, build_student
-from potstill.student_train.objective import StepObjective, step_objective
-from potstill.student_train.stores import build_plan, open_stores
-from potstill.student_train.student_config import hf_config
+from potstill.student_train.config.train import Objective, Stage
+from potstill.student_train.curriculum.step_objective import StepObjective, step_objective
+from potstill.student_train.data.batch import MicroBatch, collate
+from potstill.student_train.data.stores import build_plan, open_stores
+from potstill.student_train.model.hf_config import hf_config
+from potstill.student_train.model.student import SUM_NAMES, StudentModel, build_student
+from potstill.student_train.run.metrics import loss_figures, read_metrics
 from tests.dist_harness import run_ranks
 from tests.student_train import tiny, workers
 from tests.student_train.test_gradients import distance

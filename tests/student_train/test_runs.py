@@ -19,8 +19,8 @@ from potstill.common.config import build_config
 from potstill.common.errors import UserError
 from potstill.common.exit_codes import ERROR, PREEMPTED
 from potstill.student_train import evaluate, export
-from potstill.student_train.config import EvalConfig, ExportConfig
-from potstill.student_train.metrics import read_metrics
+from potstill.student_train.config.train import EvalConfig, ExportConfig
+from potstill.student_train.run.metrics import read_metrics
 from tests.dist_harness import Ranks, free_port, run_ranks
 from tests.student_train import tiny, workers
 
@@ -109,7 +109,7 @@ def calibration_by_hand(model: Any, reader: Any) -> float:
 def test_the_perplexity_is_that_of_transformers(distilled: Path, stores) -> None:
     """The held-out loss against a loop over documents with the Hugging Face loss."""
     from potstill.storage import StoreReader
-    from potstill.student_train.weights import find_source, load_model
+    from potstill.student_train.export.weights import find_source, load_model
 
     model = load_model(find_source(distilled), dtype="float32")
     reader = StoreReader(stores["heldout"])

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from potstill.common.errors import UserError
-from potstill.student_train.metrics import read_metrics
-from potstill.student_train.model import build_student
-from potstill.student_train.samples import TextSampler, sample_line, text_sampler
-from potstill.student_train.stores import open_stores
-from potstill.student_train.student_config import hf_config
+from potstill.student_train.data.stores import open_stores
+from potstill.student_train.evaluation.samples import TextSampler, sample_line, text_sampler
+from potstill.student_train.model.hf_config import hf_config
+from potstill.student_train.model.student import build_student
+from potstill.student_train.run.metrics import read_metrics
 from tests.dist_harness import run_ranks
 from tests.student_train import tiny, workers
 

@@ -7,8 +7,8 @@ from itertools import pairwise
 
 import pytest
 
-from potstill.student_train.config import Cosine, Linear, LinearRatio, LrSchedule, Periodic, Wsd
-from potstill.student_train.schedules import (
+from potstill.student_train.config.train import Cosine, Linear, LinearRatio, LrSchedule, Periodic, Wsd
+from potstill.student_train.curriculum.schedules import (
     curve_value,
     lr_factor,
     lr_factor_at,

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from potstill.student_train.metrics import read_metrics
-from potstill.student_train.spikes import find_spike, remember
+from potstill.student_train.run.metrics import read_metrics
+from potstill.student_train.run.spikes import find_spike, remember
 from tests.dist_harness import run_ranks
 from tests.student_train import tiny, workers
 

@@ -11,11 +11,11 @@ import pytest
 
 from potstill.common.errors import ConfigError, UserError
 from potstill.storage import SparseTargets, StoreReader, StoreWriter, TargetsRow, TokensRow, seal_store
-from potstill.student_train.config import TrainConfig
-from potstill.student_train.distributed import accumulation_steps, world_from_environment
-from potstill.student_train.run_folder import prepare_run_folder
-from potstill.student_train.stores import build_plan, check_objectives, open_stores
-from potstill.student_train.student_config import hf_config
+from potstill.student_train.config.train import TrainConfig
+from potstill.student_train.data.stores import build_plan, check_objectives, open_stores
+from potstill.student_train.model.hf_config import hf_config
+from potstill.student_train.run.engine import accumulation_steps, world_from_environment
+from potstill.student_train.run.run_folder import prepare_run_folder
 from tests.student_train import tiny, workers
 
 TEACHER_SIDE = {"temperature_side": "teacher"}

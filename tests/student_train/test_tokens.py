@@ -8,9 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from potstill.student_train.config import TokenSelector
-from potstill.student_train.objective import SHARE_POLICIES, TokenChoice
-from potstill.student_train.tokens import TOKEN_POLICIES, choose, kept_count, known_active, known_weight_sum
+from potstill.student_train.config.train import TokenSelector
+from potstill.student_train.curriculum.step_objective import SHARE_POLICIES, TokenChoice
+from potstill.student_train.curriculum.token_selector import (
+    TOKEN_POLICIES,
+    choose,
+    kept_count,
+    known_active,
+    known_weight_sum,
+)
 
 LENGTHS = (7, 1, 12, 5)
 ROW = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))

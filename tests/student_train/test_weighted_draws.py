@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from potstill.storage import Loader, SparseTargets, StoreReader, TargetsRow, TokensRow, token_digest
-from potstill.student_train.batch import collate
-from potstill.student_train.metrics import read_metrics
-from potstill.student_train.model import build_student
-from potstill.student_train.stores import build_plan, open_stores
-from potstill.student_train.student_config import hf_config
+from potstill.student_train.data.batch import collate
+from potstill.student_train.data.stores import build_plan, open_stores
+from potstill.student_train.model.hf_config import hf_config
+from potstill.student_train.model.student import build_student
+from potstill.student_train.run.metrics import read_metrics
 from tests.dist_harness import run_ranks
 from tests.student_train import tiny, workers
 
@@ -96,7 +96,7 @@ def test_a_run_on_weights_trains_and_measures(tree: dict[str, Any]) -> None:
 
 def test_weights_need_the_loss_of_draws(tree: dict[str, Any]) -> None:
     from potstill.common.errors import UserError
-    from potstill.student_train.stores import check_objectives
+    from potstill.student_train.data.stores import check_objectives
 
     config = workers.config_of({**tree, "objective": {"alpha": 1.0}})
     with pytest.raises(UserError, match=r"curriculum\.0\.divergence is forward_kl, but store 'teacher'.*sample"):

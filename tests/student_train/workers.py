@@ -17,11 +17,11 @@ import torch
 from potstill.common.config import build_config
 from potstill.common.errors import UserError
 from potstill.storage import Loader
-from potstill.student_train.batch import collate
-from potstill.student_train.config import TrainConfig
-from potstill.student_train.model import build_student
-from potstill.student_train.stores import build_plan, open_stores
-from potstill.student_train.student_config import hf_config
+from potstill.student_train.config.train import TrainConfig
+from potstill.student_train.data.batch import collate
+from potstill.student_train.data.stores import build_plan, open_stores
+from potstill.student_train.model.hf_config import hf_config
+from potstill.student_train.model.student import build_student
 
 
 def config_of(tree: dict[str, Any]) -> TrainConfig:
@@ -31,7 +31,7 @@ def config_of(tree: dict[str, Any]) -> TrainConfig:
 
 def train_run(tree: dict[str, Any]) -> dict[str, Any]:
     """Train as a rank; returns the summary as plain values."""
-    from potstill.student_train.trainer import train
+    from potstill.student_train.run.trainer import train
 
     summary = train(config_of(tree))
     return {"status": summary.status, "steps": summary.steps, "tokens": summary.tokens}
@@ -63,7 +63,7 @@ def changes_of(tree: dict[str, Any]) -> list[str]:
     """What a start with this configuration would log as changed in its run folder."""
     import logging
 
-    from potstill.student_train.run_folder import log, report_changes
+    from potstill.student_train.run.run_folder import log, report_changes
 
     lines: list[str] = []
     handler = logging.Handler()
@@ -80,7 +80,7 @@ def engine_gradients(tree: dict[str, Any], step: int = 0) -> dict[str, np.ndarra
     """Gradients of optimizer step `step` by parameter name, as DeepSpeed has them right before it would step."""
     from deepspeed.utils import safe_get_full_grad
 
-    from potstill.student_train import distributed as dist
+    from potstill.student_train.run import engine as dist
 
     config = config_of(tree)
     stores = open_stores(config)
@@ -192,7 +192,7 @@ def balanced_gradients(tree: dict[str, Any], step: int, *, coefficient: float) -
 
 def train_with_bad_weights(tree: dict[str, Any], step: int) -> dict[str, Any]:
     """Train, but poison the student's final norm before `step`: its loss is then NaN."""
-    from potstill.student_train import loop, trainer
+    from potstill.student_train.run import loop, trainer
 
     honest = loop.agree
 
@@ -209,8 +209,8 @@ def train_with_bad_weights(tree: dict[str, Any], step: int) -> dict[str, Any]:
 
 def train_with_a_bad_batch(tree: dict[str, Any], step: int) -> dict[str, Any]:
     """Train, but the loss of `step` is NaN, as after an overflow in one batch."""
-    from potstill.student_train import loop, trainer
-    from potstill.student_train.model import StudentModel
+    from potstill.student_train.model.student import StudentModel
+    from potstill.student_train.run import loop, trainer
 
     honest, agree = StudentModel.forward, loop.agree
     now = [0]
@@ -230,7 +230,7 @@ def train_with_a_bad_batch(tree: dict[str, Any], step: int) -> dict[str, Any]:
 
 def train_with_a_spike(tree: dict[str, Any], step: int) -> dict[str, Any]:
     """Train, but at `step` rank 0's share of each micro-batch's loss is 30 larger: the other ranks must learn of it."""
-    from potstill.student_train import loop, trainer
+    from potstill.student_train.run import loop, trainer
 
     honest = loop.note_micro_batch
 
@@ -245,7 +245,7 @@ def train_with_a_spike(tree: dict[str, Any], step: int) -> dict[str, Any]:
 
 def _from_step(step: int, action: Callable[[], None]) -> None:
     """Have `action` take place once, right before the train loop's look at the ranks of `step`."""
-    from potstill.student_train import loop
+    from potstill.student_train.run import loop
 
     honest = loop.agree
 
@@ -260,7 +260,7 @@ def _from_step(step: int, action: Callable[[], None]) -> None:
 
 def _told(tree: dict[str, Any]) -> str:
     """The error that ends the run, as its class and text."""
-    from potstill.student_train import trainer
+    from potstill.student_train.run import trainer
 
     try:
         return f"no error: {trainer.train(config_of(tree))}"
@@ -300,8 +300,8 @@ def watched_run(tree: dict[str, Any]) -> bytes:
     """
     from potstill.kernels import products
     from potstill.storage import StoreReader
-    from potstill.student_train import loop, trainer
-    from potstill.student_train.model import StudentModel
+    from potstill.student_train.model.student import StudentModel
+    from potstill.student_train.run import loop, trainer
 
     steps: list[Any] = []
     read: dict[str, list[int]] = {}

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from potstill.storage import StoreReader, WriteFailedError, store_status, verify_store
-from potstill.storage.paths import LocalFolder
+from potstill.storage.files.paths import LocalFolder
 from potstill.teacher_dump import DumpConfig, dump
 from potstill.teacher_dump.engines.hf import HfEngine
 from potstill.teacher_dump.pipeline import _UNITS_AHEAD, _UNITS_UNFINISHED

@@ -1,0 +1,1 @@
+"""Files and object stores: paths, durable writes, unit files with checksums, commits."""

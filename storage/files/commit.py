@@ -1,0 +1,179 @@
+"""Commit records: the only commit point. No locks, leases or clocks; to do = units without a readable record."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from potstill.storage.errors import CorruptError
+from potstill.storage.files.checked_json import dump_checked, get_int, get_list, get_text, read_checked
+from potstill.storage.files.paths import StoreFolder
+from potstill.storage.files.unit_file import BatchEntry
+from potstill.storage.store.spec import RunSpec
+
+logger = logging.getLogger(__name__)
+
+MAX_RECORD_BYTES = 1 << 30
+MAX_GENERATIONS = 1000
+_RECORD_NAME = re.compile(r"u(\d{7,12})(?:\.(\d{1,4}))?\.json")
+_FILE_NAME = re.compile(r"u(\d{7,12})-[0-9a-f]{12}\.arrow")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommitRecord:
+    """What one committed unit holds. `rows` are its row numbers; lists run over its rows in order."""
+
+    unit: int
+    file: str
+    num_bytes: int
+    sha256: str
+    first_row: int
+    batches: tuple[BatchEntry, ...]
+    num_tokens: tuple[int, ...]
+    num_entries: tuple[int, ...]
+    num_targets: int
+    stats: Mapping[str, tuple[float, ...]]
+    time_seconds: float
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> range:
+        return range(self.first_row, self.first_row + len(self.num_tokens))
+
+    def to_bytes(self, fingerprint: str) -> bytes:
+        """Checked JSON as written to units/."""
+        return dump_checked(
+            {
+                "fingerprint": fingerprint,
+                "unit": self.unit,
+                "file": self.file,
+                "bytes": self.num_bytes,
+                "sha256": self.sha256,
+                "first_row": self.first_row,
+                "batches": [[b.offset, b.length, b.crc32, b.num_rows] for b in self.batches],
+                "num_tokens": list(self.num_tokens),
+                "num_entries": list(self.num_entries),
+                "num_targets": self.num_targets,
+                "stats": {name: list(values) for name, values in self.stats.items()},
+                "time_seconds": self.time_seconds,
+                "extra": dict(self.extra),
+            }
+        )
+
+
+def record_name(unit: int, generation: int = 0) -> str:
+    """Name of a unit's record; generations above 0 exist only where an earlier record is unreadable."""
+    return f"u{unit:07d}.json" if generation == 0 else f"u{unit:07d}.{generation}.json"
+
+
+def parse_record(value: Mapping[str, Any], *, unit: int, spec: RunSpec, where: str) -> CommitRecord:
+    """Check every field against the run; CorruptError on the first that does not fit."""
+    if get_text(value, "fingerprint", where=where) != spec.fingerprint:
+        raise CorruptError(f"{where}: record belongs to another run (fingerprint {value['fingerprint'][:16]}...)")
+    if get_int(value, "unit", where=where) != unit:
+        raise CorruptError(f"{where}: record is of unit {value['unit']}, expected unit {unit}")
+    file = get_text(value, "file", where=where)
+    match = _FILE_NAME.fullmatch(file)
+    if match is None or int(match.group(1)) != unit:
+        raise CorruptError(f"{where}: file name {file!r} is not that of an attempt at unit {unit}")
+    num_bytes = get_int(value, "bytes", where=where)
+    num_tokens, num_entries = (_ints(value, key, where=where) for key in ("num_tokens", "num_entries"))
+    first_row = get_int(value, "first_row", where=where)
+    if first_row != unit * spec.rows_per_unit or not 1 <= len(num_tokens) <= spec.rows_per_unit:
+        raise CorruptError(f"{where}: rows {first_row}+{len(num_tokens)} are not those of unit {unit}")
+    if len(num_entries) != len(num_tokens) or max(num_tokens) > spec.row_length or min(num_tokens) < 1:
+        raise CorruptError(f"{where}: row sizes do not fit the row length {spec.row_length}")
+    if any(e > 255 * t for e, t in zip(num_entries, num_tokens, strict=True)):
+        raise CorruptError(f"{where}: a row has more than 255 entries per token")
+    time_seconds: Any = value.get("time_seconds")
+    extra: Any = value.get("extra")
+    if type(time_seconds) not in (int, float) or not isinstance(extra, dict):
+        raise CorruptError(f"{where}: time_seconds must be a number and extra a map")
+    return CommitRecord(
+        unit=unit,
+        file=file,
+        num_bytes=num_bytes,
+        sha256=get_text(value, "sha256", where=where),
+        first_row=first_row,
+        batches=_batches(value, num_bytes, len(num_tokens), where=where),
+        num_tokens=num_tokens,
+        num_entries=num_entries,
+        num_targets=get_int(value, "num_targets", where=where, high=sum(num_tokens)),
+        stats=_stats(value, spec, len(num_tokens), where=where),
+        time_seconds=float(time_seconds),
+        extra=extra,
+    )
+
+
+def read_record(folder: StoreFolder, unit: int, spec: RunSpec, *, generations: int = 1) -> CommitRecord | None:
+    """The unit's first readable record among its generations, or None; unreadable ones are logged."""
+    for generation in range(generations):
+        name = f"units/{record_name(unit, generation)}"
+        try:
+            value = read_checked(folder, name, max_bytes=MAX_RECORD_BYTES)
+            if value is not None:
+                return parse_record(value, unit=unit, spec=spec, where=f"{folder.url}/{name}")
+        except CorruptError as error:
+            logger.warning("unit %d counts as not committed: %s", unit, error)
+    return None
+
+
+def list_records(folder: StoreFolder) -> dict[int, int]:
+    """Unit -> number of record generations to try, from one listing."""
+    found: dict[int, int] = {}
+    for name in folder.names("units"):
+        match = _RECORD_NAME.fullmatch(name)
+        if match:
+            unit, generation = int(match.group(1)), int(match.group(2) or 0)
+            found[unit] = max(found.get(unit, 0), generation + 1)
+    return dict(sorted(found.items()))
+
+
+def committed_records(folder: StoreFolder, spec: RunSpec) -> dict[int, CommitRecord]:
+    """All readable records by unit; read by several threads where each read is a request over a network."""
+    listed = list_records(folder)
+
+    def read(unit: int) -> CommitRecord | None:
+        return read_record(folder, unit, spec, generations=listed[unit])
+
+    if folder.parallel_reads == 1:
+        records = [read(unit) for unit in listed]
+    else:
+        with ThreadPoolExecutor(folder.parallel_reads, thread_name_prefix="potstill-records") as pool:
+            records = list(pool.map(read, listed))
+    return {record.unit: record for record in records if record is not None}
+
+
+def _ints(value: Mapping[str, Any], key: str, *, where: str) -> tuple[int, ...]:
+    items = get_list(value, key, where=where)
+    if not all(type(item) is int and 0 <= item < 1 << 32 for item in items):
+        raise CorruptError(f"{where}: field {key!r} must hold counts")
+    return tuple(items)
+
+
+def _batches(value: Mapping[str, Any], num_bytes: int, num_rows: int, *, where: str) -> tuple[BatchEntry, ...]:
+    entries = []
+    for item in get_list(value, "batches", where=where):
+        if not (isinstance(item, list) and len(item) == 4 and all(type(x) is int and x >= 0 for x in item)):
+            raise CorruptError(f"{where}: batch entry {item!r} must be [offset, length, crc32, rows]")
+        entry = BatchEntry(*item)
+        if entry.offset + entry.length > num_bytes or entry.length >= 1 << 32 or entry.crc32 >= 1 << 32:
+            raise CorruptError(f"{where}: batch entry {item!r} lies outside the file of {num_bytes} bytes")
+        entries.append(entry)
+    if sum(entry.num_rows for entry in entries) != num_rows:
+        raise CorruptError(f"{where}: batches do not hold the {num_rows} rows of the unit")
+    return tuple(entries)
+
+
+def _stats(value: Mapping[str, Any], spec: RunSpec, num_rows: int, *, where: str) -> dict[str, tuple[float, ...]]:
+    stats = value.get("stats")
+    if not isinstance(stats, dict) or set(stats) != set(spec.stats):
+        raise CorruptError(f"{where}: statistics do not have the names {spec.stats}")
+    for name, values in stats.items():
+        if not isinstance(values, list) or len(values) != num_rows or not all(type(v) in (int, float) for v in values):
+            raise CorruptError(f"{where}: statistic {name!r} must hold one number per row")
+    return {name: tuple(float(v) for v in stats[name]) for name in spec.stats}

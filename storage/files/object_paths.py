@@ -1,0 +1,244 @@
+"""Stores on S3, GCS and Azure through obstore: conditional create is the commit point, reads are byte ranges.
+
+Credentials come from the client's own chain (environment, profile, instance role) and are never read here; the text
+of client errors is stripped of URL queries, because some services sign URLs.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import random
+import re
+import secrets
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from potstill.storage.errors import CorruptError, GaveUpError, NotAStoreError, StoreError, WriteFailedError
+from potstill.storage.files.paths import URL_SCHEMES
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+ATTEMPTS = 4
+BACKOFF_SECONDS = 0.2
+CONNECT_TIMEOUT_SECONDS = 5.0
+READ_TIMEOUT_SECONDS = 20.0
+REQUEST_TIMEOUT_SECONDS = 120.0
+CLIENT_RETRIES = 3
+PART_BYTES = 8 << 20
+PARALLEL_PARTS = 8
+PARALLEL_REQUESTS = 16
+_QUERY = re.compile(r"\?[^\s\"'>)]*")
+_PERMANENT = ("PermissionDeniedError", "UnauthenticatedError", "InvalidPathError", "NotSupportedError")
+
+
+class ObjectFolder:
+    """One prefix of an object store, seen as a StoreFolder."""
+
+    parallel_reads = PARALLEL_REQUESTS
+
+    def __init__(self, url: str) -> None:
+        """Raises StoreError for a URL of an unknown scheme or one that carries credentials."""
+        if not url.startswith(URL_SCHEMES):
+            raise StoreError(f"{_clean(url)}: unknown scheme, expected a path or one of {URL_SCHEMES}")
+        if "@" in url or "?" in url or "#" in url:
+            text = _clean(url.split("@")[-1])
+            raise StoreError(f"{text}: a store URL holds no credentials and no query; use the environment")
+        self.url = url.rstrip("/")
+        self._client: Any = None
+
+    def prepare(self) -> None:
+        """Prove that the store can be written and that it honours conditional creation."""
+        probe = f"tmp/probe-{secrets.token_hex(8)}"
+        first, second = self.create(probe, b"probe"), self.create(probe, b"probe")
+        self.delete(probe)
+        if not first or second:
+            raise WriteFailedError(
+                f"{self.url}: the object store ignores If-None-Match, so two writers could overwrite each other; "
+                "use a store with conditional writes"
+            )
+
+    def check_writable(self) -> None:
+        """Nothing is known of an object store before a request; `prepare` makes one."""
+
+    def explain_absence(self) -> str:
+        return (
+            f"{self.url} holds no run.json, so it is no store (or none yet); "
+            "check bucket, prefix and endpoint, and name the store itself (prepare: OUTPUT/train and OUTPUT/heldout)"
+        )
+
+    def read(self, name: str, *, max_bytes: int) -> bytes | None:
+        def get() -> bytes:
+            found = self._obs().get(self._store(), name)
+            size = int(found.meta["size"])
+            if size > max_bytes:
+                raise CorruptError(f"{self.url}/{name}: {size} bytes, at most {max_bytes} expected")
+            data = bytes(found.bytes())
+            if len(data) != size:
+                raise _ShortBodyError(f"{len(data)} of {size} bytes came")
+            return data
+
+        return self._reading(name, get)
+
+    def read_range(self, name: str, offset: int, length: int) -> bytes:
+        def get() -> bytes:
+            data = bytes(self._obs().get_range(self._store(), name, start=offset, length=length))
+            if len(data) != length:
+                raise _ShortBodyError(f"{len(data)} of {length} bytes came")
+            return data
+
+        try:
+            found = self._reading(name, get) if length else b""
+        except GaveUpError:
+            size = self.size(name)
+            if size is not None and size < offset + length:
+                raise CorruptError(
+                    f"{self.url}/{name}: {size} bytes, expected at least {offset + length} (truncated object)"
+                ) from None
+            raise
+        if found is None:
+            raise CorruptError(f"{self.url}/{name}: object is missing; restore it from a copy")
+        return found
+
+    def size(self, name: str) -> int | None:
+        return self._reading(name, lambda: int(self._obs().head(self._store(), name)["size"]))
+
+    def names(self, prefix: str) -> list[str]:
+        def listing() -> list[str]:
+            found = self._obs().list_with_delimiter(self._store(), prefix=prefix or None)
+            return sorted(str(item["path"]).rsplit("/", 1)[-1] for item in found["objects"])
+
+        return self._reading(f"{prefix}/", listing) or []
+
+    def put(self, name: str, data: bytes | memoryview) -> None:
+        def upload() -> None:
+            self._obs().put(
+                self._store(),
+                name,
+                data,
+                use_multipart=len(data) > PART_BYTES,
+                chunk_size=PART_BYTES,
+                max_concurrency=PARALLEL_PARTS,
+            )
+
+        self._writing(name, upload)
+
+    def create(self, name: str, data: bytes | memoryview) -> bool:
+        def upload() -> bool:
+            try:
+                self._obs().put(self._store(), name, data, mode="create", use_multipart=False)
+            except self._obs().exceptions.AlreadyExistsError:
+                return False
+            return True
+
+        return self._writing(name, upload)
+
+    def delete(self, name: str) -> None:
+        def remove() -> None:
+            try:
+                self._obs().delete(self._store(), name)
+            except FileNotFoundError:
+                return
+
+        self._writing(name, remove)
+
+    def remove_if_empty(self) -> None:
+        """An object store has no folders."""
+
+    def map(self, name: str, size: int) -> memoryview | None:
+        return None
+
+    @staticmethod
+    def _obs() -> Any:
+        try:
+            import obstore
+            import obstore.exceptions
+        except ImportError as error:
+            raise StoreError(f"object stores need the extra potstill[object-store] ({error})") from None
+        return obstore
+
+    def _store(self) -> Any:
+        if self._client is None:
+            self._obs()
+            from obstore.store import from_url
+
+            if self.url.startswith(("memory://", "file://")):
+                self._client = from_url(self.url)
+            else:
+                self._client = from_url(self.url, client_options=_client_options(), retry_config=_retry_config())
+        return self._client
+
+    def _reading(self, name: str, work: Callable[[], T]) -> T | None:
+        try:
+            return self._retry(name, work)
+        except FileNotFoundError:
+            return None
+        except NotADirectoryError as error:
+            raise NotAStoreError(f"{self.url}/{name}: {_clean(str(error))}") from None
+        except _GaveUpError as error:
+            raise GaveUpError(f"reading {self.url}/{name} failed: {error}; check the network and try again") from None
+
+    def _writing(self, name: str, work: Callable[[], T]) -> T:
+        try:
+            return self._retry(name, work)
+        except (_GaveUpError, FileNotFoundError) as error:
+            raise WriteFailedError(
+                f"writing {self.url}/{name} failed: {_clean(str(error))}; nothing was committed, run again"
+            ) from None
+
+    def _retry(self, name: str, work: Callable[[], T]) -> T:
+        """Bounded attempts with jittered backoff on errors that may pass; credentials and paths are not retried."""
+        errors = (self._obs().exceptions.BaseError, _ShortBodyError, TimeoutError, ConnectionError)
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return work()
+            except errors as error:
+                text = f"{type(error).__name__}: {_clean(str(error))}"
+                if type(error).__name__ in _PERMANENT or attempt == ATTEMPTS:
+                    raise _GaveUpError(f"{text} (attempt {attempt} of {ATTEMPTS})") from None
+                logger.warning("%s/%s: attempt %d of %d: %s", self.url, name, attempt, ATTEMPTS, text)
+                time.sleep(BACKOFF_SECONDS * 2**attempt * (0.5 + random.random()))
+        raise AssertionError("unreachable")
+
+
+class _ShortBodyError(Exception):
+    """Fewer bytes arrived than were promised."""
+
+
+class _GaveUpError(Exception):
+    """All attempts failed."""
+
+
+def _client_options() -> dict[str, Any]:
+    def seconds(value: float) -> datetime.timedelta:
+        return datetime.timedelta(seconds=value)
+
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    return {
+        # Own client options hide AWS_ALLOW_HTTP from the client, so it is honoured here.
+        "allow_http": os.environ.get("AWS_ALLOW_HTTP", "").lower() == "true" or endpoint.startswith("http://"),
+        "connect_timeout": seconds(CONNECT_TIMEOUT_SECONDS),
+        "read_timeout": seconds(READ_TIMEOUT_SECONDS),
+        "timeout": seconds(REQUEST_TIMEOUT_SECONDS),
+    }
+
+
+def _retry_config() -> dict[str, Any]:
+    return {
+        "max_retries": CLIENT_RETRIES,
+        "retry_timeout": datetime.timedelta(seconds=REQUEST_TIMEOUT_SECONDS),
+        "backoff": {
+            "init_backoff": datetime.timedelta(seconds=BACKOFF_SECONDS / 2),
+            "max_backoff": datetime.timedelta(seconds=5),
+            "base": 2,
+        },
+    }
+
+
+def _clean(text: str) -> str:
+    """One line without the client's debug dump and URL queries, which may hold signatures."""
+    text = text.split("Debug source:")[0]
+    return _QUERY.sub("?...", " ".join(text.split()))[:500]

@@ -1,0 +1,262 @@
+"""Loader: this rank's slice of every global batch, several aligned stores joined by row, prefetched by threads."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, cast
+
+from potstill.storage.errors import CorruptError, MismatchError, ReadFailedError, StoreError
+from potstill.storage.loading.joining import JoinedRow, as_targets, check_digests, check_joined
+from potstill.storage.loading.order import ORDER_VERSION, Int64
+from potstill.storage.loading.pinning import cuda_is_there, pin
+from potstill.storage.loading.prefetch import Prefetcher
+from potstill.storage.loading.row_plan import RowPlan
+from potstill.storage.rows.row_types import TargetsRow, TokensRow, token_digest
+from potstill.storage.rows.sparse_targets import SparseTargets
+from potstill.storage.store.reader import StoreReader
+
+logger = logging.getLogger(__name__)
+
+STATE_VERSION = 1
+MAX_BAD_FRACTION = 1e-4
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedBatch:
+    """One rank's contiguous slice of a global batch; a rank may hold no rows when the world exceeds the batch."""
+
+    batch: int
+    rows: Int64
+    tokens: list[TokensRow]
+    joined: dict[str, list[JoinedRow]]
+
+    def targets(self, name: str) -> list[TargetsRow]:
+        """The rows of the targets store `name`. Raises MismatchError where that is a store of scores."""
+        return [as_targets(name, row) for row in self.joined[name]]
+
+
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    tokens: list[TokensRow]
+    joined: dict[str, list[JoinedRow]]
+    num_bad: int
+
+
+class Loader:
+    """Iterator over LoadedBatch, without end; any world size and any resume give the same global batches."""
+
+    def __init__(
+        self,
+        plan: RowPlan,
+        tokens: StoreReader,
+        joined: Mapping[str, StoreReader],
+        *,
+        rank: int = 0,
+        world: int = 1,
+        prefetch_batches: int = 2,
+        num_threads: int = 2,
+        on_bad_row: str = "raise",
+        pin_memory: bool = False,
+    ) -> None:
+        """`joined` stores must have been made from `tokens`; MismatchError names the field otherwise.
+
+        `prefetch_batches` batches are read ahead of the one in use, by `num_threads` threads (take more for stores on
+        object storage, where a read mostly waits).
+        `on_bad_row="drop_target"` replaces a permanently unreadable targets row by one without targets, counted in
+        `num_bad_rows` and capped at 1e-4 of the rows of an epoch (at least one). `pin_memory` puts the arrays into
+        page-locked memory where CUDA is there (imports torch).
+        """
+        if not 0 <= rank < world or prefetch_batches < 1 or num_threads < 1:
+            raise StoreError(
+                f"loader: rank {rank} of {world}, {prefetch_batches} batches ahead, {num_threads} threads is no setting"
+            )
+        if on_bad_row not in ("raise", "drop_target"):
+            raise StoreError(f"loader: on_bad_row is {on_bad_row!r}, expected raise or drop_target")
+        if tokens.spec.kind != "tokens":
+            raise MismatchError(f"{tokens.url} is a store of kind {tokens.spec.kind}, expected tokens")
+        for name, reader in joined.items():
+            check_joined(name, reader, tokens)
+        self._plan, self._tokens, self._joined = plan, tokens, dict(joined)
+        self._rank, self._world, self._drop = rank, world, on_bad_row == "drop_target"
+        self._pin = pin_memory and cuda_is_there()
+        self._prefetch_batches, self._num_threads = prefetch_batches, num_threads
+        self._committed, self._next_batch, self._submitted = 0, 0, 0
+        self._prefetcher: Prefetcher[_Piece] | None = None
+        self._closed = False
+        self.num_bad_rows = 0
+        self.data_wait_seconds = 0.0
+
+    def __iter__(self) -> Iterator[LoadedBatch]:
+        return self
+
+    def __next__(self) -> LoadedBatch:
+        """The next batch in order; errors of the threads surface here."""
+        if self._closed:
+            raise StoreError("loader: closed; build a new one")
+        if self._prefetcher is None:
+            self._prefetcher = Prefetcher(num_threads=self._num_threads, name="potstill-loader")
+        while self._submitted <= self._next_batch + self._prefetch_batches:
+            self._submit(self._prefetcher, self._submitted)
+            self._submitted += 1
+        batch, rows = self._next_batch, self._rank_rows(self._next_batch)
+        started = time.perf_counter()
+        try:
+            pieces = [self._prefetcher.take() for _ in self._cuts(len(rows))]
+        except BaseException:
+            # The batch is lost for this iterator; going on would silently shift the order.
+            self.close()
+            raise
+        self.data_wait_seconds += time.perf_counter() - started
+        self._next_batch += 1
+        self._count_bad(sum(piece.num_bad for piece in pieces))
+        names = sorted(self._plan.joined(batch))
+        return LoadedBatch(
+            batch=batch,
+            rows=rows,
+            tokens=[row for piece in pieces for row in piece.tokens],
+            joined={name: [row for piece in pieces for row in piece.joined[name]] for name in names},
+        )
+
+    def commit(self, batch: int) -> None:
+        """Say that the optimizer step of `batch` is done; only this moves the state."""
+        if batch != self._committed:
+            raise StoreError(f"loader: batch {batch} committed, expected {self._committed}; commit each step once")
+        self._committed += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON state, equal on all ranks; it counts committed batches, never prefetched ones."""
+        return {
+            "version": STATE_VERSION,
+            "order_version": ORDER_VERSION,
+            "stores": self._store_digests(),
+            "plan": self._plan.identity(),
+            "batches": self._committed,
+            "position": self._plan.position(self._committed),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue after `state`; must come before iteration. MismatchError names the field that differs."""
+        if self._prefetcher is not None or self._closed:
+            raise StoreError("loader: load_state_dict must come before the first batch is asked for")
+        own: dict[str, Any] = self.state_dict()
+        for key in ("version", "order_version", "stores", "plan"):
+            found = state.get(key)
+            if found == own[key]:
+                continue
+            if isinstance(found, Mapping) and isinstance(own[key], Mapping):
+                names = sorted(n for n in found.keys() | own[key].keys() if found.get(n) != own[key].get(n))
+                detail = "; ".join(f"{n}: saved {found.get(n)!r}, now {own[key].get(n)!r}" for n in names)
+            else:
+                detail = f"saved {found!r}, now {own[key]!r}"
+            raise MismatchError(
+                f"loader state: {key} differs ({detail}); resume with the same stores and plan, or start a new run"
+            )
+        batches = state.get("batches")
+        if type(batches) is not int or batches < 0:
+            raise MismatchError(f"loader state: batches is {batches!r}, expected a count")
+        self._committed = self._next_batch = self._submitted = batches
+
+    def close(self) -> None:
+        """Stop the threads (joined within a second) and drop what is prefetched."""
+        self._closed = True
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _store_digests(self) -> dict[str, str]:
+        readers = {"tokens": self._tokens} | {f"joined.{name}": r for name, r in self._joined.items()}
+        # 96 bits pin a store and keep the state small.
+        return {name: reader.digest[:24] for name, reader in readers.items()}
+
+    def _rank_rows(self, batch: int) -> Int64:
+        rows = self._plan.rows(batch)
+        size = self._plan.global_batch
+        if rows.shape != (size,):
+            raise StoreError(f"plan: batch {batch} has rows of shape {rows.shape}, expected ({size},)")
+        return rows[size * self._rank // self._world : size * (self._rank + 1) // self._world]
+
+    def reads(self, batch: int) -> list[Int64]:
+        """Row ids of each read that this rank makes of a store for global batch `batch`; nothing is read."""
+        rows = self._rank_rows(batch)
+        return [rows[cut] for cut in self._cuts(len(rows))]
+
+    def _cuts(self, num_rows: int) -> list[slice]:
+        """One task per thread and batch, so that a large batch is read in parallel."""
+        step = max(1, -(-num_rows // self._num_threads))
+        return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
+
+    def _submit(self, prefetcher: Prefetcher[_Piece], batch: int) -> None:
+        names = self._plan.joined(batch)
+        unknown = names - self._joined.keys()
+        if unknown:
+            raise StoreError(f"plan: batch {batch} needs the stores {sorted(unknown)}, which were not given")
+        for rows in self.reads(batch):
+            prefetcher.submit(functools.partial(self._load, rows, names))
+
+    def _load(self, rows: Int64, names: frozenset[str]) -> _Piece:
+        tokens = self._tokens.tokens_rows(rows)
+        digests = [token_digest(row.tokens, row.doc_lens) for row in tokens]
+        joined: dict[str, list[JoinedRow]] = {}
+        num_bad = 0
+        for name in sorted(names):
+            found, bad = self._load_joined(self._joined[name], tokens, digests)
+            num_bad += bad
+            check_digests(self._joined[name], found, digests)
+            joined[name] = found
+        if self._pin:
+            tokens = [pin(row) for row in tokens]
+            joined = {name: [pin(row) for row in found] for name, found in joined.items()}
+        return _Piece(tokens, joined, num_bad)
+
+    def _load_joined(
+        self, reader: StoreReader, tokens: list[TokensRow], digests: list[int]
+    ) -> tuple[list[JoinedRow], int]:
+        ids = [row.row for row in tokens]
+        if not self._drop or reader.spec.kind != "targets":
+            return cast("list[JoinedRow]", reader.rows(ids)), 0
+        try:
+            return cast("list[JoinedRow]", reader.rows(ids)), 0
+        except (CorruptError, ReadFailedError):
+            out: list[JoinedRow] = []
+            num_bad = 0
+            for row, digest in zip(tokens, digests, strict=True):
+                try:
+                    out.append(cast("TargetsRow", reader.row(row.row)))
+                except (CorruptError, ReadFailedError) as error:
+                    logger.error("row %d trains without targets: %s", row.row, error)
+                    out.append(TargetsRow(row.row, digest, _no_targets(len(row.tokens), reader)))
+                    num_bad += 1
+            return out, num_bad
+
+    def _count_bad(self, num_bad: int) -> None:
+        self.num_bad_rows += num_bad
+        allowed = max(1, int(MAX_BAD_FRACTION * self._tokens.num_rows))
+        if self.num_bad_rows > allowed:
+            self.close()
+            raise CorruptError(
+                f"loader: {self.num_bad_rows} rows had unreadable targets, at most {allowed} are tolerated; "
+                "look for the damage with: potstill verify STORE --deep"
+            )
+
+
+def _no_targets(num_tokens: int, reader: StoreReader) -> SparseTargets:
+    spec = reader.spec
+    return SparseTargets.empty(
+        num_tokens,
+        num_draws=spec.num_draws,
+        with_logprobs=spec.stores_logprobs,
+        with_weights=spec.stores_weights,
+        temperatures=spec.temperatures,
+    )

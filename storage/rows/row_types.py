@@ -1,0 +1,69 @@
+"""The three kinds of rows that a store can hold, and the digest that ties them to their tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from potstill.storage.rows.sparse_targets import Float32, Int32, SparseTargets
+
+NO_LABEL = -100  # what torch's cross_entropy ignores
+
+
+@dataclass(frozen=True, eq=False)
+class TokensRow:
+    """A packed sequence: tokens [n] int32 split in documents of lengths doc_lens [d] int32 (sum n)."""
+
+    row: int
+    tokens: Int32
+    doc_lens: Int32
+
+    def position_ids(self) -> NDArray[np.int64]:
+        """0, 1, 2, ... from each document's first token on, [n] int64."""
+        lens = self.doc_lens.astype(np.int64)
+        return np.arange(len(self.tokens), dtype=np.int64) - np.repeat(np.cumsum(lens) - lens, lens)
+
+    def labels(self) -> NDArray[np.int64]:
+        """The next token of the same document, [n] int64; NO_LABEL (-100) at each document's last token."""
+        labels = np.empty(len(self.tokens), np.int64)
+        labels[:-1] = self.tokens[1:]
+        labels[np.cumsum(self.doc_lens) - 1] = NO_LABEL
+        return labels
+
+
+@dataclass(frozen=True, eq=False)
+class TargetsRow:
+    """Teacher targets of one row; `token_digest` pins the tokens they were computed on."""
+
+    row: int
+    token_digest: int
+    targets: SparseTargets
+    stats: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class ScoresRow:
+    """Per-token scores of a small language model, and per-row statistics for the index."""
+
+    row: int
+    token_digest: int
+    label_logprob: Float32
+    label_rank: Int32
+    entropy: Float32
+    stats: Mapping[str, float] = field(default_factory=dict)
+
+
+Row = TokensRow | TargetsRow | ScoresRow
+
+
+def token_digest(tokens: Int32, doc_lens: Int32) -> int:
+    """64-bit digest of a row's tokens and document bounds (blake2b-8 over little-endian int32)."""
+    digest = hashlib.blake2b(digest_size=8)
+    digest.update(np.array([len(tokens), len(doc_lens)], dtype="<u4").tobytes())
+    digest.update(np.ascontiguousarray(tokens, dtype="<i4").tobytes())
+    digest.update(np.ascontiguousarray(doc_lens, dtype="<i4").tobytes())
+    return int.from_bytes(digest.digest(), "little")

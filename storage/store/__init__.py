@@ -1,0 +1,1 @@
+"""A whole store: its description, writing, sealing, reading and looking after."""

@@ -1,0 +1,156 @@
+"""store_stats: what a store holds, as histograms and bytes by column."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from potstill.storage.files.paths import StorePath
+from potstill.storage.rows.k_bound import KBound, bound_positions
+from potstill.storage.rows.row_types import ScoresRow, TargetsRow
+from potstill.storage.rows.sparse_targets import SparseTargets
+from potstill.storage.rows.target_checks import segment_sums
+from potstill.storage.store.reader import StoreReader
+
+MAX_ROWS = 512
+BAR_WIDTH = 40
+# Upper bounds of the bins; the last bin is open.
+BINS: dict[str, tuple[float, ...]] = {
+    "kept count": (0, 1, 2, 4, 8, 16, 32, 64, 100, 128, 255),
+    "kept mass": (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999, 1.01),
+    "sum of weights": (0.25, 0.5, 0.8, 0.9, 0.95, 1.05, 1.1, 1.2, 1.5, 2, 4),
+    "entropy (nats)": (0.25, 0.5, 1, 1.5, 2, 3, 4, 6, 16),
+    "label rank": (0, 1, 3, 7, 15, 31, 63, 127, 254, 255),
+}
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts per bin; `upper` are the inclusive upper bounds."""
+
+    upper: tuple[float, ...]
+    counts: tuple[int, ...]
+    mean: float
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreStats:
+    """Totals of the whole store; histograms and bytes by column over `sampled_rows` evenly spaced rows."""
+
+    url: str
+    kind: str
+    num_rows: int
+    num_tokens: int
+    num_entries: int
+    num_bytes: int
+    sampled_rows: int
+    sampled_tokens: int
+    column_bytes: Mapping[str, int]
+    histograms: Mapping[str, Histogram] = field(default_factory=dict)
+    k_bound: KBound | None = None  # of a store whose selection is top_p_k
+
+    def format(self) -> str:
+        """Text for a terminal."""
+        per_token = self.num_bytes / max(1, self.num_tokens)
+        lines = [
+            f"{self.url}: {self.kind}, {self.num_rows} rows, {self.num_tokens} tokens, {self.num_entries} entries, "
+            f"{self.num_bytes} bytes ({per_token:.2f} B/token)",
+            *([] if self.k_bound is None else [self.k_bound.describe(per_token)]),
+            f"columns, compressed bytes per token over {self.sampled_rows} rows:",
+        ]
+        for name, num_bytes in self.column_bytes.items():
+            lines.append(f"  {name:<14}{num_bytes / max(1, self.sampled_tokens):>9.3f}")
+        for title, histogram in self.histograms.items():
+            lines += _histogram_lines(title, histogram)
+        return "\n".join(lines)
+
+
+def store_stats(path: StorePath, *, max_rows: int = MAX_ROWS) -> StoreStats:
+    """Statistics of a sealed store, from at most `max_rows` evenly spaced rows."""
+    reader = StoreReader(path)
+    picks = np.unique(np.linspace(0, max(0, reader.num_rows - 1), min(max_rows, reader.num_rows)).astype(np.int64))
+    values: dict[str, list[np.ndarray]] = {name: [] for name in BINS}
+    targets: list[SparseTargets] = []
+    tokens = 0
+    for row in picks:
+        found = reader.row(int(row))
+        if isinstance(found, TargetsRow):
+            _collect_targets(found, values)
+            targets.append(found.targets)
+            tokens += found.targets.num_tokens
+        elif isinstance(found, ScoresRow):
+            values["entropy (nats)"].append(found.entropy)
+            values["label rank"].append(found.label_rank)
+            tokens += len(found.entropy)
+        else:
+            tokens += len(found.tokens)
+    joined = {name: np.concatenate(parts) for name, parts in values.items() if parts}
+    column_bytes, batch_tokens = reader.column_bytes(picks)
+    scale = tokens / max(1, batch_tokens)
+    return StoreStats(
+        url=reader.url,
+        kind=reader.spec.kind,
+        num_rows=reader.num_rows,
+        num_tokens=reader.num_tokens,
+        num_entries=reader.manifest.num_entries,
+        num_bytes=reader.manifest.num_bytes,
+        sampled_rows=len(picks),
+        sampled_tokens=tokens,
+        column_bytes={name: round(n * scale) for name, n in column_bytes.items()},
+        histograms={name: _histogram(x, BINS[name]) for name, x in joined.items() if x.size},
+        k_bound=_k_bound(reader.spec.selection, targets),
+    )
+
+
+def _k_bound(selection: Mapping[str, Any] | None, rows: Sequence[SparseTargets]) -> KBound | None:
+    if selection is None or selection["mode"] != "top_p_k" or not rows:
+        return None
+    counts = np.concatenate([np.diff(targets.offsets) for targets in rows])
+    tails = np.concatenate([targets.log_tail for targets in rows])
+    some = counts > 0  # positions without a target have no entries
+    k, p = int(selection["k"]), float(selection["p"])
+    num_bound, kept = bound_positions(counts[some], tails[some], k=k, p=p)
+    positions = max(1, int(some.sum()))
+    return KBound(k, p, num_bound / positions, kept / positions)
+
+
+def _collect_targets(row: TargetsRow, values: dict[str, list[np.ndarray]]) -> None:
+    targets = row.targets
+    kept = np.diff(targets.offsets)
+    values["kept count"].append(kept)
+    some = kept > 0
+    if targets.logprobs is not None:
+        mass = segment_sums(np.exp(targets.logprobs.astype(np.float64)), targets.offsets)
+        tail = np.exp(targets.log_tail.astype(np.float64))
+        values["kept mass"].append((mass / (mass + tail))[some])
+    else:
+        values["kept mass"].append(1 - np.exp(targets.log_tail.astype(np.float64))[some])
+    if targets.log_weights is not None:
+        sums = segment_sums(np.exp(targets.log_weights.astype(np.float64)), targets.offsets)
+        values["sum of weights"].append(sums[some])
+    if targets.entropy is not None:
+        values["entropy (nats)"].append(targets.entropy[some])
+    if targets.label_rank is not None:
+        values["label rank"].append(targets.label_rank[some])
+
+
+def _histogram(values: np.ndarray, upper: Sequence[float]) -> Histogram:
+    places = np.minimum(np.searchsorted(np.array(upper), values, side="left"), len(upper) - 1)
+    counts = np.bincount(places, minlength=len(upper))
+    return Histogram(tuple(upper), tuple(int(c) for c in counts), float(values.mean()))
+
+
+def _histogram_lines(title: str, histogram: Histogram) -> list[str]:
+    lines = [f"{title}: mean {histogram.mean:.4g}"]
+    most = max(histogram.counts)
+    for upper, count in zip(histogram.upper, histogram.counts, strict=True):
+        share = count / max(1, histogram.total)
+        lines.append(f"  <= {upper:<7g}{share:>7.1%} {'#' * round(BAR_WIDTH * count / max(1, most))}")
+    return lines

@@ -1,0 +1,263 @@
+"""StoreWriter: create or resume a run, and commit units of rows exactly once."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from numpy.typing import ArrayLike
+
+from potstill.storage.errors import CorruptError, NotAStoreError, StoreError, StoreExistsError, VersionError
+from potstill.storage.files.checked_json import dump_checked, read_checked
+from potstill.storage.files.commit import (
+    MAX_GENERATIONS,
+    MAX_RECORD_BYTES,
+    CommitRecord,
+    committed_records,
+    list_records,
+    parse_record,
+    read_record,
+    record_name,
+)
+from potstill.storage.files.paths import SUBFOLDERS, StoreFolder, StorePath, open_folder
+from potstill.storage.files.unit_file import encode_unit
+from potstill.storage.rows.id_map import ID_MAP_NAME, IdMap
+from potstill.storage.rows.row_checks import check_rows, row_stats
+from potstill.storage.rows.row_types import Row
+from potstill.storage.store.spec import RunSpec, require_same
+
+logger = logging.getLogger(__name__)
+
+RUN_NAME = "run.json"
+MAX_RUN_BYTES = 16 << 20
+_OWN_TOP_NAMES = re.compile(r"run\.json|manifest\.json|index(-[0-9a-f]{12})?\.arrow|id_map\.u32")
+
+
+def load_spec(folder: StoreFolder) -> RunSpec:
+    """Read run.json; NotAStoreError, which says what is there instead, when there is none."""
+    value = read_checked(folder, RUN_NAME, max_bytes=MAX_RUN_BYTES)
+    if value is None:
+        raise NotAStoreError(folder.explain_absence())
+    return RunSpec.from_json(value, where=f"{folder.url}/{RUN_NAME}")
+
+
+def load_id_map(folder: StoreFolder, spec: RunSpec) -> IdMap | None:
+    """The id table that run.json names, checked, or None when the store uses plain ids."""
+    if spec.id_map_sha256 is None:
+        return None
+    where = f"{folder.url}/{ID_MAP_NAME}"
+    data = folder.read(ID_MAP_NAME, max_bytes=4 * spec.vocab_size)
+    if data is None:
+        raise CorruptError(f"{where}: missing, but run.json needs it; restore it from a copy")
+    return IdMap.from_bytes(data, vocab_size=spec.vocab_size, sha256=spec.id_map_sha256, where=where)
+
+
+class StoreWriter:
+    """Writes the units of one store; any number of writers may work on the same store at once."""
+
+    def __init__(self, folder: StoreFolder, spec: RunSpec, id_map: IdMap | None) -> None:
+        self._folder, self._spec, self._id_map = folder, spec, id_map
+
+    @classmethod
+    def create(
+        cls,
+        path: StorePath,
+        spec: RunSpec,
+        *,
+        force: bool = False,
+        id_frequencies: ArrayLike | None = None,
+    ) -> StoreWriter:
+        """Create the store, or open the same run to resume it.
+
+        Raises MismatchError (naming the field) when another run lies there, StoreExistsError when the folder holds
+        something else, WriteFailedError when it cannot be written. Folders above it are made. `force` deletes a
+        store that stands there first, but none of another kind: that is a mistake in the path.
+        `id_frequencies` [V] turns on frequency-ranked ids.
+        """
+        folder = open_folder(path)
+        folder.check_writable()
+        id_map = None if id_frequencies is None else IdMap.from_frequencies(id_frequencies)
+        if id_map is not None:
+            if len(id_map.id_of_rank) != spec.vocab_size:
+                raise StoreError(f"id frequencies: {len(id_map.id_of_rank)} values for {spec.vocab_size} ids")
+            spec = dataclasses.replace(spec, id_map_sha256=id_map.sha256)
+        if force:
+            _refuse_other_kind(folder, spec)
+            delete_store(folder)
+        _refuse_foreign(folder)
+        folder.prepare()
+        if id_map is not None and folder.read(ID_MAP_NAME, max_bytes=4 * spec.vocab_size) is None:
+            folder.create(ID_MAP_NAME, id_map.to_bytes())
+        if not folder.create(RUN_NAME, dump_checked(spec.to_json())):
+            require_same(load_spec(folder), spec, where=f"{folder.url}/{RUN_NAME}")
+            logger.info("resuming the store %s", folder.url)
+        return cls(folder, spec, load_id_map(folder, spec))
+
+    @classmethod
+    def resume(cls, path: StorePath, spec: RunSpec) -> StoreWriter | None:
+        """Open the same run if it has committed a unit, else None; nothing is written.
+
+        Without a committed unit nothing is lost when the store is created anew with `force`: a run.json alone does not
+        hold the place for other options. Raises MismatchError when another run has units here, StoreExistsError when
+        the folder holds something else, WriteFailedError when it is plain that it cannot be written.
+        """
+        folder = open_folder(path)
+        folder.check_writable()
+        _refuse_foreign(folder)
+        if folder.read(RUN_NAME, max_bytes=MAX_RUN_BYTES) is None:
+            return None
+        found = load_spec(folder)
+        if found.kind == spec.kind and not list_records(folder):
+            return None
+        require_same(found, spec, where=f"{folder.url}/{RUN_NAME}")
+        logger.info("resuming the store %s", folder.url)
+        return cls(folder, spec, load_id_map(folder, spec))
+
+    @property
+    def spec(self) -> RunSpec:
+        return self._spec
+
+    @property
+    def num_units(self) -> int | None:
+        """Units of the whole store; None while the number of rows is unknown."""
+        rows = self._spec.num_rows
+        return None if rows is None else -(-rows // self._spec.rows_per_unit)
+
+    def unit_rows(self, unit: int) -> range:
+        """Row numbers of a unit; they depend on the input only."""
+        spec = self._spec
+        if unit < 0 or (self.num_units is not None and unit >= self.num_units):
+            raise StoreError(f"unit {unit} does not exist, the store has {self.num_units} units")
+        first = unit * spec.rows_per_unit
+        last = first + spec.rows_per_unit
+        return range(first, last if spec.num_rows is None else min(last, spec.num_rows))
+
+    def todo(self, *, worker: int = 0, num_workers: int = 1) -> list[int]:
+        """Units of this worker's share (unit % num_workers) that have no readable record, in order."""
+        if not 0 <= worker < num_workers:
+            raise StoreError(f"worker {worker} is not in [0, {num_workers})")
+        if self.num_units is None:
+            raise StoreError("the number of rows is unknown before the seal; count units yourself")
+        seen = list_records(self._folder)
+        share = range(worker, self.num_units, num_workers)
+        return [u for u in share if self._is_missing(u, seen.get(u, 0))]
+
+    def _is_missing(self, unit: int, generations: int) -> bool:
+        return read_record(self._folder, unit, self._spec, generations=generations) is None
+
+    def committed(self) -> dict[int, CommitRecord]:
+        """Readable records by unit."""
+        return committed_records(self._folder, self._spec)
+
+    def record(self, unit: int) -> CommitRecord | None:
+        """The readable record of one unit, or None."""
+        return read_record(self._folder, unit, self._spec)
+
+    def commit_unit(self, unit: int, rows: Sequence[Row], *, extra: Mapping[str, Any] | None = None) -> bool:
+        """Encode, write durably and commit; False if another attempt at this unit had won.
+
+        Raises StoreError (naming row and rule) for bad rows and WriteFailedError when nothing was committed.
+        """
+        wanted = self.unit_rows(unit)
+        check_rows(rows, spec=self._spec, wanted=wanted)
+        if read_record(self._folder, unit, self._spec) is not None:
+            return False
+        encoded = encode_unit(rows, spec=self._spec, unit=unit, id_map=self._id_map)
+        record = CommitRecord(
+            unit=unit,
+            file=f"u{unit:07d}-{secrets.token_hex(6)}.arrow",
+            num_bytes=len(encoded.data),
+            sha256=encoded.sha256,
+            first_row=wanted.start,
+            batches=encoded.batches,
+            num_tokens=encoded.num_tokens,
+            num_entries=encoded.num_entries,
+            num_targets=encoded.num_targets,
+            stats=row_stats(rows, spec=self._spec),
+            time_seconds=round(time.time(), 3),
+            extra=dict(extra or {}),
+        )
+        self._folder.put(f"units/{record.file}", encoded.data)
+        won = self._publish_record(unit, record.file, record.to_bytes(self._spec.fingerprint))
+        if not won:
+            self._folder.delete(f"units/{record.file}")
+        return won
+
+    def _publish_record(self, unit: int, file: str, data: bytes) -> bool:
+        """Create the record under the first generation whose name is free; readable earlier ones win."""
+        for generation in range(MAX_GENERATIONS):
+            name = f"units/{record_name(unit, generation)}"
+            if self._folder.create(name, data):
+                return True
+            try:
+                found = read_checked(self._folder, name, max_bytes=MAX_RECORD_BYTES)
+                winner = parse_record(found or {}, unit=unit, spec=self._spec, where=f"{self._folder.url}/{name}")
+            except CorruptError as error:
+                logger.warning("stepping over an unreadable record: %s", error)
+                continue
+            # A repeated request whose first answer was lost finds our own record.
+            return winner.file == file
+        raise StoreError(f"unit {unit}: {MAX_GENERATIONS} unreadable records; the folder {self._folder.url} is broken")
+
+    def record_failure(self, unit: int, reason: str) -> None:
+        """Note why an attempt failed, in failures/; the unit stays to be done."""
+        value = {"unit": unit, "reason": reason[:10_000], "time_seconds": round(time.time(), 3)}
+        self._folder.put(f"failures/u{unit:07d}-{secrets.token_hex(6)}.json", dump_checked(value))
+
+
+def check_output(path: StorePath) -> None:
+    """Raise StoreExistsError or WriteFailedError when it is plain that no store can be written at `path`.
+
+    For an early word before anything is loaded: nothing is created, and a store that stands there is no error.
+    """
+    folder = open_folder(path)
+    folder.check_writable()
+    _refuse_foreign(folder)
+
+
+def discard_unused(path: StorePath) -> None:
+    """Take away a store in which no unit is committed, with its empty folder; anything else is left as it is."""
+    folder = open_folder(path)
+    if not list_records(folder):
+        delete_store(folder)
+        folder.remove_if_empty()
+
+
+def delete_store(folder: StoreFolder) -> None:
+    """Delete the files of a store, run.json last; does nothing when there is no run.json."""
+    if folder.read(RUN_NAME, max_bytes=MAX_RUN_BYTES) is None:
+        return
+    logger.warning("deleting the store %s", folder.url)
+    top = [name for name in folder.names("") if _OWN_TOP_NAMES.fullmatch(name)]
+    # The manifest goes first: without it no reader takes the rest for a sealed store.
+    for name in sorted(top, key=lambda n: (n == RUN_NAME, n != "manifest.json")):
+        if name == RUN_NAME:
+            for sub in SUBFOLDERS:
+                for item in folder.names(sub):
+                    folder.delete(f"{sub}/{item}")
+        folder.delete(name)
+
+
+def _refuse_other_kind(folder: StoreFolder, spec: RunSpec) -> None:
+    try:
+        found = load_spec(folder)
+    except (NotAStoreError, CorruptError, VersionError):
+        return  # nothing there, or nothing that anybody can read
+    if found.kind != spec.kind:
+        require_same(found, spec, where=f"{folder.url}/{RUN_NAME}")
+
+
+def _refuse_foreign(folder: StoreFolder) -> None:
+    try:
+        foreign = [name for name in folder.names("") if not _OWN_TOP_NAMES.fullmatch(name)]
+    except NotAStoreError as error:
+        raise StoreExistsError(str(error)) from None
+    if foreign:
+        raise StoreExistsError(
+            f"{folder.url} holds other files ({', '.join(foreign[:3])}); name an empty or new folder for the store"
+        )

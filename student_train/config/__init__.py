@@ -1,0 +1,1 @@
+"""The configuration files of training, evaluation and export, every key described and checked."""

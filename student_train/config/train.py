@@ -1,0 +1,401 @@
+"""The configuration of training, evaluation and export: one strict tree each, every key described.
+
+Validators are pure: they look at values only, never at files, devices or process groups (see stores.py and
+model_checks.py).
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from potstill.common.config import LocalPath, StorePlace, StrictModel
+from potstill.student_train.config.stages import (
+    Cosine,
+    Curve,
+    Divergence,
+    Linear,
+    LinearRatio,
+    MissingMass,
+    Objective,
+    Periodic,
+    RowScore,
+    RowSelector,
+    Scalar,
+    Span,
+    Stage,
+    StatRef,
+    TokenSelector,
+    Wsd,
+)
+
+__all__ = [
+    "Cosine",
+    "Curve",
+    "Divergence",
+    "EvalConfig",
+    "ExportConfig",
+    "Linear",
+    "LinearRatio",
+    "LrSchedule",
+    "MissingMass",
+    "Objective",
+    "Periodic",
+    "RowScore",
+    "RowSelector",
+    "Scalar",
+    "Span",
+    "Stage",
+    "StatRef",
+    "TokenSelector",
+    "TrainConfig",
+    "Wsd",
+]
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+def _plain_off(value: Any) -> Any:
+    """YAML 1.1 reads a plain `off` as false; here it is the word."""
+    return "off" if value is False else value
+
+
+WordOff = BeforeValidator(_plain_off)
+
+
+class RunConfig(StrictModel):
+    """Where the run lives and how long it goes."""
+
+    name: str = Field(default="run", description="Name in logs and reports", min_length=1)
+    output_dir: LocalPath = Field(description="Run folder: metrics, checkpoints, resolved configuration")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of the initial weights and of the order of rows")
+    max_steps: int | None = Field(default=None, ge=1, description="Optimizer steps; give this or max_tokens")
+    max_tokens: int | None = Field(default=None, ge=1, description="Tokens to train on, rounded up to whole steps")
+    max_runtime_minutes: float | None = Field(
+        default=None, gt=0, description="Save and stop (exit code 75) after this time"
+    )
+    force: bool = Field(default=False, description="Delete what stands in output_dir and start anew")
+    self_check: bool = Field(
+        default=True,
+        description="At start see that the model keeps packed documents apart and that the loss works on its logits; "
+        "compare each stage's loss path with float64 on its first batch",
+    )
+    num_threads: int | None = Field(
+        default=None, ge=1, description="torch CPU threads per rank; null leaves torch's own choice"
+    )
+
+    @model_validator(mode="after")
+    def _one_length(self) -> RunConfig:
+        if (self.max_steps is None) == (self.max_tokens is None):
+            raise ValueError("give exactly one of run.max_steps and run.max_tokens")
+        return self
+
+
+class ModelConfig(StrictModel):
+    """The student: a configuration with random weights, or a folder with weights."""
+
+    config: LocalPath | dict[str, Any] | None = Field(
+        default=None,
+        description="Hugging Face config folder or config.json, or an inline mapping with model_type; random init",
+    )
+    path: LocalPath | None = Field(default=None, description="Hugging Face folder with weights to start from")
+    dtype: Dtype = Field(
+        default="float32", description="Weights and arithmetic; float32 master weights are kept under bfloat16"
+    )
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        default="sdpa", description="Attention implementation"
+    )
+    gradient_checkpointing: bool = Field(default=False, description="Recompute activations in the backward pass")
+    init: Literal["auto", "width", "width_residual", "config"] = Field(
+        default="auto",
+        description="Random weights: std 1/sqrt(hidden size) (width), the projections into the residual stream also "
+        "divided by sqrt(2 x layers) (width_residual), or the configuration's initializer_range (config); auto is "
+        "width_residual unless the configuration names initializer_range",
+    )
+    init_std: float | None = Field(
+        default=None, gt=0, le=1, description="Std of random weights; null leaves it to model.init"
+    )
+    compile: bool = Field(default=False, description="torch.compile the backbone")
+    router_aux_loss: float | None = Field(
+        default=None,
+        ge=0,
+        description="Mixture of experts: weight of its load balancing loss; null takes the model's "
+        "router_aux_loss_coef, 0 switches it off",
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelConfig:
+        if (self.config is None) == (self.path is None):
+            raise ValueError("give exactly one of model.config (random weights) and model.path (weights)")
+        if self.path is not None and self.init_std is not None:
+            raise ValueError("model.init_std is for random weights; remove it or use model.config")
+        if self.path is not None and self.init != "auto":
+            raise ValueError("model.init is for random weights; remove it or use model.config")
+        if self.init_std is not None and self.init != "auto":
+            raise ValueError(f"model.init_std and model.init {self.init} both set the std; give one of them")
+        return self
+
+
+class DataConfig(StrictModel):
+    """Stores to read and the shape of a batch."""
+
+    tokens: StorePlace = Field(description="Sealed tokens store: folder or URL, as all stores here")
+    heldout: StorePlace | None = Field(default=None, description="Tokens store for evaluation")
+    heldout_targets: StorePlace | None = Field(
+        default=None, description="Targets store over heldout: adds agreement and KL"
+    )
+    targets: dict[str, StorePlace] = Field(default_factory=dict, description="Name -> targets store over tokens")
+    scores: dict[str, StorePlace] = Field(default_factory=dict, description="Name -> scores store over tokens")
+    global_batch_rows: int = Field(ge=1, description="Rows per optimizer step over all ranks")
+    micro_batch_rows: int = Field(
+        default=1, ge=1, description="Rows per forward on one rank; accumulation follows from it"
+    )
+    order: Literal["global", "block", "sequential"] = Field(default="global", description="How rows are shuffled")
+    prefetch_batches: int = Field(default=2, ge=1, le=64, description="Batches that threads read ahead")
+    num_threads: int = Field(default=2, ge=1, le=64, description="Reading threads per rank")
+
+    @model_validator(mode="after")
+    def _names(self) -> DataConfig:
+        twice = sorted(set(self.targets) & set(self.scores))
+        if twice:
+            raise ValueError(f"data.targets and data.scores both name {twice}; names must differ")
+        if "student" in {*self.targets, *self.scores}:
+            raise ValueError("'student' cannot name a store: token selectors use it for the student itself")
+        if self.heldout_targets is not None and self.heldout is None:
+            raise ValueError("data.heldout_targets needs data.heldout")
+        return self
+
+
+class OptimizerConfig(StrictModel):
+    """AdamW of torch; weight decay on matrices only."""
+
+    lr: float = Field(default=3e-4, gt=0, le=1, description="Peak learning rate")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default=(0.9, 0.95), description="AdamW betas"
+    )
+    eps: float = Field(default=1e-8, gt=0, description="AdamW epsilon")
+    weight_decay: float = Field(default=0.1, ge=0, description="Decoupled weight decay of matrices")
+    grad_clip: float = Field(default=1.0, ge=0, description="Largest gradient norm; 0 switches clipping off")
+
+
+class LrSchedule(StrictModel):
+    """Learning rate over the run or over each stage, a pure function of the step."""
+
+    kind: Literal["constant", "linear", "cosine", "wsd"] = Field(
+        default="cosine", description="Shape after the warm-up"
+    )
+    span: Literal["run", "stages"] = Field(
+        default="run", description="What the shape is laid over: the run, or each stage of the curriculum anew"
+    )
+    warmup: Span = Field(default=0, description="Linear warm-up: int = steps, float = share of the run (or stage)")
+    decay: Span = Field(
+        default=0.2,
+        description="Length of the decay of wsd at the end: int = steps, float = share of the run (or stage)",
+    )
+    decay_shape: Literal["linear", "cosine", "sqrt"] = Field(default="linear", description="Shape of the decay of wsd")
+    min_ratio: float = Field(default=0.1, ge=0, le=1, description="Factor on the peak that the decay ends at")
+
+
+class CheckpointConfig(StrictModel):
+    """What is saved, what is kept, what a start looks for."""
+
+    every_steps: int | None = Field(
+        default=None, ge=1, description="Save each so many steps; the last step is always saved"
+    )
+    keep_last: int = Field(default=2, ge=1, description="Newest checkpoints that are kept")
+    permanent_every_steps: int | None = Field(
+        default=None, ge=1, description="Checkpoints at multiples of this are never deleted"
+    )
+    resume: Literal["auto", "never"] | Path = Field(
+        default="auto", description="auto, never, or the folder of a checkpoint"
+    )
+
+    @model_validator(mode="after")
+    def _multiple(self) -> CheckpointConfig:
+        if self.permanent_every_steps is not None and (
+            self.every_steps is None or self.permanent_every_steps % self.every_steps
+        ):
+            raise ValueError("checkpoint.permanent_every_steps must be a multiple of checkpoint.every_steps")
+        return self
+
+
+class LoggingConfig(StrictModel):
+    """Metrics; the JSON lines are always written."""
+
+    every_steps: int = Field(default=10, ge=1, description="Steps per line of metrics")
+    tensorboard: bool = Field(default=False, description="Also write TensorBoard events (extra: tracking)")
+    wandb: Annotated[Literal["off", "offline", "online"], WordOff] = Field(
+        default="off", description="Also send to Weights & Biases"
+    )
+
+
+class HeldoutConfig(StrictModel):
+    """Evaluation during the run, on data.heldout."""
+
+    every_steps: int | None = Field(
+        default=None, ge=1, description="Evaluate each so many steps; null: at the end only"
+    )
+    max_rows: int | None = Field(default=None, ge=1, description="Rows of data.heldout to use; null takes all")
+    samples: int = Field(
+        default=0,
+        ge=0,
+        le=64,
+        description="Texts that the student writes at each evaluation, after the beginnings of so many held-out rows",
+    )
+    sample_prompts: tuple[str, ...] = Field(
+        default=(), max_length=64, description="Texts to go on from at each evaluation, beside those rows or without"
+    )
+    sample_tokens: int = Field(default=48, ge=1, le=1024, description="Tokens of each sample")
+    sample_prompt_tokens: int = Field(default=24, ge=1, description="Tokens of a held-out row that make a prompt")
+    sample_temperature: float = Field(
+        default=0.0,
+        ge=0,
+        le=10,
+        description="0 takes the most probable token each time; above 0 draws, by run.seed alike at each evaluation",
+    )
+    tokenizer: LocalPath | None = Field(
+        default=None, description="Tokenizer folder for the samples; null looks beside the tokens store"
+    )
+
+
+# Keys of a DeepSpeed configuration that follow from ours, and the key of ours that decides each.
+OWNED_DEEPSPEED_KEYS = {
+    "train_batch_size": "data.global_batch_rows",
+    "train_micro_batch_size_per_gpu": "data.micro_batch_rows",
+    "gradient_accumulation_steps": "data.global_batch_rows and data.micro_batch_rows",
+    "gradient_clipping": "optimizer.grad_clip",
+    "optimizer": "optimizer",
+    "scheduler": "schedule",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "data_types": "model.dtype",
+    "torch_autocast": "model.dtype",
+    "checkpoint": "checkpoint",
+    "steps_per_print": "logging.every_steps",
+    "zero_optimization.stage": "zero_stage",
+}
+
+# Keys that would change what a rank reads or how gradients are scaled, and why they are refused.
+_WHOLE_ROWS = (
+    "every rank reads whole rows: DeepSpeed's sequence parallelism drops the mask that keeps packed documents apart"
+)
+REFUSED_DEEPSPEED_KEYS = {"sequence_parallel_size": _WHOLE_ROWS, "data_parallel_size": _WHOLE_ROWS}
+
+
+class TrainConfig(StrictModel):
+    """Everything about one student run."""
+
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    objective: Objective = Field(default_factory=Objective, description="Loss settings that stages do not override")
+    curriculum: tuple[Stage, ...] = Field(
+        default=(Stage(),), min_length=1, description="Stages in order; one is plain training"
+    )
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="AdamW")
+    schedule: LrSchedule = Field(default_factory=LrSchedule, description="Learning rate")
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Saving and resuming")
+    logging: LoggingConfig = Field(default_factory=LoggingConfig, description="Metrics")
+    eval: HeldoutConfig = Field(default_factory=HeldoutConfig, description="Held-out evaluation during the run")
+    nan_policy: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="A loss that is not finite: stop with an error, or drop that step's update and count it",
+    )
+    spike_policy: Annotated[Literal["off", "warn", "stop"], WordOff] = Field(
+        default="off",
+        description="A loss above mean + spike_sigma * std of the last losses: count and warn, or stop with an error",
+    )
+    spike_window: int = Field(default=128, ge=8, le=4096, description="Steps that a loss is judged by, within a stage")
+    spike_sigma: float = Field(default=6.0, gt=0, description="Standard deviations above the mean that make a spike")
+    zero_stage: Literal[0, 1, 2, 3] = Field(default=1, description="DeepSpeed ZeRO stage")
+    deepspeed: dict[str, Any] = Field(default_factory=dict, description="Passed on to DeepSpeed unchanged")
+
+    @model_validator(mode="after")
+    def _owned_keys(self) -> TrainConfig:
+        flat = set(self.deepspeed) | {f"zero_optimization.{k}" for k in self.deepspeed.get("zero_optimization", {})}
+        for key in sorted(flat & set(OWNED_DEEPSPEED_KEYS)):
+            raise ValueError(f"deepspeed.{key} is set by the trainer; use {OWNED_DEEPSPEED_KEYS[key]} instead")
+        for key in sorted(set(self.deepspeed) & set(REFUSED_DEEPSPEED_KEYS)):
+            raise ValueError(f"deepspeed.{key} is not supported ({REFUSED_DEEPSPEED_KEYS[key]}); remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _samples(self) -> TrainConfig:
+        if self.eval.samples and self.data.heldout is None:
+            raise ValueError(
+                "eval.samples takes its prompts from data.heldout; name that store, or eval.sample_prompts"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _skip(self) -> TrainConfig:
+        if self.nan_policy == "skip" and self.zero_stage not in (1, 2):
+            raise ValueError(
+                f"nan_policy skip works with zero_stage 1 and 2, found {self.zero_stage}; use one, or stop"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _stages(self) -> TrainConfig:
+        for number, stage in enumerate(self.curriculum):
+            last = number == len(self.curriculum) - 1
+            # An int is a step: 1 would be the first step, though it looks like the whole run.
+            if last and stage.until is not None and not (isinstance(stage.until, float) and stage.until == 1.0):
+                raise ValueError(
+                    f"curriculum.{number}.until is {stage.until!r}: the last stage must reach the end (null or 1.0; "
+                    "an int is a step), else steps are left without a stage"
+                )
+            if not last and stage.until is None:
+                raise ValueError(f"curriculum.{number}.until is missing: only the last stage may go to the end")
+            self._check_names(number, stage)
+        shares = [stage.until for stage in self.curriculum if isinstance(stage.until, float)]
+        if any(after <= before for before, after in pairwise(shares)):
+            raise ValueError(f"curriculum: the stages' until {shares} must rise, else stages overlap")
+        return self
+
+    def _check_names(self, number: int, stage: Stage) -> None:
+        known = {*self.data.targets, *self.data.scores}
+        if stage.targets is not None and stage.targets not in self.data.targets:
+            raise ValueError(
+                f"curriculum.{number}.targets names {stage.targets!r}; data.targets has {sorted(self.data.targets)}"
+            )
+        wanted = {ref.store: "rows.score" for ref in (stage.rows.score.of if stage.rows else ())}
+        if stage.tokens is not None:
+            wanted |= dict.fromkeys(stage.tokens.stores(), "tokens")
+        for name, where in wanted.items():
+            if name not in known:
+                raise ValueError(f"curriculum.{number}.{where} names store {name!r}; known: {sorted(known)}")
+
+
+class EvalConfig(StrictModel):
+    """Evaluate a run or a Hugging Face folder on held-out rows."""
+
+    model: Path = Field(description="Run folder (its newest checkpoint), a checkpoint folder, or a Hugging Face folder")
+    heldout: StorePlace = Field(description="Sealed tokens store")
+    targets: StorePlace | None = Field(
+        default=None, description="Targets store over heldout: adds agreement and KL to the teacher"
+    )
+    tokenizer: Path | None = Field(
+        default=None, description="Tokenizer folder, for bits per byte; null: the model's own or the one beside heldout"
+    )
+    max_rows: int | None = Field(default=None, ge=1, description="Rows to use; null takes all")
+    batch_rows: int = Field(default=4, ge=1, description="Rows per forward")
+    dtype: Dtype = Field(default="float32", description="Arithmetic")
+    output: Path | None = Field(default=None, description="JSON file to write the figures to")
+    force: bool = Field(default=False, description="Overwrite output")
+    num_threads: int | None = Field(default=None, ge=1, description="torch CPU threads; null leaves torch's own choice")
+
+
+class ExportConfig(StrictModel):
+    """Turn a checkpoint into a Hugging Face folder."""
+
+    run: Path = Field(description="Run folder (its newest checkpoint) or one checkpoint folder")
+    output_dir: Path = Field(description="Folder to create")
+    dtype: Dtype | None = Field(default=None, description="Type of the stored weights; null takes the run's")
+    tokenizer: Path | None = Field(default=None, description="Tokenizer folder to copy; null looks in the tokens store")
+    max_shard_bytes: int = Field(default=5 * 2**30, ge=2**12, description="Largest safetensors file")
+    force: bool = Field(default=False, description="Replace output_dir")
+    check: bool = Field(default=True, description="Load the folder in a fresh process and compare logits")

@@ -1,0 +1,1 @@
+"""What each step trains on: rows, positions, stores and loss settings as pure functions of the step."""

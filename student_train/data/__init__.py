@@ -1,0 +1,1 @@
+"""From stores to the tensors of a micro-batch."""

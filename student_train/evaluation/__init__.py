@@ -1,0 +1,1 @@
+"""Figures and texts of a student on held-out rows."""

@@ -1,0 +1,113 @@
+"""Evaluate a run, a checkpoint or any Hugging Face folder on held-out rows, in one process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from potstill.common.errors import UserError
+from potstill.storage import StoreReader
+from potstill.student_train.config.train import EvalConfig
+from potstill.student_train.data.stores import check_joined, open_store
+from potstill.student_train.evaluation.bits_per_byte import TextBytes, heldout_bytes, tokenizers_beside
+from potstill.student_train.evaluation.heldout import HeldoutEvaluation
+from potstill.student_train.export.weights import Source, find_source, load_model
+from potstill.student_train.model.student import StudentModel, count_parameters
+from potstill.student_train.run.checkpoint import write_json_atomically
+from potstill.student_train.run.run_folder import read_run_config
+
+
+@dataclass(frozen=True)
+class EvalSummary:
+    """The figures of one model."""
+
+    model: Path
+    step: int | None
+    num_parameters: int
+    figures: dict[str, float | None]
+    text: TextBytes
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Held-out loss in bits per byte of text; None where the bytes are not known (`text.reason`)."""
+        loss, positions = self.figures["heldout_loss"], self.figures["positions"]
+        assert loss is not None and positions is not None
+        return self.text.bits_per_byte(loss=loss, positions=positions)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as plain values."""
+        return {
+            "model": str(self.model),
+            "step": self.step,
+            "num_parameters": self.num_parameters,
+            **self.figures,
+            "bits_per_byte": self.bits_per_byte,
+            "text_bytes": self.text.num_bytes,
+            "bits_per_byte_reason": self.text.reason,
+        }
+
+    def format(self) -> str:
+        """A few lines for a person."""
+        where = "" if self.step is None else f", step {self.step}"
+        lines = [f"{self.model}{where}: {self.num_parameters:,} parameters"]
+        lines += [f"  {name:14s} {value:.5g}" for name, value in self.figures.items() if value is not None]
+        bits = self.bits_per_byte
+        told = f"not known: {self.text.reason}" if bits is None else f"{bits:.5g}"
+        lines.append(f"  {'bits_per_byte':14s} {told}")
+        return "\n".join(lines)
+
+
+def evaluate(config: EvalConfig) -> EvalSummary:
+    """Measure; writes `config.output` (JSON) when given. Raises UserError."""
+    if config.output is not None and config.output.exists() and not config.force:
+        raise UserError(
+            f"output {config.output} exists; name another file, or overwrite it with --force (force: true in a file)"
+        )
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    tokens = open_store(config.heldout, "tokens", "heldout")
+    targets = None
+    if config.targets is not None:
+        targets = open_store(config.targets, "targets", "targets")
+        check_joined(targets, tokens, key="targets", tokens_key="heldout")
+    source = find_source(config.model)
+    hf = load_model(source, dtype=config.dtype)
+    vocab_size = hf.config.get_text_config().vocab_size
+    if vocab_size < tokens.spec.vocab_size:
+        raise UserError(
+            f"{config.model} has vocab_size {vocab_size}, the held-out store ids below {tokens.spec.vocab_size}; they "
+            "were not made with the same tokenizer"
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    student = StudentModel(hf).to(device)
+    evaluation = HeldoutEvaluation.create(
+        tokens,
+        targets,
+        max_rows=config.max_rows,
+        batch_rows=config.batch_rows,
+        rank=0,
+        world_size=1,
+        device=device,
+    )
+    step = None if source.checkpoint is None else source.checkpoint.step
+    # Before the forwards: a wrong tokenizer is an error, and a quick one.
+    text = heldout_bytes(
+        tokens,
+        num_rows=evaluation.num_rows,
+        asked=config.tokenizer,
+        candidates=tokenizer_candidates(source, config.heldout, tokens),
+    )
+    summary = EvalSummary(config.model, step, count_parameters(student), evaluation.measure(student), text)
+    if config.output is not None:
+        config.output.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomically(config.output, summary.to_json())
+    return summary
+
+
+def tokenizer_candidates(source: Source, heldout: Path | str, tokens: StoreReader) -> list[Path | None]:
+    """Where the tokenizer may lie: the model's own folder, the weights that a run started from, beside the store."""
+    own = source.folder if source.checkpoint is None else read_run_config(source.run).model.path
+    return [own, *tokenizers_beside(heldout, tokens.spec.info)]

@@ -1,0 +1,183 @@
+"""Samples of text: what the student writes at each evaluation, after beginnings of held-out rows or given prompts.
+
+Nothing here touches training: the model is in evaluation mode, no gradient is kept, and draws come from a generator of
+their own. Every rank writes the same texts with equally many forwards, since under ZeRO-3 each forward gathers the
+weights from all ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from potstill.common.errors import UserError
+from potstill.storage import StoreReader, TokensRow
+from potstill.student_train.config.train import HeldoutConfig, TrainConfig
+from potstill.student_train.data.stores import Stores
+from potstill.student_train.evaluation.heldout import measuring_objective
+from potstill.student_train.export.hf_folder import find_tokenizer
+from potstill.student_train.model.checks import measuring, probe_batch
+
+log = logging.getLogger(__name__)
+ON_CONSOLE = 2  # texts of an evaluation that are logged; all are in metrics.jsonl
+CONSOLE_CHARACTERS = 60  # of a prompt's end and of a text's beginning
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the student continues from."""
+
+    source: str  # "held-out row 12", or "given"
+    text: str
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TextSampler:
+    """Writes a text after each prompt: the most probable token each time, or draws at a temperature."""
+
+    prompts: tuple[Prompt, ...]
+    decode: Callable[[Sequence[int]], str]
+    end_ids: frozenset[int]  # a text ends before the first of them
+    num_tokens: int
+    temperature: float
+    seed: int
+
+    @torch.no_grad()
+    def write(self, model: Any, *, device: torch.device) -> list[dict[str, Any]]:
+        """Texts of all prompts; `model` is a StudentModel or the engine around one (a collective call).
+
+        Every forward computes whole rows again, without a cache of keys and values: that works in any module that
+        DeepSpeed has wrapped, and texts are short.
+        """
+        lengths = torch.tensor([len(prompt.ids) for prompt in self.prompts])
+        rows, width = torch.arange(len(self.prompts)), int(lengths.max()) + self.num_tokens
+        ids = torch.zeros(len(self.prompts), width, dtype=torch.int64)  # [B, W]; causal attention never sees the rest
+        for row, prompt in enumerate(self.prompts):
+            ids[row, : len(prompt.ids)] = torch.tensor(prompt.ids)
+        generator = torch.Generator().manual_seed(self.seed)
+        one, objective = torch.ones((), device=device), measuring_objective(with_targets=False)
+        # A compiled backbone would be compiled once more for the shape of these rows.
+        with measuring(model), torch.compiler.set_stance("force_eager"):
+            for _ in range(self.num_tokens):
+                micro = probe_batch(ids.to(device), np.array([width], np.int64))
+                logits = model(micro, objective, one, next_after=(lengths - 1).to(device))
+                ids[rows, lengths] = self._choose(logits.cpu(), generator)
+                lengths += 1
+        return [
+            self._told(prompt, ids[row, len(prompt.ids) : int(lengths[row])].tolist())
+            for row, prompt in enumerate(self.prompts)
+        ]
+
+    def _choose(self, logits: Tensor, generator: torch.Generator) -> Tensor:
+        """Next token ids [B] from logits [B, V] on the CPU."""
+        if self.temperature == 0.0:
+            return logits.argmax(-1)
+        probabilities = (logits.double() / self.temperature).softmax(-1)
+        return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+    def _told(self, prompt: Prompt, ids: list[int]) -> dict[str, Any]:
+        end = next((place for place, token in enumerate(ids) if token in self.end_ids), None)
+        text = self.decode(ids[:end])
+        return {"source": prompt.source, "prompt": prompt.text, "text": text, "ended": end is not None}
+
+
+def text_sampler(config: TrainConfig, stores: Stores) -> TextSampler | None:
+    """The sampler of a run, or None where no samples are asked for. Needs no model; raises UserError."""
+    options = config.eval
+    if not options.samples and not options.sample_prompts:
+        return None
+    spec = stores.tokens.spec
+    tokenizer = load_tokenizer(config, vocab_size=spec.vocab_size)
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=False))
+
+    if options.sample_tokens >= spec.row_length:
+        raise UserError(
+            f"eval.sample_tokens is {options.sample_tokens}, but a prompt and its text must fit in a row of "
+            f"{spec.row_length} tokens; take a smaller number"
+        )
+    prompts = given_prompts(options, tokenizer, prefix=spec.info.get("prefix") or (), row_length=spec.row_length)
+    if options.samples and stores.heldout is not None:
+        prompts += heldout_prompts(options, stores.heldout, decode, row_length=spec.row_length)
+    special = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    return TextSampler(
+        prompts=tuple(prompts),
+        decode=decode,
+        end_ids=frozenset(special | set(spec.info.get("suffix") or ())),
+        num_tokens=options.sample_tokens,
+        temperature=options.sample_temperature,
+        seed=config.run.seed,
+    )
+
+
+def load_tokenizer(config: TrainConfig, *, vocab_size: int) -> Any:
+    """The `tokenizers.Tokenizer` of the run's tokens: eval.tokenizer, or where export looks too. Raises UserError."""
+    from tokenizers import Tokenizer
+
+    folder = find_tokenizer(config.eval.tokenizer, config)
+    file = None if folder is None else Path(folder) / "tokenizer.json"
+    if file is None or not file.is_file():
+        raise UserError(
+            f"eval.samples needs the tokenizer of {config.data.tokens}, and no tokenizer.json was found "
+            f"{'beside it' if folder is None else f'in {folder}'}; name its folder with eval.tokenizer"
+        )
+    tokenizer = Tokenizer.from_file(str(file))
+    found = tokenizer.get_vocab_size()
+    if found > vocab_size:
+        raise UserError(
+            f"eval.tokenizer: {file} has {found} tokens, the tokens store ids below {vocab_size}; it is not the "
+            "tokenizer that the store was made with"
+        )
+    return tokenizer
+
+
+def given_prompts(options: HeldoutConfig, tokenizer: Any, *, prefix: Sequence[int], row_length: int) -> list[Prompt]:
+    """eval.sample_prompts as ids, each begun as the store begins a document. Raises UserError."""
+    prompts = []
+    for number, text in enumerate(options.sample_prompts):
+        ids = [*prefix, *tokenizer.encode(text, add_special_tokens=False).ids]
+        if not ids or len(ids) + options.sample_tokens > row_length:
+            raise UserError(
+                f"eval.sample_prompts.{number} is {len(ids)} tokens; expected at least 1, and together with "
+                f"eval.sample_tokens {options.sample_tokens} at most the row length {row_length}"
+            )
+        prompts.append(Prompt("given", text, tuple(ids)))
+    return prompts
+
+
+def heldout_prompts(
+    options: HeldoutConfig, heldout: StoreReader, decode: Callable[[Sequence[int]], str], *, row_length: int
+) -> list[Prompt]:
+    """Beginnings of documents in `eval.samples` held-out rows, spread evenly over the store."""
+    num_rows = min(options.samples, heldout.num_rows)
+    if num_rows == 0:
+        raise UserError("eval.samples: the held-out store holds no rows; prepare a larger held-out split")
+    most = min(options.sample_prompt_tokens, row_length - options.sample_tokens)
+    places = [number * heldout.num_rows // num_rows for number in range(num_rows)]
+    prompts = []
+    for row in cast("list[TokensRow]", heldout.rows(places)):
+        starts = np.cumsum(row.doc_lens) - row.doc_lens
+        # The first document that continues behind the prompt, else the longest one.
+        longer = np.flatnonzero(row.doc_lens > most)
+        document = int(longer[0]) if len(longer) else int(row.doc_lens.argmax())
+        start, length = int(starts[document]), int(row.doc_lens[document])
+        ids = row.tokens[start : start + max(1, min(most, length - 1))].tolist()
+        prompts.append(Prompt(f"held-out row {row.row}", decode(ids), tuple(ids)))
+    return prompts
+
+
+def sample_line(sample: dict[str, Any]) -> str:
+    """A sample on one line of the console: the end of its prompt, and how the text begins."""
+    prompt, text = sample["prompt"], sample["text"]
+    before = f"...{prompt[-CONSOLE_CHARACTERS:]}" if len(prompt) > CONSOLE_CHARACTERS else prompt
+    after = f"{text[:CONSOLE_CHARACTERS]}..." if len(text) > CONSOLE_CHARACTERS else text
+    return f"sample {before!r} -> {after!r}"

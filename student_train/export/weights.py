@@ -1,0 +1,88 @@
+"""Find the weights behind a path: a run folder, one checkpoint of it, or a Hugging Face folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from potstill.common.errors import UserError
+from potstill.student_train.model.student import DTYPES
+from potstill.student_train.run.checkpoint import MANIFEST, Checkpoint, list_checkpoints, read_checkpoint
+from potstill.student_train.run.run_folder import CONFIG_FILE, STUDENT_FOLDER
+
+PREFIX = "hf."
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from; `checkpoint` is None for a Hugging Face folder."""
+
+    folder: Path
+    checkpoint: Checkpoint | None
+
+    @property
+    def run(self) -> Path:
+        """Run folder of a checkpoint."""
+        assert self.checkpoint is not None
+        return self.checkpoint.folder.parent.parent
+
+    @property
+    def config_folder(self) -> Path:
+        """Folder with the model's config.json."""
+        return self.folder if self.checkpoint is None else self.run / STUDENT_FOLDER
+
+
+def find_source(path: Path) -> Source:
+    """Tell which of the three a path is. Raises UserError."""
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist; give a run folder, a checkpoint folder or a Hugging Face folder")
+    if (path / MANIFEST).is_file():
+        return Source(path, read_checkpoint(path))
+    if (path / CONFIG_FILE).is_file():
+        checkpoints = list_checkpoints(path)
+        if not checkpoints:
+            raise UserError(f"run {path} holds no whole checkpoint yet; let it reach its first save")
+        return Source(path, checkpoints[-1])
+    if (path / "config.json").is_file():
+        return Source(path, None)
+    raise UserError(f"{path} is neither a run folder, nor a checkpoint, nor a Hugging Face folder (no config.json)")
+
+
+def checkpoint_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Full weights of a checkpoint by Hugging Face name; float32 masters where the run kept them (ZeRO 1-3)."""
+    folder = checkpoint.folder
+    if checkpoint.zero_stage == 0:
+        state = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
+    else:
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        state = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
+    return {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
+
+
+def load_model(source: Source, *, dtype: str, attention: str = "sdpa") -> Any:
+    """The Hugging Face model of a source, on the CPU, in eval mode."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options = {"attn_implementation": attention, "dtype": DTYPES[dtype]}
+    if source.checkpoint is None:
+        return AutoModelForCausalLM.from_pretrained(source.folder, local_files_only=True, **options).eval()
+    config = AutoConfig.from_pretrained(source.config_folder, local_files_only=True)
+    model = AutoModelForCausalLM.from_config(config, **options)
+    state = {name: tensor.to(DTYPES[dtype]) for name, tensor in checkpoint_state(source.checkpoint).items()}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    tied = (
+        set(getattr(model, "_tied_weights_keys", None) or ()) if config.get_text_config().tie_word_embeddings else set()
+    )
+    missing = [name for name in missing if name not in tied]
+    if missing or unexpected:
+        raise UserError(
+            f"{source.checkpoint.folder} does not fit the configuration in {source.config_folder}: missing {missing}, "
+            f"unexpected {unexpected}"
+        )
+    model.tie_weights()
+    return model.eval()

@@ -1,0 +1,1 @@
+"""The page of charts that `potstill report` writes."""

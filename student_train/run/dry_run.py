@@ -1,0 +1,247 @@
+"""What a start would do, without starting it: stores, steps, batch, stages, bytes to read, memory by part.
+
+The model is built of meta tensors, which have shapes and no memory. The figures of memory are those of the ZeRO paper
+(Rajbhandari et al. 2020, arXiv 1910.02054, section 3) for AdamW, with what DeepSpeed 0.19 adds (its reduce bucket) and
+the chunk of logits of our loss. Activations are not estimated: they depend on the attention that is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from potstill.common.errors import UserError
+from potstill.kernels.loss import logits_chunk_bytes
+from potstill.storage import Loader, StoreReader
+from potstill.student_train.config.train import TrainConfig
+from potstill.student_train.curriculum.plan import CurriculumPlan, StageSpan
+from potstill.student_train.curriculum.step_objective import step_objective
+from potstill.student_train.model.student import DTYPES, count_parameters
+from potstill.student_train.run.preflight import CheckedStart
+from potstill.student_train.run.universal import needs_conversion
+
+SAMPLED_ROWS = 50_000  # row ids looked up for the estimate of bytes; a run with fewer is counted whole
+REDUCE_BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default
+
+
+@dataclass(frozen=True)
+class StoreFigures:
+    """One store that the run reads."""
+
+    key: str
+    path: str
+    kind: str
+    digest: str
+    rows: int
+    tokens: int
+    bytes: int
+    read_bytes: float | None  # over the steps to do, by all ranks; None for held-out stores
+
+
+@dataclass(frozen=True)
+class StageFigures:
+    """One stage: its steps [first, end) and what it does, each scalar at its first and last step."""
+
+    name: str
+    first_step: int
+    end_step: int
+    targets: str | None
+    divergence: str
+    missing_mass: str
+    alpha: tuple[float, float]
+    temperature: tuple[float, float]
+    row_share: tuple[float, float]
+    token_policy: str | None
+    token_share: tuple[float, float]
+    reads: tuple[str, ...]  # stores besides the tokens
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a start would do."""
+
+    output_dir: str
+    device: str
+    device_count: int
+    num_ranks: int
+    zero_stage: int
+    dtype: str
+    resume: str | None  # the checkpoint it would continue from
+    resume_converts: bool
+    first_step: int
+    total_steps: int
+    global_batch_rows: int
+    micro_batch_rows: int
+    accumulation: int
+    row_length: int
+    num_rows: int
+    num_parameters: int
+    passes: float
+    tokens: int
+    stores: tuple[StoreFigures, ...]
+    reads_sampled: bool
+    stages: tuple[StageFigures, ...]
+    memory_bytes: Mapping[str, int]  # per rank, by part
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures as plain values."""
+        return asdict(self)
+
+
+def dry_run(start: CheckedStart) -> DryRun:
+    """The figures of a start that was checked. Raises UserError where the student cannot be built."""
+    config, plan, stores = start.config, start.run.plan, start.run.stores
+    hf = meta_student(config, start.run.student_config)
+    first = 0 if start.checkpoint is None else start.checkpoint.step
+    sampled = sampled_steps(plan, first)
+    rows = (plan.total_steps - first) * plan.global_batch
+    head = hf.get_output_embeddings().weight.shape
+    return DryRun(
+        output_dir=str(config.run.output_dir),
+        device=start.machine.device,
+        device_count=start.machine.count,
+        num_ranks=start.num_ranks,
+        zero_stage=config.zero_stage,
+        dtype=config.model.dtype,
+        resume=None if start.checkpoint is None else str(start.checkpoint.folder),
+        resume_converts=start.checkpoint is not None and needs_conversion(start.checkpoint, start.num_ranks),
+        first_step=first,
+        total_steps=plan.total_steps,
+        global_batch_rows=plan.global_batch,
+        micro_batch_rows=config.data.micro_batch_rows,
+        accumulation=start.run.accumulation,
+        row_length=stores.tokens.spec.row_length,
+        num_rows=stores.tokens.num_rows,
+        num_parameters=count_parameters(hf),
+        passes=rows / stores.tokens.num_rows,
+        tokens=round(rows * stores.tokens.num_tokens / stores.tokens.num_rows),
+        stores=store_figures(start, first, sampled),
+        reads_sampled=len(sampled) < plan.total_steps - first,
+        stages=tuple(stage_figures(config, plan, span) for span in plan.spans),
+        memory_bytes=memory_by_part(
+            config, num_parameters=count_parameters(hf), head=head, start=start, device=start.machine.device
+        ),
+        notes=start.notes,
+    )
+
+
+def meta_student(config: TrainConfig, student_config: Any) -> Any:
+    """The Hugging Face model on the meta device: shapes without memory."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                student_config, attn_implementation=config.model.attention, dtype=torch.float32
+            )
+    except (ValueError, ImportError) as error:
+        raise UserError(
+            f"the student cannot be built with model.attention {config.model.attention}: {error}"
+        ) from error
+
+
+def sampled_steps(plan: CurriculumPlan, first: int) -> list[int]:
+    """Steps whose reads are looked up: all that are left, or so many evenly spread ones."""
+    left = plan.total_steps - first
+    count = min(left, max(8, SAMPLED_ROWS // plan.global_batch))
+    return sorted({first + number * left // count for number in range(count)})
+
+
+def store_figures(start: CheckedStart, first: int, steps: list[int]) -> tuple[StoreFigures, ...]:
+    """Each store, with the bytes that all ranks read from it in the steps to do (estimated from `steps`)."""
+    data, stores, plan = start.config.data, start.run.stores, start.run.plan
+    read = dict.fromkeys(("tokens", *stores.joined), 0.0)
+    loaders = [
+        Loader(plan, stores.tokens, stores.joined, rank=rank, world=start.num_ranks, num_threads=data.num_threads)
+        for rank in range(start.num_ranks)
+    ]
+    for step in steps:
+        for loader in loaders:
+            for rows in loader.reads(step):
+                read["tokens"] += stores.tokens.read_bytes(rows)
+                for name in plan.joined(step):
+                    read[name] += stores.joined[name].read_bytes(rows)
+    scale = (plan.total_steps - first) / max(len(steps), 1)
+    found = [_figures("data.tokens", data.tokens, stores.tokens, read["tokens"] * scale)]
+    for kind, group in (("targets", data.targets), ("scores", data.scores)):
+        for name, path in group.items():
+            found.append(_figures(f"data.{kind}.{name}", path, stores.joined[name], read[name] * scale))
+    for key, place, reader in (
+        ("data.heldout", data.heldout, stores.heldout),
+        ("data.heldout_targets", data.heldout_targets, stores.heldout_targets),
+    ):
+        if reader is not None:
+            found.append(_figures(key, place, reader, None))
+    return tuple(found)
+
+
+def _figures(key: str, path: Path | str | None, reader: StoreReader, read_bytes: float | None) -> StoreFigures:
+    return StoreFigures(
+        key=key,
+        path=str(path),
+        kind=reader.spec.kind,
+        digest=reader.digest,
+        rows=reader.num_rows,
+        tokens=reader.num_tokens,
+        bytes=reader.manifest.num_bytes,
+        read_bytes=read_bytes,
+    )
+
+
+def stage_figures(config: TrainConfig, plan: CurriculumPlan, span: StageSpan) -> StageFigures:
+    """What a stage does at its first and its last step."""
+    last = span.end_step - 1
+    begin, end = (step_objective(config.objective, span.stage, x) for x in (0.0, 1.0))
+    selector = span.stage.tokens
+    shares = [1.0 if at.tokens is None else at.tokens.share for at in (begin, end)]
+    reads = frozenset().union(*(plan.joined(step) for step in (span.first_step, (span.first_step + last) // 2, last)))
+    return StageFigures(
+        name=span.name,
+        first_step=span.first_step,
+        end_step=span.end_step,
+        targets=span.stage.targets,
+        divergence=begin.divergence,
+        missing_mass=begin.missing_mass,
+        alpha=(begin.alpha, end.alpha),
+        temperature=(begin.temperature, end.temperature),
+        row_share=(plan.row_share(span.first_step), plan.row_share(last)),
+        token_policy=None if selector is None else selector.policy,
+        token_share=(shares[0], shares[1]),
+        reads=tuple(sorted(reads)),
+    )
+
+
+def memory_by_part(
+    config: TrainConfig, *, num_parameters: int, head: tuple[int, int], start: CheckedStart, device: str
+) -> dict[str, int]:
+    """Bytes on one rank by part. `head`: [V, D] of the output projection.
+
+    ZeRO 1 cuts master weights and optimizer over the ranks, 2 the gradients too, 3 the weights too; 0 nothing. With
+    float32 and stage 0 the weights are the master weights. An optimizer that is offloaded lies in the host's memory.
+    """
+    stage, ranks = config.zero_stage, start.num_ranks
+    width = DTYPES[config.model.dtype].itemsize
+    first_cut = {"optimizer": 1, "gradients": 2, "weights": 3}
+    share = {part: ranks if stage >= first else 1 for part, first in first_cut.items()}
+    own_master = config.model.dtype != "float32" or stage > 0
+    zero = config.deepspeed.get("zero_optimization", {})
+    has_bucket = stage > 0 and zero.get("contiguous_gradients", True)
+    bucket = int(zero.get("reduce_bucket_size", REDUCE_BUCKET_ELEMENTS)) if has_bucket else 0
+    num_tokens = config.data.micro_batch_rows * start.run.stores.tokens.spec.row_length
+    vocab_size, hidden = head
+    return {
+        "weights": -(-num_parameters // share["weights"]) * width,
+        "master weights (float32)": -(-num_parameters // share["optimizer"]) * 4 if own_master else 0,
+        "AdamW moments (float32)": -(-num_parameters // share["optimizer"]) * 8,
+        "gradients": -(-num_parameters // share["gradients"]) * width,
+        "DeepSpeed's reduce bucket": bucket * width,
+        "head gradient of the loss (float32)": vocab_size * hidden * 4,
+        "logits chunk of the loss": logits_chunk_bytes(
+            num_tokens=num_tokens, vocab_size=vocab_size, dtype=DTYPES[config.model.dtype], device=torch.device(device)
+        ),
+    }

@@ -1,0 +1,274 @@
+"""One training run from configuration to done marker: check, build, resume, loop, save."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from potstill.common.errors import UserError
+from potstill.common.progress import Progress
+from potstill.storage import Loader, StoreError
+from potstill.student_train.config.train import TrainConfig
+from potstill.student_train.curriculum.plan import CurriculumPlan, describe
+from potstill.student_train.data.stores import Stores
+from potstill.student_train.evaluation.heldout import HeldoutEvaluation
+from potstill.student_train.model.checks import check_model
+from potstill.student_train.model.student import StudentModel, active_parameters, build_student, count_parameters
+from potstill.student_train.run.checkpoint import Checkpoint, ResumeError, choose_resume, load_checkpoint
+from potstill.student_train.run.engine import (
+    Topology,
+    broadcast_object,
+    build_engine,
+    check_deepspeed,
+    deepspeed_config,
+    start_distributed,
+    world_from_environment,
+    zero3_construction,
+)
+from potstill.student_train.run.loop import Run, train_steps
+from potstill.student_train.run.metrics import (
+    PEAK_FLOPS,
+    Meter,
+    MetricsLog,
+    ModelCost,
+    attention_spans,
+    cut_metrics,
+    flops_per_token,
+    head_flops_per_position,
+    head_width,
+    read_metrics,
+)
+from potstill.student_train.run.preflight import CheckedRun, check_continuable, check_run
+from potstill.student_train.run.run_folder import (
+    DONE_FILE,
+    pinned_values,
+    prepare_run_folder,
+    report_changes,
+    write_done,
+    write_start,
+)
+from potstill.student_train.run.stop import StopRequest
+from potstill.student_train.run.summary import TrainSummary
+from potstill.student_train.run.trackers import check_trackers
+from potstill.student_train.run.universal import convert, needs_conversion, remove_universal_folders, universal_folder
+
+log = logging.getLogger(__name__)
+EVAL_PLACE = ("kind", "step", "tokens", "runtime_seconds")  # where a line of held-out figures stands in the run
+
+
+def train(config: TrainConfig, *, checked: CheckedRun | None = None) -> TrainSummary:
+    """Train (or continue) the run of `config` in this process, which is one rank of the launcher's world.
+
+    `checked` is what `check_run` gave for this configuration in this process, if it was called already. Raises
+    UserError (also StoreError of the storage room) before any model is built when configuration, stores and world do
+    not fit; LossNotFiniteError during training.
+    """
+    started = time.monotonic()
+    if config.run.num_threads is not None:
+        torch.set_num_threads(config.run.num_threads)
+    # Everything that needs no process group is checked before there is one, so that errors are plain.
+    checked = checked or check_run(config, world_size=world_from_environment()[1])
+    stores, plan, student_config = checked.stores, checked.plan, checked.student_config
+    sampler = checked.sampler
+    topology = start_distributed()
+    on_main(topology, check_trackers, config.logging)
+    on_main(topology, prepare_run_folder, config)
+    checkpoint = choose_resume(config.checkpoint, config.run.output_dir, topology)
+    with open_run(config, topology, stores, plan, student_config, checkpoint) as run:
+        run.sampler = sampler
+        done, is_main = run.loop["step"], topology.is_main
+        with Progress(plan.total_steps, done=done, unit="steps", description="train", enabled=is_main) as progress:
+            status = train_steps(run, progress)
+        summary = summarise(run, status, seconds=time.monotonic() - started)
+        if summary.is_done:
+            done = {"step": summary.steps, "tokens": summary.tokens, "heldout": summary.heldout}
+            on_main(topology, write_done, run.folder, done)
+    torch.distributed.barrier()
+    return summary
+
+
+def on_main(topology: Topology, function: Any, *args: Any) -> None:
+    """Run a function on rank 0, to whose end all ranks wait; its UserError or OSError is raised on every rank."""
+    error: UserError | OSError | None = None
+    if topology.is_main:
+        try:
+            function(*args)
+        except (UserError, OSError) as caught:
+            error = caught
+    error = broadcast_object(error)
+    if error is not None:
+        raise error
+
+
+def build_model(
+    config: TrainConfig, topology: Topology, stores: Stores, student_config: Any, ds_config: dict[str, Any]
+) -> tuple[StudentModel, Any]:
+    """The student and the engine around it, looked at before anything trains (run.self_check). Raises UserError."""
+    with zero3_construction(ds_config):
+        student = build_student(config.model, student_config, seed=config.run.seed)
+        engine = build_engine(student, config, ds_config, topology)
+    if config.run.self_check:
+        spec, rows = stores.tokens.spec, config.data.micro_batch_rows
+        check_model(engine, student, micro_batch_rows=rows, row_length=spec.row_length, vocab_size=spec.vocab_size)
+    return student, engine
+
+
+@contextmanager
+def open_run(
+    config: TrainConfig,
+    topology: Topology,
+    stores: Stores,
+    plan: CurriculumPlan,
+    student_config: Any,
+    checkpoint: Checkpoint | None,
+) -> Iterator[Run]:
+    """Build model, engine, loader and figures, and bring them to where the checkpoint stands."""
+    universal = checkpoint is not None and needs_conversion(checkpoint, topology.world_size)
+    ds_config = deepspeed_config(config, world_size=topology.world_size, load_universal=universal)
+    check_deepspeed(ds_config)
+    if checkpoint is not None:
+        check_continuable(checkpoint, config, plan, student_config)
+        on_main(topology, report_changes, config)
+    on_main(topology, start_run_folder, config, student_config, ds_config, plan)
+    student, engine = build_model(config, topology, stores, student_config, ds_config)
+    loader = Loader(
+        plan,
+        stores.tokens,
+        dict(stores.joined),
+        rank=topology.rank,
+        world=topology.world_size,
+        prefetch_batches=config.data.prefetch_batches,
+        num_threads=config.data.num_threads,
+    )
+    metrics: MetricsLog | None = None
+    try:
+        loop = resume(engine, loader, checkpoint, config, topology, universal=universal)
+        metrics = MetricsLog(config.run.output_dir, config.logging, name=config.run.name)
+        on_main(topology, metrics.open)
+        with StopRequest(config.run.output_dir, max_runtime_minutes=config.run.max_runtime_minutes) as stop:
+            run = Run(
+                config=config,
+                topology=topology,
+                engine=engine,
+                plan=plan,
+                loader=loader,
+                row_length=stores.tokens.spec.row_length,
+                meter=Meter(topology.device),
+                metrics=metrics,
+                stop=stop,
+                evaluation=heldout_evaluation(config, stores, topology),
+                sampler=None,
+                pinned=pinned_values(config),
+                checkpoint_extra={"stores": stores.digests(), "num_parameters": count_parameters(student)},
+                cost=model_cost(student, student_config, stores.tokens.spec.row_length, topology),
+                last_saved=None if checkpoint is None else str(checkpoint.folder),
+            )
+            run.loop.update(loop)
+            yield run
+    finally:
+        loader.close()
+        if metrics is not None:
+            metrics.close()
+        engine.destroy()
+
+
+def resume(
+    engine: Any,
+    loader: Loader,
+    checkpoint: Checkpoint | None,
+    config: TrainConfig,
+    topology: Topology,
+    *,
+    universal: bool,
+) -> dict[str, Any]:
+    """Load the checkpoint, if there is one, and say in one line what was done. Returns the loop state."""
+    run = config.run.output_dir
+    if checkpoint is None:
+        log.info("starting at step 0 (checkpoint.resume %s; no checkpoint in %s)", config.checkpoint.resume, run)
+        on_main(topology, cut_metrics, run, 0)
+        return {}
+    try:
+        loader.load_state_dict(checkpoint.manifest["data"])
+    except StoreError as error:
+        raise ResumeError(f"{checkpoint.folder} was trained on other data: {error}") from error
+    folder = checkpoint.folder
+    on_main(topology, remove_universal_folders, checkpoint)
+    if universal:
+        folder = universal_folder(checkpoint)
+        on_main(topology, convert, checkpoint, folder)
+    load_checkpoint(engine, folder, loop=checkpoint.manifest["loop"], universal=universal)
+    torch.distributed.barrier()
+    if universal:
+        on_main(topology, remove_universal_folders, checkpoint)
+    on_main(topology, cut_metrics, run, checkpoint.step)
+    log.info(
+        "resuming at step %d from %s (saved by %d ranks, now %d%s)",
+        checkpoint.step,
+        checkpoint.folder,
+        checkpoint.world_size,
+        topology.world_size,
+        "; through the universal format" if universal else "",
+    )
+    return dict(checkpoint.manifest["loop"])
+
+
+def start_run_folder(config: TrainConfig, student_config: Any, ds_config: dict[str, Any], plan: CurriculumPlan) -> None:
+    """Take away the mark of an earlier end, and write what is resolved before the first step."""
+    (config.run.output_dir / DONE_FILE).unlink(missing_ok=True)
+    write_start(config, student_config, ds_config, describe(plan))
+
+
+def heldout_evaluation(config: TrainConfig, stores: Stores, topology: Topology) -> HeldoutEvaluation | None:
+    """The evaluation of a run, if it has held-out rows."""
+    if stores.heldout is None:
+        return None
+    return HeldoutEvaluation.create(
+        stores.heldout,
+        stores.heldout_targets,
+        max_rows=config.eval.max_rows,
+        batch_rows=config.data.micro_batch_rows,
+        rank=topology.rank,
+        world_size=topology.world_size,
+        device=topology.device,
+    )
+
+
+def model_cost(student: StudentModel, student_config: Any, row_length: int, topology: Topology) -> ModelCost:
+    """FLOPs per token (by active parameters) and trained position, and the device's peak if it is in the table."""
+    text = student_config.get_text_config()
+    vocab, width = student.hf.lm_head.out_features, student.hf.lm_head.in_features
+    tables = 1 if text.tie_word_embeddings else 2
+    name = torch.cuda.get_device_name(topology.device) if topology.device.type == "cuda" else "cpu"
+    active, spans = active_parameters(student, text), attention_spans(text, row_length)
+    per_token = None
+    if active is not None and spans is not None:
+        backbone = active - tables * vocab * width
+        heads = text.num_attention_heads * head_width(text)
+        per_token = flops_per_token(backbone_parameters=backbone, attention_spans=spans, attention_width=heads)
+    return ModelCost(
+        per_token=per_token,
+        per_position=head_flops_per_position(hidden_size=width, vocab_size=vocab),
+        peak=PEAK_FLOPS.get(name),
+    )
+
+
+def summarise(run: Run, status: str, *, seconds: float) -> TrainSummary:
+    """Gather the last figures; the same on every rank but for `last` and `heldout`, which rank 0's file holds."""
+    records = read_metrics(run.folder) if run.topology.is_main else []
+    last: dict[str, dict[str, Any]] = {record["kind"]: record for record in records}
+    return TrainSummary(
+        status=status,
+        output_dir=run.folder,
+        steps=run.loop["step"],
+        total_steps=run.plan.total_steps,
+        tokens=run.loop["tokens"],
+        num_parameters=run.checkpoint_extra["num_parameters"],
+        seconds=seconds,
+        last=last.get("train", {}),
+        heldout={name: value for name, value in last.get("eval", {}).items() if name not in EVAL_PLACE},
+    )
