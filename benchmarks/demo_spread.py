@@ -21,11 +21,11 @@ from typing import Any
 
 from benchmarks.about import about
 from potstill.common.errors import UserError
-from potstill.launch.demo.paired import Spread, differences, is_gain
+from potstill.common.spread import Spread, differences, is_gain
+from potstill.common.tables import table
 from potstill.launch.demo.report import ARM_NAMES, reference_losses
-from potstill.launch.demo.run import demo_folder, run_stages
-from potstill.launch.demo.sizes import ARMS, FULL, QUICK, DemoSize, store_stages, student_stages
-from potstill.launch.text import table
+from potstill.launch.demo.run import demo_folder, run_jobs
+from potstill.launch.demo.sizes import ARMS, FULL, QUICK, DemoSize, store_jobs, student_jobs
 from potstill.student_train.run.metrics import read_metrics
 
 LABELS_SD_GOAL, GAP_MIN_GOAL, GAP_SD_GOAL = 0.03, 0.05, 0.03
@@ -36,7 +36,7 @@ Losses = Mapping[str, Sequence[float]]  # arm -> held-out loss by seed
 def run_seeds(root: Path, size: DemoSize, seeds: Sequence[int]) -> None:
     """Make what is missing of the demo's stores and of the students of these seeds."""
     with demo_folder(root, size):
-        run_stages(root, size, [*store_stages(size, root), *student_stages(size, root, seeds)])
+        run_jobs(root, size, [*store_jobs(size, root), *student_jobs(size, root, seeds)])
 
 
 def curve(root: Path, arm: str, seed: int) -> dict[int, float]:

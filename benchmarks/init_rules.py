@@ -20,11 +20,11 @@ from typing import Any
 import yaml
 
 from benchmarks.about import about, about_line
-from benchmarks.methods import run_stages
+from benchmarks.methods import run_jobs
+from potstill.common.jobs import Job
+from potstill.common.tables import table
 from potstill.launch.cli import main as potstill
 from potstill.launch.demo.corpus import write_corpus
-from potstill.launch.demo.steps import Stage
-from potstill.launch.text import table
 
 RULES = ("config", "width", "width_residual")
 NAMES = {
@@ -97,11 +97,11 @@ class Grid:
         """Where a run stands; its name says all that makes it different."""
         return self.work / "runs" / f"{size.name}-{rule}-{seed}"
 
-    def stages(self) -> list[Stage]:
+    def jobs(self) -> list[Job]:
         """One run for each seed, size and rule, a seed of everything first."""
-        return [self._stage(size, rule, seed) for seed in self.seeds for size in self.sizes for rule in self.rules]
+        return [self._job(size, rule, seed) for seed in self.seeds for size in self.sizes for rule in self.rules]
 
-    def _stage(self, size: Size, rule: str, seed: int) -> Stage:
+    def _job(self, size: Size, rule: str, seed: int) -> Job:
         folder = self.folder(size, rule, seed)
         tree = {
             "run": {"name": folder.name, "output_dir": str(folder), "seed": seed, "max_steps": size.steps},
@@ -120,7 +120,7 @@ class Grid:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
         command = ("potstill", "train", "--config", str(path), "--num-ranks", "1")
-        return Stage(name=folder.name, command=command, is_done=(folder / "done.json").is_file)
+        return Job(name=folder.name, command=command, is_done=(folder / "done.json").is_file)
 
     def losses(self, size: Size, rule: str) -> list[float]:
         """Held-out loss at the end of each finished run, in the order of the seeds."""
@@ -168,7 +168,7 @@ def main() -> None:
     sizes = tuple(size for size in SIZES if size.hidden in arguments.hidden)
     grid = Grid(arguments.work, sizes, tuple(range(1, arguments.seeds + 1)))
     grid.prepare()
-    run_stages(grid.stages(), grid.work, arguments.parallel)
+    run_jobs(grid.jobs(), grid.work, arguments.parallel)
     rows = figures(grid)
     print(format_table(rows))
     result = {"benchmark": "init_rules", **about(), "rows": rows}

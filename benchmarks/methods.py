@@ -31,11 +31,11 @@ from benchmarks.methods_report import PresetResult, Table, write_report
 from benchmarks.methods_stores import SERIES, RealText
 from potstill.common.config import build_config, load_config
 from potstill.common.errors import UserError
-from potstill.launch.demo.run import say
-from potstill.launch.demo.steps import Stage, StageRunner, Starter
-from potstill.launch.demo.warm import WarmChild, warm_up
+from potstill.common.jobs import Job, JobRunner, Starter, say
+from potstill.common.processes import start
 from potstill.launch.presets import find_preset, list_presets
-from potstill.launch.processes import count_devices, start
+from potstill.launch.ranks import count_devices
+from potstill.launch.warm import WarmChild, warm_up
 from potstill.student_train.config.train import TrainConfig
 from potstill.student_train.run.metrics import read_metrics
 
@@ -117,24 +117,24 @@ class Comparison:
         digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:12]
         return self.work / "runs" / f"{digest}-{seed}"
 
-    def stages(self, presets: list[str]) -> list[Stage]:
+    def jobs(self, presets: list[str]) -> list[Job]:
         """All runs of all arms that these presets need, each once; their configurations are written."""
-        made: dict[str, Stage] = {}
+        made: dict[str, Job] = {}
         for seed in range(self.seeds):  # one seed of everything first, so that a table can be made early
             for preset in presets:
                 for tree in self.arms(preset).values():
-                    stage = self._stage(tree, seed)
-                    made[stage.name] = stage
+                    job = self._job(tree, seed)
+                    made[job.name] = job
         return list(made.values())
 
-    def _stage(self, tree: dict[str, Any], seed: int) -> Stage:
+    def _job(self, tree: dict[str, Any], seed: int) -> Job:
         folder = self.folder(tree, seed)
         path = folder.parent.parent / "configs" / f"{folder.name}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         tree = {**tree, "run": {**tree["run"], "output_dir": str(folder), "seed": seed}}
         path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
         command = ("potstill", "train", "--config", str(path), "--num-ranks", "1")
-        return Stage(name=folder.name, command=command, is_done=(folder / "done.json").is_file)
+        return Job(name=folder.name, command=command, is_done=(folder / "done.json").is_file)
 
     def finished_seeds(self, preset: str) -> list[int]:
         """Seeds of which every arm is done."""
@@ -172,7 +172,7 @@ def told_keys(value: Any) -> Any:
     return [told_keys(found) for found in value] if isinstance(value, list | tuple) else value
 
 
-def run_stages(stages: list[Stage], work: Path, parallel: int) -> None:
+def run_jobs(jobs: list[Job], work: Path, parallel: int) -> None:
     """Run what is missing, `parallel` at a time with one thread each."""
     on_gpu = count_devices() > 0
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -184,7 +184,7 @@ def run_stages(stages: list[Stage], work: Path, parallel: int) -> None:
         return start([sys.executable, "-m", "potstill.launch", *words], output=output)
 
     starter: Starter = cold if on_gpu else WarmChild
-    StageRunner(stages, starter=starter, slots=parallel, log_folder=work / "logs", show=say).run()
+    JobRunner(jobs, starter=starter, slots=parallel, log_folder=work / "logs", show=say).run()
 
 
 @dataclass(frozen=True)
@@ -194,8 +194,8 @@ class Section:
     title: str
     comparisons: dict[str, Comparison]
 
-    def stages(self) -> list[Stage]:
-        return [stage for preset, comparison in self.comparisons.items() for stage in comparison.stages([preset])]
+    def jobs(self) -> list[Job]:
+        return [job for preset, comparison in self.comparisons.items() for job in comparison.jobs([preset])]
 
     def results(self) -> list[PresetResult]:
         return [comparison.result(preset) for preset, comparison in self.comparisons.items()]
@@ -211,7 +211,7 @@ def real_text(options: argparse.Namespace, work: Path, presets: list[str]) -> li
     text.check()
     text.write_corpora()
     if not options.table_only:
-        run_stages(text.stages(series=bool({"progressive", "salt"} & set(presets))), work, options.parallel)
+        run_jobs(text.jobs(series=bool({"progressive", "salt"} & set(presets))), work, options.parallel)
     targets = {name: str(text.targets(name)) for name in ("teacher", "sampled")}
     targets |= {name: str(text.targets("series") / name) for name in SERIES}
     scores = {name: str(text.scores(name)) for name in ("teacher", "slm", "early")}
@@ -304,10 +304,10 @@ def main() -> None:
             sections = real_text(options, work, presets)
         else:
             sections = [Section(options.preset, {options.preset: own_stores(options, work)})]
-        stages = {stage.name: stage for section in sections for stage in section.stages()}
-        by_seed = sorted(stages.values(), key=lambda stage: int(stage.name.rsplit("-", 1)[1]))
+        jobs = {job.name: job for section in sections for job in section.jobs()}
+        by_seed = sorted(jobs.values(), key=lambda job: int(job.name.rsplit("-", 1)[1]))
         if not options.table_only:
-            run_stages(by_seed, work, options.parallel)
+            run_jobs(by_seed, work, options.parallel)
         tables = [section.table() for section in sections]
     for made in tables:
         print(made.title, made.format(), sep="\n\n", end="\n\n")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from potstill.launch.demo.steps import Stage
+from potstill.common.jobs import Job
 
 # Steps of the series teacher's run after which its checkpoints are taken: the first while its loss still falls fast.
 SERIES = {"early": 150, "middle": 300, "final": 600}
@@ -48,7 +48,7 @@ class RealText:
             raise SystemExit(f"{self.data} lacks {', '.join(missing)}; name the folder of texts and models with --data")
         for folder in (self.data, self.work):
             if " " in str(folder):
-                raise SystemExit(f"{folder}: the command lines of the stages allow no space in a folder's name")
+                raise SystemExit(f"{folder}: the command lines of the jobs allow no space in a folder's name")
 
     def write_corpora(self) -> None:
         """The three JSON-lines files that `prepare` reads, each written once."""
@@ -83,8 +83,8 @@ class RealText:
     def scores(self, name: str) -> Path:
         return self.work / "scores" / name
 
-    def stages(self, *, series: bool) -> list[Stage]:
-        """Everything from text to sealed stores, as stages with needs; the series of checkpoints only if asked for."""
+    def jobs(self, *, series: bool) -> list[Job]:
+        """Everything from text to sealed stores, as jobs with needs; the series of checkpoints only if asked for."""
         for name in ("targets", "scores"):
             (self.work / name).mkdir(parents=True, exist_ok=True)  # a dump makes its store, not the folders above it
         teacher = self.data / "models" / "teacher-7m"
@@ -100,18 +100,18 @@ class RealText:
             *([self._score("early", self.work / "models" / "early", "export-early")] if series else []),
         ]
 
-    def _stage(self, name: str, words: str, *needs: str, done: Path) -> Stage:
-        return Stage(name=name, command=("potstill", *words.split()), needs=needs, is_done=done.is_file)
+    def _job(self, name: str, words: str, *needs: str, done: Path) -> Job:
+        return Job(name=name, command=("potstill", *words.split()), needs=needs, is_done=done.is_file)
 
-    def _prepare(self, name: str) -> Stage:
+    def _prepare(self, name: str) -> Job:
         output = self.work / "data" / name
         words = (
             f"prepare --input {self.work}/corpus/{name}.jsonl --output {output} --row-length {ROW_LENGTH} "
             f"--rows-per-unit 64 --tokenizer {self.data}/models/teacher-7m"
         )
-        return self._stage(f"prepare-{name}", words, done=output / "train" / "manifest.json")
+        return self._job(f"prepare-{name}", words, done=output / "train" / "manifest.json")
 
-    def _train_series(self) -> Stage:
+    def _train_series(self) -> Job:
         config = self.work / "configs" / "series" / "config.json"
         config.parent.mkdir(parents=True, exist_ok=True)
         config.write_text(json.dumps({**SERIES_CONFIG, "vocab_size": 8192, "max_position_embeddings": ROW_LENGTH}))
@@ -122,32 +122,32 @@ class RealText:
             f"run.num_threads=1 data.global_batch_rows={SERIES_ROWS} data.micro_batch_rows={SERIES_ROWS} "
             f"optimizer.lr=2.5e-3 checkpoint.every_steps={every} checkpoint.keep_last={SERIES['final'] // every}"
         )
-        return self._stage("train-series", words, "prepare-series", done=self.work / "runs/series/done.json")
+        return self._job("train-series", words, "prepare-series", done=self.work / "runs/series/done.json")
 
-    def _export_series(self, name: str) -> Stage:
+    def _export_series(self, name: str) -> Job:
         words = (
             f"export --run {self.work}/runs/series/checkpoints/step_{SERIES[name]:08d} "
             f"--output {self.work}/models/{name} --tokenizer {self.data}/models/teacher-7m --no-check"
         )
-        return self._stage(f"export-{name}", words, "train-series", done=self.work / "models" / name / "config.json")
+        return self._job(f"export-{name}", words, "train-series", done=self.work / "models" / name / "config.json")
 
-    def _dump(self, name: str, model: Path, selection: str) -> Stage:
+    def _dump(self, name: str, model: Path, selection: str) -> Job:
         words = f"dump --tokens {self.tokens} --teacher {model} --output {self.targets(name)} {selection}"
-        return self._stage(f"dump-{name}", words, "prepare-student", done=self.targets(name) / "manifest.json")
+        return self._job(f"dump-{name}", words, "prepare-student", done=self.targets(name) / "manifest.json")
 
-    def _dump_series(self) -> Stage:
+    def _dump_series(self) -> Job:
         checkpoints = ",".join(str(self.work / "models" / name) for name in SERIES)
         words = (
             f"dump --tokens {self.tokens} --teacher {self.work}/models/final --output {self.targets('series')} "
             f"--mode top_p_k --p 0.95 --k 50 --set teacher.checkpoints=[{checkpoints}]"
         )
         needs = ("prepare-student", *(f"export-{name}" for name in SERIES))
-        return self._stage("dump-series", words, *needs, done=self.targets("series") / "final" / "manifest.json")
+        return self._job("dump-series", words, *needs, done=self.targets("series") / "final" / "manifest.json")
 
-    def _score(self, name: str, model: Path, *needs: str) -> Stage:
+    def _score(self, name: str, model: Path, *needs: str) -> Job:
         words = f"score --tokens {self.tokens} --slm {model} --output {self.scores(name)}"
         needs = ("prepare-student", *needs)
-        return self._stage(f"score-{name}", words, *needs, done=self.scores(name) / "manifest.json")
+        return self._job(f"score-{name}", words, *needs, done=self.scores(name) / "manifest.json")
 
 
 def _texts(path: Path) -> Iterator[str]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from potstill.common.errors import UserError
-from potstill.launch.processes import start, stop
+from potstill.common.processes import start, stop
 from potstill.teacher_dump.config import DumpConfig
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from potstill.common.errors import UserError
 from potstill.common.exit_codes import DONE
+from potstill.common.tables import print_table
 from potstill.launch.command import Command
 from potstill.launch.inspect.flags import FLAGS, add_student_arguments
-from potstill.launch.text import print_table
 
 if TYPE_CHECKING:
     from potstill.launch.inspect.data import Sources

@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 
 from potstill.common.exit_codes import DONE
+from potstill.common.tables import print_table
 from potstill.launch.command import Command
 from potstill.launch.options import add_config_options, read_config
 from potstill.launch.presets import find_preset, list_presets
-from potstill.launch.text import print_table
 
 
 def _presets(arguments: argparse.Namespace) -> int:

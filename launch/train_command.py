@@ -23,7 +23,7 @@ from potstill.common.noise import noise_to
 from potstill.launch.command import Command
 from potstill.launch.options import add_config_options, read_config
 from potstill.launch.presets import find_preset
-from potstill.launch.processes import RanksEnd, count_devices, run_ranks
+from potstill.launch.ranks import RanksEnd, count_devices, run_ranks
 
 if TYPE_CHECKING:
     from potstill.student_train.config.train import TrainConfig

@@ -60,11 +60,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run_rank(options: argparse.Namespace, *, reports: Path | None) -> int:
     """Train; returns the exit code. Errors and the summary go to the log, or to the folder of reports."""
+    from potstill.common.processes import die_with_parent
     from potstill.kernels.types import SelfCheckError
     from potstill.storage import StoreError
     from potstill.student_train import train
     from potstill.student_train.config.train import TrainConfig
-    from potstill.student_train.run.engine import die_with_parent, stop_distributed, world_from_environment
+    from potstill.student_train.run.engine import stop_distributed, world_from_environment
 
     rank = 0
     try:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
-import socket
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
+
+from potstill.common.processes import free_port
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
@@ -27,13 +28,6 @@ _CONTEXT.set_forkserver_preload(
         "potstill.student_train.run.trainer",
     ]
 )
-
-
-def free_port() -> int:
-    """A loopback port that nobody listens on now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def _rank_main(

@@ -1,4 +1,4 @@
-"""The table that the demo ends with, read from the files that its stages have written."""
+"""The table that the demo ends with, read from the files that its jobs have written."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from potstill.common.jobs import shell_line
 from potstill.common.progress import format_seconds
 from potstill.common.sizes import format_bytes
+from potstill.common.spread import Spread, differences, is_gain
+from potstill.common.tables import table
 from potstill.launch.demo.ngrams import NgramLosses, ngram_losses, pairs
-from potstill.launch.demo.paired import Spread, differences, is_gain
 from potstill.launch.demo.sizes import ARMS, DemoSize, student_names
-from potstill.launch.demo.steps import shell_line
-from potstill.launch.text import table
 
 if TYPE_CHECKING:
     from potstill.storage import StoreReader, TokensRow
@@ -136,8 +136,8 @@ def store_line(root: Path) -> str:
 
 
 def times_table(times: Mapping[str, float]) -> str:
-    """Wall time of each stage that ever ran here; stages overlap, so their sum is more than the whole."""
-    return table(["stage", "wall time"], [(name, format_seconds(seconds)) for name, seconds in times.items()])
+    """Wall time of each job that ever ran here; jobs overlap, so their sum is more than the whole."""
+    return table(["job", "wall time"], [(name, format_seconds(seconds)) for name, seconds in times.items()])
 
 
 def next_steps(root: Path, size: DemoSize) -> str:

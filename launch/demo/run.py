@@ -19,22 +19,23 @@ from pathlib import Path
 from typing import Any
 
 from potstill.common.errors import UserError
+from potstill.common.jobs import Job, JobRunner, say
+from potstill.common.processes import Child, start
 from potstill.common.progress import format_seconds
 from potstill.launch.demo.corpus import write_corpus
 from potstill.launch.demo.report import report
-from potstill.launch.demo.sizes import DemoSize, make_stages, write_configs
-from potstill.launch.demo.steps import Stage, StageRunner
-from potstill.launch.demo.warm import WarmChild, warm_up
-from potstill.launch.processes import Child, count_devices, start
+from potstill.launch.demo.sizes import DemoSize, make_jobs, write_configs
+from potstill.launch.ranks import count_devices
+from potstill.launch.warm import WarmChild, warm_up
 
 MARKER = "demo.json"
 TIMES = "times.json"
 
 
 def run_demo(root: Path, size: DemoSize, *, force: bool) -> str:
-    """Run what is missing and return the report. Raises UserError: the folder holds something else, a stage fails."""
+    """Run what is missing and return the report. Raises UserError: the folder holds something else, a job fails."""
     with demo_folder(root, size, force=force):
-        run_stages(root, size, make_stages(size, root))
+        run_jobs(root, size, make_jobs(size, root))
         return report(root, size, _read_times(root))
 
 
@@ -46,8 +47,8 @@ def demo_folder(root: Path, size: DemoSize, *, force: bool = False) -> Iterator[
         yield
 
 
-def run_stages(root: Path, size: DemoSize, stages: Sequence[Stage]) -> None:
-    """Write corpus and configurations, and run those of the stages that are not done, in a folder that is held."""
+def run_jobs(root: Path, size: DemoSize, jobs: Sequence[Job]) -> None:
+    """Write corpus and configurations, and run those of the jobs that are not done, in a folder that is held."""
     began = time.monotonic()
     corpus = root / "corpus" / "library.jsonl"
     if not corpus.is_file():
@@ -57,7 +58,7 @@ def run_stages(root: Path, size: DemoSize, stages: Sequence[Stage]) -> None:
         say(f"corpus: {written.format()}")
     write_configs(size, root)
     times = _read_times(root)
-    runner = _runner(root, stages)
+    runner = _runner(root, jobs)
     try:
         runner.run()
     finally:
@@ -65,10 +66,10 @@ def run_stages(root: Path, size: DemoSize, stages: Sequence[Stage]) -> None:
             times[name] = times.get(name, 0.0) + seconds
         (root / TIMES).write_text(json.dumps(times, indent=1) + "\n", encoding="utf-8")
     if runner.seconds:
-        say(f"all stages done in {format_seconds(time.monotonic() - began)}")
+        say(f"all jobs done in {format_seconds(time.monotonic() - began)}")
 
 
-def _runner(root: Path, stages: Sequence[Stage]) -> StageRunner:
+def _runner(root: Path, jobs: Sequence[Job]) -> JobRunner:
     """Two things at a time, each with one thread: on two cores that beats one thing with two threads."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     has_gpu = _has_gpu()
@@ -82,7 +83,7 @@ def _runner(root: Path, stages: Sequence[Stage]) -> StageRunner:
     }
     if not has_gpu:
         warm_up()
-    return StageRunner(stages, starter=_cold if has_gpu else _warm, slots=slots, log_folder=root / "logs", show=say)
+    return JobRunner(jobs, starter=_cold if has_gpu else _warm, slots=slots, log_folder=root / "logs", show=say)
 
 
 def _cold(words: Sequence[str], output: Path) -> Child:
@@ -97,14 +98,6 @@ def _warm(words: Sequence[str], output: Path) -> Child:
 def _has_gpu() -> bool:
     """Ask torch only where a driver is to be seen: importing it takes seconds."""
     return (Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists()) and count_devices() > 0
-
-
-_BEGAN = time.monotonic()
-
-
-def say(line: str) -> None:
-    """Print one line with the time since the start."""
-    print(f"[{format_seconds(time.monotonic() - _BEGAN):>6}] {line}", flush=True)
 
 
 def _claim(root: Path, size: DemoSize, *, force: bool) -> None:

@@ -1,4 +1,4 @@
-"""What the demo runs: sizes, configuration files, and the command line of each stage."""
+"""What the demo runs: sizes, configuration files, and the command line of each job."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from potstill.launch.demo.steps import Stage
+from potstill.common.jobs import Job
 
 DUMP_WORKERS = 2
 # Arms of the comparison, and what stands at the head of their YAML.
@@ -92,7 +92,7 @@ FULL = DemoSize(
     slm=ModelSize(hidden_size=64, num_layers=2, num_heads=2, intermediate_size=176, steps=600, learning_rate=6e-3),
     student=ModelSize(hidden_size=96, num_layers=2, num_heads=3, intermediate_size=256, steps=1200, learning_rate=4e-3),
 )
-# For tests: every stage runs, the numbers mean little.
+# For tests: every job runs, the numbers mean little.
 QUICK = DemoSize(
     corpus_bytes=300_000,
     noise=0.4,
@@ -164,13 +164,13 @@ def student_names(seeds: Sequence[int]) -> list[str]:
     return [f"{arm}-{seed}" for seed in seeds for arm in ARMS]
 
 
-def make_stages(size: DemoSize, root: Path) -> list[Stage]:
-    """The stages, the most urgent first: label runs, which need no teacher, fill the core beside the teacher's run."""
+def make_jobs(size: DemoSize, root: Path) -> list[Job]:
+    """The jobs, the most urgent first: label runs, which need no teacher, fill the core beside the teacher's run."""
     make = _StageMaker(size, root)
     first = f"distilled-{size.seeds[0]}"
     return [
-        *store_stages(size, root),
-        *student_stages(size, root, size.seeds),
+        *store_jobs(size, root),
+        *student_jobs(size, root, size.seeds),
         make.evaluate("teacher", "models/teacher", "export-teacher"),
         make.evaluate("slm", "models/slm", "export-slm"),
         *(make.evaluate(name, f"runs/{name}", f"train-{name}") for name in student_names(size.seeds)),
@@ -178,7 +178,7 @@ def make_stages(size: DemoSize, root: Path) -> list[Stage]:
     ]
 
 
-def store_stages(size: DemoSize, root: Path) -> list[Stage]:
+def store_jobs(size: DemoSize, root: Path) -> list[Job]:
     """From text to everything that a student reads: tokens, teacher, targets, small model, scores."""
     make = _StageMaker(size, root)
     return [
@@ -194,7 +194,7 @@ def store_stages(size: DemoSize, root: Path) -> list[Stage]:
     ]
 
 
-def student_stages(size: DemoSize, root: Path, seeds: Sequence[int]) -> list[Stage]:
+def student_jobs(size: DemoSize, root: Path, seeds: Sequence[int]) -> list[Job]:
     """One run for each seed and arm, a seed of all arms first."""
     make = _StageMaker(size, root)
     return [make.train_student(arm, seed) for seed in seeds for arm in ARMS]
@@ -202,25 +202,25 @@ def student_stages(size: DemoSize, root: Path, seeds: Sequence[int]) -> list[Sta
 
 @dataclass(frozen=True)
 class _StageMaker:
-    """One method for each kind of stage: its command line as a template, what it needs, what it leaves when done."""
+    """One method for each kind of job: its command line as a template, what it needs, what it leaves when done."""
 
     size: DemoSize
     root: Path
 
-    def stage(self, name: str, template: str, *needs: str, done: str, slots: int = 1) -> Stage:
+    def job(self, name: str, template: str, *needs: str, done: str, slots: int = 1) -> Job:
         # Words are made before the names are put in, so that a folder with a space stays one word.
         words = [word.format(root=self.root, size=self.size) for word in template.split()]
         is_done = (self.root / done).is_file
-        return Stage(name=name, command=("potstill", *words), needs=needs, is_done=is_done, slots=slots)
+        return Job(name=name, command=("potstill", *words), needs=needs, is_done=is_done, slots=slots)
 
-    def prepare(self) -> Stage:
+    def prepare(self) -> Job:
         template = (
             "prepare --input {root}/corpus --output {root}/data --vocab-size {size.vocab_size} "
             "--row-length {size.row_length} --rows-per-unit 128 --heldout-fraction {size.heldout_fraction}"
         )
-        return self.stage("prepare", template, done="data/heldout/manifest.json")
+        return self.job("prepare", template, done="data/heldout/manifest.json")
 
-    def train_lm(self, name: str, model: ModelSize) -> Stage:
+    def train_lm(self, name: str, model: ModelSize) -> Job:
         template = (
             f"train --preset lm --output {{root}}/runs/{name} --steps {model.steps} --num-ranks 1 "
             f"--model-config {{root}}/configs/{name} --tokens {{root}}/data/train --set run.name={name} "
@@ -228,50 +228,50 @@ class _StageMaker:
             f"optimizer.lr={model.learning_rate} checkpoint.every_steps={max(10, model.steps // 8)} "
             "checkpoint.keep_last=1"
         )
-        return self.stage(f"train-{name}", template, "prepare", done=f"runs/{name}/done.json")
+        return self.job(f"train-{name}", template, "prepare", done=f"runs/{name}/done.json")
 
-    def train_student(self, arm: str, seed: int) -> Stage:
+    def train_student(self, arm: str, seed: int) -> Job:
         name = f"{arm}-{seed}"
         needs = {"labels": ["prepare"], "kd": ["seal-train"], "distilled": ["seal-train", "score"]}[arm]
         template = (
             f"train --config {{root}}/configs/{arm}.yaml --num-ranks 1 "
             f"--set run.seed={seed} run.name={name} run.output_dir={{root}}/runs/{name}"
         )
-        return self.stage(f"train-{name}", template, *needs, done=f"runs/{name}/done.json")
+        return self.job(f"train-{name}", template, *needs, done=f"runs/{name}/done.json")
 
-    def export(self, name: str, *, check: bool = False) -> Stage:
+    def export(self, name: str, *, check: bool = False) -> Job:
         # The check loads the model in a fresh process, which takes seconds: once is enough to see it.
         template = (
             f"export --run {{root}}/runs/{name} --output {{root}}/models/{name} --tokenizer {{root}}/data/tokenizer "
             + ("--check" if check else "--no-check")
         )
-        return self.stage(f"export-{name}", template, f"train-{name}", done=f"models/{name}/config.json")
+        return self.job(f"export-{name}", template, f"train-{name}", done=f"models/{name}/config.json")
 
-    def dump(self, part: str, share: str = "") -> Stage:
+    def dump(self, part: str, share: str = "") -> Job:
         template = (
             f"dump --tokens {{root}}/data/{part} --teacher {{root}}/models/teacher --output {{root}}/targets/{part} "
             f"--mode top_p_k --p 0.98 --k {{size.kept_entries}} --batch-rows 16 {share}"
         )
-        return self.stage(f"dump-{part}", template, "export-teacher", done=f"targets/{part}/manifest.json")
+        return self.job(f"dump-{part}", template, "export-teacher", done=f"targets/{part}/manifest.json")
 
-    def dump_share(self, part: str, worker: int) -> Stage:
+    def dump_share(self, part: str, worker: int) -> Job:
         made = self.dump(part, f"--worker {worker} --num-workers {DUMP_WORKERS}")
         # A worker leaves no mark of its own share; `seal` sees whether all shares are there.
         name = f"{made.name}-{worker}"
         marker = self.root / "logs" / f"{name}.done"
         return replace(made, name=name, marker=marker, is_done=marker.is_file)
 
-    def seal(self, part: str) -> Stage:
+    def seal(self, part: str) -> Job:
         needs = [f"dump-{part}-{worker}" for worker in range(DUMP_WORKERS)]
-        return self.stage(f"seal-{part}", f"seal {{root}}/targets/{part}", *needs, done=f"targets/{part}/manifest.json")
+        return self.job(f"seal-{part}", f"seal {{root}}/targets/{part}", *needs, done=f"targets/{part}/manifest.json")
 
-    def score(self) -> Stage:
+    def score(self) -> Job:
         template = "score --tokens {root}/data/train --slm {root}/models/slm --output {root}/scores --batch-rows 16"
-        return self.stage("score", template, "export-slm", done="scores/manifest.json")
+        return self.job("score", template, "export-slm", done="scores/manifest.json")
 
-    def evaluate(self, name: str, model: str, *needs: str) -> Stage:
+    def evaluate(self, name: str, model: str, *needs: str) -> Job:
         template = (
             f"eval --model {{root}}/{model} --heldout {{root}}/data/heldout --targets {{root}}/targets/heldout "
             f"--output {{root}}/eval/{name}.json --batch-rows 16"
         )
-        return self.stage(f"eval-{name}", template, "dump-heldout", *needs, done=f"eval/{name}.json")
+        return self.job(f"eval-{name}", template, "dump-heldout", *needs, done=f"eval/{name}.json")

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
-import signal
-import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +15,7 @@ import torch
 from torch import nn
 
 from potstill.common.errors import ConfigError, UserError
+from potstill.common.processes import free_port
 from potstill.student_train.config.batch_arithmetic import accumulation_steps
 from potstill.student_train.config.train import OptimizerConfig, TrainConfig
 
@@ -36,19 +34,6 @@ class Topology:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
-
-
-def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def die_with_parent() -> None:
-    """Ask Linux to kill this process when its launcher dies: killed launchers otherwise leave their ranks running."""
-    if os.name == "posix" and hasattr(ctypes.CDLL(None), "prctl"):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def world_from_environment() -> tuple[int, int]:

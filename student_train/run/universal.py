@@ -15,8 +15,8 @@ import tempfile
 from pathlib import Path
 
 from potstill.common.log import setup_logging
+from potstill.common.processes import die_with_parent
 from potstill.student_train.run.checkpoint import Checkpoint, ResumeError, read_checkpoint
-from potstill.student_train.run.engine import die_with_parent
 
 log = logging.getLogger(__name__)
 CONVERT_TIMEOUT_SECONDS = 24 * 3600

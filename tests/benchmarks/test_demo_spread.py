@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks.demo_spread import figures, goals, keep, main, measure, parse_seeds
-from potstill.launch.demo.paired import T_QUANTILES, Spread, is_gain
+from potstill.common.spread import T_QUANTILES, Spread, is_gain
 from potstill.launch.demo.sizes import ARMS
 
 LOSSES = {"labels": [3.70, 3.74, 3.72], "kd": [3.50, 3.52, 3.51], "distilled": [3.45, 3.48, 3.46]}

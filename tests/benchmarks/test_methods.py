@@ -58,7 +58,7 @@ def test_presets_share_the_runs_of_equal_baselines(tmp_path: Path) -> None:
     paced, tip = both.arms("paced"), both.arms("tip")
     assert both.folder(paced["kd"], 0) == both.folder(tip["kd"], 0) != both.folder(tip["kd"], 1)
     assert both.folder(paced["paced"], 0) != both.folder(tip["tip"], 0)
-    assert len(both.stages(["paced", "tip"])) == 3 * 4  # labels, kd and the two, by three seeds
+    assert len(both.jobs(["paced", "tip"])) == 3 * 4  # labels, kd and the two, by three seeds
 
 
 def test_a_preset_may_use_another_store_and_plain_kd_a_third(tmp_path: Path) -> None:

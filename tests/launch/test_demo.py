@@ -1,4 +1,4 @@
-"""The demo, whole and tiny: every stage runs, a killed one continues, a finished one costs nothing to repeat."""
+"""The demo, whole and tiny: every job runs, a killed one continues, a finished one costs nothing to repeat."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from potstill.launch.demo.ngrams import ngram_losses, pairs
 from potstill.launch.demo.noise import NOISES, add_noise, passages
 from potstill.launch.demo.report import ARM_NAMES, selector_verdict, verdict
 from potstill.launch.demo.run import run_demo
-from potstill.launch.demo.sizes import ARMS, FULL, QUICK, DemoSize, make_stages, student_config, student_names
+from potstill.launch.demo.sizes import ARMS, FULL, QUICK, DemoSize, make_jobs, student_config, student_names
 from potstill.teacher_dump.split import Split
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -151,13 +151,13 @@ def test_the_arms_differ_in_name_targets_and_curriculum_only(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("size", [FULL, QUICK], ids=["full", "quick"])
-def test_every_stage_needs_stages_before_it_and_each_run_has_its_seed_and_name(size: DemoSize, tmp_path: Path) -> None:
+def test_every_job_needs_jobs_before_it_and_each_run_has_its_seed_and_name(size: DemoSize, tmp_path: Path) -> None:
     known: set[str] = set()
-    for stage in make_stages(size, tmp_path):
-        assert set(stage.needs) <= known, stage.name
-        known.add(stage.name)
+    for job in make_jobs(size, tmp_path):
+        assert set(job.needs) <= known, job.name
+        known.add(job.name)
     assert {f"train-{arm}-{seed}" for arm in ARMS for seed in size.seeds} <= known
-    command = next(stage.command for stage in make_stages(size, tmp_path) if stage.name == "train-distilled-2")
+    command = next(job.command for job in make_jobs(size, tmp_path) if job.name == "train-distilled-2")
     assert {"run.seed=2", "run.name=distilled-2", f"run.output_dir={tmp_path}/runs/distilled-2"} <= set(command)
 
 

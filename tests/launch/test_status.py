@@ -18,9 +18,9 @@ from pathlib import Path
 
 import pytest
 
+from potstill.common.tables import print_table, table
 from potstill.launch import status_command
 from potstill.launch.cli import main
-from potstill.launch.text import print_table, table
 from potstill.storage import seal_store, store_status
 from tests.launch.conftest import write_targets
 

@@ -18,10 +18,11 @@ import torch
 from potstill.common.config import build_config
 from potstill.common.errors import UserError
 from potstill.common.exit_codes import ERROR, PREEMPTED
+from potstill.common.processes import free_port
 from potstill.student_train import evaluate, export
 from potstill.student_train.config.train import EvalConfig, ExportConfig
 from potstill.student_train.run.metrics import read_metrics
-from tests.dist_harness import Ranks, free_port, run_ranks
+from tests.dist_harness import Ranks, run_ranks
 from tests.student_train import tiny, workers
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.dist_harness import free_port
+from potstill.common.processes import free_port
 from tests.student_train import tiny
 
 TEMPLATES = Path(__file__).resolve().parents[2] / "launch" / "templates"

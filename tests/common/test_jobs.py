@@ -9,20 +9,20 @@ from pathlib import Path
 import pytest
 
 from potstill.common.errors import UserError
-from potstill.launch.demo.steps import Stage, StageRunner
-from potstill.launch.processes import start
+from potstill.common.jobs import Job, JobRunner
+from potstill.common.processes import start
 
 
-def script(folder: Path, name: str, code: str, *, needs: tuple[str, ...] = (), slots: int = 1) -> Stage:
-    """A stage that runs `code` in a fresh interpreter; it is done when the file of its name is there."""
+def script(folder: Path, name: str, code: str, *, needs: tuple[str, ...] = (), slots: int = 1) -> Job:
+    """A job that runs `code` in a fresh interpreter; it is done when the file of its name is there."""
     marker = folder / name
     text = f"import time, os, pathlib\nmarker = pathlib.Path({str(marker)!r})\n{code}"
-    return Stage(name=name, command=("python", "-c", text), is_done=marker.exists, needs=needs, slots=slots)
+    return Job(name=name, command=("python", "-c", text), is_done=marker.exists, needs=needs, slots=slots)
 
 
-def runner(folder: Path, stages: list[Stage], shown: list[str], *, slots: int = 2) -> StageRunner:
-    return StageRunner(
-        stages,
+def runner(folder: Path, jobs: list[Job], shown: list[str], *, slots: int = 2) -> JobRunner:
+    return JobRunner(
+        jobs,
         starter=lambda words, output: start([sys.executable, *words], output=output),
         slots=slots,
         log_folder=folder / "logs",
@@ -36,13 +36,13 @@ TOUCH = "marker.touch()"
 def test_needs_are_kept_and_what_can_runs_together(tmp_path: Path) -> None:
     wait_for = "while not (marker.parent / '{0}.up').exists(): time.sleep(0.01)\n"
     up = "(marker.parent / (marker.name + '.up')).touch()\n"
-    stages = [
+    jobs = [
         script(tmp_path, "left", up + wait_for.format("right") + TOUCH),
         script(tmp_path, "right", up + wait_for.format("left") + TOUCH),
         script(tmp_path, "last", "assert (marker.parent / 'left').exists()\n" + TOUCH, needs=("left", "right")),
     ]
     shown: list[str] = []
-    made = runner(tmp_path, stages, shown)
+    made = runner(tmp_path, jobs, shown)
     made.run()
     assert set(made.seconds) == {"left", "right", "last"}
 
@@ -53,13 +53,13 @@ def test_a_wide_stage_runs_alone(tmp_path: Path) -> None:
     runner(tmp_path, [script(tmp_path, name, alone, slots=2) for name in ("a", "b")], []).run()
 
 
-def test_done_stages_are_left_out(tmp_path: Path) -> None:
+def test_done_jobs_are_left_out(tmp_path: Path) -> None:
     count = "with open(marker.with_suffix('.count'), 'a') as f: f.write('x')\n" + TOUCH
-    stages = [script(tmp_path, "a", count), script(tmp_path, "b", count, needs=("a",))]
-    runner(tmp_path, stages, []).run()
+    jobs = [script(tmp_path, "a", count), script(tmp_path, "b", count, needs=("a",))]
+    runner(tmp_path, jobs, []).run()
     (tmp_path / "b").unlink()
     shown: list[str] = []
-    runner(tmp_path, stages, shown).run()
+    runner(tmp_path, jobs, shown).run()
     assert (tmp_path / "a.count").read_text() == "x"
     assert (tmp_path / "b.count").read_text() == "xx"
     assert "a: done before" in shown
@@ -68,13 +68,13 @@ def test_done_stages_are_left_out(tmp_path: Path) -> None:
 def test_failure_names_the_stage_and_shows_its_last_lines(tmp_path: Path) -> None:
     sleeper = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\ntime.sleep(60)\n"
     wait = f"while not os.path.exists({str(tmp_path / 'pid')!r}): time.sleep(0.01)\nraise SystemExit('no such text')"
-    stages = [
+    jobs = [
         script(tmp_path, "slow", sleeper),
         script(tmp_path, "bad", wait),
         script(tmp_path, "next", TOUCH, needs=("bad",)),
     ]
-    with pytest.raises(UserError, match=r"(?s)stage bad ended with code 1.*no such text.*repeat the command"):
-        runner(tmp_path, stages, []).run()
+    with pytest.raises(UserError, match=r"(?s)job bad ended with code 1.*no such text.*repeat the command"):
+        runner(tmp_path, jobs, []).run()
     assert not (tmp_path / "next").exists()
     pid = int((tmp_path / "pid").read_text())
     with pytest.raises(ProcessLookupError):

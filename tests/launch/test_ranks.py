@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from potstill.launch import processes
-from potstill.launch.processes import run_ranks, start, stop
+from potstill.common.processes import start, stop
+from potstill.launch import ranks
+from potstill.launch.ranks import run_ranks
 
 PROBE = """
 import os, pathlib, signal, sys, time
@@ -38,13 +39,13 @@ if what != "ok":
 
 
 @pytest.fixture
-def probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., processes.RanksEnd]:
+def probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., ranks.RanksEnd]:
     """Runs two ranks of PROBE, which write into tmp_path."""
     (tmp_path / "probe_rank.py").write_text(PROBE)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
-    monkeypatch.setattr(processes, "LAST_WORDS_SECONDS", 0.5)
+    monkeypatch.setattr(ranks, "LAST_WORDS_SECONDS", 0.5)
 
-    def run(what: str) -> processes.RanksEnd:
+    def run(what: str) -> ranks.RanksEnd:
         arguments = [what, str(tmp_path)]
         return run_ranks("probe_rank", arguments, num_ranks=2, environment={"EXTRA": "more"}, fine=(0, 75))
 
@@ -55,7 +56,7 @@ def test_a_child_dies_with_its_parent(tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
     child = f"import os, time\nopen({str(pid_file)!r}, 'w').write(str(os.getpid()))\ntime.sleep(60)"
     parent = (
-        "import sys, time\nfrom potstill.launch.processes import start\n"
+        "import sys, time\nfrom potstill.common.processes import start\n"
         f"start([sys.executable, '-c', {child!r}])\ntime.sleep(60)"
     )
     process = start([sys.executable, "-c", parent], environment={"PYTHONPATH": os.pathsep.join(sys.path)})
@@ -81,15 +82,15 @@ def _alive(pid: int) -> bool:
     return state != "Z"
 
 
-def test_ranks_get_their_place_and_their_arguments(tmp_path: Path, probe: Callable[..., processes.RanksEnd]) -> None:
-    assert probe("ok") == processes.RanksEnd((0, 0), (), ())
+def test_ranks_get_their_place_and_their_arguments(tmp_path: Path, probe: Callable[..., ranks.RanksEnd]) -> None:
+    assert probe("ok") == ranks.RanksEnd((0, 0), (), ())
     for rank in (0, 1):
         assert (tmp_path / f"place{rank}").read_text() == f"{rank} {rank} 2 2 127.0.0.1 more"
 
 
 @pytest.mark.parametrize(("what", "code"), [("fails", 7), ("killed", -signal.SIGKILL)])
 def test_a_rank_that_fails_is_named_and_the_others_are_ended(
-    tmp_path: Path, probe: Callable[..., processes.RanksEnd], what: str, code: int
+    tmp_path: Path, probe: Callable[..., ranks.RanksEnd], what: str, code: int
 ) -> None:
     end = probe(what)
     assert (end.codes[1], end.failed) == (code, (1,))
@@ -97,13 +98,13 @@ def test_a_rank_that_fails_is_named_and_the_others_are_ended(
     assert not _alive(int((tmp_path / "pid0").read_text()))
 
 
-def test_ranks_that_stop_early_are_no_failure(probe: Callable[..., processes.RanksEnd]) -> None:
-    assert probe("ends75") == processes.RanksEnd((0, 75), (), ())
+def test_ranks_that_stop_early_are_no_failure(probe: Callable[..., ranks.RanksEnd]) -> None:
+    assert probe("ends75") == ranks.RanksEnd((0, 75), (), ())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_reach_every_rank_as_term(
-    tmp_path: Path, probe: Callable[..., processes.RanksEnd], number: signal.Signals
+    tmp_path: Path, probe: Callable[..., ranks.RanksEnd], number: signal.Signals
 ) -> None:
     def send() -> None:
         deadline = time.monotonic() + 30
@@ -116,14 +117,14 @@ def test_signals_reach_every_rank_as_term(
     sender.start()
     end = probe("saves")
     sender.join()
-    assert end == processes.RanksEnd((75, 75), (), (number,))
+    assert end == ranks.RanksEnd((75, 75), (), (number,))
     assert (tmp_path / "saved0").exists() and (tmp_path / "saved1").exists()
     assert signal.getsignal(number) == before
 
 
-def test_ranks_die_with_the_command(tmp_path: Path, probe: Callable[..., processes.RanksEnd]) -> None:
+def test_ranks_die_with_the_command(tmp_path: Path, probe: Callable[..., ranks.RanksEnd]) -> None:
     code = (
-        "from potstill.launch.processes import run_ranks\n"
+        "from potstill.launch.ranks import run_ranks\n"
         f"run_ranks('probe_rank', ['saves', {str(tmp_path)!r}], num_ranks=2)"
     )
     process = start([sys.executable, "-c", code])
@@ -142,4 +143,4 @@ def test_ranks_die_with_the_command(tmp_path: Path, probe: Callable[..., process
 
 
 def test_the_visible_gpus_of_the_user_are_left_alone() -> None:
-    assert "CUDA_VISIBLE_DEVICES" not in processes.rank_environment(0, 2, port=1)
+    assert "CUDA_VISIBLE_DEVICES" not in ranks.rank_environment(0, 2, port=1)

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from potstill.launch.processes import die_with_parent
+from potstill.common.processes import die_with_parent
 
 PRELOAD = [
     "torch",
