@@ -80,17 +80,24 @@ def check_joined(name: str, reader: StoreReader, tokens: StoreReader) -> None:
     """A joined store must have been made from exactly these tokens. Raises MismatchError that names the field."""
     if reader.spec.kind == "tokens":
         raise MismatchError(f"joined store {name} ({reader.url}) is of kind tokens, expected targets or scores")
-    pairs = {
+    difference = first_difference(reader, tokens)
+    if difference is not None:
+        key, found, wanted = difference
+        raise MismatchError(
+            f"joined store {name} ({reader.url}): {key} is {found!r}, the tokens store {tokens.url} has {wanted!r}"
+        )
+
+
+def first_difference(reader: StoreReader, tokens: StoreReader) -> tuple[str, object, object] | None:
+    """(field, found, expected) of the first field by which `reader` cannot have been made from `tokens`, if any."""
+    pairs: dict[str, tuple[object, object]] = {
         "input_digest": (reader.spec.input_digest, tokens.digest),
+        "row_length": (reader.spec.row_length, tokens.spec.row_length),
         "num_rows": (reader.num_rows, tokens.num_rows),
         "tokenizer_digest": (reader.spec.tokenizer_digest, tokens.spec.tokenizer_digest),
         "vocab_size": (reader.spec.vocab_size, tokens.spec.vocab_size),
     }
-    for key, (found, wanted) in pairs.items():
-        if found != wanted:
-            raise MismatchError(
-                f"joined store {name} ({reader.url}): {key} is {found!r}, the tokens store {tokens.url} has {wanted!r}"
-            )
+    return next(((key, found, wanted) for key, (found, wanted) in pairs.items() if found != wanted), None)
 
 
 def check_digests(reader: StoreReader, rows: Sequence[JoinedRow], digests: Sequence[int]) -> None:

@@ -7,14 +7,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from potstill.common.errors import UserError
 from potstill.kernels.divergences import DIVERGENCES
 from potstill.kernels.settings import check_temperature
 from potstill.kernels.types import KernelInputError
 from potstill.storage import StoreError, StoreReader, TargetsRow, UnsealedError, check_alignment
-from potstill.student_train.config.train import Scalar, TokenSelector, TrainConfig
+from potstill.storage.loading.joining import first_difference
+from potstill.student_train.config.train import DataConfig, Scalar, TokenSelector, TrainConfig
 from potstill.student_train.curriculum.plan import CurriculumPlan, total_steps
 from potstill.student_train.curriculum.row_selector import needed_stats
 from potstill.student_train.curriculum.schedules import scalar_bounds
@@ -40,13 +41,13 @@ class Stores:
 _MAKERS = {"tokens": "prepare", "targets": "dump", "scores": "score"}  # the command that writes each kind
 
 
-def open_store(path: Path | str, kind: str, key: str) -> StoreReader:
-    """Open a sealed store of the given kind. Raises UserError naming the configuration key."""
+def open_store(path: Path | str, kind: str, key: str, **options: Any) -> StoreReader:
+    """Open a sealed store of the given kind with these options of the reader. Raises UserError naming the key."""
     if isinstance(path, Path) and not path.is_dir():
         state = "is a file, not a store" if path.exists() else "does not exist"
         raise UserError(f"{key} = {path} {state}; give the folder of a {kind} store (potstill {_MAKERS[kind]})")
     try:
-        reader = StoreReader(path)
+        reader = StoreReader(path, **options)
     except UnsealedError as error:
         raise UserError(
             f"{key} = {path} is not sealed: units are missing; finish and seal it (potstill status, potstill seal)"
@@ -58,21 +59,18 @@ def open_store(path: Path | str, kind: str, key: str) -> StoreReader:
     return reader
 
 
-def check_joined(reader: StoreReader, tokens: StoreReader, *, key: str, tokens_key: str) -> None:
+FIELD_NAMES = {"input_digest": "input_digest (the tokens store it was made from)", "num_rows": "number of rows"}
+
+
+def check_belongs(reader: StoreReader, tokens: StoreReader, *, key: str, tokens_key: str) -> None:
     """Refuse a store that was not made from these tokens. Raises UserError naming field, found and expected."""
-    pairs = {
-        "input_digest (the tokens store it was made from)": (reader.spec.input_digest, tokens.digest),
-        "row_length": (reader.spec.row_length, tokens.spec.row_length),
-        "number of rows": (reader.num_rows, tokens.num_rows),
-        "tokenizer_digest": (reader.spec.tokenizer_digest, tokens.spec.tokenizer_digest),
-        "vocab_size": (reader.spec.vocab_size, tokens.spec.vocab_size),
-    }
-    for field, (found, expected) in pairs.items():
-        if found != expected:
-            raise UserError(
-                f"{key} does not belong to {tokens_key}: its {field} is {found}, expected {expected}; "
-                "dump or score the tokens store that you train on, or name the other tokens store"
-            )
+    difference = first_difference(reader, tokens)
+    if difference is not None:
+        field, found, expected = difference
+        raise UserError(
+            f"{key} does not belong to {tokens_key}: its {FIELD_NAMES.get(field, field)} is {found}, expected "
+            f"{expected}; dump or score the tokens store that you train on, or name the other tokens store"
+        )
 
 
 def check_targets(targets: StoreReader, tokens: StoreReader, *, key: str) -> None:
@@ -100,19 +98,27 @@ def unused_columns(config: TrainConfig, name: str) -> frozenset[str]:
     return side | (frozenset({"tail_at"}) if is_plain else frozenset())
 
 
+def cache_options(data: DataConfig, place: Path | str) -> dict[str, Any]:
+    """The reader's options for the node cache: for stores on object storage, where data.cache_dir asks for one."""
+    if data.cache_dir is None or isinstance(place, Path):
+        return {}
+    return {"cache_dir": data.cache_dir, "cache_bytes": int(data.cache_gib * 2**30)}
+
+
 def open_stores(config: TrainConfig) -> Stores:
     """Open and cross-check every store of a run. Raises UserError."""
     data = config.data
-    tokens = open_store(data.tokens, "tokens", "data.tokens")
+    tokens = open_store(data.tokens, "tokens", "data.tokens", **cache_options(data, data.tokens))
     joined: dict[str, StoreReader] = {}
     for kind, group in (("targets", data.targets), ("scores", data.scores)):
         for name, path in group.items():
             key = f"data.{kind}.{name}"
-            joined[name] = open_store(path, kind, key)
-            check_joined(joined[name], tokens, key=key, tokens_key="data.tokens")
+            cached = cache_options(data, path)
+            joined[name] = open_store(path, kind, key, **cached)
+            check_belongs(joined[name], tokens, key=key, tokens_key="data.tokens")
             if kind == "targets":
                 check_targets(joined[name], tokens, key=key)
-                joined[name] = StoreReader(path, skip=unused_columns(config, name))
+                joined[name] = StoreReader(path, skip=unused_columns(config, name), **cached)
     heldout = heldout_targets = None
     if data.heldout is not None:
         heldout = open_store(data.heldout, "tokens", "data.heldout")
@@ -127,7 +133,7 @@ def open_stores(config: TrainConfig) -> Stores:
                 raise UserError(f"data.heldout has {field} {found}, data.tokens {expected}; prepare both alike")
     if data.heldout_targets is not None and heldout is not None:
         heldout_targets = open_store(data.heldout_targets, "targets", "data.heldout_targets")
-        check_joined(heldout_targets, heldout, key="data.heldout_targets", tokens_key="data.heldout")
+        check_belongs(heldout_targets, heldout, key="data.heldout_targets", tokens_key="data.heldout")
         check_targets(heldout_targets, heldout, key="data.heldout_targets")
     return Stores(tokens, joined, heldout, heldout_targets)
 

@@ -11,7 +11,7 @@ import torch
 from potstill.common.errors import UserError
 from potstill.storage import StoreReader
 from potstill.student_train.config.train import EvalConfig
-from potstill.student_train.data.stores import check_joined, open_store
+from potstill.student_train.data.stores import check_belongs, open_store
 from potstill.student_train.evaluation.bits_per_byte import TextBytes, heldout_bytes, tokenizers_beside
 from potstill.student_train.evaluation.heldout import HeldoutEvaluation
 from potstill.student_train.export.weights import Source, find_source, load_model
@@ -72,7 +72,7 @@ def evaluate(config: EvalConfig) -> EvalSummary:
     targets = None
     if config.targets is not None:
         targets = open_store(config.targets, "targets", "targets")
-        check_joined(targets, tokens, key="targets", tokens_key="heldout")
+        check_belongs(targets, tokens, key="targets", tokens_key="heldout")
     source = find_source(config.model)
     hf = load_model(source, dtype=config.dtype)
     vocab_size = hf.config.get_text_config().vocab_size

@@ -102,7 +102,9 @@ def test_the_whole_way_on_an_object_store(
     potstill(environment, *dump, "--output", str(here))
     assert StoreReader(targets).digest == StoreReader(here).digest
 
-    potstill(environment, *train_words(tokens, targets, tmp_path / "far"))
+    cache = tmp_path / "cache"
+    potstill(environment, *train_words(tokens, targets, tmp_path / "far"), f"data.cache_dir={cache}")
+    assert list(cache.glob("*.batch")), "nothing of the two stores was kept"
     potstill(environment, *train_words(tokens, str(here), tmp_path / "near"))
     assert len(losses(tmp_path / "far")) == 3
     assert losses(tmp_path / "far") == losses(tmp_path / "near")

@@ -1,8 +1,12 @@
-"""A wheel built from the source distribution works away from the checkout: the links have become real files."""
+"""A wheel built from the source distribution works away from the checkout: the links have become real files.
+
+A checkout whose links are text files builds nothing.
+"""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -44,3 +48,27 @@ def test_wheel_from_sdist(tmp_path: Path) -> None:
     assert run(sys.executable, "-c", code, cwd=tmp_path, path=site).strip().startswith(str(site))
     listed = run(sys.executable, "-m", "potstill.launch", "presets", cwd=tmp_path, path=site)
     assert "distill" in listed
+
+
+@pytest.mark.parametrize("links", ["folders", "text", "missing"])
+def test_a_checkout_without_links_is_not_built(tmp_path: Path, links: str) -> None:
+    package = tmp_path / "src" / "potstill"
+    package.mkdir(parents=True)
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "src/potstill/__init__.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    for room in ROOMS:
+        if links == "folders":
+            shutil.copytree(ROOT / room, package / room, ignore=shutil.ignore_patterns("__pycache__"))
+        elif links == "text":
+            (package / room).write_text(f"../../{room}")
+    code = "import setuptools.build_meta as build; print(build.prepare_metadata_for_build_wheel('.'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    if links == "folders":
+        assert done.returncode == 0, done.stderr
+        (listed,) = tmp_path.rglob("SOURCES.txt")
+        assert "src/potstill/storage/loading/order.py" in listed.read_text()
+        return
+    assert done.returncode != 0
+    said = done.stderr.strip().splitlines()[-1]
+    assert str(package) in said and all(room in said for room in ROOMS) and "core.symlinks" in said
+    assert ("text files" if links == "text" else "missing") in said
