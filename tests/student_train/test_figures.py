@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -256,13 +255,16 @@ def test_attention_is_counted_by_its_span_and_its_own_width() -> None:
     assert cost.per_token == 6 * backbone + 12 * (2 * 64) * (50 + 50)
 
 
-def test_a_meter_leaves_out_what_is_no_training() -> None:
+def test_a_meter_leaves_out_what_is_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("potstill.student_train.run.metrics.time.monotonic", lambda: now[0])
     meter = Meter(torch.device("cpu"))
+    now[0] += 2.0
     with meter.paused():
-        time.sleep(0.3)
-    assert meter.seconds() < 0.2
-    time.sleep(0.05)
-    assert 0.05 <= meter.seconds() < 0.25
+        now[0] += 30.0
+    assert meter.seconds() == 2.0
+    now[0] += 0.5
+    assert meter.seconds() == 2.5
 
 
 def test_evaluations_between_two_lines_keep_tokens_and_time_right(stores, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import time
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -444,14 +444,16 @@ def test_another_quantisation_or_head_does_not_mix_with_a_store(tokens: Path, tm
 def test_a_full_disk_is_seen_before_the_unit_ends(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten batches a unit: the worker stops in the second unit, not after it."""
     tokens = make_tokens(tmp_path / "tokens", [(16,)] * 20, rows_per_unit=10)
-    forward, rows = HfEngine.forward, []
+    forward, rows, tried = HfEngine.forward, [], threading.Event()
 
     def noted(self: HfEngine, batch: Any) -> Any:
         rows.append(batch.rows[0].row)
-        time.sleep(0.05)
+        if len(rows) > 10:
+            tried.wait(60)  # until the first unit was to be written
         return forward(self, batch)
 
     def full(self: StoreWriter, *args: Any, **options: Any) -> bool:
+        tried.set()
         raise WriteFailedError("no space left on device")
 
     monkeypatch.setattr(HfEngine, "forward", noted)

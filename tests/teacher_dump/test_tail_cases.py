@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -79,17 +78,20 @@ def test_k_beyond_the_vocabulary_keeps_all_of_it(tmp_path: Path, llama: Path, to
 def test_a_slow_disk_does_not_hold_up_the_teacher(
     tokens: Path, tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While a unit is being written (100 ms late) the teacher already reads the next one, and threads are bounded."""
+    """While a unit is being written the teacher already reads the next one, and threads are bounded."""
     events: list[tuple[str, int]] = []
+    next_unit = threading.Event()  # the teacher has read a row of the second unit
     commit, forward = StoreWriter.commit_unit, HfEngine.forward
 
     def slow_commit(self: StoreWriter, unit: int, *args: Any, **options: Any) -> bool:
-        time.sleep(0.1)
+        next_unit.wait(60)
         events.append(("committed", unit))
         return commit(self, unit, *args, **options)
 
     def noted_forward(self: HfEngine, batch: Any) -> Any:
         events.append(("forward", batch.rows[0].row // 2))
+        if ("forward", 1) in events:
+            next_unit.set()
         return forward(self, batch)
 
     monkeypatch.setattr(StoreWriter, "commit_unit", slow_commit)
