@@ -20,8 +20,9 @@ from potstill.storage.errors import (
     UnsealedError,
 )
 from potstill.storage.files.commit import CommitRecord, committed_records
+from potstill.storage.files.folder import StorePath
 from potstill.storage.files.node_cache import NodeCache
-from potstill.storage.files.paths import StorePath, open_folder
+from potstill.storage.files.paths import open_folder
 from potstill.storage.files.unit_file import DecodedBatch
 from potstill.storage.rows.array_types import Float32, Int32
 from potstill.storage.rows.columns import skippable_names

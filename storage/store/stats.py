@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from potstill.storage.files.paths import StorePath
+from potstill.storage.files.folder import StorePath
 from potstill.storage.rows.k_bound import KBound, bound_positions
 from potstill.storage.rows.row_types import ScoresRow, TargetsRow
 from potstill.storage.rows.sparse_targets import SparseTargets

@@ -13,8 +13,9 @@ import pyarrow.ipc as ipc
 
 from potstill.storage.errors import CorruptError, StoreError
 from potstill.storage.files.commit import CommitRecord, committed_records
+from potstill.storage.files.folder import StoreFolder, StorePath
 from potstill.storage.files.ipc_layout import parse_footer
-from potstill.storage.files.paths import StoreFolder, StorePath, open_folder
+from potstill.storage.files.paths import open_folder
 from potstill.storage.files.unit_file import arrow_schema
 from potstill.storage.rows.row_types import TargetsRow
 from potstill.storage.rows.validation import validate
