@@ -95,7 +95,7 @@ def with_columns(row: TargetsRow, names: tuple[str, ...] = ("margin", "summary",
     return replace(row, targets=changed(row.targets, **{name: values[name] for name in names}))
 
 
-def changed(targets: SparseTargets, **columns: Array | None) -> SparseTargets:
+def changed(targets: SparseTargets, **columns: Any) -> SparseTargets:
     return replace(targets, **columns)
 
 
@@ -255,7 +255,7 @@ def test_it_is_pinned(stores: Stores, page_locked: bool) -> None:
     row = stores.rows[2]
     copy = pin(row, page_locked=page_locked)
     assert same(copy.targets, row.targets) and copy.row == row.row and copy.stats == row.stats
-    arrays = [("offsets", copy.targets.offsets, row.targets.offsets)]
+    arrays: list[tuple[str, Any, Any]] = [("offsets", copy.targets.offsets, row.targets.offsets)]
     for name, values in row.targets.columns.items():
         found = value(copy.targets, name)
         for key in values if isinstance(values, dict) else [None]:
@@ -280,7 +280,7 @@ def test_it_reaches_the_tensors(stores: Stores) -> None:
     spans = [mark[whole.offsets[n] : whole.offsets[n + 1]] for n in chosen.tolist()]
     assert torch.equal(value(picked, "mark"), torch.cat(spans))
     assert value(picked, "summary").shape == (NUM_ROWS, 5)
-    wide = picked.spread(torch.tensor([1, 2, 5]), num_tokens=7).columns["margin"]
+    wide = value(picked.spread(torch.tensor([1, 2, 5]), num_tokens=7), "margin")
     assert torch.equal(wide[[1, 2, 5]], margin[chosen]) and not wide[[0, 3, 4, 6]].any()
     moved = picked.to("cuda" if cuda_is_there() else "meta")
     assert {t.device.type for t in (moved.offsets, *(value(moved, column.name) for column in ADDED))} == {
