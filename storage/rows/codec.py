@@ -27,8 +27,7 @@ def planes_of(spec: RunSpec) -> tuple[Plane, ...]:
     if spec.kind == "scores":
         names = ("label0", "label1", "label_rank", "entropy0", "entropy1")
         return tuple(Plane(name, "token") for name in names)
-    groups = [group for column in stored_columns(spec) for group in column.planes_in(spec)]
-    return (Plane("count", "token"), *(plane for group in groups for plane in group))
+    return (Plane("count", "token"), *(plane for column in stored_columns(spec) for plane in column.planes_in(spec)))
 
 
 def encode_targets(targets: SparseTargets, *, spec: RunSpec, rank_of_id: Int32 | None = None) -> Planes:
@@ -40,12 +39,12 @@ def encode_targets(targets: SparseTargets, *, spec: RunSpec, rank_of_id: Int32 |
     coding = Coding(spec, targets.offsets, counts, rank_of_id)
     planes: Planes = {"count": counts}
     for column in stored_columns(spec):
-        values = targets.columns.get(column.name)
-        if values is None and not column.optional and column.planes_in(spec):
+        values, groups = targets.columns.get(column.name), column.plane_names(spec)
+        if values is None and groups and not column.optional:
             raise misfit(column, spec)
-        for group, array in zip(column.planes_in(spec), _arrays(column, values, spec), strict=True):
-            coded = [np.zeros(0, np.uint8)] * len(group) if array is None else column.encode(array, coding)
-            planes |= {plane.name: data for plane, data in zip(group, coded, strict=True)}
+        for names, array in zip(groups, _arrays(column, values, spec), strict=True):
+            coded = [np.zeros(0, np.uint8)] * len(names) if array is None else column.encode(array, coding)
+            planes.update(zip(names, coded, strict=True))
     return planes
 
 
@@ -69,7 +68,7 @@ def decode_targets(
     coding = Coding(spec, offsets, counts, id_of_rank)
     columns: dict[str, Values] = {}
     for column in stored_columns(spec):
-        groups = [[planes[plane.name] for plane in g if plane.name in planes] for g in column.planes_in(spec)]
+        groups = [[planes[name] for name in names if name in planes] for names in column.plane_names(spec)]
         if column.per_temperature:
             at = zip(spec.temperatures, groups, strict=True)
             columns[column.name] = {t: column.decode(group, coding) for t, group in at if group}

@@ -163,16 +163,18 @@ class Column:
         """Whether a store of that run has the column."""
         return self.name in spec.columns if self.stored is None else self.stored.holds(spec)
 
-    def planes_in(self, spec: StoreView) -> list[list[Plane]]:
-        """Its planes in a store of that run: one group, or one for each temperature."""
+    def plane_names(self, spec: StoreView) -> list[list[str]]:
+        """Names of its planes in a store of that run: one group, or one for each temperature."""
         number = self.num_planes(spec)
         stems = [f"{self.stem}{i}" for i in range(len(spec.temperatures))] if self.per_temperature else [self.stem]
+        return [[stem] if number == 1 else [f"{stem}{i}" for i in range(number)] for stem in stems]
+
+    def planes_in(self, spec: StoreView) -> list[Plane]:
+        """Its planes in a store of that run, in file order."""
         skip = self.stem if self.skippable else None
         width = self.value_bytes * (1 if self.vector is None else self.vector(spec))
-        return [
-            [Plane(stem if number == 1 else f"{stem}{i}", self.axis, width, self.optional, skip) for i in range(number)]
-            for stem in stems
-        ]
+        names = (name for group in self.plane_names(spec) for name in group)
+        return [Plane(name, self.axis, width, self.optional, skip) for name in names]
 
     def labelled(self, values: Values) -> list[tuple[str, Array]]:
         """The arrays with the names that errors give them."""
