@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from potstill.kernels.counter_random import uniforms
+from potstill.kernels.counter_random import uniforms, uniforms_of_ids
 from potstill.kernels.expand import VALUE_STEP, WEIGHT_TOP
 from potstill.kernels.teacher_rows import TeacherChunk
 from potstill.kernels.tiles import TILE
@@ -104,25 +104,42 @@ def order_by_code(token: Tensor, codes: Tensor, ids: Tensor) -> Tensor:
     return by_code[torch.argsort(token[by_code], stable=True)]
 
 
-def as_targets(
+def weigh_draws(
+    chunk: TeacherChunk,
     entries: Tensor,
     ids: Tensor,
+    counts: Tensor,
     *,
-    counts: Tensor | None,
-    log_weights: Tensor | None,
-    log_tail: Tensor,
+    seed: int,
+    rows: Tensor,
+    positions: Tensor,
     num_draws: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(entries per token, ids, log weights float32 on the store's grid) of counted draws of one chunk.
+
+    entries int64 [B], ids int32 [E] and counts float32 [E] as from `count_draws`; rows, positions int64 [B].
+    """
+    num_tokens = entries.shape[0]
+    token = torch.repeat_interleave(torch.arange(num_tokens, device=ids.device), entries)
+    wide = ids.long()
+    log_weights = importance_log_weights(log_ratios(chunk, token, wide), counts, num_draws=num_draws)
+    u = uniforms_of_ids(seed=seed, rows=rows[token], positions=positions[token], ids=wide)
+    codes, kept = round_to_grid(log_weights, u, token, num_tokens=num_tokens)
+    token, wide, codes = token[kept], wide[kept], codes[kept]
+    order = order_by_code(token, codes, wide)
+    values = WEIGHT_TOP - codes[order].double() / VALUE_STEP
+    return torch.bincount(token, minlength=num_tokens), wide[order].int(), values.float()
+
+
+def as_targets(
+    entries: Tensor, ids: Tensor, values: Tensor, *, weighted: bool, log_tail: Tensor, num_draws: int
 ) -> SparseTargetTensors:
-    """CSR targets of draws, with counts or with log weights."""
+    """CSR targets of draws from entries int64 [N], ids int32 [E], values float32 [E]: counts, or log weights."""
     offsets = torch.zeros(entries.shape[0] + 1, dtype=torch.int64, device=entries.device)
     torch.cumsum(entries, 0, out=offsets[1:])
     return SparseTargetTensors(
         offsets=offsets,
-        ids=ids,
-        logprobs=None,
-        counts=counts,
+        columns={"ids": ids, "log_weights" if weighted else "counts": values, "log_tail": log_tail},
         num_draws=num_draws,
-        log_tail=log_tail,
         max_entries=num_draws,
-        log_weights=log_weights,
     )

@@ -13,16 +13,11 @@ from typing import TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from potstill.kernels.counter_random import uniforms_of_ids
-from potstill.kernels.expand import VALUE_STEP, WEIGHT_TOP
 from potstill.kernels.sampling import (
     as_targets,
     count_draws,
     draw_ids,
-    importance_log_weights,
-    log_ratios,
-    order_by_code,
-    round_to_grid,
+    weigh_draws,
 )
 from potstill.kernels.settings import check_tensor
 from potstill.kernels.teacher_rows import LogitSource, TeacherChunk
@@ -235,7 +230,7 @@ def select_sample(
         entries, kept, values = count_draws(ids, None if valid is None else valid[part], vocab_size=source.vocab_size)
         if power != 1.0:
             weighed = (chunk, entries, kept, values)
-            entries, kept, values = _weighed(*weighed, seed=seed, rows=row, positions=position, num_draws=num_draws)
+            entries, kept, values = weigh_draws(*weighed, seed=seed, rows=row, positions=position, num_draws=num_draws)
         token = torch.repeat_interleave(torch.arange(ids.shape[0], device=device), entries)
         mass = torch.zeros(ids.shape[0], dtype=torch.float64, device=device)
         mass.index_add_(0, token, (chunk.slab[token, kept.long()] - chunk.lse[0][token]).double().exp())
@@ -243,30 +238,5 @@ def select_sample(
         drawn.append((entries, kept, values, tail))
         figures.append((chunk.lse[0], chunk.entropy, chunk.label_logprob, chunk.label_rank, chunk.excluded_mass))
     entries, kept, values, tail = (torch.cat(column) for column in zip(*drawn, strict=True))
-    counts, log_weights = (values, None) if power == 1.0 else (None, values)
-    targets = as_targets(entries, kept, counts=counts, log_weights=log_weights, log_tail=tail, num_draws=num_draws)
+    targets = as_targets(entries, kept, values, weighted=power != 1.0, log_tail=tail, num_draws=num_draws)
     return Sampled(targets, *(torch.cat(column) for column in zip(*figures, strict=True)))
-
-
-def _weighed(
-    chunk: TeacherChunk,
-    entries: Tensor,
-    ids: Tensor,
-    counts: Tensor,
-    *,
-    seed: int,
-    rows: Tensor,
-    positions: Tensor,
-    num_draws: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(entries per token, ids, log weights float32 on the store's grid) of counted draws of one chunk."""
-    num_tokens = entries.shape[0]
-    token = torch.repeat_interleave(torch.arange(num_tokens, device=ids.device), entries)
-    wide = ids.long()
-    log_weights = importance_log_weights(log_ratios(chunk, token, wide), counts, num_draws=num_draws)
-    u = uniforms_of_ids(seed=seed, rows=rows[token], positions=positions[token], ids=wide)
-    codes, kept = round_to_grid(log_weights, u, token, num_tokens=num_tokens)
-    token, wide, codes = token[kept], wide[kept], codes[kept]
-    order = order_by_code(token, codes, wide)
-    values = WEIGHT_TOP - codes[order].double() / VALUE_STEP
-    return torch.bincount(token, minlength=num_tokens), wide[order].int(), values.float()

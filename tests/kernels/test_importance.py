@@ -95,8 +95,8 @@ def test_the_mean_gradient_is_that_of_the_dense_cross_entropy(power: float, miss
     targets = as_targets(
         torch.tensor([len(ids) for _, ids, _ in rounded]),
         torch.cat([ids for _, ids, _ in rounded]).int(),
-        counts=None,
-        log_weights=log_values.float(),
+        log_values.float(),
+        weighted=True,
         log_tail=torch.full((len(rounded),), -2.0),
         num_draws=3,
     )
