@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from potstill.common.errors import UserError
-from potstill.student_train.model.student import DTYPES
+from potstill.student_train.model.parameters import DTYPES
 from potstill.student_train.run.checkpoint import MANIFEST, Checkpoint, list_checkpoints, read_checkpoint
 from potstill.student_train.run.run_folder import CONFIG_FILE, STUDENT_FOLDER
 

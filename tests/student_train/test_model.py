@@ -15,7 +15,8 @@ from potstill.student_train.config.train import Objective, Stage
 from potstill.student_train.curriculum.step_objective import step_objective
 from potstill.student_train.data.batch import collate, position_ids
 from potstill.student_train.model.hf_config import hf_config
-from potstill.student_train.model.student import SUM_NAMES, StudentModel, build_student, check_initial_std
+from potstill.student_train.model.parameters import check_initial_std
+from potstill.student_train.model.student import SUM_NAMES, StudentModel, build_student
 from tests.student_train import tiny, workers
 
 
@@ -117,7 +118,7 @@ def test_kd_only_selection_leaves_the_labels_alone(stores, student: StudentModel
 def test_unselected_positions_have_no_gradient_through_the_head(stores, student: StudentModel) -> None:
     micro, objective = micro_of(stores, [5], tokens={"policy": "random", "share": 0.25})
     hidden = student.hidden_states(micro).detach().requires_grad_()
-    from potstill.student_train.model.student import LossRequest
+    from potstill.student_train.model.head import LossRequest
 
     student.hf.lm_head(hidden, LossRequest(micro, objective, torch.tensor(1.0)))[0].backward()
     moved = hidden.grad.abs().sum(1) > 0

@@ -17,7 +17,8 @@ from potstill.student_train.config.train import Objective, Stage
 from potstill.student_train.curriculum.step_objective import step_objective
 from potstill.student_train.data.batch import collate
 from potstill.student_train.model.hf_config import hf_config
-from potstill.student_train.model.student import StudentModel, active_parameters, build_student, count_parameters
+from potstill.student_train.model.parameters import active_parameters, count_parameters
+from potstill.student_train.model.student import StudentModel, build_student
 from potstill.student_train.run.engine import Topology
 from potstill.student_train.run.metrics import ModelCost, read_metrics
 from potstill.student_train.run.trainer import model_cost
