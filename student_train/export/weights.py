@@ -61,7 +61,8 @@ def checkpoint_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
         state = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
-    return {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
+    # What does not begin so are parameters of loss terms, which are no part of the student.
+    return {name.removeprefix(PREFIX): tensor for name, tensor in state.items() if name.startswith(PREFIX)}
 
 
 def load_model(source: Source, *, dtype: str, attention: str = "sdpa") -> Any:

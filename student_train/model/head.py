@@ -6,6 +6,7 @@ It takes the place of `lm_head`, keeps its parameter names, and without a reques
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,25 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from potstill.kernels.loss import TokenStatistics, linear_sparse_loss, self_check, token_statistics
-from potstill.kernels.types import IGNORE_LABEL
+from potstill.kernels.types import IGNORE_LABEL, LossSums
+from potstill.student_train.config.train import ModelConfig
 from potstill.student_train.curriculum.step_objective import StepObjective
 from potstill.student_train.curriculum.token_selector import TOKEN_POLICIES, choose
 from potstill.student_train.data.batch import MicroBatch
-from potstill.student_train.evaluation.calibration import calibration_bins
+from potstill.student_train.model.requests import HeadRequest
+from potstill.student_train.model.term import LossTerm, TermInput
 
 # Labelled positions, those with weight > 0, those whose KD counts, sum of squared weights, those measured to choose.
 SELECTION_NAMES = ("labelled", "positions", "kd_positions", "squared_weight", "measured")
-
-
-@dataclass(frozen=True)
-class LossRequest:
-    """What the head shall do with the hidden states: this batch, this objective, divided by this number."""
-
-    micro: MicroBatch
-    objective: StepObjective
-    normalizer: Tensor
-    self_check: bool = False
-    calibrate: bool = False
 
 
 def divergence_arguments(objective: StepObjective) -> dict[str, Any]:
@@ -64,48 +56,11 @@ class DistillationHead(nn.Module):
         logits = self.logit_scale * raw
         return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
 
-    def forward(self, hidden: Tensor, request: LossRequest | None = None) -> Any:
-        """Logits [..., V] without a request (unscaled, uncapped: the model does that), else (loss, sums)."""
-        if request is None:
-            return F.linear(hidden, self.weight, self.bias)
-        micro, objective = request.micro, request.objective
-        token_weights, kd_weights = self.choice(hidden, micro, objective)
-        distils = objective.alpha > 0.0
-        options: dict[str, Any] = {
-            "token_weights": token_weights,
-            "kd_weights": kd_weights,
-            "alpha": objective.alpha,
-            "ce_weight": objective.ce_weight,
-            "z_loss": objective.z_loss,
-            "soft_cap": self.soft_cap,
-            "logit_scale": self.logit_scale,
-            "normalizer": request.normalizer,
-            "num_active": micro.num_active,
-            **(divergence_arguments(objective) if distils else {}),
-        }
-        tensors = {"hidden": hidden, "weight": self.weight, "bias": self.bias, "labels": micro.labels}
-        targets = micro.targets if distils else None
-        if request.self_check:
-            check_num_active(micro.num_active, token_weights)
-            detached = {name: None if value is None else value.detach() for name, value in tensors.items()}
-            self_check(**detached, targets=targets, **options)
-        loss, sums = linear_sparse_loss(**tensors, targets=targets, **options)
-        measured = hidden.shape[0] if objective.tokens is not None and objective.tokens.uses_student else 0
-        selection = selection_figures(micro, token_weights, kd_weights, measured=measured)
-        figures = [sums.stack().float(), selection]
-        if request.calibrate:
-            figures.append(
-                calibration_bins(
-                    hidden,
-                    self.weight,
-                    self.bias,
-                    micro.labels,
-                    token_weights,
-                    soft_cap=self.soft_cap,
-                    logit_scale=self.logit_scale,
-                )
-            )
-        return loss, torch.cat(figures)
+    def forward(self, hidden: Tensor, request: HeadRequest[Any] | None = None) -> Any:
+        """Logits [..., V] without a request (unscaled, uncapped: the model does that), else the request's result."""
+        if request is not None:
+            return request.run(self, hidden)
+        return F.linear(hidden, self.weight, self.bias)
 
     def statistics(self, hidden: Tensor, micro: MicroBatch, objective: StepObjective | None) -> TokenStatistics:
         """Figures of every position [N] without gradients; those against the targets where an objective is given."""
@@ -135,6 +90,67 @@ class DistillationHead(nn.Module):
             columns["divergence"] = figures.divergence
         weights = choose(choice, columns, labelled=labelled, row=micro.row, num_rows=micro.num_rows)
         return (everywhere, weights) if choice.selector.applies_to == "kd" else (weights, None)
+
+
+@dataclass(frozen=True)
+class SparseLossRequest:
+    """The loss of the sparse targets and labels of this batch, divided by this number, inside the head.
+
+    `self_check` first compares the loss path with float64 on this batch and raises SelfCheckError on a mismatch.
+    """
+
+    micro: MicroBatch
+    objective: StepObjective
+    normalizer: Tensor
+    self_check: bool = False
+
+    def run(self, head: DistillationHead, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss 0-d, differentiable in hidden [N, D] and the head, and the sums float32 [S] of SparseLoss."""
+        micro, objective = self.micro, self.objective
+        token_weights, kd_weights = head.choice(hidden, micro, objective)
+        distils = objective.alpha > 0.0
+        options: dict[str, Any] = {
+            "token_weights": token_weights,
+            "kd_weights": kd_weights,
+            "alpha": objective.alpha,
+            "ce_weight": objective.ce_weight,
+            "z_loss": objective.z_loss,
+            "soft_cap": head.soft_cap,
+            "logit_scale": head.logit_scale,
+            "normalizer": self.normalizer,
+            "num_active": micro.num_active,
+            **(divergence_arguments(objective) if distils else {}),
+        }
+        tensors = {"hidden": hidden, "weight": head.weight, "bias": head.bias, "labels": micro.labels}
+        targets = micro.targets if distils else None
+        if self.self_check:
+            check_num_active(micro.num_active, token_weights)
+            detached = {name: None if value is None else value.detach() for name, value in tensors.items()}
+            self_check(**detached, targets=targets, **options)
+        loss, sums = linear_sparse_loss(**tensors, targets=targets, **options)
+        measured = hidden.shape[0] if objective.tokens is not None and objective.tokens.uses_student else 0
+        selection = selection_figures(micro, token_weights, kd_weights, measured=measured)
+        return loss, torch.cat([sums.stack().float(), selection])
+
+
+class SparseLoss(LossTerm):
+    """Distillation from sparse targets, cross-entropy of the labels and z-loss: the loss family of kernels/loss.py."""
+
+    sum_names = (*LossSums.names(), *SELECTION_NAMES)
+    parts = MappingProxyType({"ce": ("ce", "label_weight"), "kd": ("kd", "kd_weight"), "z": ("z", "weight")})
+
+    @classmethod
+    def build(cls, model: ModelConfig, config: Any) -> SparseLoss:
+        """Always on."""
+        return cls()
+
+    def loss(self, given: TermInput) -> tuple[Tensor, Tensor]:
+        """alpha T^2 KD + ce_weight CE + z_loss lse^2, summed over the chosen positions."""
+        request = SparseLossRequest(given.micro, given.objective, given.normalizer, given.self_check)
+        loss: Tensor
+        sums: Tensor
+        loss, sums = given.head(given.hidden, request)
+        return loss, sums
 
 
 def check_num_active(num_active: int | None, token_weights: Tensor) -> None:

@@ -7,6 +7,7 @@ it.
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,28 +16,27 @@ from torch import Tensor, nn
 from potstill.common.causal_lm import backbone, soft_cap_and_scale
 from potstill.common.errors import UserError
 from potstill.common.packed import as_lines
-from potstill.kernels.types import LossSums
 from potstill.student_train.config.train import ModelConfig
 from potstill.student_train.curriculum.step_objective import StepObjective
 from potstill.student_train.data.batch import MicroBatch
-from potstill.student_train.model.head import SELECTION_NAMES, DistillationHead, LossRequest
+from potstill.student_train.model.head import DistillationHead, SparseLoss
 from potstill.student_train.model.initial_weights import initial_weights, residual_projections
+from potstill.student_train.model.loss_terms import build_terms, sum_names
 from potstill.student_train.model.parameters import check_initial_std, draw_weights
-from potstill.student_train.model.router import RouterBalance, router_balance
+from potstill.student_train.model.requests import Request, Result
+from potstill.student_train.model.term import LossTerm, TermInput
 
 log = logging.getLogger(__name__)
-ROUTER_NAMES = ("router_aux", "router_batches")  # load balancing loss, and the micro-batches that had one
-SUM_NAMES = (*ROUTER_NAMES, *LossSums.names(), *SELECTION_NAMES)
 
 
 class StudentModel(nn.Module):
-    """Backbone + head + loss: tokens of a micro-batch in, (loss, sums [S]) out, sums named by SUM_NAMES."""
+    """Backbone, head and loss terms in one module, which runs requests (see requests.py)."""
 
     hf: Any
 
-    def __init__(self, hf: Any, *, balance: RouterBalance | None = None) -> None:
+    def __init__(self, hf: Any, *, terms: tuple[LossTerm, ...] = (SparseLoss(),)) -> None:
+        """`terms`: what TrainRequest adds up, in order."""
         super().__init__()
-        self.balance = balance
         if not isinstance(getattr(hf, "lm_head", None), nn.Linear) or backbone(hf) is hf:
             raise UserError(
                 f"model.config: {type(hf).__name__} is not a backbone and a linear layer named lm_head, which the loss "
@@ -45,62 +45,19 @@ class StudentModel(nn.Module):
         soft_cap, scale = soft_cap_and_scale(hf.config.get_text_config())
         hf.lm_head = DistillationHead(hf.lm_head, soft_cap=soft_cap, logit_scale=scale)
         self.hf = hf
+        self.terms = terms
+        self.sum_names = sum_names(terms)
+        self.term_modules = nn.ModuleList(term for term in terms if isinstance(term, nn.Module))
 
-    def forward(
-        self,
-        micro: MicroBatch,
-        objective: StepObjective,
-        normalizer: Tensor,
-        *,
-        num_micro_batches: int | None = None,
-        self_check: bool = False,
-        calibrate: bool = False,
-        probe: bool = False,
-        next_after: Tensor | None = None,
-    ) -> Any:
-        """loss = (sum over positions of weight * loss) / normalizer, differentiable; sums are detached.
-
-        `num_micro_batches` is how many micro-batches this rank adds up to a step; a mixture of experts then adds its
-        share of the load balancing loss (see router.py for the weight). None leaves it out, as evaluation does.
-        `self_check` first compares the loss path with float64 on this batch and raises SelfCheckError on a mismatch.
-        `calibrate` appends the calibration bins to the sums. `probe` returns, in place of the two, the logits that the
-        loss works on and those of the Hugging Face model (model_checks.py). `next_after` int64 [B] returns the logits
-        [B, V] of the token behind that place of each row (samples.py). Both stand here because ZeRO-3 gathers weights
-        only inside the wrapped forward.
-        """
-        if probe:
-            return self.both_logits(micro)
-        if next_after is not None:
-            return self.next_logits(micro, next_after)
-        balance = None if num_micro_batches is None else self.balance
-        hidden, router_logits = self._backbone(micro, with_routers=balance is not None)
-        request = LossRequest(micro, objective, normalizer, self_check=self_check, calibrate=calibrate)
-        loss, sums = self.hf.lm_head(hidden, request)
-        figures = sums.new_zeros(len(ROUTER_NAMES))
-        if balance is not None and num_micro_batches is not None:
-            aux = balance.loss(router_logits, micro.token_index)
-            loss = loss + balance.coefficient / num_micro_batches * aux
-            figures = torch.stack([aux.detach(), torch.ones_like(aux)]).to(sums.dtype)
-        return loss, torch.cat([figures, sums])
-
-    def both_logits(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Logits [N, V] of a micro-batch of full rows: as the loss computes them, and as the Hugging Face model."""
-        ours = self.hf.lm_head.finish(self.hf.lm_head(self.hidden_states(micro)))
-        out = self.hf(input_ids=micro.input_ids, position_ids=micro.position_ids, use_cache=False)
-        return ours, out.logits.flatten(0, 1)
-
-    def next_logits(self, micro: MicroBatch, after: Tensor) -> Tensor:
-        """Logits [B, V] float32, as the loss has them, of the token behind place `after` [B] of each full row."""
-        hidden = self.hidden_states(micro).view(*micro.input_ids.shape, -1)  # [B, L, D]
-        last = hidden[torch.arange(len(after), device=after.device), after]
-        logits: Tensor = self.hf.lm_head.finish(self.hf.lm_head(last))
-        return logits.float()
+    def forward(self, request: Request[Result]) -> Result:
+        """Run a request where ZeRO-3 has gathered the weights; a collective call there."""
+        return request.run(self)
 
     def hidden_states(self, micro: MicroBatch) -> Tensor:
         """Hidden states before the head [N, D] of the real tokens."""
-        return self._backbone(micro, with_routers=False)[0]
+        return self.run_backbone(micro, with_routers=False)[0]
 
-    def _backbone(self, micro: MicroBatch, *, with_routers: bool) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    def run_backbone(self, micro: MicroBatch, *, with_routers: bool) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """Hidden states [N, D] of the real tokens, and the router logits of each layer [B * L, experts] if wanted."""
         input_ids, position_ids = as_lines(self.hf.config, micro.input_ids, micro.position_ids)
         wanted = {"output_router_logits": True} if with_routers else {}
@@ -108,6 +65,48 @@ class StudentModel(nn.Module):
         hidden: Tensor = out.last_hidden_state.flatten(0, 1)  # [B * L, D]
         hidden = hidden if micro.token_index is None else hidden[micro.token_index]
         return hidden, out.router_logits if with_routers else None
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """The loss of one micro-batch of a step: all terms of the student, added up.
+
+    normalizer: 0-d; what sums over tokens are divided by. num_micro_batches: how many of them this rank adds up to a
+    step, which a term that is a mean over micro-batches is divided by. self_check: have terms compare themselves with
+    an exact path first (SelfCheckError on a mismatch).
+    """
+
+    micro: MicroBatch
+    objective: StepObjective
+    normalizer: Tensor
+    num_micro_batches: int
+    self_check: bool = False
+
+    def run(self, student: StudentModel) -> tuple[Tensor, Tensor]:
+        """The loss, 0-d and differentiable, and the detached sums float32 [S], named by `student.sum_names`."""
+        with_routers = any(term.needs_router_logits for term in student.terms)
+        hidden, router_logits = student.run_backbone(self.micro, with_routers=with_routers)
+        given = TermInput(
+            micro=self.micro,
+            objective=self.objective,
+            normalizer=self.normalizer,
+            num_micro_batches=self.num_micro_batches,
+            hidden=hidden,
+            router_logits=router_logits,
+            head=student.hf.lm_head,
+            self_check=self.self_check,
+        )
+        losses, sums = zip(*(term.loss(given) for term in student.terms), strict=True)
+        for term, found in zip(student.terms, sums, strict=True):
+            if found.shape != (len(term.sum_names),):
+                raise RuntimeError(
+                    f"loss term {type(term).__name__} gave sums of shape {tuple(found.shape)}, expected one for each "
+                    f"of {term.sum_names}; correct its loss method"
+                )
+        loss = losses[0]
+        for part in losses[1:]:
+            loss = loss + part
+        return loss, torch.cat([found.float() for found in sums])
 
 
 def build_student(model: ModelConfig, config: Any, *, seed: int) -> StudentModel:
@@ -138,4 +137,4 @@ def build_student(model: ModelConfig, config: Any, *, seed: int) -> StudentModel
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if model.compile:
         backbone(hf).compile()
-    return StudentModel(hf, balance=router_balance(model.router_aux_loss, config))
+    return StudentModel(hf, terms=build_terms(model, config))

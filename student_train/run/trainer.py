@@ -159,7 +159,7 @@ def open_run(
                 plan=plan,
                 loader=loader,
                 row_length=stores.tokens.spec.row_length,
-                meter=Meter(topology.device),
+                meter=Meter(topology.device, student.sum_names),
                 metrics=metrics,
                 stop=stop,
                 evaluation=heldout_evaluation(config, stores, topology),
