@@ -137,4 +137,7 @@ def build_student(model: ModelConfig, config: Any, *, seed: int) -> StudentModel
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if model.compile:
         backbone(hf).compile()
-    return StudentModel(hf, terms=build_terms(model, config))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # weights of terms too are those of the seed, at every stage
+        terms = build_terms(model, config)
+    return StudentModel(hf, terms=terms)

@@ -343,3 +343,47 @@ def watched_run(tree: dict[str, Any]) -> bytes:
     )
     trainer.train(config_of(tree))
     return pickle.dumps({"steps": steps, "read": read, "head": head})
+
+
+def _muon_values(shapes: list[list[int]], step: int) -> torch.Tensor:
+    """Numbers [E] for the parameters of these shapes, laid end to end."""
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(sum(int(np.prod(shape)) for shape in shapes), generator=generator)
+
+
+def muon_on_matrices(shapes: list[list[int]]) -> list[float]:
+    """The parameters [E], flat, after three steps of Muon on whole matrices."""
+    from potstill.student_train.run.muon import MuonWithAdamW
+
+    sizes = [int(np.prod(shape)) for shape in shapes]
+    pieces = zip(_muon_values(shapes, 0).split(sizes), shapes, strict=True)
+    parameters = [torch.nn.Parameter(piece.reshape(shape).clone()) for piece, shape in pieces]
+    group = {"params": parameters, "kind": "muon", "lr": 0.02, "weight_decay": 0.1}
+    optimizer = MuonWithAdamW([group], momentum=0.95, adamw={})
+    for step in (1, 2, 3):
+        for parameter, piece in zip(parameters, _muon_values(shapes, step).split(sizes), strict=True):
+            parameter.grad = piece.reshape(parameter.shape).clone()
+        optimizer.step()
+    return [value for parameter in parameters for value in parameter.detach().flatten().tolist()]
+
+
+def muon_on_flat_parts(shapes: list[list[int]]) -> list[float]:
+    """This rank's part of the same parameters, cut as ZeRO 1 does: end to end, filled up with zeros, equal parts."""
+    from potstill.student_train.run import engine as dist
+    from potstill.student_train.run.muon import FlatPart, MuonWithAdamW, places_of
+
+    topology = dist.start_distributed()
+    size = -(-len(_muon_values(shapes, 0)) // topology.world_size)
+
+    def mine(step: int) -> torch.Tensor:
+        values = torch.nn.functional.pad(_muon_values(shapes, step), (0, topology.world_size))
+        return values[topology.rank * size : (topology.rank + 1) * size].clone()
+
+    flat = torch.nn.Parameter(mine(0))
+    group = {"params": [flat], "kind": "muon", "lr": 0.02, "weight_decay": 0.1}
+    optimizer = MuonWithAdamW([group], momentum=0.95, adamw={})
+    optimizer.parts[flat] = FlatPart(tuple(places_of(shapes)), topology.rank * size, topology.world_size)
+    for step in (1, 2, 3):
+        flat.grad = mine(step)
+        optimizer.step()
+    return flat.detach().tolist()
