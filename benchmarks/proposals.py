@@ -56,24 +56,16 @@ def measure(logits: Tensor, *, power: float, num_draws: int) -> Figures:
     ).targets
     log_p = logits.double().log_softmax(1)
     token = torch.repeat_interleave(place, drawn.offsets.diff())
-    if drawn.log_weights is not None:
-        weights = drawn.log_weights.double().exp()
-    else:
-        assert drawn.counts is not None
-        weights = drawn.counts.double() / num_draws
+    columns = {name: value.numpy() for name, value in drawn.columns.items() if isinstance(value, Tensor)}
+    if drawn.counts is not None:
+        columns["counts"] = columns["counts"].astype(np.uint8)
+    targets = SparseTargets.build(
+        offsets=drawn.offsets.numpy(), num_draws=num_draws, vocab_size=vocab_size, strict=True, **columns
+    )
+    weights = torch.from_numpy(targets.entry_mass(np.float64)[1])
     p = log_p[token, drawn.ids.long()].exp()
     # All ids, drawn or not: sum p^2, with the drawn ones replaced.
     squares = log_p.exp().square().sum() + ((weights - p).square() - p.square()).sum()
-    targets = SparseTargets.build(
-        offsets=drawn.offsets.numpy(),
-        ids=drawn.ids.numpy(),
-        counts=None if drawn.counts is None else drawn.counts.numpy().astype(np.uint8),
-        log_weights=None if drawn.log_weights is None else drawn.log_weights.numpy(),
-        num_draws=num_draws,
-        log_tail=drawn.log_tail.numpy(),
-        vocab_size=vocab_size,
-        strict=True,
-    )
     spec = RunSpec(
         kind="targets",
         row_length=num_tokens,

@@ -28,8 +28,8 @@ import zstandard
 from benchmarks.teacher_stand_in import TOP, Dump, calibration, make_dumps
 from potstill.storage import RunSpec, SparseTargets, StoreReader, TargetsRow, TokensRow, token_digest
 from potstill.storage.files.unit_file import DecodedBatch, EncodedUnit, encode_unit
+from potstill.storage.rows.codec import planes_of
 from potstill.storage.rows.id_map import IdMap
-from potstill.storage.rows.planes import planes_of
 
 REPEATS = 7
 

@@ -1,8 +1,8 @@
 """Values that cross the borders of the kernels room: sparse targets on a device, loss sums, errors."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -20,44 +20,100 @@ class SelfCheckError(RuntimeError):
 
 
 class SparseTargetArrays(Protocol):
-    """Any object with CSR target arrays by these names (NumPy or torch), such as the store's rows."""
+    """Targets that describe themselves (NumPy or torch), such as a store's rows: axis and values of each column."""
 
     @property
     def offsets(self) -> Any: ...
     @property
-    def ids(self) -> Any: ...
-    @property
-    def logprobs(self) -> Any: ...
-    @property
-    def log_tail(self) -> Any: ...
+    def num_draws(self) -> int | None: ...
+    def described(self) -> Mapping[str, tuple[str, Any]]: ...
 
 
-@dataclass(frozen=True)
+Values = Tensor | Mapping[float, Tensor]  # one tensor, or one for each temperature
+# Axis and type of the columns that the losses read. Others travel along as they are, on the axis that they come with.
+READ = {
+    "ids": ("entry", torch.int32),
+    "logprobs": ("entry", torch.float32),
+    "counts": ("entry", torch.float32),
+    "log_weights": ("entry", torch.float32),
+    "log_tail": ("token", torch.float32),
+    "log_tail_at": ("token", torch.float32),
+}
+
+
+@dataclass(frozen=True, eq=False, init=False)
 class SparseTargetTensors:
     """Teacher distributions of N tokens as CSR tensors on one device.
 
     offsets:     int64 [N + 1], token n owns the entries offsets[n] .. offsets[n + 1]
+    columns:     the tensors by name, those that are there; values per token [N, ...], entry [E, ...] or row [R, ...]
+    axes:        "token", "entry" or "row" of each
+    num_draws:   draws per token behind `counts`; None takes the sum of a token's counts
+    max_entries: a bound of the entries per token known on the host. With None it is read from
+                 `offsets`, which waits for a GPU once per call.
+
+    The columns that the losses read, also attributes (None where absent):
+
     ids:         int32 [E], distinct within a token, first the most probable
     logprobs:    float32 [E] true full-vocabulary natural log-probabilities at T = 1, or None
     counts:      [E] draw counts (then logprobs is None), or None
-    num_draws:   draws per token behind `counts`; None takes the sum of a token's counts
     log_weights: float32 [E] logs of weights t >= 0 with E[t] = p (draws from another proposal than p, then
                  logprobs and counts are None), or None; a token's weights sum to 1 in the mean only
     log_tail:    float32 [N] log of the mass outside the entries at T = 1 (-inf: none)
     log_tail_at: temperature -> float32 [N], the same after a softmax at that temperature
-    max_entries: a bound of the entries per token known on the host. With None it is read from
-                 `offsets`, which waits for a GPU once per call.
     """
 
     offsets: Tensor
-    ids: Tensor
-    logprobs: Tensor | None
-    counts: Tensor | None
+    columns: Mapping[str, Values]
+    axes: Mapping[str, str]
     num_draws: int | None
-    log_tail: Tensor
-    log_tail_at: Mapping[float, Tensor] = field(default_factory=dict)
-    max_entries: int | None = None
-    log_weights: Tensor | None = None
+    max_entries: int | None
+
+    def __init__(
+        self,
+        *,
+        offsets: Tensor,
+        columns: Mapping[str, Values] | None = None,
+        axes: Mapping[str, str] | None = None,
+        num_draws: int | None = None,
+        max_entries: int | None = None,
+        **named: Values | None,
+    ) -> None:
+        """Columns given by name replace those of `columns`; None drops one. Raises KernelInputError without an axis."""
+        merged = {**(columns or {}), **named}
+        present = {name: v for name, v in merged.items() if v is not None and not (isinstance(v, Mapping) and not v)}
+        known = {name: axis for name, (axis, _) in READ.items()} | dict(axes or {})
+        if not merged.keys() <= known.keys():
+            raise KernelInputError(f"columns {sorted(merged.keys() - known.keys())} have no axis; give it in `axes`")
+        object.__setattr__(self, "offsets", offsets)
+        object.__setattr__(self, "columns", present)
+        object.__setattr__(self, "axes", {name: known[name] for name in present})
+        object.__setattr__(self, "num_draws", num_draws)
+        object.__setattr__(self, "max_entries", max_entries)
+
+    @property
+    def ids(self) -> Tensor:
+        return cast(Tensor, self.columns["ids"])
+
+    @property
+    def logprobs(self) -> Tensor | None:
+        return cast("Tensor | None", self.columns.get("logprobs"))
+
+    @property
+    def counts(self) -> Tensor | None:
+        return cast("Tensor | None", self.columns.get("counts"))
+
+    @property
+    def log_weights(self) -> Tensor | None:
+        return cast("Tensor | None", self.columns.get("log_weights"))
+
+    @property
+    def log_tail(self) -> Tensor:
+        return cast(Tensor, self.columns["log_tail"])
+
+    @property
+    def log_tail_at(self) -> Mapping[float, Tensor]:
+        return cast("Mapping[float, Tensor]", self.columns.get("log_tail_at", {}))
 
     @property
     def num_tokens(self) -> int:
@@ -78,44 +134,44 @@ class SparseTargetTensors:
             return self.max_entries
         return int(self.offsets.diff().max()) if self.num_tokens else 0
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "SparseTargetTensors":
-        def move(value: Tensor | None) -> Tensor | None:
-            return None if value is None else value.to(device, non_blocking=non_blocking)
+    def described(self) -> dict[str, tuple[str, Values]]:
+        """Axis and values of each column."""
+        return {name: (self.axes[name], values) for name, values in self.columns.items()}
 
-        return SparseTargetTensors(
+    def each(self, function: Callable[[str, Tensor], Tensor], **changes: Any) -> "SparseTargetTensors":
+        """These targets with `function(axis, tensor)` in place of each tensor of the columns, and other `changes`."""
+        columns: dict[str, Values] = {}
+        for name, (axis, values) in self.described().items():
+            if isinstance(values, Mapping):
+                columns[name] = {key: function(axis, value) for key, value in values.items()}
+            else:
+                columns[name] = function(axis, values)
+        return replace(self, columns=columns, **changes)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "SparseTargetTensors":
+        """A copy on `device`; what is there already is shared."""
+        return self.each(
+            lambda axis, value: value.to(device, non_blocking=non_blocking),
             offsets=self.offsets.to(device, non_blocking=non_blocking),
-            ids=self.ids.to(device, non_blocking=non_blocking),
-            logprobs=move(self.logprobs),
-            counts=move(self.counts),
-            num_draws=self.num_draws,
-            log_tail=self.log_tail.to(device, non_blocking=non_blocking),
-            log_tail_at={
-                temperature: value.to(device, non_blocking=non_blocking)
-                for temperature, value in self.log_tail_at.items()
-            },
             # Read before the move, where it costs no wait.
             max_entries=self.width if self.device.type == "cpu" else self.max_entries,
-            log_weights=move(self.log_weights),
         )
 
+    def pin_memory(self) -> "SparseTargetTensors":
+        """A copy in page-locked memory, from which a copy to a GPU runs beside other work. Needs a CUDA device."""
+        return self.each(lambda axis, value: value.pin_memory(), offsets=self.offsets.pin_memory())
+
     def select(self, index: Tensor) -> "SparseTargetTensors":
-        """The tokens `index` (int64 [M], repeats allowed), in that order."""
+        """The tokens `index` (int64 [M], repeats allowed), in that order; values of rows stay as they are."""
         index = index.to(self.device)
         counts = self.offsets.diff()[index]  # [M]
         offsets = torch.zeros(index.shape[0] + 1, dtype=torch.int64, device=self.device)
         torch.cumsum(counts, 0, out=offsets[1:])
         first = torch.repeat_interleave(self.offsets[:-1][index] - offsets[:-1], counts)  # [E']
-        entries = first + torch.arange(first.shape[0], device=self.device)
-        return SparseTargetTensors(
+        places = {"token": index, "entry": first + torch.arange(first.shape[0], device=self.device)}
+        return self.each(
+            lambda axis, value: value if axis == "row" else value[places[axis]],
             offsets=offsets,
-            ids=self.ids[entries],
-            logprobs=None if self.logprobs is None else self.logprobs[entries],
-            counts=None if self.counts is None else self.counts[entries],
-            num_draws=self.num_draws,
-            log_tail=self.log_tail[index],
-            log_tail_at={temperature: value[index] for temperature, value in self.log_tail_at.items()},
-            max_entries=self.max_entries,
-            log_weights=None if self.log_weights is None else self.log_weights[entries],
         )
 
     def spread(self, index: Tensor, *, num_tokens: int) -> "SparseTargetTensors":
@@ -126,38 +182,40 @@ class SparseTargetTensors:
         offsets = torch.zeros(num_tokens + 1, dtype=torch.int64, device=self.device)
         torch.cumsum(counts, 0, out=offsets[1:])
 
-        def at_places(value: Tensor) -> Tensor:
-            return value.new_zeros(num_tokens).index_copy_(0, index, value)
+        def at_places(axis: str, value: Tensor) -> Tensor:
+            if axis != "token":
+                return value
+            return value.new_zeros((num_tokens, *value.shape[1:])).index_copy_(0, index, value)
 
-        return replace(
-            self,
-            offsets=offsets,
-            log_tail=at_places(self.log_tail),
-            log_tail_at={temperature: at_places(value) for temperature, value in self.log_tail_at.items()},
-        )
+        return self.each(at_places, offsets=offsets)
 
     @classmethod
     def from_arrays(cls, arrays: SparseTargetArrays, device: torch.device | str = "cpu") -> "SparseTargetTensors":
-        """Tensors of any object that carries the arrays by these names (for one, the store's targets)."""
+        """Tensors of targets that describe themselves (for one, the store's targets)."""
+        described = arrays.described()
 
-        def tensor(value: Any, dtype: torch.dtype) -> Tensor:
-            # A decoded array may be a read-only view of the file's bytes; torch would share it and warn.
-            shared = getattr(getattr(value, "flags", None), "writeable", True)
-            return (torch.as_tensor(value) if shared else torch.tensor(value)).to(dtype)
+        def tensor(name: str, value: Any) -> Tensor:
+            made = _shared(value)
+            return made.to(READ[name][1]) if name in READ else made
 
-        logprobs, counts = arrays.logprobs, getattr(arrays, "counts", None)
-        log_weights = getattr(arrays, "log_weights", None)
-        tails: Mapping[float, Any] = getattr(arrays, "log_tail_at", {})
         return cls(
-            offsets=tensor(arrays.offsets, torch.int64),
-            ids=tensor(arrays.ids, torch.int32),
-            logprobs=None if logprobs is None else tensor(logprobs, torch.float32),
-            counts=None if counts is None else tensor(counts, torch.float32),
-            num_draws=getattr(arrays, "num_draws", None),
-            log_tail=tensor(arrays.log_tail, torch.float32),
-            log_tail_at={float(t): tensor(value, torch.float32) for t, value in tails.items()},
-            log_weights=None if log_weights is None else tensor(log_weights, torch.float32),
+            offsets=_shared(arrays.offsets).to(torch.int64),
+            columns={
+                name: {float(key): tensor(name, value) for key, value in values.items()}
+                if isinstance(values, Mapping)
+                else tensor(name, values)
+                for name, (_, values) in described.items()
+            },
+            axes={name: axis for name, (axis, _) in described.items()},
+            num_draws=arrays.num_draws,
         ).to(device)
+
+
+def _shared(value: Any) -> Tensor:
+    """A tensor of an array, in the same memory where that may be written."""
+    # A decoded array may be a read-only view of the file's bytes; torch would share it and warn.
+    shared = getattr(getattr(value, "flags", None), "writeable", True)
+    return torch.as_tensor(value) if shared else torch.tensor(value)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from potstill.storage.errors import (
     WriteFailedError,
 )
 from potstill.storage.files.commit import CommitRecord
-from potstill.storage.files.paths import StorePath
+from potstill.storage.files.folder import StorePath
 from potstill.storage.loading.joining import JoinedRow, RowDataset, RowSample, check_joined
 from potstill.storage.loading.loader import LoadedBatch, Loader
 from potstill.storage.loading.order import ORDER_VERSION, RowOrder, permute

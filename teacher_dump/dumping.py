@@ -10,15 +10,19 @@ import numpy as np
 from torch import Tensor
 
 from potstill.kernels.topk import Sampled, TopK
-from potstill.storage import KBound, RunSpec, StoreReader, bound_positions
+from potstill.kernels.types import SparseTargetTensors
+from potstill.storage import KBound, RunSpec, SparseTargets, StoreReader, bound_positions
+from potstill.storage.rows.columns import COLUMNS
 from potstill.teacher_dump.batches import TeacherBatch
 from potstill.teacher_dump.config import DumpConfig, SelectionConfig
 from potstill.teacher_dump.engines import TeacherEngine
 from potstill.teacher_dump.on_device import batch_sample, batch_topk
 from potstill.teacher_dump.pipeline import BatchRows
-from potstill.teacher_dump.selection import PREFIXES, TARGET_STATS, HostTargets, cut_rows, selection_spec
+from potstill.teacher_dump.selection import PREFIXES, TARGET_STATS, HostBatch, cut_rows, selection_spec
 from potstill.teacher_dump.series import SeriesSummary, dump_series
 from potstill.teacher_dump.worker import Job, WorkerSummary, run_worker
+
+SIDE_COLUMNS = ("entropy", "label_logprob", "label_rank")  # of the teacher's whole distribution, beside the entries
 
 
 def dump(
@@ -96,7 +100,7 @@ class DumpResult:
 
     batch: TeacherBatch
     vocab_size: int
-    wait: Callable[[], HostTargets]
+    wait: Callable[[], HostBatch]
     selection: SelectionConfig
 
     def rows(self) -> BatchRows:
@@ -107,49 +111,38 @@ class DumpResult:
         figures = {"excluded_mass": float(excluded.sum()), "positions": float(len(excluded))}
         return BatchRows(rows, figures, self._shown(found))
 
-    def _shown(self, found: HostTargets) -> dict[str, float]:
+    def _shown(self, found: HostBatch) -> dict[str, float]:
         if self.selection.mode != "top_p_k":
             return {}
-        counts = np.diff(found.offsets)
-        num_bound, kept = bound_positions(counts, found.log_tail, k=self.selection.k, p=self.selection.p)
+        counts = np.diff(found.targets.offsets)
+        num_bound, kept = bound_positions(counts, found.targets.log_tail, k=self.selection.k, p=self.selection.p)
         return {"k_bound": float(num_bound), "kept_mass": kept}
 
 
-def host_prefix(topk: TopK, config: DumpConfig) -> HostTargets:
+def host_prefix(topk: TopK, config: DumpConfig) -> HostBatch:
     """Select a prefix of each token's top-k, on the host."""
     # On the host: cutting to the kept entries has a result of unknown size, which would stop a GPU's queue.
-    kept = PREFIXES[config.selection.mode](topk, config.selection)
-    assert kept.logprobs is not None
-    return HostTargets(
-        offsets=_array(kept.offsets),
-        ids=_array(kept.ids),
-        logprobs=_array(kept.logprobs),
-        log_tail=_array(kept.log_tail),
-        log_tail_at={t: _array(v) for t, v in kept.log_tail_at.items()},
-        **_sides(topk),
-    )
+    return host_batch(PREFIXES[config.selection.mode](topk, config.selection), topk)
 
 
-def host_draws(sampled: Sampled) -> HostTargets:
+def host_draws(sampled: Sampled) -> HostBatch:
     """Draws on the host, as arrays."""
-    kept = sampled.targets
-    counts, log_weights = kept.counts, kept.log_weights
-    return HostTargets(
-        offsets=_array(kept.offsets),
-        ids=_array(kept.ids),
-        counts=None if counts is None else _array(counts).astype(np.uint8),
-        log_weights=None if log_weights is None else _array(log_weights),
-        num_draws=kept.num_draws,
-        log_tail=_array(kept.log_tail),
-        **_sides(sampled),
-    )
+    return host_batch(sampled.targets, sampled)
 
 
-def _sides(found: TopK | Sampled) -> dict[str, Any]:
-    names = ("entropy", "label_logprob", "label_rank", "excluded_mass", "lse")
-    return {name: _array(getattr(found, name)) for name in names}
+def host_batch(kept: SparseTargetTensors, found: TopK | Sampled) -> HostBatch:
+    """The entries kept of a batch and the columns beside them, as arrays of the types that a store has."""
+    columns: dict[str, Any] = dict(kept.columns) | {name: getattr(found, name) for name in SIDE_COLUMNS}
+    arrays = {
+        name: {t: _array(value, name) for t, value in values.items()}
+        if isinstance(values, Mapping)
+        else _array(values, name)
+        for name, values in columns.items()
+    }
+    targets = SparseTargets(offsets=kept.offsets.numpy(), columns=arrays, num_draws=kept.num_draws)
+    return HostBatch(targets=targets, excluded_mass=found.excluded_mass.numpy(), lse=found.lse.numpy())
 
 
-def _array(tensor: Tensor) -> np.ndarray:
-    array: np.ndarray = tensor.numpy()
+def _array(tensor: Tensor, name: str) -> np.ndarray:
+    array: np.ndarray = tensor.numpy().astype(COLUMNS[name].dtype, copy=False)
     return array

@@ -6,7 +6,7 @@ Legend: M positions with a target in a batch, E entries, n tokens of a row.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -67,23 +67,13 @@ def selection_spec(selection: SelectionConfig) -> Mapping[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HostTargets:
-    """Results of a batch on the host, one per target position [M]; entries as CSR (offsets [M + 1]).
+class HostBatch:
+    """Results of a batch on the host: targets of its M positions, and what is not stored of each of them.
 
-    Entries carry logprobs, or counts out of `num_draws`, or log weights of as many draws from a power of p.
+    excluded_mass float32 [M], mass of ids beyond the vocabulary; lse float32 [M], which shows every bad logit.
     """
 
-    offsets: np.ndarray
-    ids: np.ndarray
-    logprobs: np.ndarray | None = None
-    counts: np.ndarray | None = None
-    log_weights: np.ndarray | None = None
-    num_draws: int | None = None
-    log_tail: np.ndarray
-    log_tail_at: Mapping[float, np.ndarray] = field(default_factory=dict)
-    entropy: np.ndarray
-    label_logprob: np.ndarray
-    label_rank: np.ndarray
+    targets: SparseTargets
     excluded_mass: np.ndarray
     lse: np.ndarray
 
@@ -96,22 +86,24 @@ class Refused:
     reason: str
 
 
-def cut_rows(found: HostTargets, rows: Sequence[TokensRow]) -> Iterator[tuple[TargetsRow, Refused | None]]:
+def cut_rows(found: HostBatch, rows: Sequence[TokensRow]) -> Iterator[tuple[TargetsRow, Refused | None]]:
     """Cut a batch's results [M] into store rows; a row with NaN or +Inf logits comes out without targets.
 
     Nothing is checked here: the store's writer checks every rule once, as for any other caller.
     """
     start = 0
-    for row in rows:
+    for number, row in enumerate(rows):
         mask = target_mask(row.doc_lens)
         stop = start + int(mask.sum())
-        reason = refusal(found.lse[start:stop], found.entropy[start:stop], mask) or too_heavy(found, start, stop)
+        part = found.targets.slice(start, stop, rows=slice(number, number + 1))
+        assert part.entropy is not None
+        reason = refusal(found.lse[start:stop], part.entropy, mask) or too_heavy(part)
         digest = token_digest(row.tokens, row.doc_lens)
         if reason is not None:
             stats = dict.fromkeys(TARGET_STATS, 0.0)
-            yield TargetsRow(row.row, digest, without_targets(found, len(row.tokens)), stats), Refused(row.row, reason)
+            yield TargetsRow(row.row, digest, part.without_targets(len(mask)), stats), Refused(row.row, reason)
         else:
-            yield TargetsRow(row.row, digest, _row_targets(found, start, stop, mask), _stats(found, start, stop)), None
+            yield TargetsRow(row.row, digest, _row_targets(part, mask), _stats(part)), None
         start = stop
 
 
@@ -127,96 +119,54 @@ def refusal(lse: np.ndarray, entropy: np.ndarray, mask: np.ndarray) -> str | Non
     )
 
 
-def too_heavy(found: HostTargets, start: int, stop: int) -> str | None:
+def too_heavy(part: SparseTargets) -> str | None:
     """Why a row is refused, or None: a draw so rare that its weight is above what a store can hold."""
-    if found.log_weights is None or start == stop:
-        return None
-    weights = found.log_weights[int(found.offsets[start]) : int(found.offsets[stop])]
-    if weights.max() <= WEIGHT_TOP:
+    kind, weights = part.entry_column
+    if kind != "weight" or not len(weights) or weights.max() <= WEIGHT_TOP:
         return None
     return f"a draw has the log weight {weights.max()}, a store holds up to {WEIGHT_TOP}; use a power nearer to 1"
 
 
-def without_targets(found: HostTargets, num_tokens: int) -> SparseTargets:
-    """Targets of a row that has none, with the columns that every row of this dump has."""
-    zeros = np.zeros(num_tokens, np.float32)
-    return SparseTargets(
-        offsets=np.zeros(num_tokens + 1, np.int64),
-        ids=np.zeros(0, np.int32),
-        logprobs=None if found.logprobs is None else np.zeros(0, np.float32),
-        counts=None if found.counts is None else np.zeros(0, np.uint8),
-        log_weights=None if found.log_weights is None else np.zeros(0, np.float32),
-        num_draws=found.num_draws,
-        log_tail=zeros,
-        entropy=zeros.copy(),
-        label_logprob=zeros.copy(),
-        label_rank=np.full(num_tokens, NO_RANK, np.int32),
-        log_tail_at={t: zeros.copy() for t in found.log_tail_at},
-    )
-
-
-def _row_targets(found: HostTargets, start: int, stop: int, mask: np.ndarray) -> SparseTargets:
-    num_tokens = len(mask)
-    entries = np.zeros(num_tokens, np.int64)
-    entries[mask] = np.diff(found.offsets[start : stop + 1])
-    part = slice(int(found.offsets[start]), int(found.offsets[stop]))
-    ids = found.ids[part]
-    logprobs = None if found.logprobs is None else found.logprobs[part]
-    if logprobs is not None:
-        live = logprobs > RULED_OUT_LOGIT / 2  # k reached into ids that the teacher rules out: they are no entries
-        if not live.all():
-            token_of = np.repeat(np.arange(num_tokens), entries)[live]
-            entries = np.bincount(token_of, minlength=num_tokens)
-            ids, logprobs = ids[live], logprobs[live]
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(entries, dtype=np.int64)])
-    if logprobs is not None:
-        ids, logprobs = ordered(offsets, ids, logprobs)
-
-    def spread(values: np.ndarray, fill: float = 0.0) -> np.ndarray:
-        wide = np.full(num_tokens, fill, values.dtype)
-        wide[mask] = values[start:stop]
+def _row_targets(part: SparseTargets, mask: np.ndarray) -> SparseTargets:
+    """The row's targets at all its n tokens, from those of its M positions, which `mask` [n] marks."""
+    if part.logprobs is not None:
+        live = part.logprobs > RULED_OUT_LOGIT / 2  # k reached into ids that the teacher rules out: they are no entries
+        part = part if live.all() else part.keep_entries(live)
+    wide = part.spread(mask)
+    if wide.logprobs is None:
         return wide
-
-    return SparseTargets(
-        offsets=offsets,
-        ids=ids,
-        logprobs=logprobs,
-        counts=None if found.counts is None else found.counts[part],
-        log_weights=None if found.log_weights is None else found.log_weights[part],
-        num_draws=found.num_draws,
-        log_tail=spread(found.log_tail),
-        entropy=spread(found.entropy),
-        label_logprob=spread(found.label_logprob),
-        label_rank=np.minimum(spread(found.label_rank, NO_RANK), NO_RANK).astype(np.int32),
-        log_tail_at={t: spread(values) for t, values in found.log_tail_at.items()},
-    )
+    order = order_of_ties(wide.offsets, wide.ids, wide.logprobs)
+    return wide if order is None else wide.take_entries(order)
 
 
-def ordered(offsets: np.ndarray, ids: np.ndarray, logprobs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Put ties by ascending id. Logits that differ in the last bit can become equal log-probabilities."""
+def order_of_ties(offsets: np.ndarray, ids: np.ndarray, logprobs: np.ndarray) -> np.ndarray | None:
+    """Order of the entries [E] that puts ties by ascending id, or None where they stand so.
+
+    Logits that differ in the last bit can become equal log-probabilities.
+    """
     tied = (logprobs[1:] == logprobs[:-1]) & (ids[1:] < ids[:-1])
     edges = offsets[1:-1]
     tied[edges[(edges > 0) & (edges < len(ids))] - 1] = False
     if not tied.any():
-        return ids, logprobs
+        return None
     # Few tokens have such a tie, and sorting all of them would cost more than the encoder.
     touched = np.zeros(len(offsets) - 1, dtype=bool)
     touched[np.searchsorted(offsets, np.flatnonzero(tied), side="right") - 1] = True
     place = np.flatnonzero(np.repeat(touched, np.diff(offsets)))
-    order = np.lexsort((ids[place], -logprobs[place], np.searchsorted(offsets, place, side="right")))
-    ids, logprobs = ids.copy(), logprobs.copy()
-    ids[place], logprobs[place] = ids[place][order], logprobs[place][order]
-    return ids, logprobs
+    order = np.arange(len(ids))
+    order[place] = place[np.lexsort((ids[place], -logprobs[place], np.searchsorted(offsets, place, side="right")))]
+    return order
 
 
-def _stats(found: HostTargets, start: int, stop: int) -> dict[str, float]:
-    if start == stop:
+def _stats(part: SparseTargets) -> dict[str, float]:
+    loss, entropy, rank = part.label_logprob, part.entropy, part.label_rank
+    if loss is None or entropy is None or rank is None or not part.num_tokens:
         return dict.fromkeys(TARGET_STATS, 0.0)
-    kept = -np.expm1(np.minimum(found.log_tail[start:stop].astype(np.float64), 0.0))
+    kept = -np.expm1(np.minimum(part.log_tail.astype(np.float64), 0.0))
     return {
-        "mean_loss": -float(found.label_logprob[start:stop].astype(np.float64).mean()),
-        "mean_entropy": float(found.entropy[start:stop].astype(np.float64).mean()),
-        "accuracy": float((found.label_rank[start:stop] == 0).mean()),
+        "mean_loss": -float(loss.astype(np.float64).mean()),
+        "mean_entropy": float(entropy.astype(np.float64).mean()),
+        "accuracy": float((rank == 0).mean()),
         "kept_mass": float(kept.mean()),
-        "num_targets": float(stop - start),
+        "num_targets": float(part.num_tokens),
     }

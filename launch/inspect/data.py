@@ -249,12 +249,9 @@ def _candidates(targets: SparseTargets, positions: Values, limit: int, used: set
 
 def _weights(targets: SparseTargets) -> tuple[Values, str]:
     """Probability of every entry [E], and what kind of number it is."""
-    if targets.logprobs is not None:
-        return np.exp(targets.logprobs.astype(np.float64)), "p"
-    if targets.log_weights is not None:
-        return np.exp(targets.log_weights.astype(np.float64)), "weight of draws"
-    assert targets.counts is not None and targets.num_draws is not None
-    return targets.counts.astype(np.float64) / targets.num_draws, f"share of {targets.num_draws} draws"
+    kind, mass = targets.entry_mass(np.float64)
+    units = {"probability": "p", "weight": "weight of draws", "share": f"share of {targets.num_draws} draws"}
+    return mass, units[kind]
 
 
 def _figures(

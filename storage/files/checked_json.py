@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from potstill.storage.errors import CorruptError, StoreError
-from potstill.storage.files.paths import StoreFolder
+from potstill.storage.files.folder import StoreFolder
 
 READ_ATTEMPTS = 3
 TAIL_BYTES = len(b',"crc32":"00000000"}\n')

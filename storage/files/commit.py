@@ -11,7 +11,7 @@ from typing import Any
 
 from potstill.storage.errors import CorruptError
 from potstill.storage.files.checked_json import dump_checked, get_int, get_list, get_text, read_checked
-from potstill.storage.files.paths import StoreFolder
+from potstill.storage.files.folder import StoreFolder
 from potstill.storage.files.unit_file import BatchEntry
 from potstill.storage.store.spec import RunSpec
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from potstill.storage.errors import CorruptError, GaveUpError, NotAStoreError, StoreError, WriteFailedError
-from potstill.storage.files.paths import URL_SCHEMES
+from potstill.storage.files.folder import URL_SCHEMES
 
 logger = logging.getLogger(__name__)
 

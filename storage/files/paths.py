@@ -1,4 +1,4 @@
-"""Where a store lives: one small protocol, here for local folders (durable with fsync), object stores beside it."""
+"""Where a store lives: a local folder (durable with fsync) or an object store, by the look of the path."""
 
 from __future__ import annotations
 
@@ -10,68 +10,21 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
 
 from potstill.storage.errors import CorruptError, NotAStoreError, ReadFailedError, WriteFailedError
 from potstill.storage.files.absence import explain_absence
+from potstill.storage.files.folder import SUBFOLDERS, StoreFolder, StorePath
+from potstill.storage.files.object_paths import ObjectFolder
 
 logger = logging.getLogger(__name__)
 
-SUBFOLDERS = ("units", "failures", "tmp")
-URL_SCHEMES = ("s3://", "gs://", "az://", "file://", "memory://")
 _NO_LINK = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
-StorePath = str | Path
-
-
-class StoreFolder(Protocol):
-    """A flat set of named objects; names are relative with `/` and never leave the folder."""
-
-    url: str
-    parallel_reads: int
-
-    def prepare(self) -> None:
-        """Make the folder, and those above it, ready for writing; WriteFailedError when it cannot be written."""
-
-    def check_writable(self) -> None:
-        """Raise WriteFailedError when it is plain, without writing anything, that no store can be made here."""
-
-    def explain_absence(self) -> str:
-        """One line for a person who named this place although it holds no store."""
-
-    def read(self, name: str, *, max_bytes: int) -> bytes | None:
-        """Whole object, or None when it does not exist."""
-
-    def read_range(self, name: str, offset: int, length: int) -> bytes:
-        """Exactly `length` bytes; CorruptError when the object is missing or shorter."""
-
-    def size(self, name: str) -> int | None:
-        """Bytes of an object, or None."""
-
-    def names(self, prefix: str) -> list[str]:
-        """Names of the objects in one subfolder ('' for the top), without the prefix, sorted."""
-
-    def put(self, name: str, data: bytes | memoryview) -> None:
-        """Publish a whole object durably under a name that nobody else writes."""
-
-    def create(self, name: str, data: bytes | memoryview) -> bool:
-        """Publish durably unless the name exists: True if this call made it. The commit point."""
-
-    def delete(self, name: str) -> None:
-        """Remove an object; a missing one is no error."""
-
-    def remove_if_empty(self) -> None:
-        """Remove the folder and its subfolders as far as nothing is in them."""
-
-    def map(self, name: str, size: int) -> memoryview | None:
-        """Memory map of an object of exactly `size` bytes, or None where that is not possible."""
 
 
 def open_folder(path: StorePath) -> StoreFolder:
     """Local folder or object store, by the look of the path."""
     text = str(path)
     if "://" in text:
-        from potstill.storage.files.object_paths import ObjectFolder
-
         return ObjectFolder(text)
     return LocalFolder(Path(text))
 

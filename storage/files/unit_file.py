@@ -23,9 +23,10 @@ from potstill.storage.rows.codec import (
     encode_scores,
     encode_targets,
     encode_tokens,
+    planes_of,
 )
 from potstill.storage.rows.id_map import IdMap
-from potstill.storage.rows.planes import Plane, planes_of
+from potstill.storage.rows.planes import Plane
 from potstill.storage.rows.row_types import Row, ScoresRow, TargetsRow, TokensRow, token_digest
 from potstill.storage.rows.sparse_targets import SparseTargets, concatenate
 from potstill.storage.store.spec import RunSpec
@@ -128,7 +129,12 @@ def _encode_batch(rows: Sequence[Row], *, spec: RunSpec, id_map: IdMap | None) -
         planes = _encode_joined(rows, spec=spec, id_map=id_map)
         documents = [0] * len(rows)
     sizes = np.array([row_sizes(row) for row in rows], np.int64).reshape(-1, 2)
-    counts = {"token": sizes[:, 0], "entry": sizes[:, 1], "document": np.array(documents, np.int64)}
+    counts = {
+        "token": sizes[:, 0],
+        "entry": sizes[:, 1],
+        "row": np.ones(len(rows), np.int64),
+        "document": np.array(documents, np.int64),
+    }
     layout = planes_of(spec)
     bounds = {p.name: _bounds(p, counts, len(planes[p.name])) for p in layout}
     checks = b"".join(
@@ -202,7 +208,8 @@ class DecodedBatch:
             offset_bytes = self._layout.buffer(first + 1, num_bytes=4 * (self._layout.num_rows + 1))
             bounds = np.frombuffer(offset_bytes, "<i4")
             limits = {"token": self.num_tokens, "entry": self.num_entries, "document": self.num_tokens}
-            limit = int(limits[plane.axis].sum(dtype=np.int64)) * plane.width
+            places = len(self.rows) if plane.axis == "row" else int(limits[plane.axis].sum(dtype=np.int64))
+            limit = places * plane.width
             if bounds[0] != 0 or (np.diff(bounds) < 0).any() or int(bounds[-1]) > limit:
                 raise CorruptError(f"{self.where}: offsets of plane {plane.name} are damaged")
             self._planes[plane.name] = self._layout.buffer(first + 2, num_bytes=int(bounds[-1])), bounds
@@ -219,9 +226,9 @@ class DecodedBatch:
     def planes(self, position: int, *, skip: Collection[str] = ()) -> Planes:
         """Decompressed planes of one row, each checked against its size and its crc32."""
         out: Planes = {}
-        counts = {"token": int(self.num_tokens[position]), "entry": int(self.num_entries[position])}
+        counts = {"token": int(self.num_tokens[position]), "entry": int(self.num_entries[position]), "row": 1}
         for index, plane in enumerate(self._layout_planes):
-            if plane.name.rstrip("0123456789") in skip and plane.name != "val":
+            if plane.skip is not None and plane.skip in skip:
                 continue
             data, bounds = self._plane(index)
             piece = data[int(bounds[position]) : int(bounds[position + 1])]

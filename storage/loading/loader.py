@@ -252,11 +252,4 @@ class Loader:
 
 
 def _no_targets(num_tokens: int, reader: StoreReader) -> SparseTargets:
-    spec = reader.spec
-    return SparseTargets.empty(
-        num_tokens,
-        num_draws=spec.num_draws,
-        with_logprobs=spec.stores_logprobs,
-        with_weights=spec.stores_weights,
-        temperatures=spec.temperatures,
-    )
+    return SparseTargets.empty(num_tokens, spec=reader.spec)

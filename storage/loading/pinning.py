@@ -6,7 +6,8 @@ torch is only touched when the caller asks for pinning.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -20,23 +21,28 @@ def cuda_is_there() -> bool:
     return bool(torch.cuda.is_available())
 
 
-def pin(value: T) -> T:
-    """The same row with every array moved to pinned memory; the arrays stay NumPy views and keep it alive."""
-    changes: dict[str, Any] = {}
-    for field in dataclasses.fields(value):  # type: ignore[arg-type]  # rows and SparseTargets are dataclasses
-        item = getattr(value, field.name)
-        if isinstance(item, np.ndarray):
-            changes[field.name] = _pin_array(item)
-        elif isinstance(item, dict) and item and all(isinstance(v, np.ndarray) for v in item.values()):
-            changes[field.name] = {key: _pin_array(v) for key, v in item.items()}
-        elif dataclasses.is_dataclass(item):
-            changes[field.name] = pin(item)
-    return dataclasses.replace(value, **changes)  # type: ignore[type-var]
+def pin(value: T, *, page_locked: bool = True) -> T:
+    """A copy of rows or targets with every array in page-locked memory; the arrays are NumPy views that keep it alive.
+
+    Dataclasses and maps are copied through, whatever arrays they hold. `page_locked` needs a CUDA device; without it
+    the copy lies in ordinary memory.
+    """
+    if isinstance(value, np.ndarray):
+        return cast(T, _copied(value, page_locked))
+    if isinstance(value, Mapping):
+        return cast(T, {key: pin(item, page_locked=page_locked) for key, item in value.items()})
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        changes = {
+            field.name: pin(getattr(value, field.name), page_locked=page_locked) for field in dataclasses.fields(value)
+        }
+        return cast(T, dataclasses.replace(value, **changes))
+    return value
 
 
-def _pin_array(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _copied(array: np.ndarray[Any, Any], page_locked: bool) -> np.ndarray[Any, Any]:
     import torch
 
-    pinned = torch.empty(array.shape, dtype=torch.from_numpy(array[:0].copy()).dtype, pin_memory=True).numpy()
-    pinned[...] = array
-    return pinned
+    dtype = torch.from_numpy(array[:0].copy()).dtype
+    copy = torch.empty(array.shape, dtype=dtype, pin_memory=page_locked).numpy()
+    copy[...] = array
+    return copy

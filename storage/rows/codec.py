@@ -6,79 +6,76 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from potstill.storage.errors import CorruptError, StoreError
+from potstill.storage.errors import CorruptError
 from potstill.storage.rows import grid
-from potstill.storage.rows.planes import join_ids, num_id_planes, split_ids
+from potstill.storage.rows.array_types import Int32, Int64, UInt8
+from potstill.storage.rows.column import Array, Coding, Column, Values
+from potstill.storage.rows.columns import misfit, stored_columns
+from potstill.storage.rows.planes import Plane, join_ids, num_id_planes, split_ids
 from potstill.storage.rows.row_types import ScoresRow, TokensRow
-from potstill.storage.rows.sparse_targets import Int32, Int64, SparseTargets, UInt8
+from potstill.storage.rows.sparse_targets import SparseTargets
 from potstill.storage.store.spec import RunSpec
 
 Planes = dict[str, UInt8]
-TARGET_EXTRAS = ("entropy", "label", "label_rank", "tail_at")
+
+
+def planes_of(spec: RunSpec) -> tuple[Plane, ...]:
+    """Binary columns of a store's unit files, in file order."""
+    if spec.kind == "tokens":
+        tokens = (Plane(f"token{i}", "token") for i in range(num_id_planes(spec.vocab_size)))
+        return (*tokens, Plane("doc_lens", "document", width=4))
+    if spec.kind == "scores":
+        names = ("label0", "label1", "label_rank", "entropy0", "entropy1")
+        return tuple(Plane(name, "token") for name in names)
+    groups = [group for column in stored_columns(spec) for group in column.planes_in(spec)]
+    return (Plane("count", "token"), *(plane for group in groups for plane in group))
 
 
 def encode_targets(targets: SparseTargets, *, spec: RunSpec, rank_of_id: Int32 | None = None) -> Planes:
-    """Planes of validated targets; optional columns that are None give empty planes."""
-    ids = targets.ids if rank_of_id is None else rank_of_id.take(targets.ids)
+    """Planes of validated targets; optional columns that are absent give empty planes.
+
+    Raises StoreError where a column is missing that the run stores.
+    """
     counts = np.diff(targets.offsets).astype(np.uint8)
+    coding = Coding(spec, targets.offsets, counts, rank_of_id)
     planes: Planes = {"count": counts}
-    for i, plane in enumerate(split_ids(ids, num_id_planes(spec.vocab_size))):
-        planes[f"id{i}"] = plane
-    if spec.stores_logprobs:
-        if targets.logprobs is None:
-            raise StoreError("targets hold no logprobs, but the selection of this store keeps them")
-        planes["val"] = grid.encode_gaps(targets.logprobs, targets.offsets)
-    if spec.stores_counts:
-        if targets.counts is None:
-            raise StoreError("targets hold no draw counts, but this store is in sample mode")
-        planes["draws"] = targets.counts
-    if spec.stores_weights:
-        if targets.log_weights is None:
-            raise StoreError("targets hold no log_weights, but this store is in sample mode with a power other than 1")
-        planes["weight"] = grid.encode_weights(targets.log_weights, targets.offsets)
-    none = np.zeros(0, np.uint8)
-    planes["tail"] = grid.encode_tail(targets.log_tail)
-    planes["entropy"] = none if targets.entropy is None else grid.encode_entropy(targets.entropy)
-    planes["label"] = none if targets.label_logprob is None else grid.encode_log(targets.label_logprob)
-    planes["label_rank"] = none if targets.label_rank is None else grid.encode_rank(targets.label_rank)
-    for i, temperature in enumerate(spec.temperatures):
-        planes[f"tail_at{i}"] = grid.encode_odds(targets.log_tail_at[temperature], counts)
+    for column in stored_columns(spec):
+        values = targets.columns.get(column.name)
+        if values is None and not column.optional and column.planes_in(spec):
+            raise misfit(column, spec)
+        for group, array in zip(column.planes_in(spec), _arrays(column, values, spec), strict=True):
+            coded = [np.zeros(0, np.uint8)] * len(group) if array is None else column.encode(array, coding)
+            planes |= {plane.name: data for plane, data in zip(group, coded, strict=True)}
     return planes
+
+
+def _arrays(column: Column, values: Values | None, spec: RunSpec) -> Sequence[Array | None]:
+    """The arrays of a column in the order of its groups of planes."""
+    if not column.per_temperature:
+        return [None if isinstance(values, Mapping) else values]
+    at = values if isinstance(values, Mapping) else {}
+    return [at[temperature] for temperature in spec.temperatures]
 
 
 def decode_targets(
     planes: Mapping[str, UInt8], *, spec: RunSpec, num_entries: int, id_of_rank: Int32 | None = None
 ) -> SparseTargets:
-    """Inverse of encode_targets up to the grids; absent optional planes give None. CorruptError on nonsense."""
+    """Inverse of encode_targets up to the grids; absent optional planes give no column. CorruptError on nonsense."""
     counts = planes["count"]
     offsets: Int64 = np.zeros(len(counts) + 1, np.int64)
     np.cumsum(counts, out=offsets[1:])
     if int(offsets[-1]) != num_entries:
         raise CorruptError(f"counts sum to {int(offsets[-1])} entries, expected {num_entries}")
-    ids = join_ids([planes[f"id{i}"] for i in range(num_id_planes(spec.vocab_size))])
-    if ids.size and int(ids.max()) >= spec.vocab_size:
-        raise CorruptError(f"id {int(ids.max())} is not below the vocabulary size {spec.vocab_size}")
-    if id_of_rank is not None:
-        ids = id_of_rank.take(ids)
-    tails = {
-        t: grid.decode_odds(planes[f"tail_at{i}"], counts)
-        for i, t in enumerate(spec.temperatures)
-        if f"tail_at{i}" in planes
-    }
-    entropy, label, rank = (_present(planes.get(name)) for name in ("entropy", "label", "label_rank"))
-    return SparseTargets(
-        offsets=offsets,
-        ids=ids,
-        logprobs=grid.decode_gaps(planes["val"], counts, offsets) if spec.stores_logprobs else None,
-        counts=planes["draws"] if spec.stores_counts else None,
-        log_weights=grid.decode_weights(planes["weight"], counts, offsets) if spec.stores_weights else None,
-        num_draws=spec.num_draws,
-        log_tail=grid.decode_tail(planes["tail"]),
-        entropy=None if entropy is None else grid.decode_entropy(entropy),
-        label_logprob=None if label is None else grid.decode_log(label),
-        label_rank=None if rank is None else rank.astype(np.int32),
-        log_tail_at=tails,
-    )
+    coding = Coding(spec, offsets, counts, id_of_rank)
+    columns: dict[str, Values] = {}
+    for column in stored_columns(spec):
+        groups = [[planes[plane.name] for plane in g if plane.name in planes] for g in column.planes_in(spec)]
+        if column.per_temperature:
+            at = zip(spec.temperatures, groups, strict=True)
+            columns[column.name] = {t: column.decode(group, coding) for t, group in at if group}
+        elif groups[0] and not (column.optional and not groups[0][0].size):
+            columns[column.name] = column.decode(groups[0], coding)
+    return SparseTargets(offsets=offsets, columns=columns, num_draws=spec.num_draws)
 
 
 def encode_tokens(rows: Sequence[TokensRow], *, spec: RunSpec) -> Planes:
@@ -126,7 +123,3 @@ def decode_scores(planes: Mapping[str, UInt8], *, row: int, digest: int, stats: 
         entropy=grid.decode_fine(planes["entropy0"], planes["entropy1"]),
         stats=stats,
     )
-
-
-def _present(plane: UInt8 | None) -> UInt8 | None:
-    return plane if plane is not None and plane.size else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from potstill.storage.rows.sparse_targets import Float32, Int64, UInt8
+from potstill.storage.rows.array_types import Float32, Int64, UInt8
 
 VALUE_STEP = 16
 ODDS_STEP = 12
@@ -69,12 +69,12 @@ def decode_gaps(gaps: UInt8, counts: UInt8, offsets: Int64) -> Float32:
     return values
 
 
-def encode_weights(log_weights: Float32, offsets: Int64) -> UInt8:
+def encode_weights(values: Float32, offsets: Int64) -> UInt8:
     """Log weights on the grid, heaviest first in each token -> u8 steps of 1/16 nat down (first: from WEIGHT_TOP).
 
-    Exact: `check_entries` lets only values of the grid pass, because rounding here would move their mean.
+    Exact: `check_grid_weights` lets only values of the grid pass, because rounding here would move their mean.
     """
-    return encode_gaps(log_weights - np.float32(WEIGHT_TOP), offsets)
+    return encode_gaps(values - np.float32(WEIGHT_TOP), offsets)
 
 
 def decode_weights(gaps: UInt8, counts: UInt8, offsets: Int64) -> Float32:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from potstill.storage.errors import CorruptError, StoreError
-from potstill.storage.rows.sparse_targets import Int32
+from potstill.storage.rows.array_types import Int32
 
 ID_MAP_NAME = "id_map.u32"
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from potstill.storage.rows.sparse_targets import Float32
+from potstill.storage.rows.array_types import Float32
 
 MAX_K = 255  # a store keeps the number of entries of a token in one byte
 # A few flat positions are bound under any setting; from here on p is no longer what describes the store.

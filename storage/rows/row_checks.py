@@ -8,8 +8,11 @@ import numpy as np
 
 from potstill.storage.errors import StoreError
 from potstill.storage.files.unit_file import row_sizes
+from potstill.storage.rows.array_types import Float32
+from potstill.storage.rows.column import Column, Values
+from potstill.storage.rows.columns import COLUMNS, misfit
 from potstill.storage.rows.row_types import Row, ScoresRow, TargetsRow, TokensRow
-from potstill.storage.rows.sparse_targets import Float32, validate
+from potstill.storage.rows.validation import validate
 from potstill.storage.store.spec import RunSpec
 
 _TYPES = {"tokens": TokensRow, "targets": TargetsRow, "scores": ScoresRow}
@@ -82,19 +85,35 @@ def _check_tokens(row: TokensRow, spec: RunSpec) -> None:
 def _check_targets(row: TargetsRow, spec: RunSpec) -> None:
     targets = row.targets
     validate(targets, vocab_size=spec.vocab_size, strict=True)
-    if set(targets.log_tail_at) != set(spec.temperatures):
-        raise StoreError(f"log_tail_at has {sorted(targets.log_tail_at)}, the run declares {sorted(spec.temperatures)}")
+    for column in COLUMNS.values():
+        if column.per_temperature:
+            at = targets.columns.get(column.name, {})
+            found = sorted(at) if isinstance(at, Mapping) else []
+            if set(found) != set(spec.temperatures):
+                raise StoreError(f"{column.name} has {found}, the run declares {sorted(spec.temperatures)}")
     if targets.num_draws != spec.num_draws:
         raise StoreError(f"num_draws is {targets.num_draws}, the selection of the run says {spec.num_draws}")
-    if (targets.logprobs is not None) != spec.stores_logprobs:
-        rule = "keeps log-probabilities" if spec.stores_logprobs else "keeps draws only (logprobs=None)"
-        raise StoreError(f"logprobs do not fit: the selection {dict(spec.selection or {})} {rule}")
-    if (targets.log_weights is not None) != spec.stores_weights:
-        rule = "keeps log weights" if spec.stores_weights else "keeps no log weights"
-        raise StoreError(f"log_weights do not fit: the selection {dict(spec.selection or {})} {rule}")
+    for name, column in COLUMNS.items():
+        _check_column(column, targets.columns.get(name), spec)
     most = int(np.diff(targets.offsets).max())
     if most > spec.max_entries:
         raise StoreError(f"{most} entries at one token, the selection allows {spec.max_entries}")
+
+
+def _check_column(column: Column, values: Values | None, spec: RunSpec) -> None:
+    """A column must be there exactly where the store has it, in the size that the run says."""
+    said_elsewhere = column.stored is not None and not column.stored.otherwise
+    if not said_elsewhere and (
+        (values is None and column.is_stored(spec) and not column.optional)
+        or (values is not None and not column.is_stored(spec))
+    ):
+        raise misfit(column, spec)
+    if values is None or isinstance(values, Mapping):
+        return
+    if column.axis == "row" and len(values) != 1:
+        raise StoreError(f"{column.name}: found {len(values)} values, expected one for the row")
+    if column.vector is not None and values.shape[1] != column.vector(spec):
+        raise StoreError(f"{column.name}: found vectors of {values.shape[1]}, the run says {column.vector(spec)}")
 
 
 def _check_scores(row: ScoresRow) -> None:

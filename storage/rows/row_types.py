@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from potstill.storage.rows.sparse_targets import Float32, Int32, SparseTargets
+from potstill.storage.rows.array_types import Float32, Int32
+from potstill.storage.rows.sparse_targets import SparseTargets
 
 NO_LABEL = -100  # what torch's cross_entropy ignores
 

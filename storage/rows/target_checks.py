@@ -1,82 +1,42 @@
-"""The rules that SparseTargets must keep, each with an error that names field, token, value and rule."""
+"""The rules that the values of a column keep, each with an error that names column, place, value and rule.
+
+Each check takes the array, the name that errors give it, and the targets under check (docs/format.md has the rules).
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from potstill.storage.errors import StoreError
-
-if TYPE_CHECKING:
-    from potstill.storage.rows.sparse_targets import SparseTargets
+from potstill.storage.rows.array_types import DECODED_MASS_EPS, STRICT_MASS_EPS, Int64
+from potstill.storage.rows.column import Array, Examined
+from potstill.storage.rows.grid import LEAST_LOG_WEIGHT, VALUE_STEP, WEIGHT_TOP
 
 MAX_POSITIVE_LOG = 1e-3
-MAX_VOCAB_SIZE = 1 << 24
 TABLE_ENTRIES = 1 << 21
 
 
-def check_structure(targets: SparseTargets) -> None:
-    """Shapes, offsets and entries per token."""
-    num_tokens, num_entries, offsets = targets.num_tokens, targets.num_entries, targets.offsets
-    if len(offsets) != num_tokens + 1:
-        raise StoreError(f"offsets: found {len(offsets)} values for {num_tokens} tokens, expected {num_tokens + 1}")
-    kept = np.diff(offsets)
-    if offsets[0] != 0 or offsets[-1] != num_entries or (num_tokens and int(kept.min()) < 0):
-        raise StoreError(f"offsets: must rise from 0 to the {num_entries} entries, found {offsets[0]}..{offsets[-1]}")
-    if num_tokens and int(kept.max()) > 255:
-        raise StoreError(f"token {int(kept.argmax())}: {int(kept.max())} entries, at most 255 can be stored; lower k")
-    for name in ("logprobs", "counts", "log_weights"):
-        value = getattr(targets, name)
-        if value is not None and len(value) != num_entries:
-            raise StoreError(f"{name}: found {len(value)} values for {num_entries} entries")
-    columns = {name: getattr(targets, name) for name in ("entropy", "label_logprob", "label_rank")}
-    columns |= {f"log_tail_at[{t}]": v for t, v in targets.log_tail_at.items()}
-    for name, value in columns.items():
-        if value is not None and len(value) != num_tokens:
-            raise StoreError(f"{name}: found {len(value)} values for {num_tokens} tokens")
-    if targets.log_weights is not None:
-        if targets.logprobs is not None or targets.counts is not None or targets.num_draws is None:
-            raise StoreError("log_weights come with num_draws, and with neither logprobs nor counts")
-        return
-    if targets.logprobs is None and targets.counts is None:
-        raise StoreError("targets hold neither logprobs nor counts; give at least one of them")
-    if (targets.counts is None) != (targets.num_draws is None):
-        raise StoreError("counts and num_draws belong together; give both (sample mode) or none")
-
-
-def check_entries(targets: SparseTargets, *, vocab_size: int, strict: bool) -> None:
-    """Ids, distinctness, order, values and mass."""
-    ids, offsets = targets.ids, targets.offsets
-    if not 1 <= vocab_size <= MAX_VOCAB_SIZE:
-        raise StoreError(f"vocab_size: found {vocab_size}, expected 1..{MAX_VOCAB_SIZE}")
-    if not len(ids):
-        return
-    wrong = (ids < 0) | (ids >= vocab_size)
+def check_ids(ids: Array, name: str, found: Examined) -> None:
+    """Ids [E] of the vocabulary, distinct within a token."""
+    wrong = (ids < 0) | (ids >= found.vocab_size)
     if wrong.any():
-        _entry_error(targets, wrong, "ids", f"ids must lie in [0, {vocab_size})", ids)
-    kept = np.diff(offsets)
-    token_of = np.repeat(np.arange(targets.num_tokens, dtype=np.int64), kept)
-    _check_distinct(targets, token_of, vocab_size)
-    same_token = token_of[1:] == token_of[:-1]
-    if targets.logprobs is not None:
-        _check_logprobs(targets, same_token, strict=strict)
-    if targets.counts is not None:
-        _check_counts(targets, same_token, kept, strict=strict)
-    if targets.log_weights is not None:
-        _check_log_weights(targets, same_token)
+        raise entry_error(found, wrong, name, f"ids must lie in [0, {found.vocab_size})", ids)
+    _check_distinct(ids, found)
 
 
-def _check_distinct(targets: SparseTargets, token_of: NDArray[np.int64], vocab_size: int) -> None:
-    """Ids are distinct within a token. For usual vocabularies a scatter table finds out five times faster than a sort:
-    each entry writes its number at (token, id), and a repeated id finds another number than its own."""
-    ids, tokens_per_table = targets.ids, TABLE_ENTRIES // vocab_size
-    keys = token_of * vocab_size + ids
+def _check_distinct(ids: Array, found: Examined) -> None:
+    """For usual vocabularies a scatter table finds out five times faster than a sort: each entry writes its number
+    at (token, id), and a repeated id finds another number than its own."""
+    vocab_size, offsets, num_tokens = found.vocab_size, found.targets.offsets, len(found.kept)
+    tokens_per_table = TABLE_ENTRIES // vocab_size
+    keys = found.token_of * vocab_size + ids
     if tokens_per_table >= 4:
         table = np.empty(tokens_per_table * vocab_size, np.uint32)
-        for start in range(0, targets.num_tokens, tokens_per_table):
-            first, last = targets.offsets[[start, min(start + tokens_per_table, targets.num_tokens)]]
+        for start in range(0, num_tokens, tokens_per_table):
+            first, last = offsets[[start, min(start + tokens_per_table, num_tokens)]]
             places = keys[first:last] - start * vocab_size
             numbers = np.arange(last - first, dtype=np.uint32)
             table[places] = numbers
@@ -91,26 +51,24 @@ def _check_distinct(targets: SparseTargets, token_of: NDArray[np.int64], vocab_s
         raise StoreError(f"token {key // vocab_size}: id {key % vocab_size} occurs twice; ids must be distinct")
 
 
-def _check_logprobs(targets: SparseTargets, same_token: NDArray[np.bool_], *, strict: bool) -> None:
-    from potstill.storage.rows.sparse_targets import DECODED_MASS_EPS, STRICT_MASS_EPS
-
-    values = targets.logprobs
-    assert values is not None
+def check_logprobs(values: Array, name: str, found: Examined) -> None:
+    """Log-probabilities [E], finite, at most 0, falling within a token; with the tail their mass is at most 1."""
     wrong = ~(np.isfinite(values) & (values <= MAX_POSITIVE_LOG))
     if wrong.any():
         rule = "log-probabilities must be finite and <= 0; drop entries of probability 0, reject rows with NaN"
-        _entry_error(targets, wrong, "logprobs", rule, values)
-    step = values[1:] - values[:-1]
-    wrong = same_token & (step > 0)
-    if strict:
-        wrong |= same_token & (step == 0) & (targets.ids[1:] < targets.ids[:-1])
+        raise entry_error(found, wrong, name, rule, values)
+    columns = found.targets.columns
+    step, ids = values[1:] - values[:-1], _one(columns["ids"])
+    wrong = found.same_token & (step > 0)
+    if found.strict:
+        wrong |= found.same_token & (step == 0) & (ids[1:] < ids[:-1])
     if wrong.any():
         rule = "entries must be sorted by log-probability descending, then id ascending"
-        _entry_error(targets, np.append(False, wrong), "logprobs", rule, values)
-    mass = segment_sums(np.exp(values.astype(np.float64)), targets.offsets)
-    if targets.counts is None:
-        mass = mass + np.where(np.diff(targets.offsets) > 0, np.exp(targets.log_tail.astype(np.float64)), 0.0)
-    limit = 1.0 + (STRICT_MASS_EPS if strict else DECODED_MASS_EPS)
+        raise entry_error(found, np.append(False, wrong), name, rule, values)
+    mass = segment_sums(np.exp(values.astype(np.float64)), found.targets.offsets)
+    if columns.get("counts") is None:
+        mass = mass + np.where(found.kept > 0, np.exp(_one(columns["log_tail"]).astype(np.float64)), 0.0)
+    limit = 1.0 + (STRICT_MASS_EPS if found.strict else DECODED_MASS_EPS)
     if mass.size and float(mass.max()) > limit:
         token = int(mass.argmax())
         raise StoreError(
@@ -119,34 +77,26 @@ def _check_logprobs(targets: SparseTargets, same_token: NDArray[np.bool_], *, st
         )
 
 
-def _check_counts(
-    targets: SparseTargets, same_token: NDArray[np.bool_], kept: NDArray[np.int64], *, strict: bool
-) -> None:
-    counts, num_draws = targets.counts, targets.num_draws
-    assert counts is not None and num_draws is not None
+def check_counts(counts: Array, name: str, found: Examined) -> None:
+    """Draw counts [E], at least 1, num_draws in each token; alone they fall within a token."""
+    num_draws = found.targets.num_draws
+    assert num_draws is not None
     if not 1 <= num_draws <= 255:
         raise StoreError(f"num_draws: found {num_draws}, expected 1..255")
     if int(counts.min()) < 1:
-        _entry_error(targets, counts < 1, "counts", "a kept entry was drawn at least once", counts)
-    sums = segment_sums(counts.astype(np.int64), targets.offsets)
-    wrong = (kept > 0) & (sums != num_draws)
+        raise entry_error(found, counts < 1, name, "a kept entry was drawn at least once", counts)
+    sums = segment_sums(counts.astype(np.int64), found.targets.offsets)
+    wrong = (found.kept > 0) & (sums != num_draws)
     if wrong.any():
         token = int(wrong.argmax())
         raise StoreError(f"token {token}: draw counts sum to {sums[token]}, expected num_draws = {num_draws}")
-    if targets.logprobs is None:
-        step = counts[1:].astype(np.int16) - counts[:-1]
-        bad = same_token & ((step > 0) | ((step == 0) & (targets.ids[1:] < targets.ids[:-1])))
-        if bad.any():
-            rule = "entries without log-probabilities are sorted by count descending, then id ascending"
-            _entry_error(targets, np.append(False, bad), "counts", rule, counts)
+    if found.targets.columns.get("logprobs") is None:
+        rule = "entries without log-probabilities are sorted by count descending, then id ascending"
+        _check_falling(counts.astype(np.int16), counts, name, rule, found)
 
 
-def _check_log_weights(targets: SparseTargets, same_token: NDArray[np.bool_]) -> None:
-    """Values of the grid, heaviest first. Their sum has no bound: it is 1 in the mean over draws only."""
-    from potstill.storage.rows.grid import LEAST_LOG_WEIGHT, VALUE_STEP, WEIGHT_TOP
-
-    values, ids = targets.log_weights, targets.ids
-    assert values is not None
+def check_grid_weights(values: Array, name: str, found: Examined) -> None:
+    """Log weights [E] of the grid, heaviest first. Their sum has no bound: it is 1 in the mean over draws only."""
     with np.errstate(invalid="ignore"):
         wrong = ~((values >= LEAST_LOG_WEIGHT) & (values <= WEIGHT_TOP)) | (
             np.rint(values * VALUE_STEP) / VALUE_STEP != values
@@ -156,44 +106,39 @@ def _check_log_weights(targets: SparseTargets, same_token: NDArray[np.bool_]) ->
             f"log weights must be multiples of 1/{VALUE_STEP} in [{LEAST_LOG_WEIGHT}, {WEIGHT_TOP}]; put them there by "
             "stochastic rounding, which keeps their mean"
         )
-        _entry_error(targets, wrong, "log_weights", rule, values)
-    step = values[1:] - values[:-1]
-    wrong = same_token & ((step > 0) | ((step == 0) & (ids[1:] < ids[:-1])))
-    if wrong.any():
-        rule = "entries with weights are sorted by weight descending, then id ascending"
-        _entry_error(targets, np.append(False, wrong), "log_weights", rule, values)
+        raise entry_error(found, wrong, name, rule, values)
+    rule = "entries with weights are sorted by weight descending, then id ascending"
+    _check_falling(values, values, name, rule, found)
 
 
-def check_side_columns(targets: SparseTargets) -> None:
-    """Tail, entropy and label columns: no NaN, right sign, neutral values where there is no target."""
-    tails = {"log_tail": targets.log_tail} | {f"log_tail_at[{t}]": v for t, v in targets.log_tail_at.items()}
-    without = np.diff(targets.offsets) == 0
-    for name, value in tails.items():
-        wrong = ~(value <= MAX_POSITIVE_LOG) | (without & (value != 0))
-        if wrong.any():
-            token = int(wrong.argmax())
-            raise StoreError(
-                f"{name}: token {token} holds {value[token]}, expected <= 0 (and 0 at a token without entries)"
-            )
-    for temperature in targets.log_tail_at:
-        if not (0 < temperature < 1e6) or temperature == 1.0:
-            raise StoreError(f"log_tail_at: temperature {temperature} must be positive and not 1")
-    if targets.entropy is not None:
-        wrong = ~(np.isfinite(targets.entropy) & (targets.entropy >= -MAX_POSITIVE_LOG))
-        if wrong.any():
-            token = int(wrong.argmax())
-            raise StoreError(f"entropy: token {token} holds {targets.entropy[token]}, expected finite and >= 0")
-    if targets.label_logprob is not None:
-        wrong = ~(targets.label_logprob <= MAX_POSITIVE_LOG)
-        if wrong.any():
-            token = int(wrong.argmax())
-            raise StoreError(f"label_logprob: token {token} holds {targets.label_logprob[token]}, expected <= 0")
-    if targets.label_rank is not None and targets.num_tokens and int(targets.label_rank.min()) < 0:
-        token = int(targets.label_rank.argmin())
-        raise StoreError(f"label_rank: token {token} holds {targets.label_rank[token]}, expected >= 0")
+def check_log_mass(values: Array, name: str, found: Examined) -> None:
+    """Log masses [N] of a tail: at most 0, and 0 at a token without entries."""
+    _first_wrong(
+        ~(values <= MAX_POSITIVE_LOG) | ((found.kept == 0) & (values != 0)),
+        values,
+        name,
+        "expected <= 0 (and 0 at a token without entries)",
+    )
 
 
-def segment_sums(values: NDArray, offsets: NDArray[np.int64]) -> NDArray:  # type: ignore[type-arg]
+def check_entropy(values: Array, name: str, found: Examined) -> None:
+    """Entropies [N] in nats."""
+    _first_wrong(~(np.isfinite(values) & (values >= -MAX_POSITIVE_LOG)), values, name, "expected finite and >= 0")
+
+
+def check_log_probability(values: Array, name: str, found: Examined) -> None:
+    """Log-probabilities [N]; -inf is one."""
+    _first_wrong(~(values <= MAX_POSITIVE_LOG), values, name, "expected <= 0")
+
+
+def check_rank(values: Array, name: str, found: Examined) -> None:
+    """Ranks [N], 0 the argmax."""
+    if values.size and int(values.min()) < 0:
+        token = int(values.argmin())
+        raise StoreError(f"{name}: token {token} holds {values[token]}, expected >= 0")
+
+
+def segment_sums(values: Array, offsets: Int64) -> Array:
     """Sum of `values[offsets[n]:offsets[n+1]]` for each n; empty segments give 0."""
     sums = np.zeros(len(offsets) - 1, dtype=values.dtype)
     filled = np.flatnonzero(offsets[1:] > offsets[:-1])
@@ -202,8 +147,30 @@ def segment_sums(values: NDArray, offsets: NDArray[np.int64]) -> NDArray:  # typ
     return sums
 
 
-def _entry_error(targets: SparseTargets, wrong: NDArray[np.bool_], name: str, rule: str, values: NDArray) -> None:  # type: ignore[type-arg]
+def entry_error(found: Examined, wrong: NDArray[np.bool_], name: str, rule: str, values: Array) -> StoreError:
+    """The error of the first entry that is `wrong` [E]: its token, place, value and id, and the rule it breaks."""
     entry = int(wrong.argmax())
-    token = int(np.searchsorted(targets.offsets, entry, side="right")) - 1
-    place = entry - int(targets.offsets[token])
-    raise StoreError(f"{name}: token {token}, entry {place} holds {values[entry]} (id {targets.ids[entry]}); {rule}")
+    token = int(np.searchsorted(found.targets.offsets, entry, side="right")) - 1
+    place = entry - int(found.targets.offsets[token])
+    identity = _one(found.targets.columns["ids"])[entry]
+    return StoreError(f"{name}: token {token}, entry {place} holds {values[entry]} (id {identity}); {rule}")
+
+
+def _check_falling(keys: Array, values: Array, name: str, rule: str, found: Examined) -> None:
+    """Within a token `keys` fall, and ids rise where keys are equal; errors show `values`."""
+    step, ids = keys[1:] - keys[:-1], _one(found.targets.columns["ids"])
+    wrong = found.same_token & ((step > 0) | ((step == 0) & (ids[1:] < ids[:-1])))
+    if wrong.any():
+        raise entry_error(found, np.append(False, wrong), name, rule, values)
+
+
+def _first_wrong(wrong: NDArray[np.bool_], values: Array, name: str, rule: str) -> None:
+    if wrong.any():
+        token = int(wrong.argmax())
+        raise StoreError(f"{name}: token {token} holds {values[token]}, {rule}")
+
+
+def _one(values: Any) -> Array:
+    """The array of a column that has one only."""
+    array: Array = values
+    return array

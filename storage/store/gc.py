@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 
 from potstill.storage.errors import UnsealedError
-from potstill.storage.files.paths import StoreFolder, StorePath, open_folder
+from potstill.storage.files.folder import StoreFolder, StorePath
+from potstill.storage.files.paths import open_folder
 from potstill.storage.store.seal import load_manifest
 from potstill.storage.store.writer import load_spec
 

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from potstill.storage.errors import CorruptError
 from potstill.storage.files.commit import CommitRecord
+from potstill.storage.files.folder import StoreFolder
 from potstill.storage.files.ipc_layout import parse_batch, parse_footer
-from potstill.storage.files.paths import StoreFolder
 
 # A row in global order costs one block read, so blocks are small; the manifest says what a store has.
 ROWS_PER_BLOCK = 1024

@@ -74,20 +74,19 @@ def _teacher_text(
 
 
 def _candidates(targets: SparseTargets, n: int, label: int | None, decode: Decode, max_candidates: int) -> str:
-    first, last = int(targets.offsets[n]), int(targets.offsets[n + 1])
+    one = targets.slice(n, n + 1)
+    kind, mass = one.entry_mass()
     parts = []
-    for entry in range(first, min(last, first + max_candidates)):
-        token = int(targets.ids[entry])
+    for entry in range(min(one.num_entries, max_candidates)):
+        token = int(one.ids[entry])
         mark = "*" if token == label else ""
-        if targets.logprobs is not None:
-            weight = f"{np.exp(targets.logprobs[entry]):.3f}"
-        elif targets.log_weights is not None:
-            weight = f"w{np.exp(targets.log_weights[entry]):.3f}"
+        if kind == "share":
+            assert one.counts is not None
+            weight = f"{int(one.counts[entry])}/{one.num_draws}"
         else:
-            assert targets.counts is not None
-            weight = f"{int(targets.counts[entry])}/{targets.num_draws}"
+            weight = f"{'w' if kind == 'weight' else ''}{mass[entry]:.3f}"
         parts.append(f" {mark}{_text(decode, token).rstrip()} {weight}")
-    rest = last - first - max_candidates
+    rest = one.num_entries - max_candidates
     return ",".join(parts) + (f", +{rest}" if rest > 0 else "")
 
 

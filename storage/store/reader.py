@@ -20,12 +20,13 @@ from potstill.storage.errors import (
     UnsealedError,
 )
 from potstill.storage.files.commit import CommitRecord, committed_records
+from potstill.storage.files.folder import StorePath
 from potstill.storage.files.node_cache import NodeCache
-from potstill.storage.files.paths import StorePath, open_folder
+from potstill.storage.files.paths import open_folder
 from potstill.storage.files.unit_file import DecodedBatch
-from potstill.storage.rows.codec import TARGET_EXTRAS
+from potstill.storage.rows.array_types import Float32, Int32
+from potstill.storage.rows.columns import skippable_names
 from potstill.storage.rows.row_types import Row, ScoresRow, TargetsRow, TokensRow
-from potstill.storage.rows.sparse_targets import Float32, Int32
 from potstill.storage.store.index import PartialIndex, RowIndex, StatColumns, build_columns
 from potstill.storage.store.seal import Manifest, load_manifest, open_index, store_digest
 from potstill.storage.store.spec import RunSpec
@@ -55,11 +56,11 @@ class StoreReader:
 
         `allow_partial` opens an unsealed one as the longest run of committed units from 0, or exactly the first
         `num_units` of them, so that a resumed run sees the same rows although more units have arrived.
-        `skip` names target columns that are not decoded: entropy, label, label_rank, tail_at.
+        `skip` names target columns that are not decoded: entropy, label, label_rank, tail_at, or a column of your own.
         `cache_dir` keeps what was read on a local disk, at most about `cache_bytes`; for remote stores.
         """
-        if set(skip) - set(TARGET_EXTRAS):
-            raise StoreError(f"skip: {sorted(set(skip) - set(TARGET_EXTRAS))} are not among {TARGET_EXTRAS}")
+        if set(skip) - set(skippable_names()):
+            raise StoreError(f"skip: {sorted(set(skip) - set(skippable_names()))} are not among {skippable_names()}")
         self._folder = open_folder(path)
         self._spec = load_spec(self._folder)
         self._skip = frozenset(skip)

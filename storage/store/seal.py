@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from potstill.storage.errors import CorruptError, StoreError, UnsealedError
 from potstill.storage.files.checked_json import dump_checked, get_int, get_list, get_text, read_checked
 from potstill.storage.files.commit import CommitRecord, committed_records, read_record, record_name
-from potstill.storage.files.paths import StoreFolder, StorePath, open_folder
+from potstill.storage.files.folder import StoreFolder, StorePath
+from potstill.storage.files.paths import open_folder
 from potstill.storage.store.index import ROWS_PER_BLOCK, IndexBlock, RowIndex, build_columns, encode_index
 from potstill.storage.store.spec import RunSpec
 from potstill.storage.store.writer import load_spec

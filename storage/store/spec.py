@@ -11,12 +11,12 @@ from typing import Any
 
 from potstill.storage.errors import CorruptError, MismatchError, StoreError, VersionError
 from potstill.storage.files.checked_json import canonical, get_list
+from potstill.storage.rows.columns import COLUMNS, column_features
 from potstill.storage.rows.grid import ODDS_STEP, ODDS_ZERO, SCORE_STEP, VALUE_STEP
 
 FORMAT_MAJOR, FORMAT_MINOR = 1, 0
 FREQUENCY_IDS = "frequency_ids"
-IMPORTANCE_WEIGHTS = "importance_weights"
-KNOWN_FEATURES = frozenset({"planes", FREQUENCY_IDS, IMPORTANCE_WEIGHTS})
+OWN_FEATURES = ("planes", FREQUENCY_IDS)  # besides those of the columns
 # Powers of the proposal for which the weights of draws fit their grid.
 MIN_POWER, MAX_POWER = 0.5, 1.5
 KINDS = ("tokens", "targets", "scores")
@@ -41,7 +41,8 @@ class RunSpec:
     """Meaning of one store (see docs/format.md, run.json); validated on construction, raises StoreError.
 
     `num_rows` is None only for kind tokens, whose length is known at seal. `id_map_sha256` names the table of
-    frequency-ranked ids when the store uses one. `unknown` keeps optional fields of newer minor versions.
+    frequency-ranked ids when the store uses one. `columns` names the columns of targets that the store has although no
+    other field says so (`storage/rows/columns.py`). `unknown` keeps optional fields of newer minor versions.
     """
 
     kind: str
@@ -57,11 +58,13 @@ class RunSpec:
     teacher: Mapping[str, Any] | None = None
     info: Mapping[str, Any] = field(default_factory=dict)
     id_map_sha256: str | None = None
+    columns: tuple[str, ...] = ()
     unknown: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "temperatures", tuple(float(t) for t in self.temperatures))
         object.__setattr__(self, "stats", tuple(self.stats))
+        object.__setattr__(self, "columns", tuple(self.columns))
         for name in ("selection", "teacher", "info"):
             value = getattr(self, name)
             if not (isinstance(value, Mapping) or (value is None and name != "info")):
@@ -75,28 +78,15 @@ class RunSpec:
         """Draws per token in sample mode, else None."""
         return int(self.selection["num_draws"]) if self.selection and self.selection["mode"] == "sample" else None
 
-    @property
-    def stores_weights(self) -> bool:
-        """True in sample mode at another power than 1: log importance weights instead of draw counts."""
-        return self.num_draws is not None and float((self.selection or {}).get("power", 1.0)) != 1.0
-
-    @property
-    def stores_counts(self) -> bool:
-        """True in sample mode at power 1."""
-        return self.num_draws is not None and not self.stores_weights
-
-    @property
-    def stores_logprobs(self) -> bool:
-        """True unless draws carry the whole estimate (sample mode without keep_logprobs)."""
-        if not self.selection or self.selection["mode"] != "sample":
-            return True
-        return bool(self.selection.get("keep_logprobs", False))
+    def stores(self, column: str) -> bool:
+        """Whether the store has that column of targets."""
+        return COLUMNS[column].is_stored(self)
 
     @property
     def required_features(self) -> list[str]:
         """What a reader must know to read the store."""
         features = ["planes"] + ([FREQUENCY_IDS] if self.id_map_sha256 else [])
-        return features + ([IMPORTANCE_WEIGHTS] if self.stores_weights else [])
+        return features + [name for name, owners in column_features().items() if any(c.is_stored(self) for c in owners)]
 
     @property
     def max_entries(self) -> int:
@@ -114,6 +104,9 @@ class RunSpec:
         """All fields plus the constants of the format, as plain JSON values."""
         value: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "unknown"}
         value["temperatures"], value["stats"] = list(self.temperatures), list(self.stats)
+        # Named only where there are some: a store without them is written as before there were any.
+        value.pop("columns")
+        value |= {"columns": list(self.columns)} if self.columns else {}
         value |= {
             "format": {"major": FORMAT_MAJOR, "minor": FORMAT_MINOR},
             "required_features": self.required_features,
@@ -131,7 +124,7 @@ class RunSpec:
         _check_version(value, where=where)
         own = {f.name for f in fields(cls)} - {"unknown"}
         constants = {"codec", "context_policy", "target_convention", "required_features", "format"}
-        missing = sorted(own - {"id_map_sha256"} - set(value))
+        missing = sorted(own - {"id_map_sha256", "columns"} - set(value))
         if missing:
             raise CorruptError(f"{where}: fields {missing} are missing")
         unknown = {k: v for k, v in value.items() if k not in own | constants}
@@ -141,11 +134,14 @@ class RunSpec:
             spec = cls(**{name: value[name] for name in own if name in value}, unknown=unknown)
         except (TypeError, ValueError, KeyError, OverflowError, AttributeError) as error:
             raise CorruptError(f"{where}: {error}") from None
-        if (IMPORTANCE_WEIGHTS in value["required_features"]) != spec.stores_weights:
-            raise VersionError(
-                f"{where}: selection {dict(spec.selection or {})} and required_features {value['required_features']} "
-                f"do not go together: draws of a power other than 1 come with {IMPORTANCE_WEIGHTS}; dump again"
-            )
+        for feature, owners in column_features().items():
+            if (feature in value["required_features"]) != any(column.is_stored(spec) for column in owners):
+                names = " and ".join(column.name for column in owners)
+                raise VersionError(
+                    f"{where}: selection {dict(spec.selection or {})} and required_features "
+                    f"{value['required_features']} do not go together: "
+                    f"{owners[0].feature_rule or f'{names} and the feature {feature} come together'}; dump again"
+                )
         return spec
 
 
@@ -183,9 +179,13 @@ def _check_version(value: Mapping[str, Any], *, where: str) -> None:
     if not isinstance(version, dict) or version.get("major") != FORMAT_MAJOR:
         raise VersionError(f"{where}: format is {version!r}, this reader knows major version {FORMAT_MAJOR}; upgrade")
     features = get_list(value, "required_features", where=where)
-    alien = [f for f in features if not isinstance(f, str) or f not in KNOWN_FEATURES]
+    alien = [f for f in features if not isinstance(f, str) or f not in (*OWN_FEATURES, *column_features())]
     if alien:
         raise VersionError(f"{where}: store needs the features {alien}, which this reader does not know; upgrade")
+    named = get_list({"columns": [], **value}, "columns", where=where)
+    alien = [name for name in named if not isinstance(name, str) or name not in COLUMNS]
+    if alien:
+        raise VersionError(f"{where}: store has the columns {alien}, which this reader does not know; upgrade")
     if codec != CODEC:
         raise VersionError(f"{where}: codec is {codec!r}, this reader knows {CODEC!r}")
     if (FREQUENCY_IDS in features) != (value.get("id_map_sha256") is not None):
@@ -234,6 +234,11 @@ def _check_kind_fields(spec: RunSpec) -> None:
         raise StoreError(f"run spec: num_rows may be None only for kind tokens, not for {spec.kind}")
     if (spec.selection is not None) != (spec.kind == "targets"):
         raise StoreError("run spec: selection belongs to kind targets, and to no other")
+    if spec.columns and spec.kind != "targets":
+        raise StoreError("run spec: columns belong to kind targets only")
+    to_name = [name for name, column in COLUMNS.items() if column.stored is None]
+    if len(set(spec.columns)) != len(spec.columns) or not set(spec.columns) <= set(to_name):
+        raise StoreError(f"run spec: columns {spec.columns} must be distinct and among {to_name}; others come unnamed")
     if spec.temperatures and spec.kind != "targets":
         raise StoreError("run spec: temperatures belong to kind targets only")
     if spec.id_map_sha256 is not None and spec.kind != "targets":

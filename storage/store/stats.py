@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from potstill.storage.files.paths import StorePath
+from potstill.storage.files.folder import StorePath
 from potstill.storage.rows.k_bound import KBound, bound_positions
 from potstill.storage.rows.row_types import ScoresRow, TargetsRow
 from potstill.storage.rows.sparse_targets import SparseTargets
@@ -126,14 +126,11 @@ def _collect_targets(row: TargetsRow, values: dict[str, list[np.ndarray]]) -> No
     kept = np.diff(targets.offsets)
     values["kept count"].append(kept)
     some = kept > 0
-    if targets.logprobs is not None:
-        mass = segment_sums(np.exp(targets.logprobs.astype(np.float64)), targets.offsets)
-        tail = np.exp(targets.log_tail.astype(np.float64))
-        values["kept mass"].append((mass / (mass + tail))[some])
-    else:
-        values["kept mass"].append(1 - np.exp(targets.log_tail.astype(np.float64))[some])
-    if targets.log_weights is not None:
-        sums = segment_sums(np.exp(targets.log_weights.astype(np.float64)), targets.offsets)
+    kind, mass = targets.entry_mass(np.float64)
+    tail = np.exp(targets.log_tail.astype(np.float64))
+    sums = segment_sums(mass, targets.offsets)
+    values["kept mass"].append((sums / (sums + tail) if kind == "probability" else 1 - tail)[some])
+    if kind == "weight":
         values["sum of weights"].append(sums[some])
     if targets.entropy is not None:
         values["entropy (nats)"].append(targets.entropy[some])

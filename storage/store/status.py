@@ -7,7 +7,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from potstill.storage.files.commit import CommitRecord, committed_records
-from potstill.storage.files.paths import StorePath, open_folder
+from potstill.storage.files.folder import StorePath
+from potstill.storage.files.paths import open_folder
 from potstill.storage.store.seal import load_manifest
 from potstill.storage.store.writer import load_spec
 

@@ -13,11 +13,12 @@ import pyarrow.ipc as ipc
 
 from potstill.storage.errors import CorruptError, StoreError
 from potstill.storage.files.commit import CommitRecord, committed_records
+from potstill.storage.files.folder import StoreFolder, StorePath
 from potstill.storage.files.ipc_layout import parse_footer
-from potstill.storage.files.paths import StoreFolder, StorePath, open_folder
+from potstill.storage.files.paths import open_folder
 from potstill.storage.files.unit_file import arrow_schema
 from potstill.storage.rows.row_types import TargetsRow
-from potstill.storage.rows.sparse_targets import validate
+from potstill.storage.rows.validation import validate
 from potstill.storage.store.index import build_columns
 from potstill.storage.store.reader import StoreReader
 from potstill.storage.store.seal import MANIFEST_NAME, Manifest, load_manifest, open_index

@@ -24,7 +24,8 @@ from potstill.storage.files.commit import (
     read_record,
     record_name,
 )
-from potstill.storage.files.paths import SUBFOLDERS, StoreFolder, StorePath, open_folder
+from potstill.storage.files.folder import SUBFOLDERS, StoreFolder, StorePath
+from potstill.storage.files.paths import open_folder
 from potstill.storage.files.unit_file import encode_unit
 from potstill.storage.rows.id_map import ID_MAP_NAME, IdMap
 from potstill.storage.rows.row_checks import check_rows, row_stats

@@ -198,7 +198,7 @@ def test_sample_mode_keeps_counts_exactly(keep_logprobs):
     _, targets = sample_targets(keep_logprobs)
     selection = {"mode": "sample", "num_draws": 50, "power": 1.0, "keep_logprobs": keep_logprobs}
     spec = targets_spec(1, "in", vocab_size=50, selection=selection)
-    assert spec.stores_logprobs == keep_logprobs and spec.stores_counts and not spec.stores_weights
+    assert spec.stores("logprobs") == keep_logprobs and spec.stores("counts") and not spec.stores("log_weights")
     assert spec.to_json()["required_features"] == ["planes"]
     stored = round_trip(targets, spec)
     np.testing.assert_array_equal(stored.counts, targets.counts)

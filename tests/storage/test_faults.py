@@ -271,7 +271,8 @@ def test_one_token_documents_and_rows_without_targets(tmp_path):
     tokens = StoreReader(tmp_path / "t")
     assert tokens.row(0).doc_lens.tolist() == [1] * 5
     writer = StoreWriter.create(tmp_path / "d", targets_spec(1, tokens.digest, stats=()))
-    writer.commit_unit(0, [TargetsRow(0, token_digest(row.tokens, row.doc_lens), SparseTargets.empty(5))])
+    none = SparseTargets.empty(5, spec=writer.spec)
+    writer.commit_unit(0, [TargetsRow(0, token_digest(row.tokens, row.doc_lens), none)])
     seal_store(tmp_path / "d")
     found = StoreReader(tmp_path / "d").row(0)
-    assert same_targets(found.targets, SparseTargets.empty(5)) and verify_store(tmp_path / "d", deep=True).ok
+    assert same_targets(found.targets, none) and verify_store(tmp_path / "d", deep=True).ok

@@ -27,8 +27,8 @@ from potstill.storage import (
 )
 from potstill.storage.files.checked_json import canonical
 from potstill.storage.rows.codec import decode_targets, encode_targets
+from potstill.storage.rows.columns import COLUMNS
 from potstill.storage.rows.grid import LEAST_LOG_WEIGHT, WEIGHT_TOP
-from potstill.storage.store import spec
 from tests.storage import independent_reader
 from tests.storage.stores import same_targets, targets_spec, write_tokens
 from tests.storage.test_format import GOLDEN, assert_same
@@ -90,17 +90,18 @@ def test_weights_are_cut_and_joined_with_their_tokens():
     whole = weighted_targets(0, 32)
     assert same_targets(concatenate([whole.slice(0, 5), whole.slice(5, 32)]), whole)
     sides = {"entropy": None, "label_logprob": None, "label_rank": None}
-    empty = replace(SparseTargets.empty(3, num_draws=9, with_logprobs=False, with_weights=True), **sides)
+    empty = replace(SparseTargets.empty(3, spec=targets_spec(1, "in", selection=WEIGHTED)), **sides)
     joined = concatenate([empty, whole])
     assert joined.counts is None and np.array_equal(joined.log_weights, whole.log_weights)
+    drawn = targets_spec(1, "in", selection=WEIGHTED | {"power": 1.0})
     with pytest.raises(StoreError, match="some parts have counts"):
-        concatenate([replace(SparseTargets.empty(3, num_draws=9, with_logprobs=False), **sides), whole])
+        concatenate([replace(SparseTargets.empty(3, spec=drawn), **sides), whole])
 
 
 def test_an_older_reader_refuses_the_store(stores, monkeypatch):
     _, reader = stores
     assert reader.spec.to_json()["required_features"] == ["planes", "importance_weights"]
-    monkeypatch.setattr(spec, "KNOWN_FEATURES", frozenset({"planes", "frequency_ids"}))
+    monkeypatch.delitem(COLUMNS, "log_weights")
     with pytest.raises(VersionError, match=r"needs the features \['importance_weights'\]"):
         StoreReader(reader.url)
 

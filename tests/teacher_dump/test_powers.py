@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from potstill.storage import StoreReader, verify_store
+from potstill.storage import SparseTargets, StoreReader, verify_store
 from potstill.storage.rows.grid import WEIGHT_TOP
 from potstill.teacher_dump import dump
 from potstill.teacher_dump.config import SelectionConfig
-from potstill.teacher_dump.selection import HostTargets, cut_rows, selection_spec
+from potstill.teacher_dump.selection import HostBatch, cut_rows, selection_spec
 from tests.teacher_dump.test_dump import config, targets_of
 from tests.teacher_dump.tiny import VOCAB, save_llama, token_rows
 from tests.teacher_dump.truth import dense_truth
@@ -103,7 +103,7 @@ def test_a_draw_too_rare_for_the_grid_refuses_its_row(tokens: Path) -> None:
     weights = np.zeros(num, np.float32)
     weights[2] = WEIGHT_TOP + 1 / 16
     weights[marks[0]] = WEIGHT_TOP
-    found = HostTargets(
+    targets = SparseTargets(
         offsets=np.arange(num + 1),
         ids=np.zeros(num, np.int32),
         log_weights=weights,
@@ -112,9 +112,8 @@ def test_a_draw_too_rare_for_the_grid_refuses_its_row(tokens: Path) -> None:
         entropy=figures,
         label_logprob=-figures,
         label_rank=np.zeros(num, np.int32),
-        excluded_mass=np.zeros(num, np.float32),
-        lse=figures,
     )
+    found = HostBatch(targets=targets, excluded_mass=np.zeros(num, np.float32), lse=figures)
     (bad, reason), (good, fine) = cut_rows(found, [first, second])
     assert reason is not None and reason.row == first.row and "log weight 7.0625" in reason.reason
     assert bad.targets.num_entries == 0 and bad.targets.log_weights is not None

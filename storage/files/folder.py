@@ -1,0 +1,53 @@
+"""What a place of a store must be able to do; local folders and object stores both keep to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+SUBFOLDERS = ("units", "failures", "tmp")
+URL_SCHEMES = ("s3://", "gs://", "az://", "file://", "memory://")
+StorePath = str | Path
+
+
+class StoreFolder(Protocol):
+    """A flat set of named objects; names are relative with `/` and never leave the folder."""
+
+    url: str
+    parallel_reads: int
+
+    def prepare(self) -> None:
+        """Make the folder, and those above it, ready for writing; WriteFailedError when it cannot be written."""
+
+    def check_writable(self) -> None:
+        """Raise WriteFailedError when it is plain, without writing anything, that no store can be made here."""
+
+    def explain_absence(self) -> str:
+        """One line for a person who named this place although it holds no store."""
+
+    def read(self, name: str, *, max_bytes: int) -> bytes | None:
+        """Whole object, or None when it does not exist."""
+
+    def read_range(self, name: str, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes; CorruptError when the object is missing or shorter."""
+
+    def size(self, name: str) -> int | None:
+        """Bytes of an object, or None."""
+
+    def names(self, prefix: str) -> list[str]:
+        """Names of the objects in one subfolder ('' for the top), without the prefix, sorted."""
+
+    def put(self, name: str, data: bytes | memoryview) -> None:
+        """Publish a whole object durably under a name that nobody else writes."""
+
+    def create(self, name: str, data: bytes | memoryview) -> bool:
+        """Publish durably unless the name exists: True if this call made it. The commit point."""
+
+    def delete(self, name: str) -> None:
+        """Remove an object; a missing one is no error."""
+
+    def remove_if_empty(self) -> None:
+        """Remove the folder and its subfolders as far as nothing is in them."""
+
+    def map(self, name: str, size: int) -> memoryview | None:
+        """Memory map of an object of exactly `size` bytes, or None where that is not possible."""
