@@ -56,6 +56,7 @@ __all__ = [
 ]
 
 Dtype = Literal["float32", "bfloat16"]
+OptimizerKind = Literal["adamw", "muon"]
 
 
 def _plain_off(value: Any) -> Any:
@@ -176,9 +177,20 @@ class DataConfig(StrictModel):
 
 
 class OptimizerConfig(StrictModel):
-    """AdamW of torch; weight decay on matrices only."""
+    """AdamW of torch, or Muon beside it; weight decay on matrices only."""
 
+    kind: OptimizerKind = Field(
+        default="adamw",
+        description="adamw, or muon: Muon for the matrices of the backbone, AdamW for embeddings, head, norms and "
+        "biases (zero_stage 0 to 2)",
+    )
     lr: float = Field(default=3e-4, gt=0, le=1, description="Peak learning rate")
+    muon_lr: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Peak learning rate of Muon, whose updates are scaled to the size of AdamW's; null takes lr",
+    )
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         default=(0.9, 0.95), description="AdamW betas"
     )
@@ -301,7 +313,7 @@ class TrainConfig(StrictModel):
     curriculum: tuple[Stage, ...] = Field(
         default=(Stage(),), min_length=1, description="Stages in order; one is plain training"
     )
-    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="AdamW")
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="AdamW or Muon")
     schedule: LrSchedule = Field(default_factory=LrSchedule, description="Learning rate")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Saving and resuming")
     logging: LoggingConfig = Field(default_factory=LoggingConfig, description="Metrics")
@@ -342,6 +354,26 @@ class TrainConfig(StrictModel):
             raise ValueError(
                 f"nan_policy skip works with zero_stage 1 and 2, found {self.zero_stage}; use one, or stop"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _muon(self) -> TrainConfig:
+        if self.optimizer.kind != "muon":
+            if self.optimizer.muon_lr is not None:
+                raise ValueError("optimizer.muon_lr is for optimizer.kind muon; set that, or remove it")
+            return self
+        zero = self.deepspeed.get("zero_optimization", {})
+        if self.zero_stage == 3:
+            raise ValueError(
+                "optimizer.kind muon works with zero_stage 0, 1 and 2, found 3, which cuts every matrix; use one of "
+                "them, or optimizer.kind adamw"
+            )
+        for key in ("offload_optimizer", "round_robin_gradients"):
+            if zero.get(key):
+                raise ValueError(
+                    f"deepspeed.zero_optimization.{key} does not work with optimizer.kind muon, which needs the order "
+                    "of the parameters and gathers updates on the device; remove it, or use optimizer.kind adamw"
+                )
         return self
 
     @model_validator(mode="after")

@@ -104,6 +104,10 @@ def _training(facts: CardFacts) -> str:
     start = "random weights" if config.model.path is None else f"the weights of {last_name(config.model.path)}"
     optimizer, schedule = config.optimizer, config.schedule
     epoch = "" if facts.epoch is None else f" (in pass {facts.epoch + 1} over the rows)"
+    names = "AdamW"
+    if optimizer.kind == "muon":
+        muon_lr = optimizer.lr if optimizer.muon_lr is None else optimizer.muon_lr
+        names = f"Muon (lr {muon_lr:g}) for the backbone's matrices, AdamW for the rest"
     rows = [
         ("started from", start),
         ("optimizer steps", f"{facts.step:,}"),
@@ -111,7 +115,7 @@ def _training(facts: CardFacts) -> str:
         ("rows", _count(facts.rows) + epoch),
         ("rows per step", f"{config.data.global_batch_rows:,}"),
         ("order of rows", f"{config.data.order}, seed {config.run.seed}"),
-        ("optimizer", f"AdamW, lr {optimizer.lr:g}, betas {optimizer.betas[0]:g} and {optimizer.betas[1]:g}, "
+        ("optimizer", f"{names}, lr {optimizer.lr:g}, betas {optimizer.betas[0]:g} and {optimizer.betas[1]:g}, "
          f"eps {optimizer.eps:g}, weight decay {optimizer.weight_decay:g}, gradient clip {optimizer.grad_clip:g}"),
         ("learning rate", f"{schedule.kind} over each {schedule.span.rstrip('s')}, warm-up {schedule.warmup}, "
          f"last factor {schedule.min_ratio:g}"),

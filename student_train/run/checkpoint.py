@@ -165,8 +165,8 @@ def differing_lines(saved: dict[str, Any], now: dict[str, Any], *, who: str) -> 
 def check_pinned(checkpoint: Checkpoint, pinned: dict[str, Any]) -> None:
     """Refuse to continue with another value of a pinned key. Raises ResumeError that names each."""
     now = json.loads(json.dumps(pinned))
-    # Checkpoints from before model.init began with the configuration's own std.
-    saved = {"model.init": "config", **checkpoint.manifest["pinned"]}
+    # Checkpoints from before model.init began with the configuration's own std, those before optimizer.kind had AdamW.
+    saved = {"model.init": "config", "optimizer.kind": "adamw", **checkpoint.manifest["pinned"]}
     differing = differing_lines(saved, now, who="the checkpoint")
     if differing:
         raise ResumeError(

@@ -20,7 +20,8 @@ from potstill.storage import Loader, StoreReader
 from potstill.student_train.config.train import TrainConfig
 from potstill.student_train.curriculum.plan import CurriculumPlan, StageSpan
 from potstill.student_train.curriculum.step_objective import step_objective
-from potstill.student_train.model.student import DTYPES, count_parameters
+from potstill.student_train.model.parameters import DTYPES, count_parameters
+from potstill.student_train.run.optimizers import hidden_matrices
 from potstill.student_train.run.preflight import CheckedStart
 from potstill.student_train.run.universal import needs_conversion
 
@@ -124,7 +125,12 @@ def dry_run(start: CheckedStart) -> DryRun:
         reads_sampled=len(sampled) < plan.total_steps - first,
         stages=tuple(stage_figures(config, plan, span) for span in plan.spans),
         memory_bytes=memory_by_part(
-            config, num_parameters=count_parameters(hf), head=head, start=start, device=start.machine.device
+            config,
+            num_parameters=count_parameters(hf),
+            num_muon=sum(p.numel() for p in hidden_matrices(hf)) if config.optimizer.kind == "muon" else 0,
+            head=head,
+            start=start,
+            device=start.machine.device,
         ),
         notes=start.notes,
     )
@@ -217,9 +223,15 @@ def stage_figures(config: TrainConfig, plan: CurriculumPlan, span: StageSpan) ->
 
 
 def memory_by_part(
-    config: TrainConfig, *, num_parameters: int, head: tuple[int, int], start: CheckedStart, device: str
+    config: TrainConfig,
+    *,
+    num_parameters: int,
+    num_muon: int,
+    head: tuple[int, int],
+    start: CheckedStart,
+    device: str,
 ) -> dict[str, int]:
-    """Bytes on one rank by part. `head`: [V, D] of the output projection.
+    """Bytes on one rank by part. `num_muon`: parameters that Muon trains; `head`: [V, D] of the output projection.
 
     ZeRO 1 cuts master weights and optimizer over the ranks, 2 the gradients too, 3 the weights too; 0 nothing. With
     float32 and stage 0 the weights are the master weights. An optimizer that is offloaded lies in the host's memory.
@@ -234,10 +246,15 @@ def memory_by_part(
     bucket = int(zero.get("reduce_bucket_size", REDUCE_BUCKET_ELEMENTS)) if has_bucket else 0
     num_tokens = config.data.micro_batch_rows * start.run.stores.tokens.spec.row_length
     vocab_size, hidden = head
+    moments = 2 * num_parameters - num_muon
+    optimizer = {"AdamW moments (float32)": -(-moments // share["optimizer"]) * 4}
+    if num_muon:
+        optimizer = {"Muon and AdamW moments (float32)": optimizer["AdamW moments (float32)"]}
+        optimizer["Muon's gathered updates"] = num_muon * 2  # bfloat16
     return {
         "weights": -(-num_parameters // share["weights"]) * width,
         "master weights (float32)": -(-num_parameters // share["optimizer"]) * 4 if own_master else 0,
-        "AdamW moments (float32)": -(-num_parameters // share["optimizer"]) * 8,
+        **optimizer,
         "gradients": -(-num_parameters // share["gradients"]) * width,
         "DeepSpeed's reduce bucket": bucket * width,
         "head gradient of the loss (float32)": vocab_size * hidden * 4,

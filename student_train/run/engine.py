@@ -17,7 +17,8 @@ from torch import nn
 from potstill.common.errors import ConfigError, UserError
 from potstill.common.processes import free_port
 from potstill.student_train.config.batch_arithmetic import accumulation_steps
-from potstill.student_train.config.train import OptimizerConfig, TrainConfig
+from potstill.student_train.config.train import TrainConfig
+from potstill.student_train.run.optimizers import OPTIMIZERS, tell_layout
 
 log = logging.getLogger(__name__)
 GROUP_TIMEOUT = timedelta(minutes=30)  # must outlast the longest save (trainer notes 4.4)
@@ -103,6 +104,8 @@ def gather_objects(value: Any) -> list[Any]:
 def deepspeed_config(config: TrainConfig, *, world_size: int, load_universal: bool = False) -> dict[str, Any]:
     """The dictionary for DeepSpeed: the passthrough, and the keys that follow from our own."""
     passed = {key: value for key, value in config.deepspeed.items() if key != "zero_optimization"}
+    if config.optimizer.kind != "adamw" and config.zero_stage > 0:
+        passed = {"zero_allow_untested_optimizer": True, **passed}  # DeepSpeed knows its own and torch's by class
     return {
         **passed,
         "train_micro_batch_size_per_gpu": config.data.micro_batch_rows,
@@ -151,28 +154,14 @@ def zero3_construction(ds_config: dict[str, Any]) -> Iterator[None]:
         unset_hf_deepspeed_config()
 
 
-def build_optimizer(module: nn.Module, options: OptimizerConfig, device: torch.device) -> torch.optim.AdamW:
-    """torch AdamW with weight decay on matrices only; its fused form needs no compiler, unlike DeepSpeed's own."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    matrices = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) >= 2]
-    vectors = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) < 2]
-    groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=options.lr,
-        betas=options.betas,
-        eps=options.eps,
-        fused=device.type == "cuda",
-        foreach=device.type != "cuda",
-    )
-
-
 def build_engine(module: nn.Module, config: TrainConfig, ds_config: dict[str, Any], topology: Topology) -> Any:
     """Wrap the student in a DeepSpeed engine."""
     import deepspeed
 
-    optimizer = build_optimizer(module, config.optimizer, topology.device)
+    optimizer = OPTIMIZERS[config.optimizer.kind](module, config.optimizer, topology.device)
+    groups = [list(group["params"]) for group in optimizer.param_groups]
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=dict(ds_config))
+    tell_layout(optimizer, groups, rank=topology.rank, cut=config.zero_stage > 0)
     if config.nan_policy == "skip":
         # DeepSpeed's own check, which it switches on for bfloat16 only: the step is dropped whole, on all ranks.
         engine.optimizer.check_grad_overflow = True
@@ -180,9 +169,9 @@ def build_engine(module: nn.Module, config: TrainConfig, ds_config: dict[str, An
 
 
 def set_learning_rate(engine: Any, lr: float) -> None:
-    """Write the learning rate of the next optimizer step."""
+    """Write the learning rate of the next optimizer step; a group may have one that is `lr_scale` times as high."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def plain_gradient_norm(engine: Any) -> torch.Tensor | None:

@@ -181,6 +181,7 @@ def pinned_values(config: TrainConfig) -> dict[str, Any]:
         **{f"model.{key}": value for key, value in model.items()},
         "data.global_batch_rows": tree["data"]["global_batch_rows"],
         "data.order": tree["data"]["order"],
+        "optimizer.kind": tree["optimizer"]["kind"],
         "zero_stage": tree["zero_stage"],
     }
 

@@ -23,8 +23,19 @@ CONVERT_TIMEOUT_SECONDS = 24 * 3600
 
 
 def needs_conversion(checkpoint: Checkpoint, world_size: int) -> bool:
-    """ZeRO 1-3 files are cut by rank; ZeRO 0 loads on any number of ranks."""
-    return checkpoint.zero_stage > 0 and checkpoint.world_size != world_size
+    """ZeRO 1-3 files are cut by rank; ZeRO 0 loads on any number of ranks.
+
+    Raises ResumeError where the universal format of DeepSpeed 0.19 does not hold what the optimizer keeps.
+    """
+    needed = checkpoint.zero_stage > 0 and checkpoint.world_size != world_size
+    kind = checkpoint.manifest["pinned"].get("optimizer.kind", "adamw")
+    if needed and kind != "adamw":
+        raise ResumeError(
+            f"{checkpoint.folder} was saved by {checkpoint.world_size} ranks with optimizer.kind {kind} and zero_stage "
+            f"{checkpoint.zero_stage}, and now there are {world_size}: DeepSpeed's universal format holds AdamW's "
+            f"state only. Resume with {checkpoint.world_size} ranks (with zero_stage 0 any number of ranks can resume)"
+        )
+    return needed
 
 
 def universal_folder(checkpoint: Checkpoint) -> Path:

@@ -258,7 +258,7 @@ def test_attention_is_counted_by_its_span_and_its_own_width() -> None:
 def test_a_meter_leaves_out_what_is_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr("potstill.student_train.run.metrics.time.monotonic", lambda: now[0])
-    meter = Meter(torch.device("cpu"))
+    meter = Meter(torch.device("cpu"), ())
     now[0] += 2.0
     with meter.paused():
         now[0] += 30.0

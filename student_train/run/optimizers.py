@@ -1,0 +1,100 @@
+"""The table of optimizers, what each makes of the student's parameters, and how it fits what DeepSpeed does to them.
+
+A new optimizer is one function here that builds it, one entry in OPTIMIZERS, and its name in
+config/train.py (OptimizerKind).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from potstill.student_train.config.train import OptimizerConfig
+from potstill.student_train.run.muon import FlatPart, MuonWithAdamW, places_of
+
+MUON_MOMENTUM = 0.95
+
+
+def shape_of(parameter: Tensor) -> tuple[int, ...]:
+    """Shape of the whole parameter, also where ZeRO-3 holds a part of it."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def adamw_options(options: OptimizerConfig, device: torch.device) -> dict[str, Any]:
+    """Further options of torch.optim.AdamW; its fused form needs no compiler, unlike DeepSpeed's own."""
+    on_gpu = device.type == "cuda"
+    return {"lr": options.lr, "betas": options.betas, "eps": options.eps, "fused": on_gpu, "foreach": not on_gpu}
+
+
+def decayed_groups(parameters: list[nn.Parameter], options: OptimizerConfig, **common: Any) -> list[dict[str, Any]]:
+    """Weight decay on matrices only."""
+    matrices = [p for p in parameters if len(shape_of(p)) >= 2]
+    vectors = [p for p in parameters if len(shape_of(p)) < 2]
+    groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [{**group, **common} for group in groups if group["params"]]
+
+
+def adamw(module: nn.Module, options: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
+    """torch AdamW (Loshchilov and Hutter, arXiv 1711.05101)."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    return torch.optim.AdamW(decayed_groups(parameters, options), **adamw_options(options, device))
+
+
+def muon(module: nn.Module, options: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
+    """Muon for the matrices of the backbone; AdamW for embeddings, head, norms, biases and what loss terms own."""
+    chosen = [p for p in hidden_matrices(module.hf) if p.requires_grad]
+    numbers = {id(p) for p in chosen}
+    rest = [p for p in module.parameters() if p.requires_grad and id(p) not in numbers]
+    lr = options.lr if options.muon_lr is None else options.muon_lr
+    group = {"params": chosen, "kind": "muon", "lr": lr, "weight_decay": options.weight_decay}
+    groups = [{**group, "lr_scale": lr / options.lr}] if chosen else []
+    groups += decayed_groups(rest, options, kind="adamw", lr=options.lr)
+    return MuonWithAdamW(groups, momentum=MUON_MOMENTUM, adamw=adamw_options(options, device))
+
+
+OPTIMIZERS: Mapping[str, Callable[[nn.Module, OptimizerConfig, torch.device], torch.optim.Optimizer]] = {
+    "adamw": adamw,
+    "muon": muon,
+}
+
+
+def hidden_matrices(hf: Any) -> list[nn.Parameter]:
+    """The matrices between hidden layers of a Hugging Face model, of experts too [E, m, n], in its order.
+
+    Not embeddings and the head, whose rows belong to single tokens; nor convolutions.
+    """
+    tables = {id(part.weight) for part in hf.modules() if isinstance(part, nn.Embedding)} | {id(hf.lm_head.weight)}
+    return [
+        parameter
+        for name, parameter in hf.named_parameters()
+        if id(parameter) not in tables
+        and (len(shape_of(parameter)) == 2 or (len(shape_of(parameter)) == 3 and ".experts." in name))
+    ]
+
+
+def tell_layout(optimizer: torch.optim.Optimizer, groups: list[list[nn.Parameter]], *, rank: int, cut: bool) -> None:
+    """Tell Muon which matrices lie in the flat tensors that DeepSpeed has put in place of its parameters.
+
+    groups: the parameters of each group of `optimizer` before that; cut: whether ranks hold a part each (ZeRO 1, 2).
+    The values are compared, so a DeepSpeed that lays them out otherwise is refused (RuntimeError).
+    """
+    if not isinstance(optimizer, MuonWithAdamW):
+        return
+    num_ranks = torch.distributed.get_world_size() if cut else 1
+    for group, before in zip(optimizer.param_groups, groups, strict=True):
+        if group["kind"] != "muon" or all(p.dim() >= 2 for p in group["params"]):
+            continue
+        [flat] = group["params"]
+        start = rank * flat.numel() if cut else 0
+        expected = torch.cat([p.detach().float().reshape(-1) for p in before])[start : start + flat.numel()]
+        if not torch.equal(flat.detach()[: len(expected)].cpu(), expected.cpu()) or flat.numel() * num_ranks < sum(
+            p.numel() for p in before
+        ):
+            raise RuntimeError(
+                "DeepSpeed lays out the flat parameters otherwise than Muon expects (one after another, cut in equal "
+                "parts by rank); take optimizer.kind: adamw, or the version of DeepSpeed that potstill names"
+            )
+        optimizer.parts[flat] = FlatPart(tuple(places_of([shape_of(p) for p in before])), start, num_ranks)
