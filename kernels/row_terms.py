@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from potstill.kernels.settings import LossSettings, tail_at
+from potstill.kernels.checks import tail_at
+from potstill.kernels.settings import LossSettings
 from potstill.kernels.types import SparseTargetTensors
 
 
@@ -148,7 +149,7 @@ def _teacher_buckets(
         total = draws.sum(1) if targets.num_draws is None else draws.new_full(rows.shape, targets.num_draws)
         return (draws / total.clamp_min(1)[:, None]).log(), none
     assert targets.logprobs is not None
-    temperature, mode = settings.teacher_temperature, settings.missing_mass
+    temperature, mode = settings.temperature, settings.missing_mass
     values = torch.where(valid, targets.logprobs[entry].to(dtype), -math.inf)
     if temperature != 1.0:
         values = _tempered(values, temperature)
@@ -207,11 +208,11 @@ def row_terms(
     amount = weights * kd_weights * fix.has_target
     # T^2 on the loss, T on the gradient by z = T u, with the student's T: a temperature of the teacher alone shrinks
     # no gradient that a factor would have to restore. With alpha 0 not even an infinite divergence counts.
-    coefficient = amount * (alpha * settings.temperature)
+    coefficient = amount * (alpha * settings.student_temperature)
     counts = coefficient != 0
     fix_grad = fix_grad + torch.where(counts[:, None], coefficient[:, None] * kd_grad, 0.0)
     dense_t = torch.where(counts, coefficient * dense_t, 0.0)
-    loss = torch.where(counts, coefficient * settings.temperature * kd, 0.0)
+    loss = torch.where(counts, coefficient * settings.student_temperature * kd, 0.0)
     loss = loss + weights * (ce_weight * ce + z_loss * lse.square())
     mean = rest_share * stats.mean_rest + torch.where(fix.used, q1 * stats.fix, 0.0).sum(1)
     kept_mass = torch.where(fix.kept, fix.log_p.exp(), 0.0).sum(1)
@@ -239,7 +240,7 @@ def row_terms(
 
 def _kd_terms(stats: RowStats, fix: FixSet, settings: LossSettings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Divergence [B], its gradient by u = z / T at the fix-ups [B, F], the coefficient off them [B], Q on S [B]."""
-    u = stats.fix / settings.temperature
+    u = stats.fix / settings.student_temperature
     lse = torch.logaddexp(stats.log_rest_t, _safe_lse(u))[:, None]
     log_q = u - lse  # [B, F]
     outside = torch.where(fix.used & ~fix.kept, u, -math.inf)  # a label that is no kept id
@@ -271,7 +272,7 @@ def _divergence_terms(
         rest_q = torch.full_like(log_q_rest, -math.inf)  # no rest bucket
     log_p = torch.cat([fix.log_p, fix.log_rest[:, None]], 1)
     log_q = torch.cat([log_q_kept, rest_q[:, None]], 1)
-    value, a = entry.function(log_p, log_q, **settings.options)
+    value, a = entry.function(log_p, log_q, **settings.constants)
     if mode == "support":
         # Chain through q~ = q / Q_S: d log q~_i / d log q_j = [i = j] - q~_j.
         a = a - log_q.exp() * a.sum(1, keepdim=True)

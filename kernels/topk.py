@@ -13,9 +13,11 @@ from typing import TypedDict, Unpack
 import torch
 from torch import Tensor
 
+from potstill.kernels.checks import check_tensor
 from potstill.kernels.counter_random import uniforms_of_ids
-from potstill.kernels.expand import VALUE_STEP, WEIGHT_TOP
 from potstill.kernels.sampling import (
+    VALUE_STEP,
+    WEIGHT_TOP,
     as_targets,
     count_draws,
     draw_ids,
@@ -24,7 +26,6 @@ from potstill.kernels.sampling import (
     order_by_code,
     round_to_grid,
 )
-from potstill.kernels.settings import check_tensor
 from potstill.kernels.teacher_rows import LogitSource, TeacherChunk
 from potstill.kernels.types import KernelInputError, SparseTargetTensors
 
