@@ -18,7 +18,7 @@ import torch
 from benchmarks.step import finish, measure, parse
 from potstill.kernels.loss import linear_sparse_loss
 from potstill.kernels.types import SparseTargetTensors
-from potstill.student_train.model.student import DTYPES
+from potstill.student_train.model.parameters import DTYPES
 from potstill.student_train.run.engine import stop_distributed
 
 

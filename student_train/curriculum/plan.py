@@ -97,10 +97,20 @@ class CurriculumPlan:
     segments; each draws from its own pool on its own stream, starting at position 0.
     """
 
-    def __init__(self, config: TrainConfig, *, total_steps: int, num_rows: int, stats: RowStats) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        total_steps: int,
+        num_rows: int,
+        stats: RowStats,
+        term_stores: frozenset[str] = frozenset(),
+    ) -> None:
+        """`stats`: figures that row selectors need; `term_stores`: what loss terms read at every step."""
         self.global_batch = config.data.global_batch_rows
         self.total_steps = total_steps
         self._config = config
+        self._term_stores = term_stores
         self._num_rows = num_rows
         if num_rows < self.global_batch:
             raise UserError(
@@ -180,8 +190,8 @@ class CurriculumPlan:
         )
 
     def joined(self, batch: int) -> frozenset[str]:
-        """Exactly the stores that this batch's loss reads; none outside the stages that distil or select."""
-        return self.objective(batch).stores
+        """Exactly the stores that this batch's loss reads; none but those of terms where nothing distils or selects."""
+        return self.objective(batch).stores | self._term_stores
 
     def position(self, batch: int) -> dict[str, int]:
         """Where batch `batch` stands, for people and for the saved state."""

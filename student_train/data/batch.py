@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from potstill.kernels.types import IGNORE_LABEL, SparseTargetTensors
 from potstill.storage import LoadedBatch, ScoresRow, TargetsRow, TokensRow, concatenate
 from potstill.student_train.curriculum.step_objective import StepObjective, TokenChoice
 from potstill.student_train.curriculum.token_selector import TOKEN_POLICIES, choose, known_active, known_weight_sum
+
+if TYPE_CHECKING:
+    from potstill.student_train.model.term import LossTerm
 
 JoinedRow = TargetsRow | ScoresRow
 
@@ -29,6 +32,7 @@ class MicroBatch:
     input_ids, position_ids int64 [B, L]; labels int64 [N] (-100: none); token_weights, kd_weights float32 [N] or None
     (all ones); token_index int64 [N] places of the real tokens in the B*L grid, or None when every row is full;
     row int64 [N] row of each token; columns: figures of stores for a choice that needs the student as well;
+    extras: what loss terms take from the stores' rows, by names of their own;
     weight_sum: sum of the token weights, known before the forward; num_active: how many of them are not 0, where that
     is known as well (a GPU need not be asked then).
     """
@@ -42,6 +46,7 @@ class MicroBatch:
     token_index: Tensor | None
     row: Tensor
     columns: Mapping[str, Tensor]
+    extras: Mapping[str, Tensor]
     weight_sum: float
     num_active: int | None
 
@@ -56,7 +61,9 @@ class MicroBatch:
             for name, value in vars(self).items()
             if isinstance(value, Tensor | SparseTargetTensors)
         }
-        return replace(self, **moved, columns={n: c.to(device, non_blocking=True) for n, c in self.columns.items()})
+        for name in ("columns", "extras"):
+            moved[name] = {n: c.to(device, non_blocking=True) for n, c in getattr(self, name).items()}
+        return replace(self, **moved)
 
 
 def position_ids(doc_lens: np.ndarray, length: int) -> np.ndarray:
@@ -100,12 +107,21 @@ def _columns(choice: TokenChoice, batch: LoadedBatch, part: slice) -> dict[str, 
 
 
 def collate(
-    batch: LoadedBatch, objective: StepObjective, *, micro_batch_rows: int, row_length: int
+    batch: LoadedBatch,
+    objective: StepObjective,
+    *,
+    micro_batch_rows: int,
+    row_length: int,
+    terms: Sequence[LossTerm] = (),
 ) -> list[MicroBatch]:
-    """Cut this rank's rows into micro-batches, on the CPU."""
+    """Cut this rank's rows into micro-batches, on the CPU, with what these loss terms take from the rows."""
+    parts = [slice(first, first + micro_batch_rows) for first in range(0, len(batch.tokens), micro_batch_rows)]
+    micros = [_micro_batch(batch, objective, part, row_length) for part in parts]
+    if not terms:
+        return micros
     return [
-        _micro_batch(batch, objective, slice(first, first + micro_batch_rows), row_length)
-        for first in range(0, len(batch.tokens), micro_batch_rows)
+        replace(micro, extras={name: value for term in terms for name, value in term.columns(batch, part).items()})
+        for micro, part in zip(micros, parts, strict=True)
     ]
 
 
@@ -137,6 +153,7 @@ def _micro_batch(batch: LoadedBatch, objective: StepObjective, part: slice, row_
         token_index=index,
         row=torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(lengths)),
         columns={},
+        extras={},
         weight_sum=float(num_labelled),
         num_active=num_labelled,
     )

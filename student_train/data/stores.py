@@ -19,6 +19,7 @@ from potstill.student_train.curriculum.plan import CurriculumPlan, total_steps
 from potstill.student_train.curriculum.row_selector import needed_stats
 from potstill.student_train.curriculum.schedules import scalar_bounds
 from potstill.student_train.curriculum.step_objective import StepObjective, step_objective
+from potstill.student_train.model.loss_terms import term_stores
 
 log = logging.getLogger(__name__)
 
@@ -209,9 +210,16 @@ def build_plan(config: TrainConfig, stores: Stores) -> CurriculumPlan:
     """The run's plan: which rows, stores and loss settings each global batch has. Raises UserError."""
     names = frozenset().union(*(needed_stats(stage.rows) for stage in config.curriculum))
     steps = total_steps(config, row_length=stores.tokens.spec.row_length)
+    wanted = term_stores(config.model)
+    if not wanted <= set(stores.joined):
+        raise UserError(
+            f"loss terms of the model read the stores {sorted(wanted)}; data.targets and data.scores name "
+            f"{sorted(stores.joined)}: add the missing ones there"
+        )
     return CurriculumPlan(
         config,
         total_steps=steps,
         num_rows=stores.tokens.num_rows,
         stats={name: stores.joined[name].row_stats for name in names},
+        term_stores=wanted,
     )

@@ -15,7 +15,8 @@ from potstill.student_train.data.stores import check_joined, open_store
 from potstill.student_train.evaluation.bits_per_byte import TextBytes, heldout_bytes, tokenizers_beside
 from potstill.student_train.evaluation.heldout import HeldoutEvaluation
 from potstill.student_train.export.weights import Source, find_source, load_model
-from potstill.student_train.model.student import StudentModel, count_parameters
+from potstill.student_train.model.parameters import count_parameters
+from potstill.student_train.model.student import StudentModel
 from potstill.student_train.run.checkpoint import write_json_atomically
 from potstill.student_train.run.run_folder import read_run_config
 

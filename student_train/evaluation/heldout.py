@@ -7,20 +7,20 @@ The same measurement runs inside training (through the DeepSpeed engine, all ran
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from potstill.common.errors import UserError
 from potstill.storage import LoadedBatch, StoreReader, TokensRow
 from potstill.student_train.curriculum.step_objective import StepObjective
 from potstill.student_train.data.batch import JoinedRow, MicroBatch, collate
 from potstill.student_train.evaluation.calibration import NUM_BINS, expected_calibration_error
-from potstill.student_train.model.student import SUM_NAMES
+from potstill.student_train.model.head import SparseLoss
+from potstill.student_train.model.probe import HeldoutRequest
+from potstill.student_train.model.requests import RunsRequests
 
 TARGETS = "heldout_targets"
 
@@ -81,14 +81,14 @@ class HeldoutEvaluation:
         return collate(batch, objective, micro_batch_rows=len(ids), row_length=self.tokens.spec.row_length)[0]
 
     @torch.no_grad()
-    def measure(self, model: Callable[..., tuple[Tensor, Tensor]]) -> dict[str, float | None]:
+    def measure(self, model: RunsRequests) -> dict[str, float | None]:
         """Figures over all rows; `model` is a StudentModel or the engine around one (a collective call)."""
         from torch import distributed
 
         sampled = self.targets is not None and (self.targets.spec.selection or {}).get("mode") == "sample"
         objective = measuring_objective(with_targets=self.targets is not None, sampled=sampled)
-        one = torch.ones((), device=self.device)
-        total = torch.zeros(len(SUM_NAMES) + 3 * NUM_BINS, dtype=torch.float64, device=self.device)
+        names = SparseLoss.sum_names
+        total = torch.zeros(len(names) + 3 * NUM_BINS, dtype=torch.float64, device=self.device)
         was_training = bool(getattr(model, "training", False))
         model.eval()  # type: ignore[attr-defined]
         for rows, counted in self._batches():
@@ -97,14 +97,13 @@ class HeldoutEvaluation:
                 micro = replace(
                     micro, token_weights=torch.zeros(micro.labels.shape[0], device=self.device), num_active=0
                 )
-            _, sums = model(micro, objective, one, calibrate=True)
-            total += sums
+            total += torch.cat(model(HeldoutRequest(micro, objective)))
         model.train(was_training)  # type: ignore[attr-defined]
         if distributed.is_available() and distributed.is_initialized() and self.world_size > 1:
             distributed.all_reduce(total)
         values = total.tolist()
-        figures = heldout_figures(dict(zip(SUM_NAMES, values, strict=False)), self.num_rows)
-        figures["calibration_error"] = expected_calibration_error(values[len(SUM_NAMES) :])
+        figures = heldout_figures(dict(zip(names, values, strict=False)), self.num_rows)
+        figures["calibration_error"] = expected_calibration_error(values[len(names) :])
         # The loss on draws is a cross-entropy, not a KL.
         return {**figures, "teacher_kl": None} if sampled else figures
 

@@ -21,9 +21,9 @@ from potstill.common.errors import UserError
 from potstill.storage import StoreReader, TokensRow
 from potstill.student_train.config.train import HeldoutConfig, TrainConfig
 from potstill.student_train.data.stores import Stores
-from potstill.student_train.evaluation.heldout import measuring_objective
 from potstill.student_train.export.hf_folder import find_tokenizer
 from potstill.student_train.model.checks import measuring, probe_batch
+from potstill.student_train.model.probe import NextLogitsRequest
 
 log = logging.getLogger(__name__)
 ON_CONSOLE = 2  # texts of an evaluation that are logged; all are in metrics.jsonl
@@ -63,12 +63,11 @@ class TextSampler:
         for row, prompt in enumerate(self.prompts):
             ids[row, : len(prompt.ids)] = torch.tensor(prompt.ids)
         generator = torch.Generator().manual_seed(self.seed)
-        one, objective = torch.ones((), device=device), measuring_objective(with_targets=False)
         # A compiled backbone would be compiled once more for the shape of these rows.
         with measuring(model), torch.compiler.set_stance("force_eager"):
             for _ in range(self.num_tokens):
                 micro = probe_batch(ids.to(device), np.array([width], np.int64))
-                logits = model(micro, objective, one, next_after=(lengths - 1).to(device))
+                logits = model(NextLogitsRequest(micro, after=(lengths - 1).to(device)))
                 ids[rows, lengths] = self._choose(logits.cpu(), generator)
                 lengths += 1
         return [

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from potstill.common.errors import UserError
-from potstill.student_train.model.student import DTYPES
+from potstill.student_train.model.parameters import DTYPES
 from potstill.student_train.run.checkpoint import MANIFEST, Checkpoint, list_checkpoints, read_checkpoint
 from potstill.student_train.run.run_folder import CONFIG_FILE, STUDENT_FOLDER
 
@@ -61,7 +61,8 @@ def checkpoint_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
         state = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
-    return {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
+    # What does not begin so are parameters of loss terms, which are no part of the student.
+    return {name.removeprefix(PREFIX): tensor for name, tensor in state.items() if name.startswith(PREFIX)}
 
 
 def load_model(source: Source, *, dtype: str, attention: str = "sdpa") -> Any:

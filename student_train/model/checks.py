@@ -18,7 +18,8 @@ from torch import Tensor
 from potstill.common.errors import UserError
 from potstill.kernels.types import IGNORE_LABEL
 from potstill.student_train.data.batch import MicroBatch, position_ids
-from potstill.student_train.evaluation.heldout import measuring_objective
+from potstill.student_train.model.probe import BothLogitsRequest, HiddenStatesRequest
+from potstill.student_train.model.requests import RunsRequests
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ def probe_batch(input_ids: Tensor, doc_lens: np.ndarray) -> MicroBatch:
         token_index=None,
         row=torch.arange(num_rows, device=device).repeat_interleave(length),
         columns={},
+        extras={},
         weight_sum=0.0,
         num_active=0,
     )
@@ -70,7 +72,7 @@ def measuring(model: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
-def document_leak(model: Any, head: Any, *, num_rows: int, row_length: int, vocab_size: int) -> float:
+def document_leak(model: RunsRequests, head: Any, *, num_rows: int, row_length: int, vocab_size: int) -> float:
     """How much the hidden states of a document change when other documents change; 0 is what it must be.
 
     Rows of short documents go through the model twice, with other tokens in every second document of the first row.
@@ -84,15 +86,8 @@ def document_leak(model: Any, head: Any, *, num_rows: int, row_length: int, voca
     document = torch.repeat_interleave(torch.arange(len(doc_lens)), torch.from_numpy(doc_lens)).to(ids.device)  # [L]
     other = ids.clone()
     other[0] = torch.where(document % 2 == 0, (ids[0] + 1 + vocab_size // 2) % vocab_size, ids[0])
-    seen: list[Tensor] = []
-    hook = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach().float()))
-    try:
-        one = torch.ones((), device=ids.device)
-        for tokens in (ids, other):
-            model(probe_batch(tokens, doc_lens), measuring_objective(with_targets=False), one)
-    finally:
-        hook.remove()
-    first, second = (hidden.view(num_rows, row_length, -1) for hidden in seen)
+    seen = [model(HiddenStatesRequest(probe_batch(tokens, doc_lens))) for tokens in (ids, other)]
+    first, second = (hidden.float().view(num_rows, row_length, -1) for hidden in seen)
     change = (second - first).norm(dim=-1) / first.norm(dim=-1).clamp(min=1e-12)  # [B, L]
     mine = change[0, :LOOKED_AT][document[:LOOKED_AT] % 2 == 1]
     found = [mine.median()] if len(mine) else []
@@ -101,13 +96,12 @@ def document_leak(model: Any, head: Any, *, num_rows: int, row_length: int, voca
 
 
 @torch.no_grad()
-def logits_difference(model: Any, head: Any, *, row_length: int, vocab_size: int) -> float:
+def logits_difference(model: RunsRequests, head: Any, *, row_length: int, vocab_size: int) -> float:
     """Largest difference between the loss's logits and the model's own, over the largest logit (a collective call)."""
     length = min(HEAD_TOKENS, row_length)
     ids = (torch.arange(length, device=head.weight.device)[None] * 7919 + 13) % vocab_size
     micro = probe_batch(ids, np.array([length], np.int64))
-    one = torch.ones((), device=ids.device)
-    ours, theirs = model(micro, measuring_objective(with_targets=False), one, probe=True)
+    ours, theirs = model(BothLogitsRequest(micro))
     return float((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max().clamp(min=1e-9))
 
 

@@ -22,12 +22,15 @@ import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from potstill.common.errors import UserError
+from potstill.student_train.config.train import ModelConfig
+from potstill.student_train.model.term import LossTerm, TermInput
 
 log = logging.getLogger(__name__)
 
@@ -44,15 +47,29 @@ def expert_counts(config: Any) -> tuple[int, int] | None:
 
 
 @dataclass(frozen=True)
-class RouterBalance:
+class RouterBalance(LossTerm):
     """The load balancing loss of one architecture. `coefficient` is its weight in the loss, above 0."""
 
     function: Callable[..., Tensor]
     num_experts: int
     top_k: int
     coefficient: float
+    # load balancing loss, and the micro-batches that had one
+    sum_names = ("router_aux", "router_batches")
+    parts = MappingProxyType({"router_aux": ("router_aux", "router_batches")})
+    needs_router_logits = True
 
-    def loss(self, router_logits: tuple[Tensor, ...] | None, token_index: Tensor | None) -> Tensor:
+    @classmethod
+    def build(cls, model: ModelConfig, config: Any) -> RouterBalance | None:
+        """By `model.router_aux_loss` and the architecture, see `router_balance`."""
+        return router_balance(model.router_aux_loss, config)
+
+    def loss(self, given: TermInput) -> tuple[Tensor, Tensor]:
+        """coefficient / A * aux of the micro-batch (see above for the weight); sums [2]: aux, 1."""
+        aux = self.aux(given.router_logits, given.micro.token_index)
+        return self.coefficient / given.num_micro_batches * aux, torch.stack([aux.detach(), torch.ones_like(aux)])
+
+    def aux(self, router_logits: tuple[Tensor, ...] | None, token_index: Tensor | None) -> Tensor:
         """aux of one micro-batch, 0-d float32: experts * sum over experts e of f_e * P_e; `top_k` when balanced.
 
         f_e is the mean count of tokens that chose e, P_e the mean router probability of e, both over the real tokens

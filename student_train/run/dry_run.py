@@ -20,7 +20,7 @@ from potstill.storage import Loader, StoreReader
 from potstill.student_train.config.train import TrainConfig
 from potstill.student_train.curriculum.plan import CurriculumPlan, StageSpan
 from potstill.student_train.curriculum.step_objective import step_objective
-from potstill.student_train.model.student import DTYPES, count_parameters
+from potstill.student_train.model.parameters import DTYPES, count_parameters
 from potstill.student_train.run.preflight import CheckedStart
 from potstill.student_train.run.universal import needs_conversion
 

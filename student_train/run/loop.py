@@ -17,6 +17,7 @@ from potstill.student_train.curriculum.plan import CurriculumPlan, rows_digest
 from potstill.student_train.data.batch import MicroBatch, collate
 from potstill.student_train.evaluation.heldout import HeldoutEvaluation, evaluation_line
 from potstill.student_train.evaluation.samples import ON_CONSOLE, TextSampler, sample_line
+from potstill.student_train.model.student import TrainRequest
 from potstill.student_train.run.checkpoint import apply_retention, checkpoint_folder, save_checkpoint
 from potstill.student_train.run.engine import Topology, all_reduce_sum, plain_gradient_norm, set_learning_rate
 from potstill.student_train.run.metrics import Meter, MetricsLog, ModelCost, loss_figures, peak_memory_bytes
@@ -74,7 +75,8 @@ def train_steps(run: Run, progress: Progress) -> str:
         return "done"
     for batch in run.loader:
         objective = run.plan.objective(batch.batch)
-        micros = collate(batch, objective, micro_batch_rows=run.config.data.micro_batch_rows, row_length=run.row_length)
+        options = {"micro_batch_rows": run.config.data.micro_batch_rows, "row_length": run.row_length}
+        micros = collate(batch, objective, terms=run.engine.module.terms, **options)
         normalizer, reason = agree(run, micros)
         if reason is not None:
             save(run)
@@ -82,8 +84,8 @@ def train_steps(run: Run, progress: Progress) -> str:
         run.lr = run.config.optimizer.lr * run.plan.lr_factor(batch.batch)
         set_learning_rate(run.engine, run.lr)
         for micro in micros:
-            options = {"num_micro_batches": len(micros), "self_check": check_due(run)}
-            loss, sums = run.engine(micro.to(run.topology.device), objective, normalizer, **options)
+            placed, check = micro.to(run.topology.device), check_due(run)
+            loss, sums = run.engine(TrainRequest(placed, objective, normalizer, len(micros), self_check=check))
             # Times 1: DeepSpeed 0.19 divides by the accumulation after all when it gets the module's own output.
             run.engine.backward(loss * 1.0, scale_wrt_gas=False)
             run.plain_norm = plain_gradient_norm(run.engine)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from potstill.student_train.config.train import LoggingConfig
-from potstill.student_train.model.student import SUM_NAMES
+from potstill.student_train.model.loss_terms import term_parts
 from potstill.student_train.run.engine import all_reduce_sum
 from potstill.student_train.run.trackers import Tracker, open_trackers
 
@@ -110,13 +110,15 @@ def peak_memory_bytes(device: torch.device) -> int:
 class Meter:
     """Adds up the sums of micro-batches between two lines of metrics."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, sum_names: tuple[str, ...]) -> None:
+        """`sum_names`: those of the student's loss terms, in the order of the sums."""
         self._device = device
+        self._names = (*sum_names, "tokens")
         self.reset()
 
     def reset(self) -> None:
         """Start a new line."""
-        self._sums = torch.zeros(len(SUM_NAMES) + 1, dtype=torch.float64, device=self._device)
+        self._sums = torch.zeros(len(self._names), dtype=torch.float64, device=self._device)
         self._losses: list[Tensor] = []
         self._step_loss = torch.zeros((), dtype=torch.float64, device=self._device)
         self.digests: list[str] = []
@@ -150,21 +152,18 @@ class Meter:
     def reduce(self) -> tuple[dict[str, float], list[float]]:
         """Sums over all ranks by name (and `tokens`), and the loss of each step. One all-reduce, one sync."""
         values = all_reduce_sum(torch.cat([self._sums, torch.stack(self._losses)])).tolist()
-        count = len(SUM_NAMES) + 1
-        return dict(zip((*SUM_NAMES, "tokens"), values[:count], strict=True)), values[count:]
+        count = len(self._names)
+        return dict(zip(self._names, values[:count], strict=True)), values[count:]
 
 
 def loss_figures(sums: dict[str, float]) -> dict[str, float | None]:
-    """Means of a line of metrics; null where nothing was counted (no targets: no KD figures)."""
+    """Means of a line of metrics; null where nothing was counted (no targets: no KD figures), or a term is off."""
 
     def mean(name: str, weight: str) -> float | None:
-        return sums[name] / sums[weight] if sums[weight] > 0 else None
+        return sums[name] / sums[weight] if sums.get(weight, 0.0) > 0 else None
 
     return {
-        "ce": mean("ce", "label_weight"),
-        "kd": mean("kd", "kd_weight"),
-        "z": mean("z", "weight"),
-        "router_aux": mean("router_aux", "router_batches"),
+        **{figure: mean(name, weight) for figure, (name, weight) in term_parts().items()},
         "kept_mass": mean("kept_mass", "target_weight"),
         "student_mass": mean("student_mass", "target_weight"),
         "agreement": mean("agreement", "target_weight"),

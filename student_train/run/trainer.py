@@ -18,7 +18,8 @@ from potstill.student_train.curriculum.plan import CurriculumPlan, describe
 from potstill.student_train.data.stores import Stores
 from potstill.student_train.evaluation.heldout import HeldoutEvaluation
 from potstill.student_train.model.checks import check_model
-from potstill.student_train.model.student import StudentModel, active_parameters, build_student, count_parameters
+from potstill.student_train.model.parameters import active_parameters, count_parameters
+from potstill.student_train.model.student import StudentModel, build_student
 from potstill.student_train.run.checkpoint import Checkpoint, ResumeError, choose_resume, load_checkpoint
 from potstill.student_train.run.engine import (
     Topology,
@@ -158,7 +159,7 @@ def open_run(
                 plan=plan,
                 loader=loader,
                 row_length=stores.tokens.spec.row_length,
-                meter=Meter(topology.device),
+                meter=Meter(topology.device, student.sum_names),
                 metrics=metrics,
                 stop=stop,
                 evaluation=heldout_evaluation(config, stores, topology),

@@ -11,7 +11,7 @@ from potstill.storage import Loader
 from potstill.student_train.data.batch import collate
 from potstill.student_train.model.checks import check_model
 from potstill.student_train.model.hf_config import hf_config
-from potstill.student_train.model.student import build_student
+from potstill.student_train.model.student import TrainRequest, build_student
 from tests.student_train import tiny, workers
 
 
@@ -37,7 +37,8 @@ def test_no_batch_is_compiled_anew(stores) -> None:
                 break
             objective = plan.objective(batch.batch)
             for micro in collate(batch, objective, micro_batch_rows=2, row_length=tiny.ROW_LENGTH):
-                pair = [model(micro, objective, torch.tensor(10.0))[0] for model in (compiled, plain)]
+                request = TrainRequest(micro, objective, torch.tensor(10.0), 1)
+                pair = [model(request)[0] for model in (compiled, plain)]
                 pair[0].backward()
                 losses.append((float(pair[0].detach()), float(pair[1].detach())))
     assert counters["stats"]["unique_graphs"] == 1 and not counters["recompiles"] and not counters["graph_break"]

@@ -17,7 +17,8 @@ from potstill.kernels.loss import linear_sparse_loss, logits_chunk_bytes
 from potstill.launch.cli import main
 from potstill.storage import Loader, StoreReader
 from potstill.student_train.model.hf_config import hf_config
-from potstill.student_train.model.student import build_student, count_parameters
+from potstill.student_train.model.parameters import count_parameters
+from potstill.student_train.model.student import build_student
 from potstill.student_train.run.checkpoint import Checkpoint
 from potstill.student_train.run.dry_run import DryRun, dry_run
 from potstill.student_train.run.dry_run_text import format_dry_run

@@ -257,7 +257,7 @@ def test_attention_is_counted_by_its_span_and_its_own_width() -> None:
 
 
 def test_a_meter_leaves_out_what_is_no_training() -> None:
-    meter = Meter(torch.device("cpu"))
+    meter = Meter(torch.device("cpu"), ())
     with meter.paused():
         time.sleep(0.3)
     assert meter.seconds() < 0.2

@@ -16,7 +16,8 @@ from potstill.common.errors import UserError
 from potstill.student_train.config.train import ModelConfig
 from potstill.student_train.model.hf_config import hf_config
 from potstill.student_train.model.initial_weights import initial_rule, initial_weights, residual_projections
-from potstill.student_train.model.student import build_student, check_initial_std, draw_weights
+from potstill.student_train.model.parameters import check_initial_std, draw_weights
+from potstill.student_train.model.student import build_student
 from potstill.student_train.run.checkpoint import Checkpoint, ResumeError, check_pinned
 from potstill.student_train.run.run_folder import pinned_values
 from tests.dist_harness import run_ranks

@@ -12,10 +12,12 @@ from torch.nn import functional as F
 
 from potstill.storage import LoadedBatch, StoreReader
 from potstill.student_train.config.train import Objective, Stage
-from potstill.student_train.curriculum.step_objective import step_objective
-from potstill.student_train.data.batch import collate, position_ids
+from potstill.student_train.curriculum.step_objective import StepObjective, step_objective
+from potstill.student_train.data.batch import MicroBatch, collate, position_ids
+from potstill.student_train.model.head import SparseLossRequest
 from potstill.student_train.model.hf_config import hf_config
-from potstill.student_train.model.student import SUM_NAMES, StudentModel, build_student, check_initial_std
+from potstill.student_train.model.parameters import check_initial_std
+from potstill.student_train.model.student import StudentModel, TrainRequest, build_student
 from tests.student_train import tiny, workers
 
 
@@ -43,6 +45,11 @@ def micro_of(stores: dict[str, Path], rows: list[int], **stage):
     return micros[0], objective
 
 
+def named_sums(student: StudentModel, micro: MicroBatch, objective: StepObjective) -> dict[str, float]:
+    _, sums = student(TrainRequest(micro, objective, torch.tensor(1.0), 1))
+    return dict(zip(student.sum_names, sums.tolist(), strict=True))
+
+
 def test_positions_restart_and_labels_stop_at_documents() -> None:
     row = tiny.token_rows(2)[0]
     row = replace(row, tokens=np.arange(7, dtype=np.int32), doc_lens=np.array([3, 4], np.int32))
@@ -65,7 +72,7 @@ def test_a_packed_row_equals_its_documents_run_apart(stores, student: StudentMod
 def test_the_loss_is_that_of_the_logits(stores, student: StudentModel) -> None:
     micro, objective = micro_of(stores, [0, 39], alpha=0.7)
     with torch.no_grad():
-        loss, sums = student(micro, objective, torch.tensor(10.0))
+        loss, sums = student(TrainRequest(micro, objective, torch.tensor(10.0), 1))
         logits = student.hf.lm_head(student.hidden_states(micro))
     log_q = F.log_softmax(logits, -1)
     found = micro.labels >= 0
@@ -82,7 +89,7 @@ def test_the_loss_is_that_of_the_logits(stores, student: StudentModel) -> None:
             log_p, tail = log_p - norm, tail - norm
             kd += (log_p.exp() * (log_p - log_q[n, ids])).sum() + tail.exp() * (tail - rest.log())
     assert float(loss) == pytest.approx(float(0.7 * kd + 0.3 * ce) / 10, rel=1e-9)
-    named = dict(zip(SUM_NAMES, sums.tolist(), strict=True))
+    named = dict(zip(student.sum_names, sums.tolist(), strict=True))
     assert named["ce"] == pytest.approx(float(ce), rel=1e-5)
     assert named["kd"] == pytest.approx(float(kd), rel=1e-5)
     assert named["labelled"] == named["positions"] == float(found.sum()) == micro.weight_sum
@@ -101,7 +108,7 @@ def test_the_loss_is_that_of_the_logits(stores, student: StudentModel) -> None:
 )
 def test_the_weight_sum_of_a_choice_is_known_before_the_forward(stores, student: StudentModel, tokens) -> None:
     micro, objective = micro_of(stores, [3, 39], tokens=tokens)
-    named = dict(zip(SUM_NAMES, student(micro, objective, torch.tensor(1.0))[1].tolist(), strict=True))
+    named = named_sums(student, micro, objective)
     assert named["weight"] == pytest.approx(micro.weight_sum, rel=1e-5)
     assert 0 < named["positions"] <= named["labelled"]
 
@@ -109,7 +116,7 @@ def test_the_weight_sum_of_a_choice_is_known_before_the_forward(stores, student:
 def test_kd_only_selection_leaves_the_labels_alone(stores, student: StudentModel) -> None:
     choice = {"policy": "skip_low_entropy", "source": "teacher", "share": 0.85, "applies_to": "kd"}
     micro, objective = micro_of(stores, [3, 4], tokens=choice)
-    named = dict(zip(SUM_NAMES, student(micro, objective, torch.tensor(1.0))[1].tolist(), strict=True))
+    named = named_sums(student, micro, objective)
     assert named["positions"] == named["labelled"] > named["kd_positions"] > 0
     assert named["kd_weight"] < named["label_weight"] == micro.weight_sum
 
@@ -117,9 +124,7 @@ def test_kd_only_selection_leaves_the_labels_alone(stores, student: StudentModel
 def test_unselected_positions_have_no_gradient_through_the_head(stores, student: StudentModel) -> None:
     micro, objective = micro_of(stores, [5], tokens={"policy": "random", "share": 0.25})
     hidden = student.hidden_states(micro).detach().requires_grad_()
-    from potstill.student_train.model.student import LossRequest
-
-    student.hf.lm_head(hidden, LossRequest(micro, objective, torch.tensor(1.0)))[0].backward()
+    student.hf.lm_head(hidden, SparseLossRequest(micro, objective, torch.tensor(1.0)))[0].backward()
     moved = hidden.grad.abs().sum(1) > 0
     assert torch.equal(moved, micro.token_weights > 0)
 

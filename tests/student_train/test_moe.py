@@ -17,7 +17,9 @@ from potstill.student_train.config.train import Objective, Stage
 from potstill.student_train.curriculum.step_objective import step_objective
 from potstill.student_train.data.batch import collate
 from potstill.student_train.model.hf_config import hf_config
-from potstill.student_train.model.student import StudentModel, active_parameters, build_student, count_parameters
+from potstill.student_train.model.parameters import active_parameters, count_parameters
+from potstill.student_train.model.router import RouterBalance
+from potstill.student_train.model.student import StudentModel, TrainRequest, build_student
 from potstill.student_train.run.engine import Topology
 from potstill.student_train.run.metrics import ModelCost, read_metrics
 from potstill.student_train.run.trainer import model_cost
@@ -55,7 +57,8 @@ def build(kind: str, stores: dict[str, Path]) -> tuple[StudentModel, Any]:
 def test_packing_gradients_and_cost(stores, kind: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="potstill"):
         student, student_config = build(kind, stores)
-    assert student.balance is not None and student.balance.coefficient == student_config.router_aux_loss_coef > 0
+    [balance] = [term for term in student.terms if isinstance(term, RouterBalance)]
+    assert balance.coefficient == student_config.router_aux_loss_coef > 0
     assert "load balancing" not in caplog.text
     rows = [0, 39]
     readers = {name: StoreReader(stores[name]) for name in ("tokens", "teacher")}
@@ -72,7 +75,7 @@ def test_packing_gradients_and_cost(stores, kind: str, caplog: pytest.LogCapture
         ]
     torch.testing.assert_close(student.hidden_states(micro), torch.cat(apart), rtol=1e-3, atol=1e-4)
 
-    student(micro, objective, torch.tensor(10.0), self_check=True)[0].backward()
+    student(TrainRequest(micro, objective, torch.tensor(10.0), 1, self_check=True))[0].backward()
     idle = [name for name, p in student.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert idle == [], "experts and router learn too"
 

@@ -16,8 +16,9 @@ from potstill.student_train.config.train import Objective, Stage
 from potstill.student_train.curriculum.step_objective import StepObjective, step_objective
 from potstill.student_train.data.batch import MicroBatch, collate
 from potstill.student_train.data.stores import build_plan, open_stores
+from potstill.student_train.model.head import SparseLoss, SparseLossRequest
 from potstill.student_train.model.hf_config import hf_config
-from potstill.student_train.model.student import SUM_NAMES, StudentModel, build_student
+from potstill.student_train.model.student import StudentModel, TrainRequest, build_student
 from potstill.student_train.run.metrics import loss_figures, read_metrics
 from tests.dist_harness import run_ranks
 from tests.student_train import tiny, workers
@@ -86,8 +87,8 @@ def test_padding_does_not_count(stores) -> None:
     assert micro.token_index is not None
 
     def aux(micro: MicroBatch) -> float:
-        sums = student(micro, objective, torch.tensor(10.0), num_micro_batches=1)[1]
-        return dict(zip(SUM_NAMES, sums.tolist(), strict=True))["router_aux"]
+        sums = student(TrainRequest(micro, objective, torch.tensor(10.0), 1))[1]
+        return dict(zip(student.sum_names, sums.tolist(), strict=True))["router_aux"]
 
     before = aux(micro)
     padding = torch.ones(micro.input_ids.numel(), dtype=torch.bool)
@@ -101,11 +102,11 @@ def test_it_is_what_transformers_adds(stores, kind: str) -> None:
     """A full row: the architecture's own forward knows no padding without a mask."""
     student = build(stores, kind)
     micro, objective = micro_of(stores, [0])
-    sums = student(micro, objective, torch.tensor(10.0), num_micro_batches=1)[1]
+    sums = student(TrainRequest(micro, objective, torch.tensor(10.0), 1))[1]
     hf = build(stores, kind).hf
     hf.eval()
     own = hf(input_ids=micro.input_ids, position_ids=micro.position_ids, output_router_logits=True, use_cache=False)
-    found = dict(zip(SUM_NAMES, sums.tolist(), strict=True))
+    found = dict(zip(student.sum_names, sums.tolist(), strict=True))
     assert found["router_batches"] == 1.0
     assert found["router_aux"] == pytest.approx(float(own.aux_loss.detach()), rel=1e-6)
 
@@ -124,20 +125,21 @@ def graph(node: Any) -> list[str]:
 
 @pytest.mark.parametrize("coefficient", [None, 0.0])
 def test_without_it_nothing_changes(stores, coefficient: float | None) -> None:
-    """A dense student, and a mixture with the weight 0: the same graph and bits as a forward without accumulation."""
+    """A dense student, and a mixture with the weight 0: the same graph and bits as backbone and head alone."""
     if coefficient is None:
         config = workers.config_of(tiny.config_tree(stores, Path("unused"))).model
         student = build_student(config, hf_config(config, vocab_size=tiny.VOCAB), seed=0)
     else:
         student = build(stores, router_aux_loss=coefficient)
-    assert student.balance is None
+    assert [type(term) for term in student.terms] == [SparseLoss]
     micro, objective = micro_of(stores, [0, SHORT_ROW])
-    (plain, plain_sums), (loss, sums) = (
-        student(micro, objective, torch.tensor(10.0), num_micro_batches=number) for number in (None, 3)
-    )
+    alone = SparseLossRequest(micro, objective, torch.tensor(10.0))
+    plain, plain_sums = student.hf.lm_head(student.hidden_states(micro), alone)
+    loss, sums = student(TrainRequest(micro, objective, torch.tensor(10.0), 3))
     assert torch.equal(plain, loss) and torch.equal(plain_sums, sums)
     assert graph(plain.grad_fn) == graph(loss.grad_fn)
-    assert loss_figures({**dict(zip(SUM_NAMES, sums.tolist(), strict=True)), "tokens": 1.0})["router_aux"] is None
+    named = dict(zip(student.sum_names, sums.tolist(), strict=True))
+    assert loss_figures({**named, "tokens": 1.0})["router_aux"] is None
 
 
 def test_held_out_figures_are_without_it(stores, tmp_path: Path) -> None:
@@ -201,4 +203,4 @@ def test_experts_in_name_only(stores) -> None:
     )
     micro, objective = micro_of(stores, [0])
     with pytest.raises(UserError, match=r"model\.router_aux_loss: no layer"):
-        student(micro, objective, torch.tensor(10.0), num_micro_batches=1)
+        student(TrainRequest(micro, objective, torch.tensor(10.0), 1))

@@ -13,6 +13,7 @@ from potstill.common.errors import UserError
 from potstill.student_train.data.stores import open_stores
 from potstill.student_train.evaluation.samples import TextSampler, sample_line, text_sampler
 from potstill.student_train.model.hf_config import hf_config
+from potstill.student_train.model.probe import NextLogitsRequest
 from potstill.student_train.model.student import build_student
 from potstill.student_train.run.metrics import read_metrics
 from tests.dist_harness import run_ranks
@@ -93,8 +94,8 @@ def test_a_text_ends_before_the_end_of_its_document(stores: dict[str, Path], tmp
     class Ends(torch.nn.Module):
         """Says w1 until place 6 of a row, and then the end of the document."""
 
-        def forward(self, micro: Any, objective: Any, normalizer: Any, *, next_after: torch.Tensor) -> torch.Tensor:
-            chosen = torch.where(next_after < 6, 1, 7)
+        def forward(self, request: NextLogitsRequest) -> torch.Tensor:
+            chosen = torch.where(request.after < 6, 1, 7)
             return torch.nn.functional.one_hot(chosen, tiny.VOCAB).float()
 
     for prompt, text in zip(sampler.prompts, sampler.write(Ends(), device=torch.device("cpu")), strict=True):

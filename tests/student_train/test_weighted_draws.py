@@ -14,7 +14,7 @@ from potstill.storage import Loader, SparseTargets, StoreReader, TargetsRow, Tok
 from potstill.student_train.data.batch import collate
 from potstill.student_train.data.stores import build_plan, open_stores
 from potstill.student_train.model.hf_config import hf_config
-from potstill.student_train.model.student import build_student
+from potstill.student_train.model.student import TrainRequest, build_student
 from potstill.student_train.run.metrics import read_metrics
 from tests.dist_harness import run_ranks
 from tests.student_train import tiny, workers
@@ -66,7 +66,7 @@ def test_the_loss_is_the_sum_over_the_weights(tree: dict[str, Any], missing_mass
     with Loader(plan, stores.tokens, dict(stores.joined)) as loader:
         batch = next(iter(loader))
     (micro,) = collate(batch, plan.objective(0), micro_batch_rows=4, row_length=tiny.ROW_LENGTH)
-    loss, _ = student(micro, plan.objective(0), torch.ones((), dtype=torch.float64))
+    loss, _ = student(TrainRequest(micro, plan.objective(0), torch.ones((), dtype=torch.float64), 1))
     logits = student.hf(input_ids=micro.input_ids, position_ids=micro.position_ids).logits.detach()
     log_q = logits.log_softmax(-1).flatten(0, 1)
     assert micro.token_index is None  # rows of full length: the places of the grid are the tokens

@@ -21,7 +21,8 @@ from potstill.student_train.config.train import TrainConfig
 from potstill.student_train.data.batch import collate
 from potstill.student_train.data.stores import build_plan, open_stores
 from potstill.student_train.model.hf_config import hf_config
-from potstill.student_train.model.student import build_student
+from potstill.student_train.model.router import RouterBalance
+from potstill.student_train.model.student import TrainRequest, build_student
 
 
 def config_of(tree: dict[str, Any]) -> TrainConfig:
@@ -97,7 +98,8 @@ def engine_gradients(tree: dict[str, Any], step: int = 0) -> dict[str, np.ndarra
     weight = torch.tensor(sum(micro.weight_sum for micro in micros), dtype=torch.float64)
     dist.all_reduce_sum(weight)
     for number, micro in enumerate(micros):
-        loss, _ = engine(micro, objective, (weight / topology.world_size).float(), num_micro_batches=len(micros))
+        share = (weight / topology.world_size).float()
+        loss, _ = engine(TrainRequest(micro, objective, share, len(micros)))
         engine.backward(loss * 1.0, scale_wrt_gas=False)
         if number < len(micros) - 1:
             engine.step()
@@ -122,7 +124,7 @@ def plain_gradients(tree: dict[str, Any], step: int = 0, *, rows: slice = slice(
     micros = collate(batch, objective, micro_batch_rows=1, row_length=32)
     weight = torch.tensor(sum(micro.weight_sum for micro in micros))
     for micro in micros[rows]:
-        student(micro, objective, weight)[0].backward()
+        student(TrainRequest(micro, objective, weight, len(micros)))[0].backward()
     return {name: p.grad.float().numpy() for name, p in student.named_parameters() if p.grad is not None}
 
 
@@ -167,6 +169,7 @@ def balanced_gradients(tree: dict[str, Any], step: int, *, coefficient: float) -
     student_config = hf_config(config.model, vocab_size=48)
     student = build_student(config.model, student_config, seed=config.run.seed).double()
     student.hf.set_experts_implementation("eager")  # the grouped product has no float64
+    student.terms = tuple(term for term in student.terms if not isinstance(term, RouterBalance))
     routers: list[torch.Tensor] = []
     for module in student.modules():
         if type(module).__name__.endswith("TopKRouter"):
@@ -179,7 +182,7 @@ def balanced_gradients(tree: dict[str, Any], step: int, *, coefficient: float) -
     weight = torch.tensor(sum(micro.weight_sum for micro in micros))
     for micro in micros:
         routers.clear()
-        loss, _ = student(micro, objective, weight)
+        loss, _ = student(TrainRequest(micro, objective, weight, len(micros)))
         num_real = micro.labels.shape[0]  # a row's padding stands behind its real tokens
         probabilities = torch.cat([logits[:num_real].softmax(-1) for logits in routers])  # [layers * N, experts]
         num_experts = probabilities.shape[1]
@@ -209,21 +212,20 @@ def train_with_bad_weights(tree: dict[str, Any], step: int) -> dict[str, Any]:
 
 def train_with_a_bad_batch(tree: dict[str, Any], step: int) -> dict[str, Any]:
     """Train, but the loss of `step` is NaN, as after an overflow in one batch."""
-    from potstill.student_train.model.student import StudentModel
     from potstill.student_train.run import loop, trainer
 
-    honest, agree = StudentModel.forward, loop.agree
+    honest, agree = TrainRequest.run, loop.agree
     now = [0]
 
     def watch(run: Any, micros: Any) -> Any:
         now[0] = run.loop["step"]
         return agree(run, micros)
 
-    def forward(self: Any, *args: Any, **options: Any) -> Any:
-        loss, sums = honest(self, *args, **options)
-        return (loss * float("nan") if now[0] == step and self.training else loss), sums
+    def run(self: Any, student: Any) -> Any:
+        loss, sums = honest(self, student)
+        return (loss * float("nan") if now[0] == step else loss), sums
 
-    loop.agree, StudentModel.forward = watch, forward
+    loop.agree, TrainRequest.run = watch, run
     summary = trainer.train(config_of(tree))
     return {"status": summary.status, "skipped": summary.last.get("skipped_steps")}
 
