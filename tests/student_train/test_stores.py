@@ -154,7 +154,7 @@ def test_draws_hold_at_temperature_one(stores, missing_mass: str, side: str) -> 
     stage = {"targets": "teacher", "divergence": "sampled", "missing_mass": missing_mass, "temperature": 2.0}
     stage["temperature_side"] = side
     message = refused(stores, data=data, curriculum=[stage])
-    assert "curriculum.0.temperature" in message and "draws hold at temperature 1 only" in message
+    assert "curriculum.0: temperature is 2.0 with divergence 'sampled': draws hold at T = 1 only" in message
 
 
 def test_a_temperature_schedule_is_fine_where_no_tail_is_read(stores) -> None:
