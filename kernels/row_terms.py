@@ -8,7 +8,12 @@ bucket and A = sum a,
 
 so the dense pass writes one coefficient per row times exp(z_j - lse of the rest), and a few entries (the
 kept ids and the label) are put in by hand. Shapes: B rows, F = K + 1 fix-up columns, the last one being the
-label when it is not a kept id.
+label when it is not a kept id. All in the accumulation dtype: float32, or float64 for float64 logits.
+
+Why the numbers come out right: probabilities stay logarithms until a divergence is taken, so that a bucket of mass 1e-30
+is compared by its logarithm and not as 0; an absent bucket is -inf on both sides, and 0 * -inf never occurs because the
+divergences ask for p > 0 first. The rest's share q_j / q_r is one exponential of a difference, never a quotient of two
+numbers that underflow together. What is off the fix-ups is never 1 minus what is on them (rows_torch.py says why).
 """
 
 import math
@@ -90,7 +95,11 @@ def build_fix_set(
     width: int,
     dtype: torch.dtype,
 ) -> FixSet:
-    """Padded targets of the tokens `rows` (int64 [B]), with the temperature and missing mass applied."""
+    """Padded targets of the tokens `rows` (int64 [B]), with the temperature and missing mass applied.
+
+    targets: CSR of N tokens, or None; labels int64 [N], -100 none; width: K, a bound of the entries per token;
+    dtype: of the log-probabilities.
+    """
     num_rows = rows.shape[0]
     label = labels[rows]  # [B]
     has_label = label >= 0
@@ -135,7 +144,10 @@ def _teacher_buckets(
     settings: LossSettings,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """log p on the kept entries [B, K] (-inf where invalid) and of the rest bucket [B]."""
+    """log p on the kept entries [B, K] (-inf where invalid) and of the rest bucket [B] (-inf where there is none).
+
+    rows int64 [B]; entry int64 [B, K], place of each entry in the CSR arrays; valid bool [B, K].
+    """
     none = torch.full(rows.shape, -math.inf, dtype=dtype, device=rows.device)
     if targets.log_weights is not None:
         weights = torch.where(valid, targets.log_weights[entry].to(dtype), -math.inf)
@@ -239,7 +251,10 @@ def row_terms(
 
 
 def _kd_terms(stats: RowStats, fix: FixSet, settings: LossSettings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Divergence [B], its gradient by u = z / T at the fix-ups [B, F], the coefficient off them [B], Q on S [B]."""
+    """Divergence [B], its gradient by u = z / T at the fix-ups [B, F], the coefficient off them [B], Q on S [B].
+
+    T is the student's. The coefficient is that of exp(u_j - log_rest_t), as the dense pass has it.
+    """
     u = stats.fix / settings.student_temperature
     lse = torch.logaddexp(stats.log_rest_t, _safe_lse(u))[:, None]
     log_q = u - lse  # [B, F]
@@ -262,7 +277,10 @@ def _kd_terms(stats: RowStats, fix: FixSet, settings: LossSettings) -> tuple[Ten
 def _divergence_terms(
     log_q_kept: Tensor, log_q_rest: Tensor, fix: FixSet, settings: LossSettings
 ) -> tuple[Tensor, Tensor]:
-    """The divergence on the k + 1 buckets as the missing-mass mode lays them out."""
+    """The divergence [B] on the k + 1 buckets as the missing-mass mode lays them out, and a = d / d log q [B, F + 1].
+
+    log_q_kept [B, F], -inf off S; log_q_rest [B].
+    """
     mode, entry = settings.missing_mass, settings.entry
     rest_q = log_q_rest
     if mode == "support":

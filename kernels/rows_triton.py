@@ -1,5 +1,7 @@
 """Launches of the Triton kernels, with the signatures of their torch twins (rows_torch.py, tiles.py).
 
+Slabs keep the dtype of the head (bfloat16, float16, float32): a pass over them is bound by memory, and half the bytes are
+half the time. All else here is float32, as the kernels compute.
 Importing this needs triton; calling it needs a GPU, or triton's interpreter.
 """
 
@@ -45,11 +47,12 @@ def block_shape(vocab_size: int, width: int, dtype: torch.dtype, settings: LossS
 
 
 def slab_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the slab for a head of `dtype`: the same."""
     return dtype
 
 
 def row_stats(slab: Tensor, fix: FixSet, settings: LossSettings, *, keep_exp: bool) -> tuple[RowStats, Tensor]:
-    """Twin of rows_torch.row_stats; the second value is `used` as bytes, for the gradient."""
+    """Twin of rows_torch.row_stats on slab [B, V] (row stride free); the second value is `used` uint8 [B, F]."""
     num_rows, vocab_size = slab.shape
     width = fix.ids.shape[1]
     used = fix.used.to(torch.uint8)
@@ -79,7 +82,7 @@ def row_stats(slab: Tensor, fix: FixSet, settings: LossSettings, *, keep_exp: bo
 def row_gradient(
     slab: Tensor, state: Tensor, stats: RowStats, terms: RowTerms, fix: FixSet, settings: LossSettings
 ) -> Tensor:
-    """Twin of rows_torch.row_gradient."""
+    """Twin of rows_torch.row_gradient on slab [B, V] after row_stats; state: `used` uint8 [B, F]."""
     num_rows, vocab_size = slab.shape
     width = fix.ids.shape[1]
     scale, cap = settings.logit_scale, settings.soft_cap
@@ -112,7 +115,7 @@ def row_gradient(
 
 
 def tile_stats(slab: Tensor, label_ids: Tensor, temperatures: Sequence[float]) -> TileStats:
-    """Twin of tiles.tile_stats."""
+    """Twin of tiles.tile_stats on slab float32 [B, n * TILE] (row stride free), label_ids int64 [B]."""
     num_rows, width = slab.shape
     num_tiles = width // TILE
     shape = (num_rows, num_tiles)
