@@ -10,10 +10,11 @@ so the dense pass writes one coefficient per row times exp(z_j - lse of the rest
 kept ids and the label) are put in by hand. Shapes: B rows, F = K + 1 fix-up columns, the last one being the
 label when it is not a kept id. All in the accumulation dtype: float32, or float64 for float64 logits.
 
-Why the numbers come out right: probabilities stay logarithms until a divergence is taken, so that a bucket of mass 1e-30
-is compared by its logarithm and not as 0; an absent bucket is -inf on both sides, and 0 * -inf never occurs because the
-divergences ask for p > 0 first. The rest's share q_j / q_r is one exponential of a difference, never a quotient of two
-numbers that underflow together. What is off the fix-ups is never 1 minus what is on them (rows_torch.py says why).
+Why the numbers come out right: probabilities stay logarithms until a divergence is taken, so that a bucket of mass
+1e-30 is compared by its logarithm and not as 0; an absent bucket is -inf on both sides, and 0 * -inf never occurs
+because the divergences ask for p > 0 first. The rest's share q_j / q_r is one exponential of a difference, never a
+quotient of two numbers that underflow together. What is off the fix-ups is never 1 minus what is on them (rows_torch.py
+says why).
 """
 
 import math

@@ -1,7 +1,7 @@
 """Launches of the Triton kernels, with the signatures of their torch twins (rows_torch.py, tiles.py).
 
-Slabs keep the dtype of the head (bfloat16, float16, float32): a pass over them is bound by memory, and half the bytes are
-half the time. All else here is float32, as the kernels compute.
+Slabs keep the dtype of the head (bfloat16, float16, float32): a pass over them is bound by memory, and half the bytes
+are half the time. All else here is float32, as the kernels compute.
 Importing this needs triton; calling it needs a GPU, or triton's interpreter.
 """
 

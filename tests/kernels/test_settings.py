@@ -49,9 +49,7 @@ def given() -> dict:
 
 def test_the_example_names_every_field() -> None:
     assert set(CHOSEN) == {field.name for field in dataclasses.fields(LossSettings)}
-    assert all(
-        value != field.default for field, value in zip(dataclasses.fields(LossSettings), CHOSEN.values(), strict=True)
-    )
+    assert all(CHOSEN[field.name] != field.default for field in dataclasses.fields(LossSettings))
 
 
 @pytest.mark.parametrize("options", [LossSettings, CallOptions])
