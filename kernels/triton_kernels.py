@@ -146,8 +146,7 @@ def stats_kernel(
     tl.store(out_ptr + row, log_rest)
     tl.store(out_ptr + num_rows + row, log_rest_t)
     tl.store(out_ptr + 2 * num_rows + row, tl.where(empty, 0.0, mean))
-    top = tl.where(empty, -float("inf"), m * _LN2)
-    tl.store(out_ptr + 3 * num_rows + row, tl.maximum(top, tl.max(fixed, 0)))
+    tl.store(out_ptr + 3 * num_rows + row, tl.maximum(tl.where(empty, -float("inf"), m * _LN2), tl.max(fixed, 0)))
 
 
 @triton.jit

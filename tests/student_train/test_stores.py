@@ -135,6 +135,7 @@ def test_a_student_that_is_not_there(stores, tmp_path: Path) -> None:
         ),
         ({"divergence": "sampled"}, ("curriculum.0.divergence", "top_k", "sampled")),
         ({"divergence": "reverse_kl", "missing_mass": "raw"}, ("curriculum.0", "reverse_kl", "raw")),
+        ({"divergence": "jsd", "options": {"skew": 0.1}}, ("curriculum.0", "'skew'", "'jsd' knows ['beta']")),
     ],
 )
 def test_losses_that_the_store_cannot_serve(stores, stage: dict[str, Any], words: tuple[str, ...]) -> None:
