@@ -4,9 +4,9 @@ Shapes: B rows of a slab, V logits each, F fix-up columns per row (the kept ids 
 All arithmetic is float32, whatever the slab's dtype: bfloat16 has 8 bits, and a sum of V terms in it loses every term
 below 1/256 of the sum. Only what is stored to the slab is rounded to its dtype, once.
 
-One program per row, any V, int64 offsets (B * V passes 2^31), rows on grid axis 0 only (the others end at 65535). A
-row is read in whole unmasked blocks and one masked remainder, because a mask over the whole row costs the 16-byte loads
-when V is odd. No autotuning: the kernels work in place, and a trial run would spoil the data.
+One program per row, any V, int64 offsets of rows (B * V passes 2^31), rows on grid axis 0 only (the others end at
+65535). A row is read in whole unmasked blocks and one masked remainder, because a mask over the whole row costs the
+16-byte loads when V is odd. No autotuning: the kernels work in place, and a trial run would spoil the data.
 
 The sums are those of an online softmax (Milakov and Gimelshein, arXiv 1805.02867): the running maximum is subtracted
 before every exp2, so that no term is above 1, and the sums so far shrink whenever it grows. Maxima and sums are kept in
@@ -52,7 +52,7 @@ def _cap_slope(z, scale, cap):
 def _load(x, offsets, V, scale, cap, MASKED: tl.constexpr, CAP: tl.constexpr, FILL: tl.constexpr):
     """z float32 [BV] (before the scale when there is no cap: it rides on the multiply-add then).
 
-    x: pointer to the row; offsets int64 [BV] of a block; beyond V they read FILL if MASKED.
+    x: pointer to the row; offsets int32 [BV]: the columns of a block; beyond V they read FILL if MASKED.
     """
     if MASKED:
         raw = tl.load(x + offsets, mask=offsets < V, other=FILL).to(tl.float32)
