@@ -1,74 +1,68 @@
-"""Which code runs the row passes: plain torch anywhere, Triton on a GPU."""
+"""Which code runs the passes over logits: plain torch anywhere, Triton on a GPU. One table, one choice."""
 
 import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
 
 from potstill.kernels import products, rows_torch, tiles
-from potstill.kernels import row_terms as objective
+from potstill.kernels.backend import Backend
+from potstill.kernels.two_passes import TwoPasses
 from potstill.kernels.types import KernelInputError
-
-BACKENDS = ("auto", "torch", "triton", "triton_compiled")
-
-
-@dataclass(frozen=True)
-class Backend:
-    """The two row passes of the student, the dtype and row alignment of the slab they work on, the teacher's
-    pass, the functions of size k between the passes, and a gradient times the upstream one."""
-
-    name: str
-    row_stats: Callable[..., Any]
-    row_gradient: Callable[..., Tensor]
-    slab_dtype: Callable[[torch.dtype], torch.dtype]
-    tile_stats: Callable[..., tiles.TileStats]
-    build_fix_set: Callable[..., objective.FixSet]
-    row_terms: Callable[..., objective.RowTerms]
-    scale: Callable[[Tensor, Tensor, torch.dtype], Tensor]
-    row_alignment: int  # elements
-
-    def slab(self, num_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An empty slab [num_rows, V]; each row starts at a multiple of row_alignment elements."""
-        stride = -(-vocab_size // self.row_alignment) * self.row_alignment
-        buffer = torch.empty(num_rows, stride, dtype=self.slab_dtype(dtype), device=device)
-        return buffer[:, :vocab_size]
-
 
 TORCH = Backend(
     name="torch",
-    row_stats=rows_torch.row_stats,
-    row_gradient=rows_torch.row_gradient,
+    slab_pass=TwoPasses(rows_torch.row_stats, rows_torch.row_gradient),
     slab_dtype=rows_torch.slab_dtype,
-    tile_stats=tiles.tile_stats,
-    build_fix_set=objective.build_fix_set,
-    row_terms=objective.row_terms,
-    scale=products.scale,
     row_alignment=1,
+    tile_stats=tiles.tile_stats,
+    scale=products.scale,
 )
 
 
+def _torch() -> Backend:
+    return TORCH
+
+
+def _triton() -> Backend:
+    from potstill.kernels.rows_triton import TRITON  # triton is an extra, and takes a while to import
+
+    return TRITON
+
+
+def _triton_compiled() -> Backend:
+    from potstill.kernels.rows_triton import compiled
+
+    return compiled()
+
+
+# To add a backend: a Backend somewhere, an entry here. All but "torch" need triton and compute in float32.
+BACKENDS: Mapping[str, Callable[[], Backend]] = {
+    "torch": _torch,
+    "triton": _triton,
+    "triton_compiled": _triton_compiled,
+}
+
+
 def has_triton() -> bool:
+    """Whether the package triton is installed (it is not imported)."""
     return importlib.util.find_spec("triton") is not None
 
 
 def choose(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
     """The backend for tensors of a device and dtype; "auto" takes Triton on a GPU and torch elsewhere, and for
-    float64, in which the Triton kernels do not compute."""
-    if name not in BACKENDS:
-        raise KernelInputError(f"backend is {name!r}; expected one of {BACKENDS}")
+    float64, in which the Triton kernels do not compute. Raises KernelInputError where it cannot run."""
+    if name != "auto" and name not in BACKENDS:
+        raise KernelInputError(f"backend is {name!r}; expected one of {('auto', *BACKENDS)}")
     wide = dtype == torch.float64
-    if name == "torch" or (name == "auto" and (device.type != "cuda" or wide)):
-        return TORCH
-    if wide:
+    found = name
+    if name == "auto":
+        found = "torch" if device.type != "cuda" or wide else "triton"
+    if found != "torch" and wide:
         raise KernelInputError(f"backend {name!r} is asked for float64 inputs; it computes in float32")
-    if not has_triton():
+    if found != "torch" and not has_triton():
         raise KernelInputError(
             f"backend {name!r} on {device} needs the package triton, which is not installed;"
             " install it (extra `triton`), or pass backend='torch'"
         )
-    from potstill.kernels.rows_triton import TRITON, compiled
-
-    return compiled() if name == "triton_compiled" else TRITON
+    return BACKENDS[found]()

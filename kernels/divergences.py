@@ -6,7 +6,7 @@ partial derivatives by each log q, taken as free variables:
 
     f(log_p [B, K], log_q [B, K], **options) -> (value [B], a [B, K])
 
-All else (softmax, temperature, missing mass, weights, the dense gradient) is shared: see objective.py.
+All else (softmax, temperature, missing mass, weights, the dense gradient) is shared: see row_terms.py.
 To add one: write such a function, enter it in DIVERGENCES; the tests pick it up from there.
 """
 

@@ -3,27 +3,24 @@
     loss = 1 / normalizer * sum_n w_n [ alpha T^2 kd_n KD_n + ce_weight CE_n + z_loss lse_n^2 ]
 
 T is the student's temperature: 1 where the teacher alone is tempered.
-This is the room's door for losses. Formulas: objective.py and divergences.py; tour: docs/kernels.md.
+This is the room's door for losses. Formulas: row_terms.py and divergences.py; tour: docs/kernels.md.
+
+Every function takes the same options: the fields of LossSettings, one by one or as `settings` whole, and those of
+CallOptions. Without either: KL(teacher || student) on the k + 1 buckets, on all tokens alike.
 """
 
-from typing import Any, Unpack
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from potstill.kernels import self_check as checking
-from potstill.kernels.arguments import (
-    LossOptions,
-    check_linear,
-    check_logits,
-    logits_chunk_bytes,
-    make_plan,
-    under_autocast,
-    with_defaults,
-)
+from potstill.kernels.checks import check_logits
 from potstill.kernels.divergences import DIVERGENCES
-from potstill.kernels.fused_linear import FusedLinearLoss, FusedLoss, LinearTokenLosses
-from potstill.kernels.settings import check_combination
+from potstill.kernels.fused_linear import linear_loss, logits_loss
+from potstill.kernels.loss_call import CallOptions, LinearInputs, LossCall, logits_chunk_bytes, read_options
+from potstill.kernels.settings import LossSettings, check_combination
 from potstill.kernels.statistics import TokenStatistics, run_statistics
 from potstill.kernels.types import (
     IGNORE_LABEL,
@@ -39,8 +36,9 @@ __all__ = [
     "DIVERGENCES",
     "IGNORE_LABEL",
     "MISSING_MASS_MODES",
+    "CallOptions",
     "KernelInputError",
-    "LossOptions",
+    "LossSettings",
     "LossSums",
     "SelfCheckError",
     "SparseTargetArrays",
@@ -48,7 +46,6 @@ __all__ = [
     "TokenStatistics",
     "check_combination",
     "linear_sparse_loss",
-    "linear_sparse_losses",
     "logits_chunk_bytes",
     "self_check",
     "sparse_loss",
@@ -65,64 +62,23 @@ def linear_sparse_loss(
     targets: SparseTargetTensors | None,
     labels: Tensor,
     bias: Tensor | None = None,
-    **options: Unpack[LossOptions],
+    settings: LossSettings | None = None,
+    **options: Any,
 ) -> tuple[Tensor, LossSums]:
     """The loss (0-d, float32; float64 for float64 inputs) and its parts, from hidden states and a head.
 
     hidden [N, D], weight [V, D], bias [V]: one floating dtype (under autocast they are cast to its dtype).
     targets: of N tokens, ids < V; None with alpha 0. labels: int64 [N], -100 none.
-    options: see LossOptions.
+    settings, options: see LossSettings and CallOptions.
 
     Differentiable once in hidden, weight and bias. The gradient is computed in the forward, chunk by chunk;
-    the full [N, V] never exists. Raises KernelInputError (a ValueError) that names the argument.
+    the full [N, V] never exists. Raises KernelInputError (a ValueError) that names the argument, TypeError for an
+    option that there is not.
     """
-    hidden, weight, bias = under_autocast(hidden, weight, bias)
-    check_linear(hidden, weight, bias)
-    plan = make_plan(
-        with_defaults(options),
-        targets=targets,
-        labels=labels,
-        num_tokens=hidden.shape[0],
-        vocab_size=weight.shape[0],
-        like=hidden,
-    )
-    record = torch.is_grad_enabled()
-    needs = tuple(record and value is not None and value.requires_grad for value in (hidden, weight, bias))
-    with torch.autocast(hidden.device.type, enabled=False):
-        loss, sums = FusedLinearLoss.apply(hidden, weight, bias, plan, needs)
-    return loss, LossSums.unstack(sums)
-
-
-@torch.compiler.disable
-def linear_sparse_losses(
-    *,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: SparseTargetTensors | None,
-    labels: Tensor,
-    bias: Tensor | None = None,
-    **options: Unpack[LossOptions],
-) -> Tensor:
-    """The summands of linear_sparse_loss, one per token [N]; `normalizer` plays no part and is refused.
-
-    Any upstream gradient per token is right here, because backward recomputes the logits; that is a
-    fourth product, so take linear_sparse_loss when a weighted sum is all you want.
-    """
-    if options.get("normalizer") is not None:
-        raise KernelInputError("normalizer is given, but losses per token are not divided by anything")
-    hidden, weight, bias = under_autocast(hidden, weight, bias)
-    check_linear(hidden, weight, bias)
-    plan = make_plan(
-        with_defaults(options),
-        targets=targets,
-        labels=labels,
-        num_tokens=hidden.shape[0],
-        vocab_size=weight.shape[0],
-        like=hidden,
-    )
-    with torch.autocast(hidden.device.type, enabled=False):
-        losses: Tensor = LinearTokenLosses.apply(hidden, weight, bias, plan)
-    return losses
+    inputs = LinearInputs.check(hidden, weight, bias)
+    settings, given = read_options(settings, options)
+    call = LossCall.make(settings, given, targets=targets, labels=labels, sizes=inputs.sizes, like=inputs.hidden)
+    return linear_loss(inputs, call)
 
 
 @torch.compiler.disable
@@ -132,24 +88,18 @@ def sparse_loss(
     targets: SparseTargetTensors | None,
     labels: Tensor,
     inplace: bool = False,
-    **options: Unpack[LossOptions],
+    settings: LossSettings | None = None,
+    **options: Any,
 ) -> tuple[Tensor, LossSums]:
     """linear_sparse_loss from given raw logits [N, V].
 
     inplace: the gradient overwrites `logits`, whose values are lost to the caller; saves N V elements.
     """
     check_logits(logits)
-    plan = make_plan(
-        with_defaults(options),
-        targets=targets,
-        labels=labels,
-        num_tokens=logits.shape[0],
-        vocab_size=logits.shape[1],
-        like=logits,
-    )
-    needs_grad = torch.is_grad_enabled() and logits.requires_grad
-    loss, sums = FusedLoss.apply(logits, plan, needs_grad, inplace)
-    return loss, LossSums.unstack(sums)
+    settings, given = read_options(settings, options)
+    sizes = (logits.shape[0], logits.shape[1])
+    call = LossCall.make(settings, given, targets=targets, labels=labels, sizes=sizes, like=logits)
+    return logits_loss(logits, call, inplace=inplace)
 
 
 @torch.compiler.disable
@@ -160,7 +110,8 @@ def self_check(
     targets: SparseTargetTensors | None,
     labels: Tensor,
     bias: Tensor | None = None,
-    **options: Unpack[LossOptions],
+    settings: LossSettings | None = None,
+    **options: Any,
 ) -> dict[str, float]:
     """Compares the path that linear_sparse_loss takes for these arguments with float64, on 16 tokens.
 
@@ -168,30 +119,9 @@ def self_check(
     is above the tolerance of the dtype, and KernelInputError when the targets hold nonsense. The reference
     is computed on the CPU with the head a block at a time. Gradients of the model are not touched.
     """
-    hidden, weight, bias = under_autocast(hidden, weight, bias)
-    check_linear(hidden, weight, bias)
-    checking.check_values(targets, weight.shape[0])
-    arguments: dict[str, Any] = dict(options)
-    arguments |= {"hidden": hidden, "weight": weight, "bias": bias, "targets": targets, "labels": labels}
-    rows = checking.pick_rows(options.get("token_weights"), hidden.shape[0], hidden.device)
-    if rows.shape[0] == 0:
-        return {}
-    call = checking.subset(arguments, rows)
-    leaves = [name for name in ("hidden", "weight", "bias") if call[name] is not None]
-    # Autocast would round the reference's float64 too.
-    with torch.enable_grad(), torch.autocast(hidden.device.type, enabled=False):
-        for name in leaves:
-            call[name] = call[name].detach().requires_grad_()
-        loss, _ = linear_sparse_loss(**call)
-        grads = torch.autograd.grad(loss, [call[name] for name in leaves])
-        values = {f"{name} gradient": grad for name, grad in zip(leaves, grads, strict=True)}
-        logits = checking.wide_logits(call)
-        truth, _ = sparse_loss(logits=logits, **checking.on_cpu(call))
-        (slope,) = torch.autograd.grad(truth, logits)
-    with torch.no_grad():
-        figures = checking.relative_errors(call, values | {"loss": loss}, truth, slope)
-    checking.judge(figures, hidden.dtype)
-    return figures
+    inputs = LinearInputs.check(hidden, weight, bias)
+    settings, given = read_options(settings, options)
+    return checking.compare(inputs, settings, given, targets=targets, labels=labels)
 
 
 @torch.compiler.disable
@@ -202,27 +132,20 @@ def token_statistics(
     labels: Tensor,
     targets: SparseTargetTensors | None = None,
     bias: Tensor | None = None,
-    **options: Unpack[LossOptions],
+    settings: LossSettings | None = None,
+    **options: Any,
 ) -> TokenStatistics:
     """Label log-probability, entropy and divergence of every token, chunked and without gradients.
 
-    Of the options those that shape the divergence and the logits count; without targets the divergence
-    is 0. Weights are refused: every token is measured.
+    Of the settings those that shape the divergence and the logits count, whatever the weights of the terms; without
+    targets the divergence is 0. Weights of tokens are refused: every token is measured.
     """
+    inputs = LinearInputs.check(hidden, weight, bias)
+    settings, given = read_options(settings, options)
     for name in ("token_weights", "kd_weights", "normalizer"):
-        if options.get(name) is not None:
+        if getattr(given, name) is not None:
             raise KernelInputError(f"{name} is given, but statistics are taken of every token alike")
-    hidden, weight, bias = under_autocast(hidden, weight, bias)
-    check_linear(hidden, weight, bias)
-    filled = with_defaults(options)
-    filled["alpha"] = 0.0 if targets is None else 1.0
-    plan = make_plan(
-        filled,
-        targets=targets,
-        labels=labels,
-        num_tokens=hidden.shape[0],
-        vocab_size=weight.shape[0],
-        like=hidden,
-    )
-    with torch.autocast(hidden.device.type, enabled=False):
-        return run_statistics(plan, hidden, weight, bias)
+    settings = settings.without_kd() if targets is None else replace(settings, alpha=1.0, ce_weight=0.0)
+    call = LossCall.make(settings, given, targets=targets, labels=labels, sizes=inputs.sizes, like=inputs.hidden)
+    with torch.autocast(inputs.hidden.device.type, enabled=False):
+        return run_statistics(inputs, call)

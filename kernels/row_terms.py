@@ -8,7 +8,13 @@ bucket and A = sum a,
 
 so the dense pass writes one coefficient per row times exp(z_j - lse of the rest), and a few entries (the
 kept ids and the label) are put in by hand. Shapes: B rows, F = K + 1 fix-up columns, the last one being the
-label when it is not a kept id.
+label when it is not a kept id. All in the accumulation dtype: float32, or float64 for float64 logits.
+
+Why the numbers come out right: probabilities stay logarithms until a divergence is taken, so that a bucket of mass
+1e-30 is compared by its logarithm and not as 0; an absent bucket is -inf on both sides, and 0 * -inf never occurs
+because the divergences ask for p > 0 first. The rest's share q_j / q_r is one exponential of a difference, never a
+quotient of two numbers that underflow together. What is off the fix-ups is never 1 minus what is on them (rows_torch.py
+says why).
 """
 
 import math
@@ -17,7 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from potstill.kernels.settings import LossSettings, tail_at
+from potstill.kernels.checks import tail_at
+from potstill.kernels.settings import LossSettings
 from potstill.kernels.types import SparseTargetTensors
 
 
@@ -89,7 +96,11 @@ def build_fix_set(
     width: int,
     dtype: torch.dtype,
 ) -> FixSet:
-    """Padded targets of the tokens `rows` (int64 [B]), with the temperature and missing mass applied."""
+    """Padded targets of the tokens `rows` (int64 [B]), with the temperature and missing mass applied.
+
+    targets: CSR of N tokens, or None; labels int64 [N], -100 none; width: K, a bound of the entries per token;
+    dtype: of the log-probabilities.
+    """
     num_rows = rows.shape[0]
     label = labels[rows]  # [B]
     has_label = label >= 0
@@ -134,7 +145,10 @@ def _teacher_buckets(
     settings: LossSettings,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """log p on the kept entries [B, K] (-inf where invalid) and of the rest bucket [B]."""
+    """log p on the kept entries [B, K] (-inf where invalid) and of the rest bucket [B] (-inf where there is none).
+
+    rows int64 [B]; entry int64 [B, K], place of each entry in the CSR arrays; valid bool [B, K].
+    """
     none = torch.full(rows.shape, -math.inf, dtype=dtype, device=rows.device)
     if targets.log_weights is not None:
         weights = torch.where(valid, targets.log_weights[entry].to(dtype), -math.inf)
@@ -148,7 +162,7 @@ def _teacher_buckets(
         total = draws.sum(1) if targets.num_draws is None else draws.new_full(rows.shape, targets.num_draws)
         return (draws / total.clamp_min(1)[:, None]).log(), none
     assert targets.logprobs is not None
-    temperature, mode = settings.teacher_temperature, settings.missing_mass
+    temperature, mode = settings.temperature, settings.missing_mass
     values = torch.where(valid, targets.logprobs[entry].to(dtype), -math.inf)
     if temperature != 1.0:
         values = _tempered(values, temperature)
@@ -207,11 +221,11 @@ def row_terms(
     amount = weights * kd_weights * fix.has_target
     # T^2 on the loss, T on the gradient by z = T u, with the student's T: a temperature of the teacher alone shrinks
     # no gradient that a factor would have to restore. With alpha 0 not even an infinite divergence counts.
-    coefficient = amount * (alpha * settings.temperature)
+    coefficient = amount * (alpha * settings.student_temperature)
     counts = coefficient != 0
     fix_grad = fix_grad + torch.where(counts[:, None], coefficient[:, None] * kd_grad, 0.0)
     dense_t = torch.where(counts, coefficient * dense_t, 0.0)
-    loss = torch.where(counts, coefficient * settings.temperature * kd, 0.0)
+    loss = torch.where(counts, coefficient * settings.student_temperature * kd, 0.0)
     loss = loss + weights * (ce_weight * ce + z_loss * lse.square())
     mean = rest_share * stats.mean_rest + torch.where(fix.used, q1 * stats.fix, 0.0).sum(1)
     kept_mass = torch.where(fix.kept, fix.log_p.exp(), 0.0).sum(1)
@@ -238,8 +252,11 @@ def row_terms(
 
 
 def _kd_terms(stats: RowStats, fix: FixSet, settings: LossSettings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Divergence [B], its gradient by u = z / T at the fix-ups [B, F], the coefficient off them [B], Q on S [B]."""
-    u = stats.fix / settings.temperature
+    """Divergence [B], its gradient by u = z / T at the fix-ups [B, F], the coefficient off them [B], Q on S [B].
+
+    T is the student's. The coefficient is that of exp(u_j - log_rest_t), as the dense pass has it.
+    """
+    u = stats.fix / settings.student_temperature
     lse = torch.logaddexp(stats.log_rest_t, _safe_lse(u))[:, None]
     log_q = u - lse  # [B, F]
     outside = torch.where(fix.used & ~fix.kept, u, -math.inf)  # a label that is no kept id
@@ -261,7 +278,10 @@ def _kd_terms(stats: RowStats, fix: FixSet, settings: LossSettings) -> tuple[Ten
 def _divergence_terms(
     log_q_kept: Tensor, log_q_rest: Tensor, fix: FixSet, settings: LossSettings
 ) -> tuple[Tensor, Tensor]:
-    """The divergence on the k + 1 buckets as the missing-mass mode lays them out."""
+    """The divergence [B] on the k + 1 buckets as the missing-mass mode lays them out, and a = d / d log q [B, F + 1].
+
+    log_q_kept [B, F], -inf off S; log_q_rest [B].
+    """
     mode, entry = settings.missing_mass, settings.entry
     rest_q = log_q_rest
     if mode == "support":
@@ -271,7 +291,7 @@ def _divergence_terms(
         rest_q = torch.full_like(log_q_rest, -math.inf)  # no rest bucket
     log_p = torch.cat([fix.log_p, fix.log_rest[:, None]], 1)
     log_q = torch.cat([log_q_kept, rest_q[:, None]], 1)
-    value, a = entry.function(log_p, log_q, **settings.options)
+    value, a = entry.function(log_p, log_q, **settings.constants)
     if mode == "support":
         # Chain through q~ = q / Q_S: d log q~_i / d log q_j = [i = j] - q~_j.
         a = a - log_q.exp() * a.sum(1, keepdim=True)

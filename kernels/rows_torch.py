@@ -1,8 +1,16 @@
 """The row passes in plain torch: the CPU backend, and the reference of the Triton kernels.
 
-`row_stats` streams once over a slab of raw logits, `row_gradient` overwrites it with d loss / d logits.
-Both work on blocks of rows that stay in a core's cache. The fix-up columns leave the stream before it
-starts, so the mass of the rest is a plain sum and never `1 - sum q`, which loses all digits when small.
+`row_stats` streams once over a slab of raw logits, `row_gradient` overwrites it with d loss / d logits. Both work on
+blocks of rows that stay in a core's cache. Shapes: B rows of the slab, V logits each, F fix-up columns (the kept ids
+and the label), M used fix-ups of all rows. All is in the slab's dtype: float32, or float64 for float64 inputs.
+
+Why the numbers come out right:
+- The fix-up columns leave the stream before it starts, so the mass of the rest is a plain sum of what is there. Taken
+  as `1 - sum q` it would lose all digits where it is small, and its logarithm is what the rest bucket is compared by.
+- The row's maximum is subtracted before any exp: no term is above 1 and the largest is 1, so a sum of V terms neither
+  overflows nor underflows to 0, for any size of the logits. The maximum itself is added back to the logarithm.
+- The mean of z is taken of z - max too: of z itself the terms would be as large as the logits and cancel.
+- A softmax is exp(z - lse), one rounding of a difference, and not exp(z) / sum: the quotient would need both in range.
 """
 
 import enum
@@ -14,6 +22,7 @@ from torch import Tensor
 
 from potstill.kernels.row_terms import FixSet, RowStats, RowTerms
 from potstill.kernels.settings import LossSettings
+from potstill.kernels.soft_cap import cap_slope, scale_and_cap_
 
 # Finite, so that (z - max) * exp(z - max) is -0 and not NaN where a column was taken out.
 FILL = -1e30
@@ -30,8 +39,10 @@ class Form(enum.Enum):
 
 @dataclass(frozen=True)
 class SlabState:
-    position: Tensor  # int64 [M] flat positions of the used fix-ups
-    shift: Tensor  # [B]
+    """What row_stats leaves for row_gradient beside the slab."""
+
+    position: Tensor  # int64 [M] flat positions of the used fix-ups in the slab
+    shift: Tensor  # [B] what was subtracted from z: the row's maximum, 0 for a row without a rest
     form: Form
 
 
@@ -40,44 +51,34 @@ def _form(settings: LossSettings, *, keep_exp: bool) -> Form:
     forms = {1.0: Form.EXP, 2.0: Form.ROOT}
     if settings.soft_cap is not None or not keep_exp:
         return Form.LOGITS
-    return forms.get(settings.temperature, Form.LOGITS)
+    return forms.get(settings.student_temperature, Form.LOGITS)
 
 
 def slab_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the slab for a head of `dtype`: never below float32, which costs a CPU no more than bfloat16."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _transform(values: Tensor, settings: LossSettings) -> Tensor:
-    """z from raw logits, in place: scale, then soft cap."""
-    if settings.logit_scale != 1.0:
-        values = values.mul_(settings.logit_scale)
-    if settings.soft_cap is not None:
-        values = values.div_(settings.soft_cap).tanh_().mul_(settings.soft_cap)
-    return values
-
-
-def _slope(values: Tensor, settings: LossSettings) -> Tensor | float:
-    """dz / d raw at z."""
-    if settings.soft_cap is None:
-        return settings.logit_scale
-    return settings.logit_scale * (1 - (values / settings.soft_cap).square())
-
-
 def _blocks(slab: Tensor) -> list[slice]:
+    """Rows of a slab [B, V] in blocks of at most BLOCK_BYTES (one row at least)."""
     rows = max(1, BLOCK_BYTES // max(1, slab.shape[1] * slab.element_size()))
     return [slice(start, start + rows) for start in range(0, slab.shape[0], rows)]
 
 
 def row_stats(slab: Tensor, fix: FixSet, settings: LossSettings, *, keep_exp: bool) -> tuple[RowStats, SlabState]:
-    """Statistics of `slab` [B, V] (float32 or float64 raw logits, overwritten)."""
+    """Statistics of the raw logits `slab` [B, V], contiguous; the slab then holds what the state's form says.
+
+    keep_exp: whether row_gradient will follow, for which the exponentials are kept where they can be.
+    """
     num_rows, vocab_size = slab.shape
-    single = settings.temperature == 1.0
+    single = settings.student_temperature == 1.0
+    scale, cap = settings.logit_scale, settings.soft_cap
     # A -inf logit would make (z - max) * exp(z - max) a NaN; z below FILL has probability 0 either way.
-    fixed = _transform(slab.gather(1, fix.ids), settings).clamp_min_(FILL)
+    fixed = scale_and_cap_(slab.gather(1, fix.ids), logit_scale=scale, soft_cap=cap).clamp_min_(FILL)  # [B, F]
     fixed = torch.where(fix.used, fixed, -math.inf)
-    _transform(slab, settings)
+    scale_and_cap_(slab, logit_scale=scale, soft_cap=cap)
     row, column = fix.used.nonzero(as_tuple=True)
-    position = row * vocab_size + fix.ids[row, column]
+    position = row * vocab_size + fix.ids[row, column]  # [M]
     slab.view(-1)[position] = FILL
     maximum = slab.new_empty(num_rows)
     total, total_t, moment = (torch.empty_like(maximum) for _ in range(3))
@@ -103,7 +104,7 @@ def row_stats(slab: Tensor, fix: FixSet, settings: LossSettings, *, keep_exp: bo
     log_rest = torch.where(empty, -math.inf, shift + total.log())
     log_rest_t = log_rest
     if not single:
-        log_rest_t = torch.where(empty, -math.inf, shift / settings.temperature + total_t.log())
+        log_rest_t = torch.where(empty, -math.inf, shift / settings.student_temperature + total_t.log())
     mean_rest = torch.where(empty, 0.0, shift + moment / total)
     row_max = torch.maximum(torch.where(empty, -math.inf, maximum), fixed.amax(1))
     return RowStats(fixed, log_rest, log_rest_t, mean_rest, row_max), SlabState(position, shift, form)
@@ -112,8 +113,11 @@ def row_stats(slab: Tensor, fix: FixSet, settings: LossSettings, *, keep_exp: bo
 def _block_sums(
     difference: Tensor, buffer: Tensor, settings: LossSettings, form: Form
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of exp(d), exp(d / T) and d exp(d) per row; turns `difference` d into the form to keep."""
-    temperature = settings.temperature
+    """Sums of exp(d), exp(d / T) and d exp(d), each [b], of `difference` d [b, V]; turns d into the form to keep.
+
+    buffer [b, V] is scratch. d <= 0, so every exponential is in (0, 1].
+    """
+    temperature = settings.student_temperature
     if temperature == 2.0:
         # One exponential serves both temperatures: exp(d) is the square of exp(d / 2).
         torch.mul(difference, 0.5, out=buffer).exp_()
@@ -136,8 +140,12 @@ def _block_sums(
 def row_gradient(
     slab: Tensor, state: SlabState, stats: RowStats, terms: RowTerms, fix: FixSet, settings: LossSettings
 ) -> Tensor:
-    """Overwrites `slab` with d loss / d raw logits."""
-    scale = settings.logit_scale
+    """Overwrites `slab` [B, V], as row_stats left it, with d loss / d raw logits.
+
+    Off the fix-ups that is a weight per row times the softmax of the rest: exp(z - shift) is there already where it was
+    kept, and exp(shift - log_rest) <= 1 turns it into the softmax. The fix-ups are put in last.
+    """
+    scale, cap = settings.logit_scale, settings.soft_cap
     if state.form == Form.EXP:
         weight = (terms.dense_t + terms.dense_1) * (state.shift - stats.log_rest).exp()
         slab.mul_(weight[:, None] * scale)
@@ -153,21 +161,22 @@ def row_gradient(
     else:
         for block in _blocks(slab):
             _dense_block(slab[block], block, stats, terms, settings)
-    value = terms.fix_grad * _slope(torch.where(fix.used, stats.fix, 0.0), settings)
+    value = terms.fix_grad * cap_slope(torch.where(fix.used, stats.fix, 0.0), logit_scale=scale, soft_cap=cap)  # [B, F]
     slab.view(-1)[state.position] = value[fix.used]
     return slab
 
 
 def _dense_block(z: Tensor, block: slice, stats: RowStats, terms: RowTerms, settings: LossSettings) -> None:
-    slope = _slope(z, settings)
-    if settings.temperature == 1.0:
+    """The dense gradient of one block of rows z [b, V], which holds logits, in place."""
+    slope = cap_slope(z, logit_scale=settings.logit_scale, soft_cap=settings.soft_cap)
+    if settings.student_temperature == 1.0:
         weight = terms.dense_t[block] + terms.dense_1[block]
         z.sub_(stats.log_rest[block, None]).exp_().mul_(weight[:, None])
     else:
         plain = None
         if settings.plain_gradient:
             plain = (z - stats.log_rest[block, None]).exp_().mul_(terms.dense_1[block, None])
-        z.div_(settings.temperature).sub_(stats.log_rest_t[block, None]).exp_()
+        z.div_(settings.student_temperature).sub_(stats.log_rest_t[block, None]).exp_()
         z.mul_(terms.dense_t[block, None])
         if plain is not None:
             z.add_(plain)

@@ -1,5 +1,7 @@
 """Launches of the Triton kernels, with the signatures of their torch twins (rows_torch.py, tiles.py).
 
+Slabs keep the dtype of the head (bfloat16, float16, float32): a pass over them is bound by memory, and half the bytes
+are half the time. All else here is float32, as the kernels compute.
 Importing this needs triton; calling it needs a GPU, or triton's interpreter.
 """
 
@@ -12,11 +14,13 @@ import triton
 from torch import Tensor
 
 from potstill.kernels import products
-from potstill.kernels.backends import Backend
+from potstill.kernels.backend import Backend
 from potstill.kernels.row_terms import FixSet, RowStats, RowTerms, build_fix_set, row_terms
 from potstill.kernels.settings import LossSettings
+from potstill.kernels.soft_cap import cap_slope
 from potstill.kernels.tiles import TILE, TileStats
 from potstill.kernels.triton_kernels import dense_grad_kernel, scale_kernel, stats_kernel, tile_stats_kernel
+from potstill.kernels.two_passes import TwoPasses
 
 # Columns per step of a row kernel, on 8 warps. Wider ones would need more than 64 registers per thread, and
 # 65536 columns spill 15 KB of them.
@@ -33,7 +37,7 @@ def fill_of(dtype: torch.dtype) -> float:
 
 def block_shape(vocab_size: int, width: int, dtype: torch.dtype, settings: LossSettings) -> dict[str, int]:
     """Block sizes and warps of the row kernels for rows of V columns and F fix-ups."""
-    heavy = settings.soft_cap is not None or (dtype == torch.float32 and settings.temperature != 1.0)
+    heavy = settings.soft_cap is not None or (dtype == torch.float32 and settings.student_temperature != 1.0)
     block = min(HALF_BLOCK if heavy else MAX_BLOCK, max(256, triton.next_power_of_2(vocab_size)))
     return {
         "BV": block,
@@ -43,11 +47,12 @@ def block_shape(vocab_size: int, width: int, dtype: torch.dtype, settings: LossS
 
 
 def slab_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the slab for a head of `dtype`: the same."""
     return dtype
 
 
 def row_stats(slab: Tensor, fix: FixSet, settings: LossSettings, *, keep_exp: bool) -> tuple[RowStats, Tensor]:
-    """Twin of rows_torch.row_stats; the second value is `used` as bytes, for the gradient."""
+    """Twin of rows_torch.row_stats on slab [B, V] (row stride free); the second value is `used` uint8 [B, F]."""
     num_rows, vocab_size = slab.shape
     width = fix.ids.shape[1]
     used = fix.used.to(torch.uint8)
@@ -65,8 +70,8 @@ def row_stats(slab: Tensor, fix: FixSet, settings: LossSettings, *, keep_exp: bo
         width,
         settings.logit_scale,
         settings.soft_cap or 1.0,
-        1 / settings.temperature,
-        TWO=settings.temperature != 1.0,
+        1 / settings.student_temperature,
+        TWO=settings.student_temperature != 1.0,
         CAP=settings.soft_cap is not None,
         FILL=fill_of(slab.dtype),
         **block_shape(vocab_size, width, slab.dtype, settings),
@@ -77,14 +82,12 @@ def row_stats(slab: Tensor, fix: FixSet, settings: LossSettings, *, keep_exp: bo
 def row_gradient(
     slab: Tensor, state: Tensor, stats: RowStats, terms: RowTerms, fix: FixSet, settings: LossSettings
 ) -> Tensor:
-    """Twin of rows_torch.row_gradient."""
+    """Twin of rows_torch.row_gradient on slab [B, V] after row_stats; state: `used` uint8 [B, F]."""
     num_rows, vocab_size = slab.shape
     width = fix.ids.shape[1]
     scale, cap = settings.logit_scale, settings.soft_cap
-    value = terms.fix_grad * scale
-    if cap is not None:
-        value = value * (1 - (torch.where(fix.used, stats.fix, 0.0) / cap).square())
-    single = settings.temperature == 1.0
+    value = terms.fix_grad * cap_slope(torch.where(fix.used, stats.fix, 0.0), logit_scale=scale, soft_cap=cap)  # [B, F]
+    single = settings.student_temperature == 1.0
     first = terms.dense_t + terms.dense_1 if single else terms.dense_t
     slope = scale if cap is None else 1.0
     rows = torch.stack([first * slope, stats.log_rest_t, terms.dense_1 * slope, stats.log_rest])
@@ -102,7 +105,7 @@ def row_gradient(
         width,
         scale,
         cap or 1.0,
-        1 / settings.temperature,
+        1 / settings.student_temperature,
         TWO=not single and settings.plain_gradient,
         CAP=cap is not None,
         FILL=fill_of(slab.dtype),
@@ -112,7 +115,7 @@ def row_gradient(
 
 
 def tile_stats(slab: Tensor, label_ids: Tensor, temperatures: Sequence[float]) -> TileStats:
-    """Twin of tiles.tile_stats."""
+    """Twin of tiles.tile_stats on slab float32 [B, n * TILE] (row stride free), label_ids int64 [B]."""
     num_rows, width = slab.shape
     num_tiles = width // TILE
     shape = (num_rows, num_tiles)
@@ -161,14 +164,11 @@ def scale(value: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 TRITON = Backend(
     name="triton",
-    row_stats=row_stats,
-    row_gradient=row_gradient,
+    slab_pass=TwoPasses(row_stats, row_gradient),
     slab_dtype=slab_dtype,
-    tile_stats=tile_stats,
-    build_fix_set=build_fix_set,
-    row_terms=row_terms,
-    scale=scale,
     row_alignment=64,
+    tile_stats=tile_stats,
+    scale=scale,
 )
 
 
@@ -179,8 +179,10 @@ def compiled() -> Backend:
     They are about a hundred operations on [B, k] tensors: each is nothing, but launched one by one they
     take as long as a good part of a pass over the logits. Compiling takes about a minute per setting.
     """
-    return dataclasses.replace(
-        TRITON,
+    between = TwoPasses(
+        row_stats,
+        row_gradient,
         build_fix_set=torch.compile(build_fix_set, dynamic=True),
         row_terms=torch.compile(row_terms, dynamic=True),
     )
+    return dataclasses.replace(TRITON, name="triton_compiled", slab_pass=between)

@@ -7,13 +7,16 @@ compares loss and gradients with the closed forms in float64 on the CPU.
 
 import logging
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from potstill.kernels.settings import validate_targets
+from potstill.kernels.checks import validate_targets
+from potstill.kernels.fused_linear import linear_loss, logits_loss
+from potstill.kernels.loss_call import CallOptions, LinearInputs, LossCall
+from potstill.kernels.settings import LossSettings
 from potstill.kernels.types import SelfCheckError, SparseTargetTensors
 
 logger = logging.getLogger(__name__)
@@ -24,38 +27,70 @@ BLOCK_ROWS = 4096
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 
+def compare(
+    inputs: LinearInputs,
+    settings: LossSettings,
+    options: CallOptions,
+    *,
+    targets: SparseTargetTensors | None,
+    labels: Tensor,
+) -> dict[str, float]:
+    """Relative errors of the loss and of each gradient on some tokens of the call; {} where no token has a weight.
+
+    Raises KernelInputError for targets that hold nonsense, SelfCheckError for an error above the tolerance.
+    """
+    if targets is not None:
+        # All entries of the batch, once: a duplicate id would lose a gradient without a trace.
+        validate_targets(targets, vocab_size=inputs.sizes[1])
+    rows = pick_rows(options.token_weights, inputs.sizes[0], inputs.hidden.device)
+    if rows.shape[0] == 0:
+        return {}
+    few = None if targets is None else targets.select(rows)
+    labels = labels[rows]
+    options = _of_rows(options, rows)
+    # Cut off from the graph that led to the call. Autocast would round the reference's float64 too.
+    with torch.enable_grad(), torch.autocast(inputs.hidden.device.type, enabled=False):
+        found = {"hidden": inputs.hidden[rows], "weight": inputs.weight, "bias": inputs.bias}
+        leaves = {name: value.detach().requires_grad_() for name, value in found.items() if value is not None}
+        sample = LinearInputs(leaves["hidden"], leaves["weight"], leaves.get("bias"))
+        call = LossCall.make(settings, options, targets=few, labels=labels, sizes=sample.sizes, like=sample.hidden)
+        loss, _ = linear_loss(sample, call)
+        grads = torch.autograd.grad(loss, list(leaves.values()))
+        values = {f"{name} gradient": grad for name, grad in zip(leaves, grads, strict=True)}
+        logits = wide_logits(sample)
+        reference = LossCall.make(
+            settings,
+            _on_cpu(options),
+            targets=None if few is None else few.to("cpu"),
+            labels=labels.to("cpu"),
+            sizes=sample.sizes,
+            like=logits,
+        )
+        truth, _ = logits_loss(logits, reference, inplace=False)
+        (slope,) = torch.autograd.grad(truth, logits)
+    with torch.no_grad():
+        figures = relative_errors(sample, {**values, "loss": loss}, truth, slope)
+    judge(figures, inputs.hidden.dtype)
+    return figures
+
+
 def pick_rows(weights: Tensor | None, num_tokens: int, device: torch.device) -> Tensor:
-    """At most MAX_ROWS tokens, spread evenly over those with a weight."""
+    """At most MAX_ROWS tokens, spread evenly over those with a weight (int64 [R])."""
     rows = torch.arange(num_tokens, device=device) if weights is None else weights.nonzero()[:, 0]
     step = max(1, rows.shape[0] // MAX_ROWS)
     return rows[::step][:MAX_ROWS]
 
 
-def subset(arguments: dict[str, Any], rows: Tensor) -> dict[str, Any]:
-    """The call on the tokens `rows` alone, cut off from the graph that led to it."""
-    out = dict(arguments)
-    for name in ("hidden", "labels", "token_weights", "kd_weights"):
-        if out.get(name) is not None:
-            out[name] = out[name].detach()[rows]
-    for name in ("weight", "bias"):
-        if out.get(name) is not None:
-            out[name] = out[name].detach()
-    targets: SparseTargetTensors | None = out["targets"]
-    out["targets"] = None if targets is None else targets.select(rows)
-    out.pop("num_active", None)
-    out["normalizer"] = None
-    return out
+def _of_rows(options: CallOptions, rows: Tensor) -> CallOptions:
+    """The options of the call on the tokens `rows` alone, divided by the sum of their own weights."""
+    weights, kd_weights = (None if w is None else w[rows] for w in (options.token_weights, options.kd_weights))
+    return replace(options, token_weights=weights, kd_weights=kd_weights, num_active=None, normalizer=None)
 
 
-def on_cpu(arguments: dict[str, Any]) -> dict[str, Any]:
-    """What of the call is not the head or the hidden states, for the reference: the torch path on the CPU."""
-    out = dict(arguments, backend="torch", chunk_bytes=None)
-    for name in ("hidden", "weight", "bias"):
-        out.pop(name, None)
-    for name in ("targets", "labels", "token_weights", "kd_weights"):
-        if out.get(name) is not None:
-            out[name] = out[name].to("cpu")
-    return out
+def _on_cpu(options: CallOptions) -> CallOptions:
+    """The same for the reference: the torch path on the CPU."""
+    weights, kd_weights = (None if w is None else w.to("cpu") for w in (options.token_weights, options.kd_weights))
+    return replace(options, token_weights=weights, kd_weights=kd_weights, backend="torch", chunk_bytes=None)
 
 
 def _blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -66,27 +101,26 @@ def _blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 @torch.no_grad()
-def wide_logits(arguments: dict[str, Any]) -> Tensor:
+def wide_logits(inputs: LinearInputs) -> Tensor:
     """Raw logits [R, V] in float64 on the CPU, a leaf that wants a gradient."""
-    hidden, weight, bias = arguments["hidden"], arguments["weight"], arguments["bias"]
-    wide = hidden.to("cpu", torch.float64)
-    logits = torch.empty(hidden.shape[0], weight.shape[0], dtype=torch.float64)
-    for block, rows in _blocks(weight):
+    wide = inputs.hidden.to("cpu", torch.float64)
+    logits = torch.empty(*inputs.sizes, dtype=torch.float64)
+    for block, rows in _blocks(inputs.weight):
         logits[:, block] = wide @ rows.t()
-    if bias is not None:
-        logits += bias.to("cpu", torch.float64)
+    if inputs.bias is not None:
+        logits += inputs.bias.to("cpu", torch.float64)
     return logits.requires_grad_()
 
 
 def relative_errors(
-    arguments: dict[str, Any], values: dict[str, Tensor], loss: Tensor, slope: Tensor
+    inputs: LinearInputs, values: Mapping[str, Tensor], loss: Tensor, slope: Tensor
 ) -> dict[str, float]:
     """|value - truth| / |truth| (Euclidean) of the loss and of each gradient, from the reference's loss and
     its gradient by the logits, `slope` [R, V]; inf where a value is not finite."""
-    hidden = arguments["hidden"].to("cpu", torch.float64)
+    hidden = inputs.hidden.to("cpu", torch.float64)
     grad_hidden = torch.zeros_like(hidden)
     squares = torch.zeros(2, dtype=torch.float64)  # of the difference and of the truth, of the head's gradient
-    for block, rows in _blocks(arguments["weight"]):
+    for block, rows in _blocks(inputs.weight):
         grad_hidden += slope[:, block] @ rows
         truth = slope[:, block].t() @ hidden
         difference = values["weight gradient"][block].to("cpu", torch.float64) - truth
@@ -119,9 +153,3 @@ def judge(figures: dict[str, float], dtype: torch.dtype) -> None:
             " backend='torch', and report the versions of torch, triton and the driver"
         )
     logger.info("loss path agrees with float64: relative errors %s (limit %g)", listed, limit)
-
-
-def check_values(targets: SparseTargetTensors | None, vocab_size: int) -> None:
-    """All entries of the batch, once: a duplicate id would lose a gradient without a trace."""
-    if targets is not None:
-        validate_targets(targets, vocab_size=vocab_size)

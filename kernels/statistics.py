@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from potstill.kernels import products
-from potstill.kernels.fused_linear import Plan, chunk_terms
+from potstill.kernels.loss_call import LinearInputs, LossCall
 from potstill.kernels.types import LossSums
 
 
@@ -23,13 +23,16 @@ class TokenStatistics:
 
 
 @torch.no_grad()
-def run_statistics(plan: Plan, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> TokenStatistics:
+def run_statistics(inputs: LinearInputs, call: LossCall) -> TokenStatistics:
+    """The figures of every token, chunk by chunk. The call's weights must be 1: its sums are taken as they are."""
+    num_tokens, vocab_size = inputs.sizes
+    device, head = inputs.hidden.device, inputs.weight
     names = LossSums.names()
-    table = torch.zeros(len(names), hidden.shape[0], dtype=plan.weights.dtype, device=hidden.device)
-    for rows in plan.chunks(hidden.shape[0]):
-        slab = plan.backend.slab(rows.shape[0], weight.shape[0], weight.dtype, hidden.device)
-        slab = products.logits(hidden.index_select(0, rows), weight, bias, out=slab)
-        terms, _ = chunk_terms(plan, slab, rows, plan.weights[rows], with_gradient=False)
-        table[:, rows] = terms.sums
+    table = torch.zeros(len(names), num_tokens, dtype=call.weights.dtype, device=device)
+    for rows in call.chunks(num_tokens):
+        slab = call.backend.slab(rows.shape[0], vocab_size, head.dtype, device)
+        slab = products.logits(inputs.hidden.index_select(0, rows), head, inputs.bias, out=slab)
+        _, sums = call.backend.slab_pass(slab, call.tokens(rows), with_gradient=False)
+        table[:, rows] = sums
     column = dict(zip(names, table.unbind(0), strict=True))
     return TokenStatistics(-column["ce"], column["entropy"], column["kd"], column["student_mass"])

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from potstill.kernels import backends, products, tiles
-from potstill.kernels.settings import FLOAT_DTYPES, check_tensor
+from potstill.kernels.backend import Backend
+from potstill.kernels.checks import FLOAT_DTYPES, check_labels, check_logits, check_tensor
+from potstill.kernels.settings import check_scale_and_cap
+from potstill.kernels.soft_cap import scale_and_cap_
 from potstill.kernels.types import IGNORE_LABEL, KernelInputError
 
 CUDA_CHUNK_BYTES = 1 << 30
@@ -89,7 +92,7 @@ class LogitSource:
     soft_cap: float | None
     logit_scale: float
     chunk_rows: int
-    backend: backends.Backend
+    backend: Backend
 
     @classmethod
     def check(
@@ -111,18 +114,14 @@ class LogitSource:
         vocab_size = head_size if vocab_size is None else vocab_size
         if not 1 <= vocab_size <= head_size:
             raise KernelInputError(f"vocab_size is {vocab_size}; expected 1 .. {head_size}, the head's rows")
-        for name, value in (
-            ("logit_scale", logit_scale),
-            ("soft_cap", soft_cap),
-            *(("each of temperatures", t) for t in temperatures),
-        ):
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise KernelInputError(f"{name} is {value}; expected a finite number > 0")
+        check_scale_and_cap(logit_scale=logit_scale, soft_cap=soft_cap)
+        for temperature in temperatures:
+            if not (math.isfinite(temperature) and temperature > 0):
+                raise KernelInputError(f"each of temperatures is {temperature}; expected a finite number > 0")
         if labels is None:
             labels = torch.full((num_tokens,), IGNORE_LABEL, dtype=torch.int64, device=device)
-        check_tensor("labels", labels, shape=(num_tokens,), dtypes=(torch.int64,), device=device)
-        if device.type == "cpu" and num_tokens and int(labels.max()) >= vocab_size:
-            raise KernelInputError(f"labels hold {int(labels.max())}; expected -100 or 0 .. {vocab_size - 1}")
+        read = device.type == "cpu"
+        check_labels(labels, num_tokens=num_tokens, vocab_size=vocab_size, device=device, read=read)
         if chunk_bytes is None:
             chunk_bytes = CUDA_CHUNK_BYTES if device.type == "cuda" else CPU_CHUNK_BYTES
         if chunk_bytes < 1:
@@ -163,10 +162,7 @@ class LogitSource:
         else:
             assert self.hidden is not None and self.weight is not None
             products.logits(self.hidden[rows], self.weight, self.bias, out=head)
-        if self.logit_scale != 1.0:
-            head.mul_(self.logit_scale)
-        if self.soft_cap is not None:
-            head.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
+        scale_and_cap_(head, logit_scale=self.logit_scale, soft_cap=self.soft_cap)
         if self.logits is not None or self.bias is not None:
             # -Inf is a way to rule an id out; the passes need a number, since 0 * -Inf would spoil their sums.
             head.clamp_(min=tiles.FILL)
@@ -186,10 +182,7 @@ def _check_inputs(
     if logits is not None:
         if hidden is not None or weight is not None or bias is not None:
             raise KernelInputError("both logits and hidden states or a head are given; expected one of them")
-        if logits.dim() != 2 or logits.shape[1] < 1 or logits.dtype not in FLOAT_DTYPES:
-            raise KernelInputError(
-                f"logits have shape {list(logits.shape)} and dtype {logits.dtype}; expected [N, V] floats"
-            )
+        check_logits(logits)
         return logits.shape[0], logits.shape[1], logits.device
     if hidden is None or weight is None:
         raise KernelInputError("neither logits nor hidden and weight are given; expected one of them")

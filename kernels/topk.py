@@ -13,13 +13,13 @@ from typing import TypedDict, Unpack
 import torch
 from torch import Tensor
 
+from potstill.kernels.checks import check_tensor
 from potstill.kernels.sampling import (
     as_targets,
     count_draws,
     draw_ids,
     weigh_draws,
 )
-from potstill.kernels.settings import check_tensor
 from potstill.kernels.teacher_rows import LogitSource, TeacherChunk
 from potstill.kernels.types import KernelInputError, SparseTargetTensors
 

@@ -1,9 +1,20 @@
 """The row passes as Triton kernels (launched from rows_triton.py; twins in rows_torch.py and tiles.py).
 
-One program per row, any V, int64 offsets, rows on grid axis 0 only. A row is read in whole unmasked blocks
-and one masked remainder, because a mask over the whole row costs the 16-byte loads when V is odd. Maxima
-and sums are kept in base 2, and the factor log2(e) / T rides on the multiply-add before each exp2: exp2
-alone lowers to one instruction, exp to six. No autotuning: the kernels work in place.
+Shapes: B rows of a slab, V logits each, F fix-up columns per row (the kept ids and the label), n tiles of WIDTH ids.
+All arithmetic is float32, whatever the slab's dtype: bfloat16 has 8 bits, and a sum of V terms in it loses every term
+below 1/256 of the sum. Only what is stored to the slab is rounded to its dtype, once.
+
+One program per row, any V, int64 offsets of rows (B * V passes 2^31), rows on grid axis 0 only (the others end at
+65535). A row is read in whole unmasked blocks and one masked remainder, because a mask over the whole row costs the
+16-byte loads when V is odd. No autotuning: the kernels work in place, and a trial run would spoil the data.
+
+The sums are those of an online softmax (Milakov and Gimelshein, arXiv 1805.02867): the running maximum is subtracted
+before every exp2, so that no term is above 1, and the sums so far shrink whenever it grows. Maxima and sums are kept in
+base 2, and the factor log2(e) / T rides on the multiply-add before each exp2: exp2 alone lowers to one instruction, exp
+to six. With two temperatures one maximum serves both, for x -> x / T keeps the order.
+
+The fix-up columns are taken out of the slab before the stream (overwritten with FILL, whose exponential is exactly 0):
+the mass of the rest is then a sum of what is there, not `1 - sum q`, which loses all digits where the rest is small.
 """
 
 import triton
@@ -15,28 +26,50 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _tanh(x):
-    """tanh from exp2 (the maths library is not there in the interpreter); right for any size of x."""
+    """tanh of x (any shape) from exp2, as the maths library is not there in the interpreter.
+
+    Of |x|, so that the exponential is at most 1 and x of any size gives 1 and not inf / inf.
+    """
     t = tl.exp2(tl.abs(x) * -2.8853900817779268)  # exp(-2 |x|)
     y = (1.0 - t) / (1.0 + t)
     return tl.where(x < 0, -y, y)
 
 
 @triton.jit
+def _capped(raw, scale, cap):
+    """z = cap * tanh(scale * raw / cap); twin of soft_cap.scale_and_cap_."""
+    return cap * _tanh(raw * (scale / cap))
+
+
+@triton.jit
+def _cap_slope(z, scale, cap):
+    """dz / draw at z; twin of soft_cap.cap_slope."""
+    ratio = tl.maximum(z * (1.0 / cap), -1.0)  # the maximum only tames columns that were taken out
+    return scale * (1.0 - ratio * ratio)
+
+
+@triton.jit
 def _load(x, offsets, V, scale, cap, MASKED: tl.constexpr, CAP: tl.constexpr, FILL: tl.constexpr):
-    """z (before the scale when there is no cap: it rides on the multiply-add then)."""
+    """z float32 [BV] (before the scale when there is no cap: it rides on the multiply-add then).
+
+    x: pointer to the row; offsets int32 [BV]: the columns of a block; beyond V they read FILL if MASKED.
+    """
     if MASKED:
         raw = tl.load(x + offsets, mask=offsets < V, other=FILL).to(tl.float32)
     else:
         raw = tl.load(x + offsets).to(tl.float32)
     if CAP:
         # A column taken out must stay out; the cap would bring it back to -cap.
-        return tl.where(raw <= 0.5 * FILL, -1e30, cap * _tanh(raw * (scale / cap)))
+        return tl.where(raw <= 0.5 * FILL, -1e30, _capped(raw, scale, cap))
     return raw
 
 
 @triton.jit
 def _accumulate(z, m, s, s_t, x, c, inv_t, TWO: tl.constexpr):
-    """One block into the running maximum m (base 2), sums s (T = 1), s_t (T), x = sum of e * z."""
+    """One block z [BV] into the running scalars: maximum m (base 2), sums s (T = 1) and s_t (T), x = sum of e * z.
+
+    c: log2(e), times the scale that z lacks; inv_t: 1 / T. Returns the four.
+    """
     new = tl.maximum(m, tl.max(z, 0) * c)
     shrink = tl.exp2(m - new)
     e = tl.exp2(z * c - new)
@@ -49,6 +82,7 @@ def _accumulate(z, m, s, s_t, x, c, inv_t, TWO: tl.constexpr):
 
 @triton.jit
 def _log_sum(m, s, empty):
+    """Natural log of 2^m * s (scalars); -inf for an empty row. In the logarithm, as 2^m alone may overflow."""
     return tl.where(empty, -float("inf"), (m + tl.log2(tl.where(empty, 1.0, s))) * _LN2)
 
 
@@ -57,33 +91,35 @@ def stats_kernel(
     x_ptr,  # [B, V] raw logits, row stride stride_x; the fix-up columns are overwritten with FILL
     id_ptr,  # int64 [B, F]
     used_ptr,  # uint8 [B, F]
-    fix_ptr,  # float32 [B, F] out: z at the fix-ups
+    fix_ptr,  # float32 [B, F] out: z at the fix-ups, -inf where unused
     out_ptr,  # float32 [4, B] out: log_rest, log_rest_t, mean_rest, row_max
-    stride_x,
-    num_rows,
+    stride_x,  # elements from one row of x to the next
+    num_rows,  # B
     V,
     F,
-    scale,
-    cap,
-    inv_t,
-    BV: tl.constexpr,
-    BF: tl.constexpr,
-    TWO: tl.constexpr,
-    CAP: tl.constexpr,
-    FILL: tl.constexpr,
+    scale,  # of the logits, > 0
+    cap,  # of the logits, > 0; 1 without CAP
+    inv_t,  # 1 / T of the student
+    BV: tl.constexpr,  # columns per step, a power of 2
+    BF: tl.constexpr,  # F rounded up to a power of 2
+    TWO: tl.constexpr,  # whether T is not 1: a second sum
+    CAP: tl.constexpr,  # whether there is a soft cap
+    FILL: tl.constexpr,  # finite in the dtype of x and far below every logit
 ):
+    """One row: take the fix-ups out, then stream over the rest once. Twin of rows_torch.row_stats."""
     row = tl.program_id(0).to(tl.int64)
     x = x_ptr + row * stride_x
     f = tl.arange(0, BF)
     used = tl.load(used_ptr + row * F + f, mask=f < F, other=0) != 0
     ids = tl.load(id_ptr + row * F + f, mask=used, other=0)
     raw = tl.load(x + ids, mask=used, other=0.0).to(tl.float32)
-    # All values are in registers before the columns leave the stream, and out before it starts.
+    # All values are in registers before the columns leave the stream, and all are out before it starts. Several threads
+    # may hold the same lane, and others stream over these columns: no step may overtake the one before.
     tl.debug_barrier()
     tl.store(x + ids, FILL, mask=used)
     tl.debug_barrier()
     c = _LOG2E if CAP else scale * _LOG2E
-    fixed = cap * _tanh(raw * (scale / cap)) if CAP else raw * scale
+    fixed = _capped(raw, scale, cap) if CAP else raw * scale
     fixed = tl.where(used, fixed, -float("inf"))
     tl.store(fix_ptr + row * F + f, fixed, mask=f < F)
 
@@ -110,18 +146,20 @@ def stats_kernel(
     tl.store(out_ptr + row, log_rest)
     tl.store(out_ptr + num_rows + row, log_rest_t)
     tl.store(out_ptr + 2 * num_rows + row, tl.where(empty, 0.0, mean))
-    top = tl.where(empty, -float("inf"), m * _LN2)
-    tl.store(out_ptr + 3 * num_rows + row, tl.maximum(top, tl.max(fixed, 0)))
+    tl.store(out_ptr + 3 * num_rows + row, tl.maximum(tl.where(empty, -float("inf"), m * _LN2), tl.max(fixed, 0)))
 
 
 @triton.jit
 def _gradient(z, c1, l1, w1, c2, l2, w2, scale, cap, TWO: tl.constexpr, CAP: tl.constexpr):
+    """d loss / d raw [BV] at z [BV]: one or two softmaxes w * 2^(z c - l), each with its weight per row.
+
+    The logarithm of the sum is subtracted inside the exponential, so that the softmax is at most 1 before w comes.
+    """
     g = w1 * tl.exp2(z * c1 - l1)
     if TWO:
         g += w2 * tl.exp2(z * c2 - l2)
     if CAP:
-        ratio = tl.maximum(z * (1.0 / cap), -1.0)  # the maximum only tames columns that were taken out
-        g = g * (scale * (1.0 - ratio * ratio))
+        g = g * _cap_slope(z, scale, cap)
     return g
 
 
@@ -132,7 +170,7 @@ def dense_grad_kernel(
     used_ptr,  # uint8 [B, F]
     value_ptr,  # float32 [B, F] gradient by the raw logits at the fix-ups
     row_ptr,  # float32 [4, B]: first weight (times the slope's scale without a cap), first lse, second both
-    stride_x,
+    stride_x,  # this and what follows: as in stats_kernel
     num_rows,
     V,
     F,
@@ -141,10 +179,11 @@ def dense_grad_kernel(
     inv_t,
     BV: tl.constexpr,
     BF: tl.constexpr,
-    TWO: tl.constexpr,
+    TWO: tl.constexpr,  # whether there is a second softmax, at T = 1
     CAP: tl.constexpr,
     FILL: tl.constexpr,
 ):
+    """One row: the dense gradient over all columns, then the fix-ups on top. Twin of rows_torch.row_gradient."""
     row = tl.program_id(0).to(tl.int64)
     x = x_ptr + row * stride_x
     w1 = tl.load(row_ptr + row)
@@ -180,14 +219,18 @@ def tile_stats_kernel(
     sum_ptr,  # float32 [1 + NT, B, n] out: sums of exp((z - maximum of the tile) / T)
     moment_ptr,  # float32 [B, n] out: sum of (z - maximum) exp(z - maximum)
     above_ptr,  # int32 [B, n] out: logits that come before the label's
-    stride_x,
+    stride_x,  # elements from one row of x to the next
     plane,  # B * n
-    num_tiles,
-    blocks_per_row,
-    NT: tl.constexpr,
-    TPP: tl.constexpr,
-    WIDTH: tl.constexpr,
+    num_tiles,  # n
+    blocks_per_row,  # programs per row
+    NT: tl.constexpr,  # how many further temperatures
+    TPP: tl.constexpr,  # tiles per program
+    WIDTH: tl.constexpr,  # ids per tile
 ):
+    """TPP tiles of one row. Twin of tiles.tile_stats, but for sums that are relative to the tile's own maximum:
+
+    programs of a row do not know each other's, and the host moves all to the row's maximum afterwards.
+    """
     program = tl.program_id(0)
     row = (program // blocks_per_row).to(tl.int64)
     tile = (program % blocks_per_row) * TPP + tl.arange(0, TPP)
@@ -213,8 +256,13 @@ def tile_stats_kernel(
 
 
 @triton.jit
-def scale_kernel(x_ptr, factor_ptr, count, BLOCK: tl.constexpr):
-    """x *= factor; nothing is read or written when the factor is 1."""
+def scale_kernel(
+    x_ptr,  # [count], any floating dtype, overwritten
+    factor_ptr,  # float32 [1]
+    count,
+    BLOCK: tl.constexpr,  # elements per program
+):
+    """x *= factor; nothing is read or written when the factor is 1. Twin of products.scale."""
     factor = tl.load(factor_ptr)
     if factor != 1.0:
         offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -146,4 +146,4 @@ def _share_text(kept: KeptFigures, at: CurriculumStep) -> str:
         said = f"Of its tokens {100 * share:.1f} % {'are' if kept.in_pool else 'would be'} kept in {what}"
         said += f" ({choice.selector.policy})" if choice is not None else ""
         said += f", the others weigh {floor:.3g}" if floor > 0 and share < 1 else ""
-    return said + (", and the labels of all" if on_kd and at.objective.ce_weight > 0 else "")
+    return said + (", and the labels of all" if on_kd and at.objective.settings.label_weight > 0 else "")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from potstill.kernels.settings import LossSettings
 from potstill.student_train.config.train import Objective, Stage, TokenSelector
 from potstill.student_train.curriculum.schedules import scalar_value
 
@@ -34,17 +35,15 @@ SHARE_POLICIES = frozenset({"top_loss", "top_entropy", "excess_loss", "skip_low_
 
 @dataclass(frozen=True)
 class StepObjective:
-    """alpha * T^2 * KD + ce_weight * CE + z_loss * lse^2, and the choice of positions. T is 1 for side teacher."""
+    """What a step trains on: alpha * T^2 * KD + ce_weight * CE + z_loss * lse^2, and the choice of positions.
+
+    targets: name of the store that the step learns from; None where it reads none.
+    settings: of the loss, without a head's cap and scale. A stage without targets has label terms only.
+    tokens: the choice of positions; None takes all.
+    """
 
     targets: str | None
-    alpha: float
-    ce_weight: float
-    temperature: float
-    temperature_side: str
-    divergence: str
-    missing_mass: str
-    z_loss: float
-    options: Mapping[str, float]
+    settings: LossSettings
     tokens: TokenChoice | None
 
     @property
@@ -54,36 +53,51 @@ class StepObjective:
         return names | (self.tokens.selector.stores() if self.tokens is not None else frozenset())
 
 
+def stage_value(defaults: Objective, stage: Stage, name: str) -> Any:
+    """A loss setting of a stage as the configuration has it, a schedule maybe: its own, or else the default."""
+    own = getattr(stage, name)
+    return getattr(defaults, name) if own is None else own
+
+
+def distillation_settings(defaults: Objective, stage: Stage, *, temperature: float, **weights: Any) -> LossSettings:
+    """Settings of a stage with targets at one temperature; weights: alpha, ce_weight, z_loss of LossSettings.
+
+    Raises KernelInputError where they do not go together.
+    """
+    return LossSettings(
+        temperature=temperature,
+        temperature_side=stage_value(defaults, stage, "temperature_side"),
+        divergence=stage_value(defaults, stage, "divergence"),
+        divergence_options=stage_value(defaults, stage, "options"),
+        missing_mass=stage_value(defaults, stage, "missing_mass"),
+        **weights,
+    )
+
+
 def step_objective(defaults: Objective, stage: Stage, x: float) -> StepObjective:
-    """Read the stage (null fields: `defaults`) at x in [0, 1] of its span.
+    """Read the stage (null fields: `defaults`) at x in [0, 1] of its span. Raises KernelInputError.
 
     A stage without targets, or a moment with alpha 0, is plain next-token training and reads no targets; ce_weight
     null is 1 - alpha there as well.
     """
 
-    def pick(name: str) -> object:
-        own = getattr(stage, name)
-        return getattr(defaults, name) if own is None else own
-
     def value(name: str) -> float:
-        return scalar_value(pick(name), x)  # type: ignore[arg-type]
+        return scalar_value(stage_value(defaults, stage, name), x)
 
     alpha = 0.0 if stage.targets is None else value("alpha")
-    weight = pick("ce_weight") if stage.targets is not None else stage.ce_weight
+    ce_weight = stage_value(defaults, stage, "ce_weight") if stage.targets is not None else stage.ce_weight
+    weights: dict[str, Any] = {
+        "alpha": alpha,
+        "ce_weight": None if ce_weight is None else scalar_value(ce_weight, x),
+        "z_loss": value("z_loss"),
+    }
+    if stage.targets is None:
+        settings = LossSettings(**weights)
+    else:
+        settings = distillation_settings(defaults, stage, temperature=value("temperature"), **weights)
     tokens = None
     if stage.tokens is not None:
         choice = TokenChoice(stage.tokens, scalar_value(stage.tokens.share, x), scalar_value(stage.tokens.floor, x))
         tokens = None if choice.is_uniform or (alpha == 0.0 and stage.tokens.applies_to == "kd") else choice
     needs_targets = alpha > 0.0 or (tokens is not None and tokens.selector.policy == "soft_or")
-    return StepObjective(
-        targets=stage.targets if needs_targets else None,
-        alpha=alpha,
-        ce_weight=1.0 - alpha if weight is None else scalar_value(weight, x),  # type: ignore[arg-type]
-        temperature=value("temperature"),
-        temperature_side=str(pick("temperature_side")),
-        divergence=str(pick("divergence")),
-        missing_mass=str(pick("missing_mass")),
-        z_loss=value("z_loss"),
-        options=dict(pick("options")),  # type: ignore[call-overload]
-        tokens=tokens,
-    )
+    return StepObjective(targets=stage.targets if needs_targets else None, settings=settings, tokens=tokens)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from potstill.common.errors import UserError
-from potstill.kernels.divergences import DIVERGENCES
-from potstill.kernels.settings import check_temperature
+from potstill.kernels.settings import check_draws, stored_temperature
 from potstill.kernels.types import KernelInputError
 from potstill.storage import StoreError, StoreReader, TargetsRow, UnsealedError, check_alignment
 from potstill.storage.loading.joining import first_difference
@@ -19,7 +17,7 @@ from potstill.student_train.config.train import DataConfig, Scalar, TokenSelecto
 from potstill.student_train.curriculum.plan import CurriculumPlan, total_steps
 from potstill.student_train.curriculum.row_selector import needed_stats
 from potstill.student_train.curriculum.schedules import scalar_bounds
-from potstill.student_train.curriculum.step_objective import StepObjective, step_objective
+from potstill.student_train.curriculum.step_objective import distillation_settings, stage_value
 from potstill.student_train.model.loss_terms import term_stores
 
 log = logging.getLogger(__name__)
@@ -142,7 +140,7 @@ def open_stores(config: TrainConfig) -> Stores:
 def _check_temperature(value: Scalar, targets: StoreReader, name: str, key: str) -> None:
     stored = (1.0, *targets.spec.temperatures)
     for bound in set(scalar_bounds(value)):
-        if not any(math.isclose(bound, known, rel_tol=1e-6) for known in stored):
+        if stored_temperature(bound, stored) is None:
             raise UserError(
                 f"{key}.temperature takes the value {bound}, but store {name!r} holds tails for {sorted(stored)} only; "
                 "dump with dump temperatures that include it, or use missing_mass renorm or support"
@@ -158,36 +156,24 @@ def check_objectives(config: TrainConfig, stores: Stores) -> None:
     """Check each stage's loss settings against its targets store. Raises UserError naming the key."""
     for number, stage in enumerate(config.curriculum):
         key = f"curriculum.{number}"
-        settings: StepObjective = step_objective(config.objective, stage, 0.0)
         if stage.tokens is not None:
             _check_token_stores(stores, stage.tokens, key)
         if stage.targets is None:
             continue
-        entry = DIVERGENCES[settings.divergence]
-        if settings.missing_mass not in entry.modes:
-            raise UserError(
-                f"{key}: divergence {settings.divergence} has no sensible value with missing_mass "
-                f"{settings.missing_mass}; use one of {list(entry.modes)}"
-            )
         targets = stores.joined[stage.targets]
         mode = str((targets.spec.selection or {}).get("mode"))
-        if entry.needs_counts != (mode == "sample"):
-            raise UserError(
-                f"{key}.divergence is {settings.divergence}, but store {stage.targets!r} was dumped with selection "
-                f"{mode}; use divergence sampled with selection sample, and any other divergence with top_k or top_p_k"
-            )
-        temperature = config.objective.temperature if stage.temperature is None else stage.temperature
-        if entry.needs_counts and set(scalar_bounds(temperature)) != {1.0}:
-            raise UserError(
-                f"{key}.temperature takes the values {sorted(set(scalar_bounds(temperature)))}, but store "
-                f"{stage.targets!r} holds draws, and draws hold at temperature 1 only; use temperature 1"
-            )
+        temperature = stage_value(config.objective, stage, "temperature")
         try:
-            check_temperature(min(scalar_bounds(temperature)), settings.temperature_side, settings.divergence)
+            for bound in scalar_bounds(temperature):
+                settings = distillation_settings(config.objective, stage, temperature=bound)
         except KernelInputError as error:
             raise UserError(f"{key}: {error}") from error
+        try:
+            check_draws(settings.divergence, holds_draws=mode == "sample")
+        except KernelInputError as error:
+            raise UserError(f"{key}.divergence, store {stage.targets!r} of selection {mode}: {error}") from error
         # Whichever side is tempered, the teacher is: the tails that are needed are the same.
-        if settings.missing_mass in ("tail", "label", "raw"):
+        if settings.needs_tail:
             _check_temperature(temperature, targets, stage.targets, key)
 
 

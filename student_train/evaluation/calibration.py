@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from potstill.kernels.soft_cap import scale_and_cap_
+
 NUM_BINS = 15
 CHUNK_BYTES = 64 << 20
 
@@ -32,9 +34,8 @@ def calibration_bins(
     bins = torch.zeros(3, NUM_BINS, dtype=torch.float32, device=hidden.device)
     rows = token_weights.nonzero()[:, 0]
     for part in rows.split(max(1, CHUNK_BYTES // (4 * weight.shape[0]))):
-        logits = logit_scale * F.linear(hidden[part], weight, bias).float()  # [B, V]
-        if soft_cap is not None:
-            logits = soft_cap * torch.tanh(logits / soft_cap)
+        raw = F.linear(hidden[part], weight, bias).float()
+        logits = scale_and_cap_(raw, logit_scale=logit_scale, soft_cap=soft_cap)  # [B, V]
         largest, choice = logits.max(-1)
         confidence = torch.exp(largest - logits.logsumexp(-1))
         place = (confidence * NUM_BINS).long().clamp(max=NUM_BINS - 1)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from potstill.common.errors import UserError
+from potstill.kernels.settings import LossSettings
 from potstill.storage import LoadedBatch, StoreReader, TokensRow
 from potstill.student_train.curriculum.step_objective import StepObjective
 from potstill.student_train.data.batch import JoinedRow, MicroBatch, collate
@@ -29,14 +30,9 @@ def measuring_objective(*, with_targets: bool, sampled: bool = False) -> StepObj
     """CE on all positions, and KL to the teacher (k+1 buckets, T = 1) when there are targets."""
     return StepObjective(
         targets=TARGETS if with_targets else None,
-        alpha=1.0 if with_targets else 0.0,
-        ce_weight=1.0,
-        temperature=1.0,
-        temperature_side="both",
-        divergence="sampled" if sampled else "forward_kl",
-        missing_mass="tail",
-        z_loss=0.0,
-        options={},
+        settings=LossSettings(
+            alpha=1.0 if with_targets else 0.0, ce_weight=1.0, divergence="sampled" if sampled else "forward_kl"
+        ),
         tokens=None,
     )
 

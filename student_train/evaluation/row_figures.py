@@ -197,7 +197,7 @@ def _weights(
 def _kd_weights(
     micro: MicroBatch, objective: StepObjective, weights: Tensor, kd_weights: Tensor | None
 ) -> Figures | None:
-    if objective.alpha == 0.0 or micro.targets is None:
+    if objective.settings.alpha == 0.0 or micro.targets is None:
         return None
     has_target = micro.targets.offsets.diff() > 0  # [N]
     return _array((weights if kd_weights is None else weights * kd_weights) * has_target)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from potstill.kernels.loss import TokenStatistics, linear_sparse_loss, self_check, token_statistics
+from potstill.kernels.settings import LossSettings
+from potstill.kernels.soft_cap import scale_and_cap_
 from potstill.kernels.types import IGNORE_LABEL, LossSums
 from potstill.student_train.config.train import ModelConfig
 from potstill.student_train.curriculum.step_objective import StepObjective
@@ -24,17 +26,6 @@ from potstill.student_train.model.term import LossTerm, TermInput
 
 # Labelled positions, those with weight > 0, those whose KD counts, sum of squared weights, those measured to choose.
 SELECTION_NAMES = ("labelled", "positions", "kd_positions", "squared_weight", "measured")
-
-
-def divergence_arguments(objective: StepObjective) -> dict[str, Any]:
-    """What the kernels call the settings of the KD term."""
-    return {
-        "temperature": objective.temperature,
-        "temperature_side": objective.temperature_side,
-        "divergence": objective.divergence,
-        "missing_mass": objective.missing_mass,
-        "divergence_options": objective.options,
-    }
 
 
 class DistillationHead(nn.Module):
@@ -52,9 +43,12 @@ class DistillationHead(nn.Module):
         self.logit_scale = logit_scale
 
     def finish(self, raw: Tensor) -> Tensor:
-        """Scale and cap of the loss on the raw logits [..., V]."""
-        logits = self.logit_scale * raw
-        return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
+        """The logits [..., V] that the loss works on, in place of the raw ones that this head has just given."""
+        return scale_and_cap_(raw, logit_scale=self.logit_scale, soft_cap=self.soft_cap)
+
+    def settings(self, step: LossSettings) -> LossSettings:
+        """A step's settings with this head's cap and scale."""
+        return step.for_head(soft_cap=self.soft_cap, logit_scale=self.logit_scale)
 
     def forward(self, hidden: Tensor, request: HeadRequest[Any] | None = None) -> Any:
         """Logits [..., V] without a request (unscaled, uncapped: the model does that), else the request's result."""
@@ -70,9 +64,7 @@ class DistillationHead(nn.Module):
             bias=None if self.bias is None else self.bias.detach(),
             labels=micro.labels,
             targets=None if objective is None else micro.targets,
-            soft_cap=self.soft_cap,
-            logit_scale=self.logit_scale,
-            **({} if objective is None else divergence_arguments(objective)),
+            settings=self.settings(LossSettings() if objective is None else objective.settings),
         )
 
     @torch.no_grad()
@@ -108,18 +100,13 @@ class SparseLossRequest:
         """The loss 0-d, differentiable in hidden [N, D] and the head, and the sums float32 [S] of SparseLoss."""
         micro, objective = self.micro, self.objective
         token_weights, kd_weights = head.choice(hidden, micro, objective)
-        distils = objective.alpha > 0.0
+        distils = objective.settings.alpha > 0.0
         options: dict[str, Any] = {
+            "settings": head.settings(objective.settings if distils else objective.settings.without_kd()),
             "token_weights": token_weights,
             "kd_weights": kd_weights,
-            "alpha": objective.alpha,
-            "ce_weight": objective.ce_weight,
-            "z_loss": objective.z_loss,
-            "soft_cap": head.soft_cap,
-            "logit_scale": head.logit_scale,
             "normalizer": self.normalizer,
             "num_active": micro.num_active,
-            **(divergence_arguments(objective) if distils else {}),
         }
         tensors = {"hidden": hidden, "weight": head.weight, "bias": head.bias, "labels": micro.labels}
         targets = micro.targets if distils else None

@@ -19,7 +19,8 @@ from potstill.kernels.loss import logits_chunk_bytes
 from potstill.storage import Loader, StoreReader
 from potstill.student_train.config.train import TrainConfig
 from potstill.student_train.curriculum.plan import CurriculumPlan, StageSpan
-from potstill.student_train.curriculum.step_objective import step_objective
+from potstill.student_train.curriculum.schedules import scalar_value
+from potstill.student_train.curriculum.step_objective import stage_value, step_objective
 from potstill.student_train.model.parameters import DTYPES, count_parameters
 from potstill.student_train.run.optimizers import hidden_matrices
 from potstill.student_train.run.preflight import CheckedStart
@@ -203,6 +204,9 @@ def stage_figures(config: TrainConfig, plan: CurriculumPlan, span: StageSpan) ->
     """What a stage does at its first and its last step."""
     last = span.end_step - 1
     begin, end = (step_objective(config.objective, span.stage, x) for x in (0.0, 1.0))
+    divergence, missing_mass, temperature = (
+        stage_value(config.objective, span.stage, name) for name in ("divergence", "missing_mass", "temperature")
+    )
     selector = span.stage.tokens
     shares = [1.0 if at.tokens is None else at.tokens.share for at in (begin, end)]
     reads = frozenset().union(*(plan.joined(step) for step in (span.first_step, (span.first_step + last) // 2, last)))
@@ -211,10 +215,10 @@ def stage_figures(config: TrainConfig, plan: CurriculumPlan, span: StageSpan) ->
         first_step=span.first_step,
         end_step=span.end_step,
         targets=span.stage.targets,
-        divergence=begin.divergence,
-        missing_mass=begin.missing_mass,
-        alpha=(begin.alpha, end.alpha),
-        temperature=(begin.temperature, end.temperature),
+        divergence=divergence,
+        missing_mass=missing_mass,
+        alpha=(begin.settings.alpha, end.settings.alpha),
+        temperature=(scalar_value(temperature, 0.0), scalar_value(temperature, 1.0)),
         row_share=(plan.row_share(span.first_step), plan.row_share(last)),
         token_policy=None if selector is None else selector.policy,
         token_share=(shares[0], shares[1]),

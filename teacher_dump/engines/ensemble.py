@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from potstill.kernels import products
+from potstill.kernels.soft_cap import scale_and_cap_
 from potstill.teacher_dump.batches import TeacherBatch
 from potstill.teacher_dump.config import TeacherConfig
 from potstill.teacher_dump.engines.base import Head, TeacherEngine, TeacherOutput
@@ -60,10 +61,8 @@ class EnsembleEngine:
 def _full_logits(hidden: Tensor, head: Head) -> Tensor:
     """float32 [M, V], as the kernels compute them for a teacher alone: never rounded to the head's bfloat16."""
     out = torch.empty(hidden.shape[0], head.weight.shape[0], dtype=torch.float32, device=hidden.device)
-    logits = products.logits(hidden, head.weight, head.bias, out=out).mul_(head.logit_scale)
-    if head.soft_cap is not None:
-        logits.div_(head.soft_cap).tanh_().mul_(head.soft_cap)
-    return logits
+    raw = products.logits(hidden, head.weight, head.bias, out=out)
+    return scale_and_cap_(raw, logit_scale=head.logit_scale, soft_cap=head.soft_cap)
 
 
 def load(teacher: TeacherConfig) -> EnsembleEngine:

@@ -12,6 +12,7 @@ from torch import Tensor
 from potstill.common.causal_lm import backbone, soft_cap_and_scale
 from potstill.common.errors import UserError
 from potstill.common.packed import as_lines
+from potstill.kernels.soft_cap import scale_and_cap_
 from potstill.teacher_dump.engines.base import Head
 
 log = logging.getLogger(__name__)
@@ -32,10 +33,8 @@ def read_head(model: Any) -> Head | None:
 
 def apply_head(hidden: Tensor, head: Head) -> Tensor:
     """Logits [..., V] in the hidden's dtype, as the models themselves compute them."""
-    logits = F.linear(hidden, head.weight, head.bias) * head.logit_scale
-    if head.soft_cap is not None:
-        logits = torch.tanh(logits / head.soft_cap) * head.soft_cap
-    return logits
+    raw = F.linear(hidden, head.weight, head.bias)
+    return scale_and_cap_(raw, logit_scale=head.logit_scale, soft_cap=head.soft_cap)
 
 
 def probe_ids(vocab_size: int, device: torch.device) -> Tensor:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from potstill.kernels.loss import linear_sparse_loss
 from potstill.kernels.types import SparseTargetTensors
 
 FLOOR = math.exp(-30.0)
@@ -75,6 +77,22 @@ def as_weights(targets: SparseTargetTensors) -> SparseTargetTensors:
         log_tail=targets.log_tail,
         log_weights=(targets.logprobs * 16).round() / 16 + step,
     )
+
+
+def losses_per_token(
+    *, hidden: Tensor, weight: Tensor, labels: Tensor, targets: SparseTargetTensors | None, **options: Any
+) -> Tensor:
+    """The loss of each token alone [N], by the fused op on one token at a time; options as there."""
+    kd_weights = options.pop("kd_weights", None)
+    losses = []
+    for n in range(hidden.shape[0]):
+        own = options if kd_weights is None else {**options, "kd_weights": kd_weights[n : n + 1]}
+        few = None if targets is None else targets.select(torch.tensor([n]))
+        loss, _ = linear_sparse_loss(
+            hidden=hidden[n : n + 1], weight=weight, labels=labels[n : n + 1], targets=few, **own
+        )
+        losses.append(loss)
+    return torch.stack(losses)
 
 
 def teacher_of(

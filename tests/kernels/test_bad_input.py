@@ -222,7 +222,7 @@ def test_selections_refuse_by_name() -> None:
 def test_package_imports_without_triton() -> None:
     code = (
         "import sys; sys.modules['triton'] = None\n"
-        "import potstill.kernels.loss, potstill.kernels.topk, potstill.kernels.expand, torch\n"
+        "import potstill.kernels.loss, potstill.kernels.topk, torch\n"
         "from potstill.kernels import backends\n"
         "assert backends.choose('auto', torch.device('cpu'), torch.float32).name == 'torch'\n"
         "print('fine')"

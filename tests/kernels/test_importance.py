@@ -13,10 +13,11 @@ import torch
 
 from benchmarks.proposals import expected_squared_error, measure
 from potstill.kernels.counter_random import uniforms, uniforms_of_ids
-from potstill.kernels.expand import VALUE_STEP, WEIGHT_TOP
 from potstill.kernels.loss import sparse_loss
 from potstill.kernels.sampling import (
     LAST_CODE,
+    VALUE_STEP,
+    WEIGHT_TOP,
     as_targets,
     count_draws,
     grid_choice,

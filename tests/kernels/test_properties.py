@@ -11,18 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from potstill.kernels import rows_torch
-from potstill.kernels.arguments import make_plan, with_defaults
 from potstill.kernels.divergences import DIVERGENCES
-from potstill.kernels.loss import (
-    LossSums,
-    linear_sparse_loss,
-    linear_sparse_losses,
-    sparse_loss,
-    token_statistics,
-)
+from potstill.kernels.loss import LossSums, linear_sparse_loss, sparse_loss, token_statistics
+from potstill.kernels.loss_call import LossCall, read_options
 from potstill.kernels.row_terms import RowStats, build_fix_set, row_terms
 from potstill.kernels.types import SparseTargetTensors
-from tests.kernels.reference import as_draws, make_targets
+from tests.kernels.reference import as_draws, losses_per_token, make_targets
 
 N, V, D = 6, 50, 8
 ON_BUCKETS = [name for name in DIVERGENCES if name not in ("sampled", "mse_logprobs")]
@@ -71,7 +65,7 @@ def test_merging_entries_into_the_tail_lowers_the_divergence(divergence: str) ->
     labels = torch.full((N,), -100)
     full, coarse = make_targets(N, V, [12], seed=2), make_targets(N, V, [5], seed=2)
     values = [
-        linear_sparse_losses(hidden=hidden, weight=weight, targets=targets, labels=labels, divergence=divergence)
+        losses_per_token(hidden=hidden, weight=weight, targets=targets, labels=labels, divergence=divergence)
         for targets in (full, coarse)
     ]
     assert bool((values[1] <= values[0] + 1e-9).all())
@@ -83,8 +77,8 @@ def test_decoupled_form_is_the_tail_form() -> None:
     hidden, weight, _ = inputs()
     labels = torch.full((N,), -100)
     targets = make_targets(N, V, [6])
-    loss = linear_sparse_losses(hidden=hidden, weight=weight, targets=targets, labels=labels)
-    inner = linear_sparse_losses(hidden=hidden, weight=weight, targets=targets, labels=labels, missing_mass="support")
+    loss = losses_per_token(hidden=hidden, weight=weight, targets=targets, labels=labels)
+    inner = losses_per_token(hidden=hidden, weight=weight, targets=targets, labels=labels, missing_mass="support")
     q = (hidden @ weight.t()).softmax(1).gather(1, targets.ids.view(N, 6).long()).sum(1)
     p = targets.logprobs.view(N, 6).double().exp().sum(1)
     p = p / (p + targets.log_tail.double().exp())
@@ -189,23 +183,20 @@ def test_second_backward_is_refused_and_linear_in_upstream_in_place() -> None:
     torch.testing.assert_close(torch.stack(results), results[0].expand(4, N, V), rtol=1e-13, atol=1e-16)
 
 
-def test_losses_per_token_take_any_upstream_gradient() -> None:
+def test_any_weights_and_upstream_are_sums_of_the_tokens() -> None:
+    """One call with weights is the weighted sum of calls on single tokens, in its gradients too."""
     hidden, weight, labels = inputs()
     targets = make_targets(N, V, [5, 0, 3])
-    upstream = torch.tensor([0.0, 1.0, -2.0, 0.5, 3.0, 1.0], dtype=torch.float64)
+    weights = torch.tensor([0.0, 1.0, 2.0, 0.5, 3.0, 1.0], dtype=torch.float64)
     arguments = {"hidden": hidden, "weight": weight, "labels": labels, "alpha": 0.5, "temperature": 2.0}
-    losses = linear_sparse_losses(targets=targets, chunk_bytes=2 * 8 * V, **arguments)
-    got = torch.autograd.grad((losses * upstream).sum(), (hidden, weight))
-    expected = [torch.zeros_like(hidden), torch.zeros_like(weight)]
-    for n in range(N):
-        one, _ = linear_sparse_loss(
-            **{**arguments, "hidden": hidden[n : n + 1], "labels": labels[n : n + 1]},
-            targets=targets.select(torch.tensor([n])),
-        )
-        torch.testing.assert_close(losses[n], one, rtol=1e-12, atol=1e-14)
-        for total, grad in zip(expected, torch.autograd.grad(one, (hidden, weight)), strict=True):
-            total += upstream[n] * grad
-    torch.testing.assert_close(got, tuple(expected), rtol=1e-11, atol=1e-13)
+    one = torch.ones((), dtype=torch.float64)
+    loss, _ = linear_sparse_loss(
+        targets=targets, token_weights=weights, normalizer=one, chunk_bytes=2 * 8 * V, **arguments
+    )
+    expected = (losses_per_token(targets=targets, **arguments) * weights).sum()
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-14)
+    got, wanted = (torch.autograd.grad(-2 * value, (hidden, weight)) for value in (loss, expected))
+    torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -229,14 +220,14 @@ def test_statistics_of_vocabulary_shards_merge_to_those_of_the_whole(temperature
     hidden, weight, labels = inputs()
     logits = (hidden @ weight.T).detach()
     targets = make_targets(N, V, [5, 0, 2])
-    options = with_defaults({"alpha": 0.5, "temperature": temperature, "z_loss": 1e-3})
-    plan = make_plan(options, targets=targets, labels=labels, num_tokens=N, vocab_size=V, like=logits)
-    fix = build_fix_set(targets, labels, torch.arange(N), plan.settings, width=plan.width, dtype=torch.float64)
+    options = read_options(None, {"alpha": 0.5, "temperature": temperature, "z_loss": 1e-3})
+    call = LossCall.make(*options, targets=targets, labels=labels, sizes=(N, V), like=logits)
+    fix = build_fix_set(targets, labels, torch.arange(N), call.settings, width=call.width, dtype=torch.float64)
 
     def statistics(start: int, stop: int) -> RowStats:
         here = fix.used & (fix.ids >= start) & (fix.ids < stop)
         shard = dataclasses.replace(fix, ids=torch.where(here, fix.ids - start, 0), used=here, kept=fix.kept & here)
-        return rows_torch.row_stats(logits[:, start:stop].clone(), shard, plan.settings, keep_exp=False)[0]
+        return rows_torch.row_stats(logits[:, start:stop].clone(), shard, call.settings, keep_exp=False)[0]
 
     parts = [statistics(start, stop) for start, stop in ((0, 1), (1, 17), (17, V))]
     log_rest = torch.stack([part.log_rest for part in parts])
@@ -249,7 +240,7 @@ def test_statistics_of_vocabulary_shards_merge_to_those_of_the_whole(temperature
     )
     ones = torch.ones(N, dtype=torch.float64)
     expected, got = (
-        row_terms(stats, fix, plan.settings, factors=plan.factors, weights=ones, kd_weights=ones)
+        row_terms(stats, fix, call.settings, factors=call.factors, weights=ones, kd_weights=ones)
         for stats in (statistics(0, V), merged)
     )
     for name in ("loss", "sums", "fix_grad", "dense_t", "dense_1"):
@@ -261,9 +252,9 @@ def test_kd_weights_touch_the_kd_term_only() -> None:
     targets = make_targets(N, V, [5])
     kd_weights = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.0, 3.0])
     arguments = {"hidden": hidden, "weight": weight, "labels": labels}
-    mixed = linear_sparse_losses(targets=targets, kd_weights=kd_weights, alpha=0.4, ce_weight=0.6, **arguments)
-    kd = linear_sparse_losses(targets=targets, **arguments)
-    ce = linear_sparse_losses(targets=None, alpha=0.0, **arguments)
+    mixed = losses_per_token(targets=targets, kd_weights=kd_weights, alpha=0.4, ce_weight=0.6, **arguments)
+    kd = losses_per_token(targets=targets, **arguments)
+    ce = losses_per_token(targets=None, alpha=0.0, **arguments)
     torch.testing.assert_close(mixed, 0.4 * kd_weights.double() * kd + 0.6 * ce, rtol=1e-12, atol=1e-14)
 
 
@@ -278,7 +269,7 @@ def test_statistics_are_the_losses_of_each_token() -> None:
     want = torch.where(labels >= 0, log_q.gather(1, labels.clamp_min(0)[:, None])[:, 0], 0.0)
     torch.testing.assert_close(got.label_logprob, want, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(got.entropy, -(log_q.exp() * log_q).sum(1), rtol=1e-11, atol=1e-12)
-    kd = linear_sparse_losses(hidden=hidden, weight=weight, labels=labels, targets=targets, temperature=2.0)
+    kd = losses_per_token(hidden=hidden, weight=weight, labels=labels, targets=targets, temperature=2.0)
     torch.testing.assert_close(got.divergence * 4, kd, rtol=1e-12, atol=1e-13)
     assert not got.entropy.requires_grad
     plain = token_statistics(hidden=hidden, weight=weight, labels=labels)

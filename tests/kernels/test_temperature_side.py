@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from potstill.kernels.divergences import DIVERGENCES
-from potstill.kernels.loss import linear_sparse_loss, linear_sparse_losses, sparse_loss, token_statistics
+from potstill.kernels.loss import linear_sparse_loss, sparse_loss, token_statistics
 from potstill.kernels.types import SparseTargetTensors
-from tests.kernels.reference import as_draws, make_targets
+from tests.kernels.reference import as_draws, losses_per_token, make_targets
 
 N, V, D = 6, 24, 5
 NO_LABELS = torch.full((N,), -100)
@@ -137,7 +137,7 @@ def test_every_entrance_takes_the_side() -> None:
     hidden, weight, targets = linear_inputs()
     shared = {"hidden": hidden, "weight": weight, "targets": targets, "labels": NO_LABELS}
     side = {"temperature": 2.0, "temperature_side": "teacher", "chunk_bytes": 2 * 8 * V}
-    losses = linear_sparse_losses(**shared, **side)
+    losses = losses_per_token(**shared, **side)
     loss, sums = linear_sparse_loss(**shared, **side)
     figures = token_statistics(**shared, **side)
     torch.testing.assert_close(losses.mean(), loss, rtol=1e-13, atol=0)

@@ -130,7 +130,8 @@ def test_self_check_catches_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) ->
         terms = dataclasses.replace(terms, dense_t=none, dense_1=none)
         return rows_torch.row_gradient(slab, state, stats, terms, fix, settings)
 
-    broken = dataclasses.replace(backends.TORCH, row_gradient=sparse_only)
+    two_passes = dataclasses.replace(backends.TORCH.slab_pass, row_gradient=sparse_only)
+    broken = dataclasses.replace(backends.TORCH, slab_pass=two_passes)
     choose = backends.choose
     monkeypatch.setattr(backends, "choose", lambda n, d, t: broken if t == torch.float32 else choose(n, d, t))
     with pytest.raises(SelfCheckError, match=r"hidden gradient \d\.\d+e.*limit for float32"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from potstill.common.errors import UserError
+from potstill.kernels.settings import LossSettings
 from potstill.storage import EpochPlan
 from potstill.student_train.config.train import RowScore
 from potstill.student_train.curriculum.plan import CurriculumPlan
@@ -183,3 +185,23 @@ def test_impossible_plans_are_refused(curriculum: list[dict[str, Any]], data: di
     with pytest.raises(UserError) as error:
         plan_of(curriculum, **data)
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_the_settings_of_a_step_are_its_stage_read_at_that_step() -> None:
+    """A schedule through 0 keeps what belongs to the divergence; a stage without targets has label terms alone."""
+    distil = {
+        "until": 0.5,
+        "targets": "teacher",
+        "alpha": {"kind": "linear", "start": 0.0, "end": 0.9},
+        "temperature": 2.0,
+        "divergence": "jsd",
+        "options": {"beta": 0.3},
+        "z_loss": 0.01,
+    }
+    plan = plan_of([distil, {"ce_weight": 0.5, "divergence": "sampled", "temperature": 3.0}])
+    first, last, labels = (plan.objective(step) for step in (0, 9, 10))
+    assert (first.targets, last.targets, labels.targets) == (None, "teacher", None)
+    jsd = LossSettings(temperature=2.0, divergence="jsd", divergence_options={"beta": 0.3}, z_loss=0.01)
+    assert first.settings == replace(jsd, alpha=0.0) and first.settings.label_weight == 1.0
+    assert last.settings == replace(jsd, alpha=0.9) and last.settings.label_weight == 1 - 0.9
+    assert labels.settings == LossSettings(alpha=0.0, ce_weight=0.5)

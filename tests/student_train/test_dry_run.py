@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from potstill.common.exit_codes import DONE
-from potstill.kernels.backends import Backend
+from potstill.kernels.backend import Backend
 from potstill.kernels.loss import linear_sparse_loss, logits_chunk_bytes
 from potstill.launch.cli import main
 from potstill.storage import Loader, StoreReader

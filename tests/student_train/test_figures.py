@@ -107,7 +107,10 @@ def test_a_line_of_metrics_is_what_the_batches_say(watched) -> None:
             found = hand_figures(student.hf, micro)
             w = micro.token_weights.double()
             kd, ce = found["kd"].nan_to_num(), found["ce"].nan_to_num()
-            total = total + (w * (objective.alpha * TEMPERATURE**2 * kd + (1 - objective.alpha) * ce)).sum()
+            total = (
+                total
+                + (w * (objective.settings.alpha * TEMPERATURE**2 * kd + (1 - objective.settings.alpha) * ce)).sum()
+            )
             weight += float(w.sum())
             parts.append({**{name: value.detach() for name, value in found.items()}, "w": w, "labels": micro.labels})
         (total / weight).backward()

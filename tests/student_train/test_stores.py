@@ -135,6 +135,7 @@ def test_a_student_that_is_not_there(stores, tmp_path: Path) -> None:
         ),
         ({"divergence": "sampled"}, ("curriculum.0.divergence", "top_k", "sampled")),
         ({"divergence": "reverse_kl", "missing_mass": "raw"}, ("curriculum.0", "reverse_kl", "raw")),
+        ({"divergence": "jsd", "options": {"skew": 0.1}}, ("curriculum.0", "'skew'", "'jsd' knows ['beta']")),
     ],
 )
 def test_losses_that_the_store_cannot_serve(stores, stage: dict[str, Any], words: tuple[str, ...]) -> None:
@@ -154,7 +155,7 @@ def test_draws_hold_at_temperature_one(stores, missing_mass: str, side: str) -> 
     stage = {"targets": "teacher", "divergence": "sampled", "missing_mass": missing_mass, "temperature": 2.0}
     stage["temperature_side"] = side
     message = refused(stores, data=data, curriculum=[stage])
-    assert "curriculum.0.temperature" in message and "draws hold at temperature 1 only" in message
+    assert "curriculum.0: temperature is 2.0 with divergence 'sampled': draws hold at T = 1 only" in message
 
 
 def test_a_temperature_schedule_is_fine_where_no_tail_is_read(stores) -> None:

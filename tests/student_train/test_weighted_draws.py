@@ -99,5 +99,8 @@ def test_weights_need_the_loss_of_draws(tree: dict[str, Any]) -> None:
     from potstill.student_train.data.stores import check_objectives
 
     config = workers.config_of({**tree, "objective": {"alpha": 1.0}})
-    with pytest.raises(UserError, match=r"curriculum\.0\.divergence is forward_kl, but store 'teacher'.*sample"):
+    with pytest.raises(
+        UserError,
+        match=r"curriculum\.0\.divergence, store 'teacher' of selection sample: divergence 'forward_kl' needs",
+    ):
         check_objectives(config, open_stores(config))

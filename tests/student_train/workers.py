@@ -145,7 +145,7 @@ def tempered_teacher_gradients(tree: dict[str, Any], temperature: float, *, whol
     micro = collate(batch, objective, micro_batch_rows=rows, row_length=32)[0]
     log_q = student.hf.lm_head(student.hidden_states(micro)).log_softmax(-1)
     found = micro.labels >= 0
-    loss = -(1 - objective.alpha) * log_q[found].gather(1, micro.labels[found, None]).sum()
+    loss = -(1 - objective.settings.alpha) * log_q[found].gather(1, micro.labels[found, None]).sum()
     for n in torch.nonzero(found)[:, 0].tolist():
         entries = slice(int(micro.targets.offsets[n]), int(micro.targets.offsets[n + 1]))
         ids, log_p = micro.targets.ids[entries].long(), micro.targets.logprobs[entries].double()
@@ -153,8 +153,8 @@ def tempered_teacher_gradients(tree: dict[str, Any], temperature: float, *, whol
         if whole:
             tail = micro.targets.log_tail_at[temperature][n].double().exp()
             p = p * (1 - tail)
-            loss = loss + objective.alpha * tail * (tail.log() - torch.log1p(-log_q[n, ids].exp().sum()))
-        loss = loss + objective.alpha * (torch.xlogy(p, p) - p * log_q[n, ids]).sum()
+            loss = loss + objective.settings.alpha * tail * (tail.log() - torch.log1p(-log_q[n, ids].exp().sum()))
+        loss = loss + objective.settings.alpha * (torch.xlogy(p, p) - p * log_q[n, ids]).sum()
     (loss / micro.weight_sum).backward()
     return {name: p.grad.float().numpy() for name, p in student.named_parameters() if p.grad is not None}
 
