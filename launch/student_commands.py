@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 from potstill.common.exit_codes import DONE
+from potstill.common.options import add_config_options, read_config
 from potstill.launch.command import Command
-from potstill.launch.options import add_config_options, read_config
 from potstill.launch.presets import find_preset, list_presets
 from potstill.launch.text import print_table
 

@@ -1,5 +1,8 @@
 """Options made from a configuration tree: `--config`, `--set a.b=value`, flags for plain keys, and a list of all keys.
 
+`potstill COMMAND` and the module that launchers start on every rank make their options here, so that one command line
+means the same to both.
+
 Everything that is given ends as one list of `a.b=value` overrides in the order of the command line, so that a flag, a
 `--set` and a line in a YAML file mean the same and are checked in the same place.
 """
@@ -244,3 +247,23 @@ def _hints(
 def read_config(model: type[Model], arguments: argparse.Namespace) -> Model:
     """Build the checked tree from `--config` and all overrides. Raises ConfigError."""
     return load_config(model, arguments.config, getattr(arguments, OVERRIDES))
+
+
+def parse_arguments(parser: argparse.ArgumentParser, words: Sequence[str] | None) -> argparse.Namespace:
+    """Parse a command line (None: this process's); leaves the program with code 2 and a usage line if it is wrong.
+
+    What is not known is explained by the flag or key that is nearest to it. `parser` may have sub-parsers, each of
+    which leaves itself in the attribute `parser` of what it parsed.
+    """
+    arguments, unknown = parser.parse_known_args(words)
+    if unknown:
+        asked: argparse.ArgumentParser = getattr(arguments, "parser", parser)
+        actions = asked._option_string_actions.items()
+        flags = {flag: (action.const, action.help or "") for flag, action in actions if flag.startswith("--")}
+        asked.error(explain_unknown(unknown, flags=flags, keys=getattr(arguments, KEYS, {})))
+    return arguments
+
+
+def add_traceback_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--traceback`, whose value goes to `run_command`."""
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
