@@ -110,7 +110,7 @@ class Walk:
         self.totals = WalkTotals()
 
     def run(self, units: Sequence[int]) -> WalkTotals:
-        """Do the units in order. Raises WriteFailedError, or WalkEndedError: too many refused rows, failures in a row."""
+        """Do the units in order. Raises WriteFailedError or WalkEndedError (refused rows, failures in a row)."""
         unfinished: deque[tuple[int, Future[_Committed]]] = deque()
         self._unit_began = time.perf_counter()
         with (

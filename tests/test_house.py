@@ -90,6 +90,92 @@ def test_the_scan_of_imports_sees_each_form(tmp_path: Path, monkeypatch: pytest.
     assert {"x.y", "potstill.launch.b", "potstill.launch.inner.c", "potstill.storage"} <= names
 
 
+def module_name(path: Path) -> str:
+    parts = ("potstill", *path.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def run_time_nodes(node: ast.AST) -> Iterator[ast.AST]:
+    """The nodes of a tree without those that only a type checker reads."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING"):
+            for other in child.orelse:
+                yield other
+                yield from run_time_nodes(other)
+        else:
+            yield child
+            yield from run_time_nodes(child)
+
+
+def import_graph(room: str) -> dict[str, set[str]]:
+    """Module -> modules of the same room that it imports, at the top or inside functions.
+
+    `from potstill.x import y` leads to the module potstill.x.y where that is one, else to potstill.x.
+    """
+    modules = {module_name(path): path for path in sources(room)}
+    graph: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        wanted: list[str] = []
+        for node in run_time_nodes(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+            if isinstance(node, ast.Import):
+                wanted += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0 and node.module, f"{path}:{node.lineno}: write the whole name of the module"
+                inner = [f"{node.module}.{alias.name}" for alias in node.names]
+                wanted += [one if one in modules else node.module for one in inner]
+        graph[name] = {one for one in wanted if one in modules}
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of modules each of which leads to every other of its group, and modules that import themselves."""
+
+    def reached(start: str) -> set[str]:
+        found: set[str] = set()
+        waiting = [start]
+        while waiting:
+            for name in graph[waiting.pop()] - found:
+                found.add(name)
+                waiting.append(name)
+        return found
+
+    leads_to = {name: reached(name) for name in graph}
+    groups = {
+        tuple(sorted(other for other in leads_to[name] if name in leads_to[other]))
+        for name in graph
+        if name in leads_to[name]
+    }
+    return sorted(map(list, groups))
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_import_circle(room: str) -> None:
+    assert circles(import_graph(room)) == []
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_does_not_use_its_own_front_door(room: str) -> None:
+    # The package's __init__ is for other rooms; inside, the module itself is named, so that no circle can begin there.
+    through = [name for name, wanted in import_graph(room).items() if f"potstill.{room}" in wanted]
+    assert through == []
+
+
+def test_the_search_for_circles_sees_each_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    inner = tmp_path / "launch" / "inner"
+    inner.mkdir(parents=True)
+    typed = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from potstill.launch.inner import a\n"
+    (tmp_path / "launch" / "__init__.py").write_text("from potstill.launch.inner.d import x\n")
+    (inner / "a.py").write_text("from potstill.launch.inner import b\n")
+    (inner / "b.py").write_text("def f():\n    import potstill.launch.inner.c\n")
+    (inner / "c.py").write_text("def f():\n    from potstill.launch.inner.a import x\n")
+    (inner / "d.py").write_text(typed + "def f():\n    from potstill.launch import x\n")
+    group = [f"potstill.launch.inner.{name}" for name in "abc"]
+    graph = import_graph("launch")
+    assert circles(graph) == [["potstill.launch", "potstill.launch.inner.d"], group]
+    assert graph["potstill.launch.inner.d"] == {"potstill.launch"}
+
+
 def test_package_is_links_to_the_rooms() -> None:
     package = ROOT / "src" / "potstill"
     links = {path.name: os.readlink(path) for path in package.iterdir() if path.is_symlink()}
