@@ -11,7 +11,7 @@ from torch import Tensor
 from potstill.kernels import products
 from potstill.teacher_dump.batches import TeacherBatch
 from potstill.teacher_dump.config import TeacherConfig
-from potstill.teacher_dump.engines.base import Head, TeacherEngine, TeacherOutput
+from potstill.teacher_dump.engines.base import Head, HiddenStates, Logits, TeacherEngine, TopKWanted
 from potstill.teacher_dump.engines.hf import load as load_member
 from potstill.teacher_dump.identity import members
 
@@ -24,7 +24,6 @@ class EnsembleEngine:
     """
 
     name = "ensemble"
-    head = None
 
     def __init__(self, members: list[tuple[TeacherEngine, float]]) -> None:
         total = sum(weight for _, weight in members)
@@ -33,7 +32,7 @@ class EnsembleEngine:
         self.dtype, self.device = first.dtype, first.device
         self.vocab_size = max(engine.vocab_size for engine, _ in members)
 
-    def forward(self, batch: TeacherBatch) -> TeacherOutput:
+    def forward(self, batch: TeacherBatch) -> Logits:
         """Log of the mixture at the batch's target positions, float32 [M, V]; -inf where no member has an output."""
         # In logs throughout: a probability that float32 cannot hold still counts at a temperature above 1.
         mixture: Tensor | None = None
@@ -41,7 +40,7 @@ class EnsembleEngine:
             part = self._log_probabilities(engine, batch).add_(math.log(weight))
             mixture = part if mixture is None else torch.logaddexp(mixture, part, out=part)
         assert mixture is not None
-        return TeacherOutput(logits=mixture)
+        return Logits(mixture)
 
     def idle_pass(self) -> None:
         """Nothing to do: there is no group."""
@@ -49,10 +48,11 @@ class EnsembleEngine:
     @torch.no_grad()
     def _log_probabilities(self, engine: TeacherEngine, batch: TeacherBatch) -> Tensor:
         output = engine.forward(batch)
-        logits = output.logits
-        if logits is None:
-            assert output.hidden is not None and engine.head is not None
-            logits = _full_logits(output.hidden, engine.head)
+        if isinstance(output, HiddenStates):
+            logits = _full_logits(output.hidden, output.head)
+        else:
+            assert isinstance(output, Logits), "a finished top-k cannot be mixed; its engine has no mixture"
+            logits = output.logits
         beyond = self.vocab_size - logits.shape[-1]
         return F.pad(logits.float().log_softmax(-1), (0, beyond), value=-math.inf)
 
@@ -66,7 +66,7 @@ def _full_logits(hidden: Tensor, head: Head) -> Tensor:
     return logits
 
 
-def load(teacher: TeacherConfig) -> EnsembleEngine:
+def load(teacher: TeacherConfig, wanted: TopKWanted | None = None) -> EnsembleEngine:
     """Load every member onto the worker's device. Raises UserError."""
     alone = teacher.model_copy(update={"ensemble": []})
     others = [(load_member(member), weight) for member, weight in members(teacher)]
