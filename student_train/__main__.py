@@ -60,7 +60,9 @@ def main(words: Sequence[str] | None = None) -> int:
     options = parse(words)
     setup_logging()
     if FOLDER_VARIABLE not in os.environ:
-        return run_command(partial(run_alone, options), program=PROGRAM, show_traceback=options.traceback)
+        # The lines of the log are marked so as well (common/log.py).
+        program = f"{PROGRAM} [rank {os.environ['RANK']}]" if "RANK" in os.environ else PROGRAM
+        return run_command(partial(run_alone, options), program=program, show_traceback=options.traceback)
     reports = Path(os.environ[FOLDER_VARIABLE])
     for handler in logging.getLogger("potstill").handlers:
         handler.addFilter(OnceForAllRanks(reports))

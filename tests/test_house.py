@@ -160,6 +160,13 @@ def test_a_room_does_not_use_its_own_front_door(room: str) -> None:
     assert through == []
 
 
+def test_inner_packages_import_nothing() -> None:
+    # Importing a module runs the packages around it: what they imported would be a circle that no module names.
+    packages = [path for path in sources(*ROOMS) if path.name == "__init__.py"]
+    inner = [path for path in packages if path.parent.parent != ROOT]
+    assert inner and [path for path in inner if list(imported(path))] == []
+
+
 def test_the_search_for_circles_sees_each_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
     inner = tmp_path / "launch" / "inner"
