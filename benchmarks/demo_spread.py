@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks.about import about
 from potstill.common.errors import UserError
 from potstill.common.spread import Spread, differences, is_gain
-from potstill.common.tables import table
+from potstill.common.text_tables import table
 from potstill.launch.demo.report import ARM_NAMES, reference_losses
 from potstill.launch.demo.run import demo_folder, run_jobs
 from potstill.launch.demo.sizes import ARMS, FULL, QUICK, DemoSize, store_jobs, student_jobs

@@ -38,8 +38,8 @@ from potstill.storage import RunSpec, StoreReader, StoreWriter, TokensRow, seal_
 from potstill.teacher_dump.batches import packed_batch
 from potstill.teacher_dump.config import DumpConfig
 from potstill.teacher_dump.dumping import DumpJob
-from potstill.teacher_dump.engines import load_engine
 from potstill.teacher_dump.engines.hf import HfEngine
+from potstill.teacher_dump.engines.loading import load_engine
 from potstill.teacher_dump.pipeline import Walk
 
 Result = TypeVar("Result")

@@ -22,7 +22,7 @@ import yaml
 from benchmarks.about import about, about_line
 from benchmarks.methods import run_jobs
 from potstill.common.jobs import Job
-from potstill.common.tables import table
+from potstill.common.text_tables import table
 from potstill.launch.cli import main as potstill
 from potstill.launch.demo.corpus import write_corpus
 

@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from potstill.common.errors import ConfigError
 from potstill.common.nearest import nearest_keys
+from potstill.common.tables import KindIn, annotation_of, table_of
 
 
 class StrictModel(BaseModel):
@@ -144,7 +145,7 @@ def _fields_at(model: type[BaseModel], location: Sequence[int | str]) -> dict[st
         for candidate in current:
             field = candidate.model_fields.get(str(name))
             if field is not None:
-                following += _models_in(field.annotation)
+                following += _models_in(annotation_of(field))
         current = following or current
     fields = {name: field for candidate in current for name, field in candidate.model_fields.items()}
     return {name: fields[name].description or "" for name in sorted(fields)}
@@ -164,6 +165,9 @@ def _elsewhere(model: type[BaseModel], name: str) -> list[str]:
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    table = table_of(annotation)
+    if isinstance(table, KindIn):
+        return list(table.models)
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for inner in get_args(annotation) for model in _models_in(inner)]
@@ -214,13 +218,16 @@ def _inside(annotation: Any, part: int | str) -> Any | None:
     """Annotation of `part` (a field, an item of a list, a key of a mapping) inside another; None if it is no such."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         field = annotation.model_fields.get(str(part))
-        return None if field is None else field.annotation
+        return None if field is None else annotation_of(field)
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin in (list, tuple):
         return arguments[0] if isinstance(part, int) else None
     if origin in (dict, Mapping):
         return arguments[1]
-    if origin is Annotated:
+    table = table_of(annotation)
+    if isinstance(table, KindIn):
+        arguments = table.models
+    elif origin is Annotated:
         return _inside(arguments[0], part)
     forms = [form for form in arguments if get_origin(form) not in (dict, Mapping)]  # a mapping's form has any name
     return next((inner for inner in (_inside(form, part) for form in forms) if inner is not None), None)

@@ -1,4 +1,8 @@
-"""The errors that a person can correct. The command prints their text without a traceback."""
+"""The errors that a person can correct. Every room derives its own from `UserError`.
+
+A command prints the text of these (and of OSError, which names the file) without a traceback; whatever else comes up
+is a defect, and is shown as one (see entry_point.py).
+"""
 
 
 class UserError(ValueError):
@@ -7,3 +11,7 @@ class UserError(ValueError):
 
 class ConfigError(UserError):
     """A configuration file or an override cannot be used."""
+
+
+# What the person at the terminal can act on: no space and no permission among it.
+FORESEEN_ERRORS = (UserError, OSError)

@@ -7,15 +7,17 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
+from potstill.common.errors import UserError
+
 IGNORE_LABEL = -100
 MISSING_MASS_MODES = ("tail", "renorm", "support", "label", "raw")
 
 
-class KernelInputError(ValueError):
-    """An argument of a kernel function that cannot be right; the message names it and what to do."""
+class KernelInputError(UserError):
+    """An argument of a kernel function that cannot be right (a ValueError); the message names it and what to do."""
 
 
-class SelfCheckError(RuntimeError):
+class SelfCheckError(UserError, RuntimeError):
     """The chosen loss path disagrees with float64 on a real batch; training on it would be wrong."""
 
 

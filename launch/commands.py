@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from potstill.launch.command import Command
-from potstill.launch.completion_command import COMPLETION
+from potstill.launch.completion_command import completion_command
 from potstill.launch.demo_command import DEMO
 from potstill.launch.inspect_command import INSPECT
 from potstill.launch.plan import PLAN
@@ -13,7 +13,7 @@ from potstill.launch.student_commands import EVAL, EXPORT, PRESETS, REPORT
 from potstill.launch.teacher_commands import DUMP, PREPARE, SCORE
 from potstill.launch.train_command import TRAIN
 
-COMMANDS: tuple[Command, ...] = (
+_COMPLETED: tuple[Command, ...] = (
     PLAN,
     PREPARE,
     DUMP,
@@ -30,5 +30,5 @@ COMMANDS: tuple[Command, ...] = (
     REPORT,
     EXPORT,
     DEMO,
-    COMPLETION,
 )
+COMMANDS = (*_COMPLETED, completion_command(_COMPLETED))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from potstill.common.errors import UserError
 from potstill.common.exit_codes import DONE
-from potstill.common.tables import print_table
+from potstill.common.text_tables import print_table
 from potstill.launch.command import Command
 from potstill.launch.inspect.flags import FLAGS, add_student_arguments
 

@@ -21,10 +21,10 @@ from potstill.common.config import StrictModel
 from potstill.common.errors import UserError
 from potstill.common.exit_codes import DONE
 from potstill.common.model_place import find_model, one_line
+from potstill.common.options import add_config_options, read_config
 from potstill.common.progress import format_seconds
 from potstill.launch.calibrate import Measured, calibrate
 from potstill.launch.command import Command
-from potstill.launch.options import add_config_options, read_config
 from potstill.launch.plan_limits import (
     COUNT_FORMS,
     CPU,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from potstill.common.exit_codes import DONE, INCOMPLETE
 from potstill.common.progress import format_seconds, is_terminal
 from potstill.common.sizes import format_bytes
-from potstill.common.tables import print_table, rich_table
+from potstill.common.text_tables import print_table, rich_table
 from potstill.launch.command import Command
 
 if TYPE_CHECKING:

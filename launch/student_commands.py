@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 
 from potstill.common.exit_codes import DONE
-from potstill.common.tables import print_table
+from potstill.common.options import add_config_options, read_config
+from potstill.common.text_tables import print_table
 from potstill.launch.command import Command
-from potstill.launch.options import add_config_options, read_config
 from potstill.launch.presets import find_preset, list_presets
 
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from potstill.common.exit_codes import DONE, INCOMPLETE, PREEMPTED
+from potstill.common.options import add_config_options, read_config
 from potstill.launch.command import Command
-from potstill.launch.options import add_config_options, read_config
 
 if TYPE_CHECKING:
     from potstill.teacher_dump.series import SeriesSummary

@@ -20,8 +20,8 @@ from potstill.common.config import dump_config
 from potstill.common.errors import ConfigError
 from potstill.common.exit_codes import DONE, ERROR, INTERRUPTED, PREEMPTED
 from potstill.common.noise import noise_to
+from potstill.common.options import read_config
 from potstill.launch.command import Command
-from potstill.launch.options import add_config_options, read_config
 from potstill.launch.presets import find_preset
 from potstill.launch.ranks import RanksEnd, count_devices, run_ranks
 
@@ -35,7 +35,7 @@ log = logging.getLogger("potstill.launch.train")
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
-    from potstill.student_train.config.train import TrainConfig
+    from potstill.student_train.command_line import add_train_options
 
     parser.add_argument("--preset", metavar="NAME", help="start from a preset instead of --config (`potstill presets`)")
     parser.add_argument(
@@ -48,17 +48,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         "then be more than this machine has",
     )
     parser.add_argument("--json", action="store_true", help="end standard output with one line of JSON")
-    flags = {
-        "--output": "run.output_dir",
-        "--steps": "run.max_steps",
-        "--seed": "run.seed",
-        "--model-config": "model.config",
-        "--model": "model.path",
-        "--tokens": "data.tokens",
-        "--heldout": "data.heldout",
-        "--force": "run.force",
-    }
-    add_config_options(parser, TrainConfig, flags=flags)
+    add_train_options(parser)
 
 
 def _train(arguments: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -62,6 +63,5 @@ def _run(words: list[str], output: str) -> None:
     sink = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     os.dup2(sink, 1)
     os.dup2(sink, 2)
-    from potstill.launch.cli import main
-
-    sys.exit(main(words))
+    sys.argv = ["potstill", *words]
+    runpy.run_module("potstill.launch", run_name="__main__")

@@ -1,7 +1,9 @@
 """Errors of the store: each message says what failed, where, what was found and expected, and what to do."""
 
+from potstill.common.errors import UserError
 
-class StoreError(ValueError):
+
+class StoreError(UserError):
     """Base of every error that the storage room raises on purpose."""
 
 

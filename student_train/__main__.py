@@ -1,8 +1,8 @@
 """`deepspeed --module potstill.student_train --config run.yaml --set a.b=value`: one rank of a training run.
 
 Any launcher that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT will do; without one it runs alone.
-Exit codes are those of `potstill` (common/exit_codes.py): 0 done, 75 stopped early and saved (start again to continue),
-1 an error (the last line of the log says what), 2 a wrong command line.
+Options, messages and exit codes are those of `potstill train` (common/exit_codes.py): 0 done, 75 stopped early and
+saved (start again to continue), 1 an error (the last line says what), 2 a wrong command line.
 """
 
 from __future__ import annotations
@@ -12,13 +12,19 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from potstill.common.config import load_config
-from potstill.common.errors import UserError
+from potstill.common.entry_point import run_command
+from potstill.common.errors import FORESEEN_ERRORS
 from potstill.common.exit_codes import DONE, ERROR, PREEMPTED
 from potstill.common.log import setup_logging
 from potstill.common.noise import noise_to
+from potstill.common.options import add_traceback_option, parse_arguments, read_config
+from potstill.student_train.command_line import add_train_options
+from potstill.student_train.config.train import TrainConfig
 from potstill.student_train.run.rank_report import (
     FOLDER_VARIABLE,
     LOG_VARIABLE,
@@ -27,70 +33,77 @@ from potstill.student_train.run.rank_report import (
     write_summary,
 )
 
-log = logging.getLogger("potstill.student_train")
+if TYPE_CHECKING:
+    from potstill.student_train.run.summary import TrainSummary
+
+PROGRAM = "potstill.student_train"
+log = logging.getLogger(PROGRAM)
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line; leaves the program with code 2 if it is wrong."""
     parser = argparse.ArgumentParser(
-        prog="potstill.student_train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", type=Path, help="YAML file; a preset of launch/presets is one too")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=value")
     parser.add_argument("--local_rank", "--local-rank", type=int, help="from the launcher; LOCAL_RANK decides")
-    return parser.parse_args(arguments)
+    add_traceback_option(parser)
+    add_train_options(parser)
+    return parse_arguments(parser, words)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Run one rank; returns the exit code.
 
     Started by `potstill train`, a rank leaves its end in a file for that command, and only its log and progress reach
     the console. Under any other launcher it says everything itself.
     """
-    options = parse(arguments)
+    options = parse(words)
     setup_logging()
     if FOLDER_VARIABLE not in os.environ:
-        return run_rank(options, reports=None)
+        # The lines of the log are marked so as well (common/log.py).
+        program = f"{PROGRAM} [rank {os.environ['RANK']}]" if "RANK" in os.environ else PROGRAM
+        return run_command(partial(run_alone, options), program=program, show_traceback=options.traceback)
     reports = Path(os.environ[FOLDER_VARIABLE])
     for handler in logging.getLogger("potstill").handlers:
         handler.addFilter(OnceForAllRanks(reports))
     with noise_to(Path(os.environ[LOG_VARIABLE])):
-        return run_rank(options, reports=reports)
+        return run_reported(options, reports)
 
 
-def run_rank(options: argparse.Namespace, *, reports: Path | None) -> int:
-    """Train; returns the exit code. Errors and the summary go to the log, or to the folder of reports."""
-    from potstill.common.processes import die_with_parent
-    from potstill.kernels.types import SelfCheckError
-    from potstill.storage import StoreError
-    from potstill.student_train import train
-    from potstill.student_train.config.train import TrainConfig
-    from potstill.student_train.run.engine import stop_distributed, world_from_environment
+def run_alone(options: argparse.Namespace) -> int:
+    """Train and log the summary; returns the exit code. Raises what went wrong."""
+    summary = train_rank(options)
+    log.info("%s", summary.format())
+    return DONE if summary.is_done else PREEMPTED
 
-    rank = 0
+
+def run_reported(options: argparse.Namespace, reports: Path) -> int:
+    """Train and leave the summary or the error in the folder `reports`; returns the exit code."""
+    rank = int(os.environ.get("RANK", 0))
     try:
-        rank, world_size = world_from_environment()
-        if world_size > 1:
-            die_with_parent()
-        summary = train(load_config(TrainConfig, options.config, options.overrides))
+        summary = train_rank(options)
     except Exception as error:
-        # OSError: no space, no permission; its text names the file.
-        foreseen = isinstance(error, (UserError, StoreError, SelfCheckError, OSError))
-        if reports is None and not foreseen:
-            raise
-        if reports is None:
-            log.error("%s", error)
-            return ERROR
-        write_error(reports, rank=rank, error=error, foreseen=foreseen)
+        write_error(reports, rank=rank, error=error, foreseen=isinstance(error, FORESEEN_ERRORS))
         traceback.print_exc(file=sys.stdout)  # the log file
         return ERROR
-    finally:
-        stop_distributed()
-    if reports is None:
-        log.info("%s", summary.format())
-    elif rank == 0:
+    if rank == 0:
         write_summary(reports, summary)
     return DONE if summary.is_done else PREEMPTED
+
+
+def train_rank(options: argparse.Namespace) -> TrainSummary:
+    """Read the configuration and train this rank's part; ends with its launcher and leaves no process group."""
+    from potstill.common.processes import die_with_parent
+    from potstill.student_train.run.engine import stop_distributed, world_from_environment
+    from potstill.student_train.run.trainer import train
+
+    try:
+        _, world_size = world_from_environment()
+        if world_size > 1:
+            die_with_parent()
+        return train(read_config(TrainConfig, options))
+    finally:
+        stop_distributed()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from potstill.common.config import StorePlace, StrictModel
+from potstill.common.tables import NameIn
+from potstill.teacher_dump.engines.table import ENGINES, describe_engines, refusal_text
 
 
 def _as_text(value: object) -> object:
@@ -98,9 +100,7 @@ class TeacherConfig(StrictModel):
     """One model that reads rows: where it is and how it runs."""
 
     model: PlaceText = Field(min_length=1, description="Hugging Face causal language model: folder or hub id")
-    engine: Literal["hf", "zero3"] = Field(
-        default="hf", description="hf: one device; zero3: a group of ranks is one worker"
-    )
+    engine: Annotated[str, NameIn(ENGINES)] = Field(default="hf", description=describe_engines())
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="auto: as the model was saved"
     )
@@ -135,13 +135,15 @@ class TeacherConfig(StrictModel):
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
-        if self.ensemble and (self.checkpoints or self.engine != "hf"):
-            raise ValueError("an ensemble has no checkpoints and runs on engine hf")
+        engine = ENGINES[self.engine]
+        if self.ensemble and (self.checkpoints or engine.mixture is None):
+            able = " or ".join(name for name, entry in ENGINES.items() if entry.mixture is not None)
+            raise ValueError(f"an ensemble has no checkpoints and runs on engine {able}")
         named = {"dtype": "dtype", "torch_dtype": "dtype", "attn_implementation": "attention"}
         for option in self.load_options.keys() & named.keys():
             raise ValueError(f"load_options.{option} is not recorded in the store; set teacher.{named[option]} instead")
-        if self.engine == "zero3" and (self.compile or self.head == "logits"):
-            raise ValueError("engine zero3 knows neither compile nor head=logits: leave them out, or use engine hf")
+        if any(getattr(self, key) == value for key, value in engine.refuses.items()):
+            raise ValueError(refusal_text(self.engine))
         return self
 
 
@@ -209,6 +211,15 @@ class DumpConfig(WalkConfig):
     temperatures: list[float] = Field(
         default_factory=list, max_length=16, description="Temperatures besides 1 whose tails are stored exactly"
     )
+
+    @model_validator(mode="after")
+    def _drawn_by_us(self) -> Self:
+        if self.selection.mode == "sample" and ENGINES[self.teacher.engine].gives_top_k:
+            raise ValueError(
+                f"engine {self.teacher.engine} gives a finished top-k, of which nothing can be drawn; use selection "
+                "mode top_k or top_p_k, or engine hf"
+            )
+        return self
 
     @model_validator(mode="after")
     def _temperatures(self) -> Self:

@@ -15,7 +15,7 @@ from potstill.storage import KBound, RunSpec, SparseTargets, StoreReader, bound_
 from potstill.storage.rows.columns import COLUMNS
 from potstill.teacher_dump.batches import TeacherBatch
 from potstill.teacher_dump.config import DumpConfig, SelectionConfig
-from potstill.teacher_dump.engines import TeacherEngine
+from potstill.teacher_dump.engines.base import TeacherEngine, TopKWanted
 from potstill.teacher_dump.on_device import batch_sample, batch_topk
 from potstill.teacher_dump.pipeline import BatchRows
 from potstill.teacher_dump.selection import PREFIXES, TARGET_STATS, HostBatch, cut_rows, selection_spec
@@ -62,6 +62,12 @@ class DumpJob(Job):
             teacher=teacher,
             info={"seed": selection.seed} if selection.mode == "sample" else {},
         )
+
+    def wanted(self, vocab_size: int) -> TopKWanted | None:
+        selection, temperatures = self.config.selection, tuple(self.config.temperatures)
+        if selection.mode == "sample":
+            return None
+        return TopKWanted(k=min(selection.k, vocab_size), vocab_size=vocab_size, temperatures=temperatures)
 
     def compute(self, engine: TeacherEngine, batch: TeacherBatch, vocab_size: int) -> DumpResult:
         selection, chunk_bytes = self.config.selection, self.config.teacher.chunk_bytes

@@ -12,7 +12,8 @@ from torch import Tensor
 from potstill.kernels.topk import Sampled, TopK, select_sample, teacher_topk
 from potstill.kernels.types import SparseTargetTensors
 from potstill.teacher_dump.batches import TeacherBatch, target_places
-from potstill.teacher_dump.engines import TeacherEngine
+from potstill.teacher_dump.engines.base import FinishedTopK, HiddenStates, Logits, TeacherEngine, TopKWanted
+from potstill.teacher_dump.engines.finished import check_top_k
 from potstill.teacher_dump.selection import RULED_OUT_LOGIT
 
 Result = TypeVar("Result", TopK, Sampled)
@@ -42,8 +43,13 @@ def batch_topk(
     chunk_bytes: int | None,
 ) -> OnItsWay[TopK]:
     """Run the teacher over a batch and take the k best ids at its M target positions."""
-    options = _teacher_options(engine, batch, vocab_size=vocab_size, chunk_bytes=chunk_bytes)
-    return _to_host(teacher_topk(**options, k=min(k, vocab_size), temperatures=tuple(temperatures)))
+    output = engine.forward(batch)
+    wanted = TopKWanted(k=min(k, vocab_size), vocab_size=vocab_size, temperatures=tuple(temperatures))
+    if isinstance(output, FinishedTopK):
+        labels = torch.from_numpy(batch.labels).to(output.topk.ids.device)
+        return _to_host(check_top_k(output.topk, labels, wanted, engine=engine.name))
+    options = _teacher_options(engine, output, batch, vocab_size=vocab_size, chunk_bytes=chunk_bytes)
+    return _to_host(teacher_topk(**options, k=wanted.k, temperatures=wanted.temperatures))
 
 
 def batch_sample(
@@ -57,32 +63,36 @@ def batch_sample(
     chunk_bytes: int | None,
 ) -> OnItsWay[Sampled]:
     """Run the teacher over a batch and draw ids at its M target positions; draws are keyed by (seed, row, position)."""
-    options = _teacher_options(engine, batch, vocab_size=vocab_size, chunk_bytes=chunk_bytes)
+    output = engine.forward(batch)
+    assert not isinstance(output, FinishedTopK), "the configuration refuses to draw from a finished top-k"
+    options = _teacher_options(engine, output, batch, vocab_size=vocab_size, chunk_bytes=chunk_bytes)
     rows, positions = (torch.from_numpy(array).to(engine.device) for array in target_places(batch.rows))
     options |= {"seed": seed, "rows": rows, "positions": positions}
     return _to_host(select_sample(**options, num_draws=num_draws, power=power))
 
 
 def _teacher_options(
-    engine: TeacherEngine, batch: TeacherBatch, *, vocab_size: int, chunk_bytes: int | None
+    engine: TeacherEngine,
+    output: HiddenStates | Logits,
+    batch: TeacherBatch,
+    *,
+    vocab_size: int,
+    chunk_bytes: int | None,
 ) -> dict[str, Any]:
-    """Run the model; what the kernels need to know of its output."""
-    output = engine.forward(batch)
+    """What the kernels need to know of a model's output."""
     options: dict[str, Any] = {
         "labels": torch.from_numpy(batch.labels).to(engine.device, non_blocking=True),
         "vocab_size": vocab_size,
         "chunk_bytes": chunk_bytes,
     }
-    head = engine.head
-    if head is None:
-        assert output.logits is not None
+    if isinstance(output, Logits):
         return options | {"logits": output.logits.clamp(min=RULED_OUT_LOGIT)}
     return options | {
         "hidden": output.hidden,
-        "weight": head.weight,
-        "bias": head.bias,
-        "soft_cap": head.soft_cap,
-        "logit_scale": head.logit_scale,
+        "weight": output.head.weight,
+        "bias": output.head.bias,
+        "soft_cap": output.head.soft_cap,
+        "logit_scale": output.head.logit_scale,
     }
 
 

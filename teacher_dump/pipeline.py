@@ -29,6 +29,10 @@ _RECOUNT_SECONDS = 30.0  # counting means reading all records, so not for every 
 FinishedRow = tuple[Row, Refused | None]
 
 
+class WalkEndedError(UserError):
+    """The walk may not go on. Any other error fails the unit that it came up in, and the next one is begun."""
+
+
 class HostResult(Protocol):
     """Result of a batch on its way to the host."""
 
@@ -106,7 +110,7 @@ class Walk:
         self.totals = WalkTotals()
 
     def run(self, units: Sequence[int]) -> WalkTotals:
-        """Do the units in order. Raises what may not go on: no space, too many refused rows, failures in a row."""
+        """Do the units in order. Raises WriteFailedError or WalkEndedError (refused rows, failures in a row)."""
         unfinished: deque[tuple[int, Future[_Committed]]] = deque()
         self._unit_began = time.perf_counter()
         with (
@@ -167,7 +171,7 @@ class Walk:
                 parts.append(finishing.submit(result.rows))
                 self._wait_for_finishers(parts)
                 self._on_rows(len(batch.rows), sum(len(row.tokens) for row in batch.rows))
-        except (UserError, WriteFailedError):
+        except (WalkEndedError, WriteFailedError):
             raise
         except Exception as error:
             self._failed(number, error)
@@ -209,7 +213,7 @@ class Walk:
         try:
             with _timed(self.totals.seconds, "wait_finish"):
                 done = future.result()
-        except (UserError, WriteFailedError):
+        except (WalkEndedError, WriteFailedError):
             raise
         except Exception as error:
             self._failed(number, error)
@@ -219,7 +223,7 @@ class Walk:
         for item in done.refused:
             log.warning("row %d is refused and stored without targets: %s", item.row, item.reason)
         if done.too_many or self._too_many([]):
-            raise UserError(self._refusal_text())
+            raise WalkEndedError(self._refusal_text())
         self.totals.units, self.totals.last_unit = self.totals.units + 1, number
         self.totals.rows += done.num_rows
         self.totals.tokens += done.num_tokens
@@ -234,7 +238,7 @@ class Walk:
         self.totals.failures[number] = reason
         self._consecutive_failures += 1
         if self._consecutive_failures >= self._max_consecutive_failures:
-            raise UserError(
+            raise WalkEndedError(
                 f"unit {number}: failure {self._consecutive_failures} in a row, the worker stops; the last one was "
                 f"{reason}. Committed units are safe; remove the cause and run the same command again"
             ) from error

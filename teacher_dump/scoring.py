@@ -11,7 +11,7 @@ from potstill.kernels.topk import TopK
 from potstill.storage import RunSpec, ScoresRow, StoreReader, token_digest
 from potstill.teacher_dump.batches import TeacherBatch, target_mask
 from potstill.teacher_dump.config import ScoreConfig
-from potstill.teacher_dump.engines import TeacherEngine
+from potstill.teacher_dump.engines.base import TeacherEngine, TopKWanted
 from potstill.teacher_dump.on_device import OnItsWay, batch_topk
 from potstill.teacher_dump.pipeline import BatchRows
 from potstill.teacher_dump.row_scores import SCORE_STATS, row_scores
@@ -42,6 +42,9 @@ class _ScoreJob(Job):
             teacher=teacher,
             info={"salt_rank": self.config.salt_rank},
         )
+
+    def wanted(self, vocab_size: int) -> TopKWanted:
+        return TopKWanted(k=1, vocab_size=vocab_size, temperatures=())
 
     def compute(self, engine: TeacherEngine, batch: TeacherBatch, vocab_size: int) -> _ScoreResult:
         topk = batch_topk(

@@ -16,12 +16,11 @@ from potstill.teacher_dump.batches import TeacherBatch, apart_batch, packed_batc
 from potstill.teacher_dump.config import TeacherConfig, WalkConfig
 from potstill.teacher_dump.identity import check_fits, computing_dtype, describe, load_config, members
 from potstill.teacher_dump.pipeline import HostResult, Walk, WalkTotals
-from potstill.teacher_dump.placing import WorkerPlace, worker_place
+from potstill.teacher_dump.placing import WorkerPlace
 from potstill.teacher_dump.stopping import StopFlag
 
 if TYPE_CHECKING:
-    from potstill.teacher_dump.engines import TeacherEngine
-    from potstill.teacher_dump.engines.zero3 import Group
+    from potstill.teacher_dump.engines.base import Ranks, TeacherEngine, TopKWanted
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +38,9 @@ class Job(Protocol):
 
     def spec(self, tokens: StoreReader, teacher: dict[str, object]) -> RunSpec:
         """run.json of the store to write."""
+
+    def wanted(self, vocab_size: int) -> TopKWanted | None:
+        """What an engine that gives a finished top-k must put into it; None where draws are made."""
 
     def compute(self, engine: TeacherEngine, batch: TeacherBatch, vocab_size: int) -> HostResult:
         """Run the model over a batch; the result finishes in another thread."""
@@ -106,8 +108,13 @@ def run_worker(
     Nothing is loaded when nothing is missing. Raises UserError (bad input, too many refused rows, failed units),
     StoppedError after a signal, StoreError for trouble with the stores. Running it again continues.
     """
+    from potstill.teacher_dump.engines.loading import join_ranks
+
     started = time.monotonic()
-    place, group = _join(config, teacher, worker=worker, num_workers=num_workers)
+    ranks = join_ranks(teacher)
+    place = ranks.place(
+        config.worker if worker is None else worker, config.num_workers if num_workers is None else num_workers
+    )
     tokens = open_rows(config)
     model_config = load_config(teacher)
     check_fits(teacher, model_config, tokens.spec)
@@ -128,18 +135,18 @@ def run_worker(
         place.source,
         len(units),
     )
-    # In a group a rank without units of its own takes part in the passes of the others.
+    # A rank without units of its own takes part in the passes of the others.
     passes = sum(-(-len(writer.unit_rows(unit)) // teacher.batch_rows) for unit in units)
-    most_passes = passes if group is None else group.largest(passes)
+    most_passes = ranks.largest(passes)
     totals = WalkTotals()
     if most_passes:
-        totals = _walk(config, teacher, job, tokens, writer, units, group, idle_passes=most_passes - passes)
+        totals = _walk(config, teacher, job, tokens, writer, units, ranks, idle_passes=most_passes - passes)
     if totals.stopped_by is not None:
         raise StoppedError(
             f"{job.word}: stopped by {totals.stopped_by} after {totals.units} of {len(units)} units of worker "
             f"{place.worker}; what is committed is safe, run the same command again to go on"
         )
-    return _finish(config, job, writer, place, group, totals, seconds=time.monotonic() - started)
+    return _finish(config, job, writer, place, ranks, totals, seconds=time.monotonic() - started)
 
 
 def open_rows(config: WalkConfig) -> StoreReader:
@@ -150,22 +157,6 @@ def open_rows(config: WalkConfig) -> StoreReader:
     return tokens
 
 
-def _join(
-    config: WalkConfig, teacher: TeacherConfig, *, worker: int | None, num_workers: int | None
-) -> tuple[WorkerPlace, Group | None]:
-    """This process's place, and its group if several ranks hold one teacher: then each rank is a part of a worker."""
-    worker = config.worker if worker is None else worker
-    num_workers = config.num_workers if num_workers is None else num_workers
-    if teacher.engine != "zero3":
-        return worker_place(worker, num_workers), None
-    from potstill.teacher_dump.engines.zero3 import join_group
-
-    group = join_group(teacher)
-    place = worker_place(worker or 0, num_workers or 1)
-    whole = f"{place.source}, group of {group.world}"
-    return WorkerPlace(place.worker * group.world + group.rank, place.num_workers * group.world, whole), group
-
-
 def _walk(
     config: WalkConfig,
     teacher: TeacherConfig,
@@ -173,13 +164,13 @@ def _walk(
     tokens: StoreReader,
     writer: StoreWriter,
     units: list[int],
-    group: Group | None,
+    ranks: Ranks,
     *,
     idle_passes: int,
 ) -> WalkTotals:
-    from potstill.teacher_dump.engines import load_engine
+    from potstill.teacher_dump.engines.loading import load_engine
 
-    engine = load_engine(teacher)
+    engine = load_engine(teacher, job.wanted(tokens.spec.vocab_size))
     packed = partial(packed_batch, length=tokens.spec.row_length)
     own = set(units)
     num_rows = sum(len(writer.unit_rows(unit)) for unit in units)
@@ -194,7 +185,7 @@ def _walk(
             progress.update(rows)
 
         def stop_reason() -> str | None:
-            return stop.signal_name if group is None else group.agree_to_stop(stop.signal_name)
+            return ranks.agree_to_stop(stop.signal_name)
 
         walk = Walk(
             reader=tokens,
@@ -204,7 +195,7 @@ def _walk(
             batch_rows=teacher.batch_rows,
             finish_threads=config.finish_threads,
             # One rank that skips a unit would leave the others waiting for it.
-            max_consecutive_failures=config.max_consecutive_failures if group is None else 1,
+            max_consecutive_failures=1 if ranks.in_step else config.max_consecutive_failures,
             refused_elsewhere=lambda: _num_refused(writer, except_units=own),
             refused_allowed=_refused_allowed(config, tokens.num_rows),
             on_rows=on_rows,
@@ -259,7 +250,7 @@ def _finish(
     job: Job,
     writer: StoreWriter,
     place: WorkerPlace,
-    group: Group | None,
+    ranks: Ranks,
     totals: WalkTotals,
     *,
     seconds: float,
@@ -270,14 +261,13 @@ def _finish(
             f"{job.word}: {len(totals.failures)} units failed and {totals.units} were committed: {listed}. "
             "Run the same command again to retry them"
         )
-    if group is not None:
-        group.barrier()
+    ranks.barrier()
     num_missing = len(writer.todo())
     if num_missing == 0:
         _check_refused(config, writer)
     bytes_per_token = _bytes_per_token(writer, totals.last_unit)
     sealed = False
-    if config.seal and place.num_workers == (1 if group is None else group.world) and num_missing == 0:
+    if config.seal and place.num_workers == ranks.world and num_missing == 0:
         manifest = seal_store(config.output)
         sealed, bytes_per_token = True, manifest.num_bytes / max(1, manifest.num_tokens)
     positions = totals.figures.get("positions", 0.0)

@@ -11,7 +11,7 @@ from potstill.common.jobs import shell_line
 from potstill.common.progress import format_seconds
 from potstill.common.sizes import format_bytes
 from potstill.common.spread import Spread, differences, is_gain
-from potstill.common.tables import table
+from potstill.common.text_tables import table
 from potstill.launch.demo.ngrams import NgramLosses, ngram_losses, pairs
 from potstill.launch.demo.sizes import ARMS, DemoSize, student_names
 

@@ -128,7 +128,6 @@ def kept_note(kept: KeptFigures, at: CurriculumStep, *, student: str | None) -> 
 
 
 def _share_text(kept: KeptFigures, at: CurriculumStep) -> str:
-    from potstill.student_train.curriculum.token_selector import TOKEN_POLICIES
 
     choice = at.objective.tokens
     on_kd = choice is not None and choice.selector.applies_to == "kd"
@@ -137,7 +136,7 @@ def _share_text(kept: KeptFigures, at: CurriculumStep) -> str:
     if not len(weights):
         return "It has no token to predict"
     what = "distillation" if on_kd else "the loss"
-    if choice is not None and TOKEN_POLICIES[choice.selector.policy].kind == "weight":
+    if choice is not None and choice.selector.entry.kind == "weight":
         low, high = (float(np.quantile(weights, end)) for end in (0.0, 1.0))
         said = f"Each token weighs {low:.3g} to {high:.3g} in {what} ({choice.selector.policy})"
     else:

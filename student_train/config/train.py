@@ -13,47 +13,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from potstill.common.config import LocalPath, StorePlace, StrictModel
-from potstill.student_train.config.stages import (
-    Cosine,
-    Curve,
-    Divergence,
-    Linear,
-    LinearRatio,
-    MissingMass,
-    Objective,
-    Periodic,
-    RowScore,
-    RowSelector,
-    Scalar,
-    Span,
-    Stage,
-    StatRef,
-    TokenSelector,
-    Wsd,
-)
-
-__all__ = [
-    "Cosine",
-    "Curve",
-    "Divergence",
-    "EvalConfig",
-    "ExportConfig",
-    "Linear",
-    "LinearRatio",
-    "LrSchedule",
-    "MissingMass",
-    "Objective",
-    "Periodic",
-    "RowScore",
-    "RowSelector",
-    "Scalar",
-    "Span",
-    "Stage",
-    "StatRef",
-    "TokenSelector",
-    "TrainConfig",
-    "Wsd",
-]
+from potstill.student_train.config.lr_schedule import LrSchedule
+from potstill.student_train.config.stages import Objective, Stage
 
 Dtype = Literal["float32", "bfloat16"]
 OptimizerKind = Literal["adamw", "muon"]
@@ -197,24 +158,6 @@ class OptimizerConfig(StrictModel):
     eps: float = Field(default=1e-8, gt=0, description="AdamW epsilon")
     weight_decay: float = Field(default=0.1, ge=0, description="Decoupled weight decay of matrices")
     grad_clip: float = Field(default=1.0, ge=0, description="Largest gradient norm; 0 switches clipping off")
-
-
-class LrSchedule(StrictModel):
-    """Learning rate over the run or over each stage, a pure function of the step."""
-
-    kind: Literal["constant", "linear", "cosine", "wsd"] = Field(
-        default="cosine", description="Shape after the warm-up"
-    )
-    span: Literal["run", "stages"] = Field(
-        default="run", description="What the shape is laid over: the run, or each stage of the curriculum anew"
-    )
-    warmup: Span = Field(default=0, description="Linear warm-up: int = steps, float = share of the run (or stage)")
-    decay: Span = Field(
-        default=0.2,
-        description="Length of the decay of wsd at the end: int = steps, float = share of the run (or stage)",
-    )
-    decay_shape: Literal["linear", "cosine", "sqrt"] = Field(default="linear", description="Shape of the decay of wsd")
-    min_ratio: float = Field(default=0.1, ge=0, le=1, description="Factor on the peak that the decay ends at")
 
 
 class CheckpointConfig(StrictModel):

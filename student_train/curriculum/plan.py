@@ -18,9 +18,11 @@ from numpy.typing import NDArray
 
 from potstill.common.errors import UserError
 from potstill.storage import RowOrder
-from potstill.student_train.config.train import Stage, TrainConfig
+from potstill.student_train.config.lr_schedule import span_steps
+from potstill.student_train.config.stages import Stage
+from potstill.student_train.config.train import TrainConfig
 from potstill.student_train.curriculum.row_selector import RowStats, pool, ranked_rows, row_scores
-from potstill.student_train.curriculum.schedules import lr_factor_at, scalar_value, share_of_span, span_steps
+from potstill.student_train.curriculum.schedules import scalar_value, share_of_span
 from potstill.student_train.curriculum.step_objective import StepObjective, step_objective
 
 PLAN_VERSION = 1
@@ -181,12 +183,8 @@ class CurriculumPlan:
     def lr_factor(self, step: int) -> float:
         """Factor on the peak learning rate at optimizer step `step`."""
         span = self.segment(step).span
-        return lr_factor_at(
-            self._config.schedule,
-            step,
-            total_steps=self.total_steps,
-            first_step=span.first_step,
-            end_step=span.end_step,
+        return self._config.schedule.factor_at(
+            step, total_steps=self.total_steps, first_step=span.first_step, end_step=span.end_step
         )
 
     def joined(self, batch: int) -> frozenset[str]:

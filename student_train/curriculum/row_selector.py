@@ -1,49 +1,22 @@
 """Row selector: a number per row from the stores' indexes, and the pool of rows that a share of them makes.
 
-Only the per-row statistics of the indexes are read here, never a target. A new kind is one function and one entry
-in ROW_SCORES.
+Only the per-row statistics of the indexes are read here, never a target. The kinds of scores are a table of
+config/row_scores.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from potstill.common.errors import UserError
-from potstill.student_train.config.train import RowScore, RowSelector, StatRef
+from potstill.student_train.config.row_scores import ROW_SCORES, RowScore, StatRef
+from potstill.student_train.config.stages import RowSelector
 
 Float64 = NDArray[np.float64]
 RowStats = Mapping[str, Mapping[str, NDArray[np.float32]]]  # store name -> statistic -> [num_rows]
-
-
-def _stat(columns: Sequence[Float64], score: RowScore) -> Float64:
-    """One statistic as it stands (SALT_DS, arXiv 2410.18779: salt_median_zero or salt_median_drop of the small LM)."""
-    return columns[0]
-
-
-def _difference(columns: Sequence[Float64], score: RowScore) -> Float64:
-    """First minus second (MiniPLM, arXiv 2410.17215: loss of the reference minus loss of the teacher)."""
-    return columns[0] - columns[1]
-
-
-def _rank_fusion(columns: Sequence[Float64], score: RowScore) -> Float64:
-    """Reciprocal rank fusion, sum of 1 / (k + rank) with rank 1 at each statistic's own end (POCL, 2506.05695)."""
-    fused = np.zeros_like(columns[0])
-    for column, reference in zip(columns, score.of, strict=True):
-        ordered = np.argsort(column if reference.rank_first == "lowest" else -column, kind="stable")
-        rank = np.empty(len(column), np.float64)
-        rank[ordered] = np.arange(1, len(column) + 1)
-        fused += 1.0 / (score.fusion_k + rank)
-    return fused
-
-
-ROW_SCORES: dict[str, Callable[[Sequence[Float64], RowScore], Float64]] = {
-    "stat": _stat,
-    "difference": _difference,
-    "rank_fusion": _rank_fusion,
-}
 
 
 def _column(reference: StatRef, stats: RowStats, key: str) -> Float64:
@@ -73,8 +46,6 @@ def _has_targets(references: Sequence[StatRef], stats: RowStats, num_rows: int) 
 
 def row_scores(score: RowScore, stats: RowStats, *, num_rows: int, seed: int, key: str) -> Float64:
     """Score of every row [num_rows], NaN of rows without targets; `key` names the key in errors. Raises UserError."""
-    if score.kind == "random":
-        return np.random.Generator(np.random.Philox(seed)).random(num_rows)
     columns = [_column(reference, stats, key) for reference in score.of]
     known = _has_targets(score.of, stats, num_rows)
     if not known.any():
@@ -82,7 +53,8 @@ def row_scores(score: RowScore, stats: RowStats, *, num_rows: int, seed: int, ke
             f"{key}: no row has targets in all of {sorted({r.store for r in score.of})}; nothing to rank by"
         )
     scores = np.full(num_rows, np.nan)
-    scores[known] = ROW_SCORES[score.kind]([column[known] for column in columns], score)
+    kept = [column[known] for column in columns]
+    scores[known] = ROW_SCORES[score.kind].score(kept, score, int(known.sum()), seed)
     return scores
 
 

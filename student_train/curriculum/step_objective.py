@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from potstill.kernels.settings import LossSettings
-from potstill.student_train.config.train import Objective, Stage, TokenSelector
+from potstill.student_train.config.stages import Objective, Stage
+from potstill.student_train.config.token_policies import TokenSelector
 from potstill.student_train.curriculum.schedules import scalar_value
 
 
@@ -21,16 +22,12 @@ class TokenChoice:
     @property
     def uses_student(self) -> bool:
         """Whether the choice can only be made inside the forward pass."""
-        return self.selector.source == "student" and self.selector.policy != "random"
+        return self.selector.uses_student
 
     @property
     def is_uniform(self) -> bool:
         """Whether every position counts fully, so that nothing need be chosen."""
-        return self.floor == 1.0 or (self.share == 1.0 and self.selector.policy in SHARE_POLICIES)
-
-
-# Policies that keep `share` of each row by score; the others decide position by position.
-SHARE_POLICIES = frozenset({"top_loss", "top_entropy", "excess_loss", "skip_low_entropy", "soft_or", "random"})
+        return self.floor == 1.0 or (self.share == 1.0 and self.selector.entry.kind == "share")
 
 
 @dataclass(frozen=True)
@@ -99,5 +96,5 @@ def step_objective(defaults: Objective, stage: Stage, x: float) -> StepObjective
     if stage.tokens is not None:
         choice = TokenChoice(stage.tokens, scalar_value(stage.tokens.share, x), scalar_value(stage.tokens.floor, x))
         tokens = None if choice.is_uniform or (alpha == 0.0 and stage.tokens.applies_to == "kd") else choice
-    needs_targets = alpha > 0.0 or (tokens is not None and tokens.selector.policy == "soft_or")
+    needs_targets = alpha > 0.0 or (tokens is not None and tokens.selector.entry.needs_targets)
     return StepObjective(targets=stage.targets if needs_targets else None, settings=settings, tokens=tokens)

@@ -1,9 +1,8 @@
-"""Token selector: which positions of a row count, and how much.
+"""Token selector: which positions of a row count, and how much, from the score of a policy (config/token_policies.py).
 
-A policy is one function from columns to a score, and one entry in TOKEN_POLICIES. Choices are made per row, so they do
-not depend on the micro-batch or the world size. Columns are torch tensors over the N positions of a micro-batch; the
-same code runs on the CPU before the forward pass (figures of a store) and on the device inside it (figures of the
-student).
+Choices are made per row, so they do not depend on the micro-batch or the world size. Columns are torch tensors over the
+N positions of a micro-batch; the same code runs on the CPU before the forward pass (figures of a store) and on the
+device inside it (figures of the student).
 
 Legend: N positions, R rows; a labelled position is one that has a next token within its document.
 """
@@ -11,83 +10,12 @@ Legend: N positions, R rows; a labelled position is one that has a next token wi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from potstill.student_train.config.train import TokenSelector
+from potstill.student_train.config.token_policies import Columns
 from potstill.student_train.curriculum.step_objective import TokenChoice
-
-Columns = Mapping[str, Tensor]  # each [N]: loss, rank, entropy, reference_loss, divergence, key
-
-
-def _label_rank(columns: Columns, options: TokenSelector) -> Tensor:
-    """1 where the small model has the true token among its first `max_rank` (SALT's learnable tokens, 2410.18779)."""
-    return (columns["rank"] < options.max_rank).float()
-
-
-def _top_loss(columns: Columns, options: TokenSelector) -> Tensor:
-    """The loss itself: hard positions first."""
-    return columns["loss"]
-
-
-def _top_entropy(columns: Columns, options: TokenSelector) -> Tensor:
-    """The entropy itself (SE-KD, 2602.01395, with the student as source)."""
-    return columns["entropy"]
-
-
-def _excess_loss(columns: Columns, options: TokenSelector) -> Tensor:
-    """Loss minus the reference's loss: still to learn, and learnable (Rho-1, 2404.07965)."""
-    return columns["loss"] - columns["reference_loss"]
-
-
-def _entropy_band(columns: Columns, options: TokenSelector) -> Tensor:
-    """1 where low <= entropy <= high."""
-    low = -math.inf if options.low is None else options.low
-    high = math.inf if options.high is None else options.high
-    return ((columns["entropy"] >= low) & (columns["entropy"] <= high)).float()
-
-
-def _paced(columns: Columns, options: TokenSelector) -> Tensor:
-    """p^a (1-p)^b of the true token's probability p (PACED, 2603.11178, with p in the place of the pass rate)."""
-    p = torch.exp(-columns["loss"]).clamp(0.0, 1.0)
-    return p**options.power_a * (1.0 - p) ** options.power_b
-
-
-def _soft_or(columns: Columns, options: TokenSelector) -> Tensor:
-    """1 - (1 - h)(1 - d) of student entropy h and divergence d, each over its row's largest (TIP, 2604.14084)."""
-    entropy, divergence = columns["entropy_of_row"], columns["divergence_of_row"]
-    return 1.0 - (1.0 - entropy) * (1.0 - divergence)
-
-
-def _random(columns: Columns, options: TokenSelector) -> Tensor:
-    """A keyed hash of the position: the control that an informed policy must beat."""
-    return columns["key"]
-
-
-@dataclass(frozen=True)
-class TokenPolicy:
-    """`share`: the best-scored share of each row counts 1. `mask`: score 1 counts 1. `weight`: soft, row mean 1."""
-
-    kind: Literal["share", "mask", "weight"]
-    needs: tuple[str, ...]
-    score: Callable[[Columns, TokenSelector], Tensor]
-
-
-TOKEN_POLICIES: dict[str, TokenPolicy] = {
-    "label_rank": TokenPolicy("mask", ("rank",), _label_rank),
-    "top_loss": TokenPolicy("share", ("loss",), _top_loss),
-    "top_entropy": TokenPolicy("share", ("entropy",), _top_entropy),
-    "excess_loss": TokenPolicy("share", ("loss", "reference_loss"), _excess_loss),
-    "entropy_band": TokenPolicy("mask", ("entropy",), _entropy_band),
-    "skip_low_entropy": TokenPolicy("share", ("entropy",), _top_entropy),
-    "paced": TokenPolicy("weight", ("loss",), _paced),
-    "soft_or": TokenPolicy("share", ("entropy", "divergence"), _soft_or),
-    "random": TokenPolicy("share", ("key",), _random),
-}
 
 
 def kept_count(num_labelled: int, share: float) -> int:
@@ -121,14 +49,10 @@ def choose(choice: TokenChoice, columns: Columns, *, labelled: Tensor, row: Tens
     labelled bool [N]; row int64 [N] in 0..num_rows-1. The sum over a row is known before the scores for kinds `share`
     (its kept count) and `weight` (its labelled count, because soft weights get row mean 1).
     """
-    policy = TOKEN_POLICIES[choice.selector.policy]
-    if policy.score is _soft_or:
-        columns = {
-            **columns,
-            "entropy_of_row": _by_row_maximum(columns["entropy"], labelled, row, num_rows),
-            "divergence_of_row": _by_row_maximum(columns["divergence"], labelled, row, num_rows),
-        }
-    score = policy.score(columns, choice.selector)
+    policy = choice.selector.entry
+    if policy.by_row_maximum:
+        columns = {name: _by_row_maximum(columns[name], labelled, row, num_rows) for name in policy.needs}
+    score = choice.selector.score(columns)
     counts = torch.bincount(row[labelled], minlength=num_rows)
     if policy.kind == "share":
         chosen = _row_quota(score, labelled, row, counts, choice.share)
@@ -143,7 +67,7 @@ def choose(choice: TokenChoice, columns: Columns, *, labelled: Tensor, row: Tens
 
 def known_weight_sum(choice: TokenChoice, num_labelled: list[int]) -> float:
     """Sum of the weights before the scores are known; `num_labelled` holds the labelled positions of each row."""
-    policy = TOKEN_POLICIES[choice.selector.policy]
+    policy = choice.selector.entry
     assert policy.kind != "mask", "a mask of the student has no known sum; the configuration refuses it"
     total = 0.0
     for count in num_labelled:
@@ -156,6 +80,6 @@ def known_active(choice: TokenChoice, num_labelled: list[int]) -> int | None:
     """How many positions will weigh more than 0, or None where that depends on the scores (a soft weight may be 0)."""
     if choice.floor > 0:
         return sum(num_labelled)
-    if TOKEN_POLICIES[choice.selector.policy].kind == "share":
+    if choice.selector.entry.kind == "share":
         return sum(kept_count(count, choice.share) for count in num_labelled)
     return None

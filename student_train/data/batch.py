@@ -17,7 +17,7 @@ from torch import Tensor
 from potstill.kernels.types import IGNORE_LABEL, SparseTargetTensors
 from potstill.storage import LoadedBatch, ScoresRow, TargetsRow, TokensRow, concatenate
 from potstill.student_train.curriculum.step_objective import StepObjective, TokenChoice
-from potstill.student_train.curriculum.token_selector import TOKEN_POLICIES, choose, known_active, known_weight_sum
+from potstill.student_train.curriculum.token_selector import choose, known_active, known_weight_sum
 
 if TYPE_CHECKING:
     from potstill.student_train.model.term import LossTerm
@@ -96,13 +96,13 @@ def store_columns(rows: Sequence[JoinedRow], prefix: str = "") -> dict[str, np.n
 def _columns(choice: TokenChoice, batch: LoadedBatch, part: slice) -> dict[str, Tensor]:
     """What the stores know for a choice; the student's own figures are added inside the forward pass."""
     selector, columns = choice.selector, {}
-    if selector.policy == "random":
+    needs = selector.entry.needs
+    if "key" in needs:
         columns["key"] = np.concatenate([_random_key(row) for row in batch.tokens[part]])
-    elif selector.source != "student":
+    if selector.entry.needs_source and selector.source != "student":
         columns |= store_columns(batch.joined[selector.source][part])
     if selector.reference is not None:
         columns |= store_columns(batch.joined[selector.reference][part], "reference_")
-    needs = TOKEN_POLICIES[selector.policy].needs
     return {name: torch.from_numpy(np.ascontiguousarray(columns[name])) for name in needs if name in columns}
 
 

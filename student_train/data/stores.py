@@ -13,7 +13,9 @@ from potstill.kernels.settings import check_draws, stored_temperature
 from potstill.kernels.types import KernelInputError
 from potstill.storage import StoreError, StoreReader, TargetsRow, UnsealedError, check_alignment
 from potstill.storage.loading.joining import first_difference
-from potstill.student_train.config.train import DataConfig, Scalar, TokenSelector, TrainConfig
+from potstill.student_train.config.curves import Scalar
+from potstill.student_train.config.token_policies import TokenSelector
+from potstill.student_train.config.train import DataConfig, TrainConfig
 from potstill.student_train.curriculum.plan import CurriculumPlan, total_steps
 from potstill.student_train.curriculum.row_selector import needed_stats
 from potstill.student_train.curriculum.schedules import scalar_bounds
@@ -179,10 +181,9 @@ def check_objectives(config: TrainConfig, stores: Stores) -> None:
 
 def _check_token_stores(stores: Stores, selector: TokenSelector, key: str) -> None:
     """A targets store may lack a side column; look at the first row of the source and of the reference."""
-    from potstill.student_train.curriculum.token_selector import TOKEN_POLICIES
     from potstill.student_train.data.batch import JoinedRow, store_columns
 
-    needs = set(TOKEN_POLICIES[selector.policy].needs)
+    needs = set(selector.entry.needs)
     wanted = {"source": (selector.source, needs & {"loss", "rank", "entropy"})}
     if selector.reference is not None:
         wanted["reference"] = (selector.reference, {"loss"} if "reference_loss" in needs else set())

@@ -17,9 +17,9 @@ from torch import Tensor
 from potstill.common.errors import UserError
 from potstill.kernels.types import IGNORE_LABEL
 from potstill.storage import LoadedBatch, StoreReader, TokensRow
+from potstill.student_train.config.lr_schedule import span_steps
 from potstill.student_train.config.train import TrainConfig
 from potstill.student_train.curriculum.plan import CurriculumPlan
-from potstill.student_train.curriculum.schedules import span_steps
 from potstill.student_train.curriculum.step_objective import StepObjective
 from potstill.student_train.data.batch import JoinedRow, MicroBatch, collate
 from potstill.student_train.data.stores import Stores, build_plan, check_objectives, open_stores

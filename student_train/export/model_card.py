@@ -10,7 +10,9 @@ from typing import Any
 
 import yaml
 
-from potstill.student_train.config.train import Stage, TokenSelector, TrainConfig
+from potstill.student_train.config.stages import Stage
+from potstill.student_train.config.token_policies import TokenSelector
+from potstill.student_train.config.train import TrainConfig
 from potstill.student_train.export.card_facts import CardFacts, last_name
 
 UNKNOWN = "not recorded"

@@ -19,7 +19,7 @@ from potstill.kernels.soft_cap import scale_and_cap_
 from potstill.kernels.types import IGNORE_LABEL, LossSums
 from potstill.student_train.config.train import ModelConfig
 from potstill.student_train.curriculum.step_objective import StepObjective
-from potstill.student_train.curriculum.token_selector import TOKEN_POLICIES, choose
+from potstill.student_train.curriculum.token_selector import choose
 from potstill.student_train.data.batch import MicroBatch
 from potstill.student_train.model.requests import HeadRequest
 from potstill.student_train.model.term import LossTerm, TermInput
@@ -75,7 +75,7 @@ class DistillationHead(nn.Module):
         choice = objective.tokens
         if choice is None or not choice.uses_student:
             return (everywhere if micro.token_weights is None else micro.token_weights), micro.kd_weights
-        needs_targets = "divergence" in TOKEN_POLICIES[choice.selector.policy].needs
+        needs_targets = choice.selector.entry.needs_targets
         figures = self.statistics(hidden, micro, objective if needs_targets else None)
         columns = {"loss": -figures.label_logprob, "entropy": figures.entropy, **micro.columns}
         if needs_targets:

@@ -1,6 +1,7 @@
-"""What every engine gives: hidden states before the head, and the head; or logits.
+"""What every engine gives: hidden states before the head, logits, or a finished top-k; and the ranks that run it.
 
-Legend: B lines, L tokens per line, D hidden size, V output rows of the head (padding included).
+Legend: B lines, L tokens per line, M target positions of a batch, D hidden size, V output rows of the head (padding
+included), k entries per position.
 """
 
 from __future__ import annotations
@@ -8,9 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from potstill.teacher_dump.placing import WorkerPlace, worker_place
+
 if TYPE_CHECKING:
     from torch import Tensor, device
 
+    from potstill.kernels.topk import TopK
     from potstill.teacher_dump.batches import TeacherBatch
 
 
@@ -25,11 +29,40 @@ class Head:
 
 
 @dataclass(frozen=True)
-class TeacherOutput:
-    """Exactly one of hidden [M, D] and logits [M, V], at the batch's M target positions, on the engine's device."""
+class HiddenStates:
+    """Hidden states before the head at the batch's target positions, and the head to apply to them."""
 
-    hidden: Tensor | None = None
-    logits: Tensor | None = None
+    hidden: Tensor  # [M, D], on the engine's device
+    head: Head
+
+
+@dataclass(frozen=True)
+class Logits:
+    """The model's own logits at the batch's target positions; -inf rules an id out."""
+
+    logits: Tensor  # [M, V], on the engine's device
+
+
+@dataclass(frozen=True)
+class FinishedTopK:
+    """The k best ids at the batch's target positions with all figures of a TopK, as `TopKWanted` asks for them.
+
+    See finished.py for what is checked of it.
+    """
+
+    topk: TopK  # [M, k], on the engine's device
+
+
+TeacherOutput = HiddenStates | Logits | FinishedTopK
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopKWanted:
+    """What a finished top-k must hold, the same for every batch of a run."""
+
+    k: int  # at most the vocabulary
+    vocab_size: int  # ids at and above it are left out, before anything is normalised
+    temperatures: tuple[float, ...]  # besides 1
 
 
 class TeacherEngine(Protocol):
@@ -46,10 +79,6 @@ class TeacherEngine(Protocol):
     def device(self) -> device: ...
 
     @property
-    def head(self) -> Head | None:
-        """The output layer, or None when `forward` gives logits."""
-
-    @property
     def vocab_size(self) -> int:
         """Output rows, padding included."""
 
@@ -57,4 +86,47 @@ class TeacherEngine(Protocol):
         """Run the model over a batch."""
 
     def idle_pass(self) -> None:
-        """Take part in a pass of a group's other ranks; nothing to do for an engine without a group."""
+        """Take part in a pass of the other ranks without rows of one's own; nothing to do for one process."""
+
+
+class Ranks(Protocol):
+    """The ranks that hold one teacher together. Every method but `place` is a collective call of theirs."""
+
+    @property
+    def world(self) -> int:
+        """How many they are."""
+
+    @property
+    def in_step(self) -> bool:
+        """Whether all of them must run the same number of passes, so that none may skip a unit."""
+
+    def place(self, worker: int | None, num_workers: int | None) -> WorkerPlace:
+        """This rank's share of the units; the arguments say which worker of how many the ranks are together."""
+
+    def largest(self, value: int) -> int:
+        """The largest of the ranks' values."""
+
+    def agree_to_stop(self, reason: str | None) -> str | None:
+        """The reason to stop at this pass, the same decision on all ranks; None to go on."""
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+
+
+class OneProcess:
+    """See Ranks. A teacher that this process holds alone: there is nobody to agree with."""
+
+    world = 1
+    in_step = False
+
+    def place(self, worker: int | None, num_workers: int | None) -> WorkerPlace:
+        return worker_place(worker, num_workers)
+
+    def largest(self, value: int) -> int:
+        return value
+
+    def agree_to_stop(self, reason: str | None) -> str | None:
+        return reason
+
+    def barrier(self) -> None:
+        pass

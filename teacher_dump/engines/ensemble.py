@@ -12,7 +12,7 @@ from potstill.kernels import products
 from potstill.kernels.soft_cap import scale_and_cap_
 from potstill.teacher_dump.batches import TeacherBatch
 from potstill.teacher_dump.config import TeacherConfig
-from potstill.teacher_dump.engines.base import Head, TeacherEngine, TeacherOutput
+from potstill.teacher_dump.engines.base import Head, HiddenStates, Logits, TeacherEngine, TopKWanted
 from potstill.teacher_dump.engines.hf import load as load_member
 from potstill.teacher_dump.identity import members
 
@@ -25,7 +25,6 @@ class EnsembleEngine:
     """
 
     name = "ensemble"
-    head = None
 
     def __init__(self, members: list[tuple[TeacherEngine, float]]) -> None:
         total = sum(weight for _, weight in members)
@@ -34,7 +33,7 @@ class EnsembleEngine:
         self.dtype, self.device = first.dtype, first.device
         self.vocab_size = max(engine.vocab_size for engine, _ in members)
 
-    def forward(self, batch: TeacherBatch) -> TeacherOutput:
+    def forward(self, batch: TeacherBatch) -> Logits:
         """Log of the mixture at the batch's target positions, float32 [M, V]; -inf where no member has an output."""
         # In logs throughout: a probability that float32 cannot hold still counts at a temperature above 1.
         mixture: Tensor | None = None
@@ -42,7 +41,7 @@ class EnsembleEngine:
             part = self._log_probabilities(engine, batch).add_(math.log(weight))
             mixture = part if mixture is None else torch.logaddexp(mixture, part, out=part)
         assert mixture is not None
-        return TeacherOutput(logits=mixture)
+        return Logits(mixture)
 
     def idle_pass(self) -> None:
         """Nothing to do: there is no group."""
@@ -50,10 +49,11 @@ class EnsembleEngine:
     @torch.no_grad()
     def _log_probabilities(self, engine: TeacherEngine, batch: TeacherBatch) -> Tensor:
         output = engine.forward(batch)
-        logits = output.logits
-        if logits is None:
-            assert output.hidden is not None and engine.head is not None
-            logits = _full_logits(output.hidden, engine.head)
+        if isinstance(output, HiddenStates):
+            logits = _full_logits(output.hidden, output.head)
+        else:
+            assert isinstance(output, Logits), "a finished top-k cannot be mixed; its engine has no mixture"
+            logits = output.logits
         beyond = self.vocab_size - logits.shape[-1]
         return F.pad(logits.float().log_softmax(-1), (0, beyond), value=-math.inf)
 
@@ -65,7 +65,7 @@ def _full_logits(hidden: Tensor, head: Head) -> Tensor:
     return scale_and_cap_(raw, logit_scale=head.logit_scale, soft_cap=head.soft_cap)
 
 
-def load(teacher: TeacherConfig) -> EnsembleEngine:
+def load(teacher: TeacherConfig, wanted: TopKWanted | None = None) -> EnsembleEngine:
     """Load every member onto the worker's device. Raises UserError."""
     alone = teacher.model_copy(update={"ensemble": []})
     others = [(load_member(member), weight) for member, weight in members(teacher)]

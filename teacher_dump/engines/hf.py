@@ -13,7 +13,7 @@ from potstill.common.errors import UserError
 from potstill.common.packed import as_lines
 from potstill.teacher_dump.batches import TeacherBatch
 from potstill.teacher_dump.config import TeacherConfig
-from potstill.teacher_dump.engines.base import Head, TeacherOutput
+from potstill.teacher_dump.engines.base import Head, HiddenStates, Logits, TeacherOutput, TopKWanted
 from potstill.teacher_dump.engines.head import choose_head, packing_agrees, tolerance
 from potstill.teacher_dump.identity import computing_dtype, load_config
 from potstill.teacher_dump.placing import local_device_index
@@ -49,7 +49,7 @@ class HfEngine:
         output = self._run(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         values = output[0] if self.head is not None else output.logits
         picked = values.reshape(-1, values.shape[-1])[positions]
-        return TeacherOutput(hidden=picked) if self.head is not None else TeacherOutput(logits=picked)
+        return Logits(picked) if self.head is None else HiddenStates(picked, self.head)
 
     def idle_pass(self) -> None:
         """Nothing to do: there is no group."""
@@ -61,7 +61,7 @@ class HfEngine:
         return tensor.to(self.device)
 
 
-def load(teacher: TeacherConfig) -> HfEngine:
+def load(teacher: TeacherConfig, wanted: TopKWanted | None = None) -> HfEngine:
     """Load the weights onto the worker's device. Raises UserError when that is not possible."""
     from transformers import AutoModelForCausalLM
 

@@ -18,7 +18,7 @@ from potstill.common.errors import UserError
 from potstill.common.packed import as_lines
 from potstill.teacher_dump.batches import TeacherBatch
 from potstill.teacher_dump.config import TeacherConfig
-from potstill.teacher_dump.engines.base import Head, TeacherOutput
+from potstill.teacher_dump.engines.base import Head, HiddenStates, TopKWanted
 from potstill.teacher_dump.engines.head import (
     apply_head,
     packing_agrees,
@@ -29,16 +29,25 @@ from potstill.teacher_dump.engines.head import (
 )
 from potstill.teacher_dump.engines.hf import choose_device, refuse_missing
 from potstill.teacher_dump.identity import computing_dtype, load_config
+from potstill.teacher_dump.placing import WorkerPlace, worker_place
 
 log = logging.getLogger(__name__)
 
 
 class Group:
-    """The ranks that hold one teacher together. Every method is a collective call."""
+    """See Ranks: together they are one worker, each of them with units of its own."""
+
+    in_step = True
 
     def __init__(self, device: torch.device) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self._device = device
+
+    def place(self, worker: int | None, num_workers: int | None) -> WorkerPlace:
+        # RANK and WORLD_SIZE count the ranks of the group, so only arguments say which worker the group is.
+        whole = worker_place(worker or 0, num_workers or 1)
+        source = f"{whole.source}, group of {self.world}"
+        return WorkerPlace(whole.worker * self.world + self.rank, whole.num_workers * self.world, source)
 
     def largest(self, value: int) -> int:
         """The largest of the ranks' values."""
@@ -93,10 +102,10 @@ class Zero3Engine:
         self._check(teacher, dtype)
 
     @torch.no_grad()
-    def forward(self, batch: TeacherBatch) -> TeacherOutput:
+    def forward(self, batch: TeacherBatch) -> HiddenStates:
         """Hidden states at the batch's target positions."""
         hidden = self._run(torch.from_numpy(batch.input_ids), torch.from_numpy(batch.position_ids))
-        return TeacherOutput(hidden=hidden.reshape(-1, hidden.shape[-1])[torch.from_numpy(batch.positions)])
+        return HiddenStates(hidden.reshape(-1, hidden.shape[-1])[torch.from_numpy(batch.positions)], self.head)
 
     @torch.no_grad()
     def idle_pass(self) -> None:
@@ -146,7 +155,7 @@ class Zero3Engine:
                 raise UserError(f"teacher {type(self.model).__name__} mixes packed documents; set documents=apart")
 
 
-def load(teacher: TeacherConfig) -> Zero3Engine:
+def load(teacher: TeacherConfig, wanted: TopKWanted | None = None) -> Zero3Engine:
     """Load the weights by shards over the group. Raises UserError. Collective."""
     import deepspeed
     from transformers import AutoModelForCausalLM

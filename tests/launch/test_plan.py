@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from potstill.common.errors import UserError
+from potstill.common.options import read_config
 from potstill.launch.calibrate import calibrate, steady_rate
-from potstill.launch.options import read_config
 from potstill.launch.plan import PLAN, PlanConfig, compare, make_plan, model_costs, store_bytes_per_token, with_rows
 from potstill.launch.plan_limits import LOADER_TOKENS, host_tokens_per_second
 from potstill.storage import StoreReader, StoreWriter, seal_store, store_status

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from potstill.common.tables import print_table, table
+from potstill.common.text_tables import print_table, table
 from potstill.launch import status_command
 from potstill.launch.cli import main
 from potstill.storage import seal_store, store_status

@@ -12,7 +12,7 @@ import pytest
 from potstill.common.errors import UserError
 from potstill.kernels.settings import LossSettings
 from potstill.storage import EpochPlan
-from potstill.student_train.config.train import RowScore
+from potstill.student_train.config.row_scores import RowScore
 from potstill.student_train.curriculum.plan import CurriculumPlan
 from potstill.student_train.curriculum.row_selector import ranked_rows, row_scores
 from tests.student_train import tiny, workers

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from potstill.storage import LoadedBatch, StoreReader
-from potstill.student_train.config.train import Objective, Stage
+from potstill.student_train.config.stages import Objective, Stage
 from potstill.student_train.curriculum.step_objective import StepObjective, step_objective
 from potstill.student_train.data.batch import MicroBatch, collate, position_ids
 from potstill.student_train.model.head import SparseLossRequest

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from potstill.storage import LoadedBatch, StoreReader
-from potstill.student_train.config.train import Objective, Stage
+from potstill.student_train.config.stages import Objective, Stage
 from potstill.student_train.curriculum.step_objective import step_objective
 from potstill.student_train.data.batch import collate
 from potstill.student_train.model.hf_config import hf_config

@@ -12,7 +12,7 @@ import torch
 
 from potstill.common.errors import ConfigError, UserError
 from potstill.storage import LoadedBatch, StoreReader
-from potstill.student_train.config.train import Objective, Stage
+from potstill.student_train.config.stages import Objective, Stage
 from potstill.student_train.curriculum.step_objective import StepObjective, step_objective
 from potstill.student_train.data.batch import MicroBatch, collate
 from potstill.student_train.data.stores import build_plan, open_stores

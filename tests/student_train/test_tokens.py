@@ -8,15 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from potstill.student_train.config.train import TokenSelector
-from potstill.student_train.curriculum.step_objective import SHARE_POLICIES, TokenChoice
-from potstill.student_train.curriculum.token_selector import (
-    TOKEN_POLICIES,
-    choose,
-    kept_count,
-    known_active,
-    known_weight_sum,
-)
+from potstill.student_train.config.token_policies import TOKEN_POLICIES, TokenSelector
+from potstill.student_train.curriculum.step_objective import TokenChoice
+from potstill.student_train.curriculum.token_selector import choose, kept_count, known_active, known_weight_sum
 
 LENGTHS = (7, 1, 12, 5)
 ROW = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
@@ -135,9 +129,22 @@ def test_the_choice_does_not_depend_on_the_rows_beside() -> None:
             assert torch.equal(alone, together[own]), policy
 
 
-def test_every_policy_is_reachable_and_shares_are_marked() -> None:
-    assert set(TOKEN_POLICIES) == set(TokenSelector.model_fields["policy"].annotation.__args__)
-    assert {name for name, policy in TOKEN_POLICIES.items() if policy.kind == "share"} == SHARE_POLICIES
+@pytest.mark.parametrize("policy", TOKEN_POLICIES)
+def test_a_policy_looks_at_no_other_column_or_key_than_its_entry_names(policy: str) -> None:
+    columns, labelled = columns_of(3)
+    entry, choice = TOKEN_POLICIES[policy], choice_of(policy)
+    only = {name: columns[name] for name in entry.needs}
+    options = {name: getattr(choice.selector, name) for name in entry.reads}
+    assert torch.equal(entry.score(only, **options), choice.selector.score(columns))
+    some = choose(choice, only, labelled=labelled, row=ROW, num_rows=len(LENGTHS))
+    assert torch.equal(some, choose(choice, columns, labelled=labelled, row=ROW, num_rows=len(LENGTHS)))
+
+
+def test_an_unknown_policy_is_answered_with_all_names_and_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"Input should be 'label_rank', .* or 'random'; did you mean 'top_loss'\?"):
+        TokenSelector(policy="top_los")
+    with pytest.raises(ValueError, match=r"Input should be 'label_rank', .* or 'random' \["):
+        TokenSelector(policy="zzz")
 
 
 def test_a_row_never_falls_silent() -> None:

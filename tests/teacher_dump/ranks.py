@@ -15,8 +15,8 @@ def dump_as_group(tokens: str, output: str, model: str, dtype: str) -> dict[str,
     held: list[float] = []
     load = zero3.load
 
-    def spying_load(teacher: Any) -> Any:
-        engine = load(teacher)
+    def spying_load(teacher: Any, wanted: Any) -> Any:
+        engine = load(teacher, wanted)
         parameters = list(engine.model.parameters())
         held.append(sum(p.ds_tensor.numel() for p in parameters) / sum(p.ds_numel for p in parameters))
         return engine

@@ -13,8 +13,10 @@ import torch
 from potstill.common.errors import UserError
 from potstill.teacher_dump.batches import TeacherBatch, apart_batch, packed_batch, restart_positions, target_mask
 from potstill.teacher_dump.config import TeacherConfig
-from potstill.teacher_dump.engines import ENGINES, TeacherEngine, load_engine
+from potstill.teacher_dump.engines.base import HiddenStates, Logits, TeacherEngine
 from potstill.teacher_dump.engines.head import apply_head
+from potstill.teacher_dump.engines.loading import load_engine
+from potstill.teacher_dump.engines.table import ENGINES
 from tests.teacher_dump.tiny import ROW_LENGTH, VOCAB, save_llama, save_model, token_rows
 
 SMALL = {
@@ -86,10 +88,10 @@ MODELS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
 
 def logits_of(engine: TeacherEngine, batch: TeacherBatch) -> np.ndarray:
     output = engine.forward(batch)
-    if output.logits is not None:
+    if isinstance(output, Logits):
         return output.logits.double().numpy()
-    assert engine.head is not None and output.hidden is not None
-    return apply_head(output.hidden, engine.head).double().numpy()
+    assert isinstance(output, HiddenStates)
+    return apply_head(output.hidden, output.head).double().numpy()
 
 
 def apart_logits(folder: Path, tokens: Path) -> np.ndarray:

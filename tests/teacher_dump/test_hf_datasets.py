@@ -13,8 +13,8 @@ import pytest
 
 from potstill.common.config import load_config
 from potstill.common.errors import ConfigError, UserError
+from potstill.common.options import OVERRIDES
 from potstill.launch import cli
-from potstill.launch.options import OVERRIDES
 from potstill.storage import MismatchError, StoreReader, StoreWriter
 from potstill.teacher_dump import DatasetInput, PrepareConfig, hf_datasets, prepare
 from potstill.teacher_dump.documents import Place

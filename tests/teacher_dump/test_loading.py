@@ -15,7 +15,7 @@ from potstill.storage import verify_store
 from potstill.teacher_dump import DumpConfig, dump
 from potstill.teacher_dump.batches import packed_batch
 from potstill.teacher_dump.config import TeacherConfig
-from potstill.teacher_dump.engines import load_engine
+from potstill.teacher_dump.engines.loading import load_engine
 from tests.teacher_dump.tiny import ROW_LENGTH, save_llama, token_rows
 
 # Quantisations that transformers knows, and the package that each needs and that is not among our dependencies.

@@ -1,5 +1,8 @@
 """Options made from a configuration tree: `--config`, `--set a.b=value`, flags for plain keys, and a list of all keys.
 
+`potstill COMMAND` and the module that launchers start on every rank make their options here, so that one command line
+means the same to both.
+
 Everything that is given ends as one list of `a.b=value` overrides in the order of the command line, so that a flag, a
 `--set` and a line in a YAML file mean the same and are checked in the same place.
 """
@@ -21,6 +24,7 @@ from pydantic_core import PydanticUndefined
 
 from potstill.common.config import load_config
 from potstill.common.nearest import nearest_keys
+from potstill.common.tables import KindIn, NameIn, annotation_of, table_of
 
 Model = TypeVar("Model", bound=BaseModel)
 OVERRIDES = "overrides"  # attribute of the parsed arguments
@@ -44,9 +48,10 @@ def list_keys(model: type[BaseModel], prefix: str = "") -> Iterator[Key]:
     """
     for name, field in model.model_fields.items():
         path = f"{prefix}{name}"
-        groups = _groups(field.annotation)
-        if len(groups) != 1 or _scalar(field.annotation) is not None:
-            yield Key(path, field.annotation, _default(field), field.description or "")
+        annotation = annotation_of(field)
+        groups = _groups(annotation)
+        if len(groups) != 1 or _scalar(annotation) is not None:
+            yield Key(path, annotation, _default(field), field.description or "")
             continue
         if field.description:
             yield Key(path, None, "", field.description)
@@ -58,7 +63,9 @@ def _groups(annotation: Any) -> list[tuple[type[BaseModel], str]]:
     """Models inside an annotation, each with what stands between the key and the model's own keys (`N.` in a list)."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [(annotation, "")]
-    origin, arguments = get_origin(annotation), get_args(annotation)
+    origin, arguments, table = get_origin(annotation), get_args(annotation), table_of(annotation)
+    if isinstance(table, KindIn):
+        return [(model, "") for model in table.models]
     if origin is Annotated:
         return _groups(arguments[0])
     if origin in (list, tuple, Sequence):
@@ -87,7 +94,11 @@ def _yaml_word(value: Any) -> str:
 
 def type_word(annotation: Any) -> str:
     """Say a type as a person would: `int`, `a|b`, `text or null`, `list of number`."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
+    origin, arguments, table = get_origin(annotation), get_args(annotation), table_of(annotation)
+    if isinstance(table, NameIn):
+        return "|".join(table.names)
+    if isinstance(table, KindIn):
+        return " or ".join(map(type_word, table.models))
     if origin is Annotated:
         return type_word(arguments[0])
     if origin is Literal:
@@ -100,7 +111,7 @@ def type_word(annotation: Any) -> str:
         return "mapping"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         fields = annotation.model_fields
-        kinds = [f"{name}: {type_word(field.annotation)}" for name, field in fields.items() if name == "kind"]
+        kinds = [f"{name}: {type_word(annotation_of(field))}" for name, field in fields.items() if name == "kind"]
         return "{" + ", ".join([*kinds, *(name for name in fields if name != "kind")]) + "}"
     words = {bool: "true|false", int: "int", float: "number", str: "text", Path: "path", type(None): "null"}
     return words.get(annotation, getattr(annotation, "__name__", str(annotation)).lower())
@@ -117,7 +128,9 @@ class _Scalar:
 
 def _scalar(annotation: Any) -> _Scalar | None:
     """The scalar behind an annotation (through `| None`, `Annotated`, one list), or None if a flag cannot say it."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
+    origin, arguments, table = get_origin(annotation), get_args(annotation), table_of(annotation)
+    if isinstance(table, NameIn):
+        return _Scalar(str, choices=table.names)
     if origin is Annotated:
         return _scalar(arguments[0])
     if origin is Literal and all(isinstance(argument, str) for argument in arguments):
@@ -244,3 +257,23 @@ def _hints(
 def read_config(model: type[Model], arguments: argparse.Namespace) -> Model:
     """Build the checked tree from `--config` and all overrides. Raises ConfigError."""
     return load_config(model, arguments.config, getattr(arguments, OVERRIDES))
+
+
+def parse_arguments(parser: argparse.ArgumentParser, words: Sequence[str] | None) -> argparse.Namespace:
+    """Parse a command line (None: this process's); leaves the program with code 2 and a usage line if it is wrong.
+
+    What is not known is explained by the flag or key that is nearest to it. `parser` may have sub-parsers, each of
+    which leaves itself in the attribute `parser` of what it parsed.
+    """
+    arguments, unknown = parser.parse_known_args(words)
+    if unknown:
+        asked: argparse.ArgumentParser = getattr(arguments, "parser", parser)
+        actions = asked._option_string_actions.items()
+        flags = {flag: (action.const, action.help or "") for flag, action in actions if flag.startswith("--")}
+        asked.error(explain_unknown(unknown, flags=flags, keys=getattr(arguments, KEYS, {})))
+    return arguments
+
+
+def add_traceback_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--traceback`, whose value goes to `run_command`."""
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")

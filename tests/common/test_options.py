@@ -10,7 +10,7 @@ import pytest
 from pydantic import Field
 
 from potstill.common.config import ConfigError, StrictModel
-from potstill.launch.options import add_config_options, list_keys, read_config, type_word
+from potstill.common.options import add_config_options, list_keys, read_config, type_word
 
 
 class Fixed(StrictModel):

@@ -1,0 +1,44 @@
+"""The way out of every command and of every rank of a run: an error becomes one message and one exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+from potstill.common.errors import FORESEEN_ERRORS
+from potstill.common.exit_codes import DONE, ERROR, INTERRUPTED
+
+
+def run_command(work: Callable[[], int], *, program: str, show_traceback: bool) -> int:
+    """Do `work` and return its exit code, or that of what ended it; `program` begins each message on standard error.
+
+    A traceback is shown of a defect always, of an error that a person can correct with `show_traceback` only.
+    """
+    try:
+        code = work()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of a pipe (`potstill inspect ... | head`) has what it wants; the interpreter may not flush again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted; the same command continues from here", file=sys.stderr)
+        return INTERRUPTED
+    except FORESEEN_ERRORS as error:
+        if show_traceback:
+            traceback.print_exc()
+        print(f"{program}: error: {text_of(error)}", file=sys.stderr)
+        return ERROR
+    except Exception as error:
+        traceback.print_exc()
+        found = f"not foreseen: {type(error).__name__}: {text_of(error)}"
+        print(f"{program}: error: {found}; this is a defect of potstill, please report it", file=sys.stderr)
+        return ERROR
+    return code
+
+
+def text_of(error: BaseException) -> str:
+    """What an error says, or its type where it says nothing."""
+    return str(error) or type(error).__name__

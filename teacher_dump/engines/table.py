@@ -1,0 +1,54 @@
+"""The table of engines. The configuration reads it, so nothing heavy is imported with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineEntry:
+    """What the configuration and the worker need to know of an engine before its module is imported.
+
+    module:      whole name of the module with `load(teacher, wanted) -> TeacherEngine`
+    description: one phrase for the help of `teacher.engine`
+    is_group:    whether several ranks hold one teacher; the module then has `join_group(teacher) -> Ranks`
+    mixture:     whole name of the module whose `load` runs an ensemble of such teachers as one; None: there is none
+    refuses:     settings of TeacherConfig that it cannot run with, key -> value
+    gives_top_k: whether it gives a finished top-k, of which nothing can be drawn
+    """
+
+    module: str
+    description: str
+    is_group: bool = False
+    mixture: str | None = None
+    refuses: Mapping[str, object] = field(default_factory=dict)
+    gives_top_k: bool = False
+
+
+ENGINES: dict[str, EngineEntry] = {
+    "hf": EngineEntry(
+        module="potstill.teacher_dump.engines.hf",
+        description="one device",
+        mixture="potstill.teacher_dump.engines.ensemble",
+    ),
+    "zero3": EngineEntry(
+        module="potstill.teacher_dump.engines.zero3",
+        description="a group of ranks is one worker",
+        is_group=True,
+        refuses={"compile": True, "head": "logits"},
+    ),
+}
+
+
+def describe_engines() -> str:
+    """All engines in one line of help."""
+    return "; ".join(f"{name}: {entry.description}" for name, entry in ENGINES.items())
+
+
+def refusal_text(name: str) -> str:
+    """What engine `name` cannot run with, and what to do."""
+    words = [key if value is True else f"{key}={value}" for key, value in ENGINES[name].refuses.items()]
+    if len(words) == 1:
+        return f"engine {name} does not know {words[0]}: leave it out, or use engine hf"
+    return f"engine {name} knows neither {' nor '.join(words)}: leave them out, or use engine hf"
