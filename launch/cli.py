@@ -38,7 +38,7 @@ exit codes:
 EXPECTED_ERRORS = (
     ("potstill.storage.errors", "StoreError"),
     ("potstill.kernels.types", "SelfCheckError"),
-    ("potstill.student_train.run.loop", "LossNotFiniteError"),
+    ("potstill.student_train.run.step_watch", "LossNotFiniteError"),
 )
 
 

@@ -6,9 +6,9 @@ and their padding never reaches the head).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from potstill.student_train.curriculum.step_objective import StepObjective, Toke
 from potstill.student_train.curriculum.token_selector import TOKEN_POLICIES, choose, known_active, known_weight_sum
 
 JoinedRow = TargetsRow | ScoresRow
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,19 @@ class MicroBatch:
             if isinstance(value, Tensor | SparseTargetTensors)
         }
         return replace(self, **moved, columns={n: c.to(device, non_blocking=True) for n, c in self.columns.items()})
+
+
+def map_tensors(value: T, function: Callable[[Tensor], Tensor]) -> T:
+    """`value` with `function` of every tensor in it, also inside of dataclasses and mappings; all else as it is."""
+    found: Any = value
+    if isinstance(value, Tensor):
+        found = function(value)
+    elif isinstance(value, Mapping):
+        found = {key: map_tensors(item, function) for key, item in value.items()}
+    elif is_dataclass(value) and not isinstance(value, type):
+        changes = {field.name: map_tensors(getattr(value, field.name), function) for field in fields(value)}
+        found = replace(value, **changes)
+    return cast("T", found)
 
 
 def position_ids(doc_lens: np.ndarray, length: int) -> np.ndarray:
