@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import functools
-import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast, overload
 
-from potstill.storage.errors import CorruptError, MismatchError, ReadFailedError, StoreError
+from potstill.storage.errors import MismatchError, StoreError
 from potstill.storage.loading.joining import JoinedRow, as_targets, check_digests, check_joined
 from potstill.storage.loading.order import ORDER_VERSION, Int64
-from potstill.storage.loading.pinning import cuda_is_there, pin
 from potstill.storage.loading.prefetch import Prefetcher
 from potstill.storage.loading.row_plan import RowPlan
 from potstill.storage.rows.row_types import TargetsRow, TokensRow, token_digest
-from potstill.storage.rows.sparse_targets import SparseTargets
 from potstill.storage.store.reader import StoreReader
 
-logger = logging.getLogger(__name__)
-
 STATE_VERSION = 1
-MAX_BAD_FRACTION = 1e-4
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,14 +39,17 @@ class LoadedBatch:
 class _Piece:
     tokens: list[TokensRow]
     joined: dict[str, list[JoinedRow]]
-    num_bad: int
 
 
-class Loader:
-    """Iterator over LoadedBatch, without end; any world size and any resume give the same global batches."""
+class Loader(Generic[T]):
+    """Iterator over batches, without end; any world size and any resume give the same global batches.
 
+    A batch is a LoadedBatch, or what `finish` makes of it in the threads that read.
+    """
+
+    @overload
     def __init__(
-        self,
+        self: Loader[LoadedBatch],
         plan: RowPlan,
         tokens: StoreReader,
         joined: Mapping[str, StoreReader],
@@ -60,41 +58,62 @@ class Loader:
         world: int = 1,
         prefetch_batches: int = 2,
         num_threads: int = 2,
-        on_bad_row: str = "raise",
-        pin_memory: bool = False,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        plan: RowPlan,
+        tokens: StoreReader,
+        joined: Mapping[str, StoreReader],
+        *,
+        finish: Callable[[LoadedBatch], T],
+        rank: int = 0,
+        world: int = 1,
+        prefetch_batches: int = 2,
+        num_threads: int = 2,
+    ) -> None: ...
+
+    def __init__(
+        self,
+        plan: RowPlan,
+        tokens: StoreReader,
+        joined: Mapping[str, StoreReader],
+        *,
+        finish: Callable[[LoadedBatch], Any] | None = None,
+        rank: int = 0,
+        world: int = 1,
+        prefetch_batches: int = 2,
+        num_threads: int = 2,
     ) -> None:
         """`joined` stores must have been made from `tokens`; MismatchError names the field otherwise.
 
-        `prefetch_batches` batches are read ahead of the one in use, by `num_threads` threads (take more for stores on
-        object storage, where a read mostly waits).
-        `on_bad_row="drop_target"` replaces a permanently unreadable targets row by one without targets, counted in
-        `num_bad_rows` and capped at 1e-4 of the rows of an epoch (at least one). `pin_memory` puts the arrays into
-        page-locked memory where CUDA is there (imports torch).
+        `prefetch_batches` batches are read and finished ahead of the one in use, by `num_threads` threads (take more
+        for stores on object storage, where a read mostly waits). `finish` must be a pure function of the batch: it runs
+        in one of the threads once the whole batch is there, several batches may be finished at once, and what it
+        raises is raised by `next` in its batch's turn.
         """
         if not 0 <= rank < world or prefetch_batches < 1 or num_threads < 1:
             raise StoreError(
                 f"loader: rank {rank} of {world}, {prefetch_batches} batches ahead, {num_threads} threads is no setting"
             )
-        if on_bad_row not in ("raise", "drop_target"):
-            raise StoreError(f"loader: on_bad_row is {on_bad_row!r}, expected raise or drop_target")
         if tokens.spec.kind != "tokens":
             raise MismatchError(f"{tokens.url} is a store of kind {tokens.spec.kind}, expected tokens")
         for name, reader in joined.items():
             check_joined(name, reader, tokens)
         self._plan, self._tokens, self._joined = plan, tokens, dict(joined)
-        self._rank, self._world, self._drop = rank, world, on_bad_row == "drop_target"
-        self._pin = pin_memory and cuda_is_there()
+        self._rank, self._world = rank, world
+        self._finish: Callable[[LoadedBatch], T] = finish or _as_loaded
         self._prefetch_batches, self._num_threads = prefetch_batches, num_threads
         self._committed, self._next_batch, self._submitted = 0, 0, 0
-        self._prefetcher: Prefetcher[_Piece] | None = None
+        self._prefetcher: Prefetcher[T] | None = None
         self._closed = False
-        self.num_bad_rows = 0
         self.data_wait_seconds = 0.0
 
-    def __iter__(self) -> Iterator[LoadedBatch]:
+    def __iter__(self) -> Loader[T]:
         return self
 
-    def __next__(self) -> LoadedBatch:
+    def __next__(self) -> T:
         """The next batch in order; errors of the threads surface here."""
         if self._closed:
             raise StoreError("loader: closed; build a new one")
@@ -103,24 +122,16 @@ class Loader:
         while self._submitted <= self._next_batch + self._prefetch_batches:
             self._submit(self._prefetcher, self._submitted)
             self._submitted += 1
-        batch, rows = self._next_batch, self._rank_rows(self._next_batch)
         started = time.perf_counter()
         try:
-            pieces = [self._prefetcher.take() for _ in self._cuts(len(rows))]
+            found = self._prefetcher.take()
         except BaseException:
             # The batch is lost for this iterator; going on would silently shift the order.
             self.close()
             raise
         self.data_wait_seconds += time.perf_counter() - started
         self._next_batch += 1
-        self._count_bad(sum(piece.num_bad for piece in pieces))
-        names = sorted(self._plan.joined(batch))
-        return LoadedBatch(
-            batch=batch,
-            rows=rows,
-            tokens=[row for piece in pieces for row in piece.tokens],
-            joined={name: [row for piece in pieces for row in piece.joined[name]] for name in names},
-        )
+        return found
 
     def commit(self, batch: int) -> None:
         """Say that the optimizer step of `batch` is done; only this moves the state."""
@@ -167,7 +178,7 @@ class Loader:
         if self._prefetcher is not None:
             self._prefetcher.close()
 
-    def __enter__(self) -> Loader:
+    def __enter__(self) -> Loader[T]:
         return self
 
     def __exit__(
@@ -197,59 +208,29 @@ class Loader:
         step = max(1, -(-num_rows // self._num_threads))
         return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
 
-    def _submit(self, prefetcher: Prefetcher[_Piece], batch: int) -> None:
+    def _submit(self, prefetcher: Prefetcher[T], batch: int) -> None:
         names = self._plan.joined(batch)
         unknown = names - self._joined.keys()
         if unknown:
             raise StoreError(f"plan: batch {batch} needs the stores {sorted(unknown)}, which were not given")
-        for rows in self.reads(batch):
-            prefetcher.submit(functools.partial(self._load, rows, names))
+        rows = self._rank_rows(batch)
+        parts = [functools.partial(self._load, rows[cut], names) for cut in self._cuts(len(rows))]
+        prefetcher.submit(parts, functools.partial(self._join, batch, rows, names))
 
     def _load(self, rows: Int64, names: frozenset[str]) -> _Piece:
         tokens = self._tokens.tokens_rows(rows)
         digests = [token_digest(row.tokens, row.doc_lens) for row in tokens]
         joined: dict[str, list[JoinedRow]] = {}
-        num_bad = 0
         for name in sorted(names):
-            found, bad = self._load_joined(self._joined[name], tokens, digests)
-            num_bad += bad
-            check_digests(self._joined[name], found, digests)
-            joined[name] = found
-        if self._pin:
-            tokens = [pin(row) for row in tokens]
-            joined = {name: [pin(row) for row in found] for name, found in joined.items()}
-        return _Piece(tokens, joined, num_bad)
+            joined[name] = cast("list[JoinedRow]", self._joined[name].rows([row.row for row in tokens]))
+            check_digests(self._joined[name], joined[name], digests)
+        return _Piece(tokens, joined)
 
-    def _load_joined(
-        self, reader: StoreReader, tokens: list[TokensRow], digests: list[int]
-    ) -> tuple[list[JoinedRow], int]:
-        ids = [row.row for row in tokens]
-        if not self._drop or reader.spec.kind != "targets":
-            return cast("list[JoinedRow]", reader.rows(ids)), 0
-        try:
-            return cast("list[JoinedRow]", reader.rows(ids)), 0
-        except (CorruptError, ReadFailedError):
-            out: list[JoinedRow] = []
-            num_bad = 0
-            for row, digest in zip(tokens, digests, strict=True):
-                try:
-                    out.append(cast("TargetsRow", reader.row(row.row)))
-                except (CorruptError, ReadFailedError) as error:
-                    logger.error("row %d trains without targets: %s", row.row, error)
-                    out.append(TargetsRow(row.row, digest, _no_targets(len(row.tokens), reader)))
-                    num_bad += 1
-            return out, num_bad
-
-    def _count_bad(self, num_bad: int) -> None:
-        self.num_bad_rows += num_bad
-        allowed = max(1, int(MAX_BAD_FRACTION * self._tokens.num_rows))
-        if self.num_bad_rows > allowed:
-            self.close()
-            raise CorruptError(
-                f"loader: {self.num_bad_rows} rows had unreadable targets, at most {allowed} are tolerated; "
-                "look for the damage with: potstill verify STORE --deep"
-            )
+    def _join(self, batch: int, rows: Int64, names: frozenset[str], pieces: list[_Piece]) -> T:
+        joined = {name: [row for piece in pieces for row in piece.joined[name]] for name in sorted(names)}
+        tokens = [row for piece in pieces for row in piece.tokens]
+        return self._finish(LoadedBatch(batch=batch, rows=rows, tokens=tokens, joined=joined))
 
 
-def _no_targets(num_tokens: int, reader: StoreReader) -> SparseTargets:
-    return SparseTargets.empty(num_tokens, spec=reader.spec)
+def _as_loaded(batch: LoadedBatch) -> Any:
+    return batch

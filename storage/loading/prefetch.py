@@ -2,33 +2,70 @@
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable
-from typing import Generic, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
 
 from potstill.storage.errors import StoreError
 
-T = TypeVar("T")
+P = TypeVar("P")  # what a part gives
+T = TypeVar("T")  # what a task gives
 JOIN_SECONDS = 1.0
 
 
 class _Task(Generic[T]):
-    def __init__(self, work: Callable[[], T]) -> None:
-        self.work, self.done = work, threading.Event()
+    """Parts that any threads work on, and what is made of their results by the thread that ends the last of them.
+
+    No thread ever waits for another one's part, so that one thread alone gets through as well.
+    """
+
+    def __init__(self, parts: Sequence[Callable[[], Any]], finish: Callable[[list[Any]], T]) -> None:
+        self._parts, self._finish = parts, finish
+        self._results: list[Any] = [None] * len(parts)
+        self._errors: list[BaseException | None] = [None] * len(parts)
+        self._num_left, self._lock = len(parts), threading.Lock()
+        self.done = threading.Event()
         self.value: T | None = None
         self.error: BaseException | None = None
 
+    def jobs(self) -> list[Callable[[], None]]:
+        """What is to be run, each once and by any thread; a task without parts is only finished."""
+        return [functools.partial(self._run_part, number) for number in range(len(self._parts))] or [self._end]
+
+    def _run_part(self, number: int) -> None:
+        try:
+            self._results[number] = self._parts[number]()
+        except BaseException as error:  # handed to the consumer, whatever it is
+            self._errors[number] = error
+        with self._lock:
+            self._num_left -= 1
+            is_last = self._num_left == 0
+        if is_last:
+            self._end()
+
+    def _end(self) -> None:
+        # The first in the order of the parts, so that the same damage is always told by the same error.
+        error = next((found for found in self._errors if found is not None), None)
+        if error is None and not self.done.is_set():  # closed meanwhile: nobody wants the result
+            try:
+                self.value = self._finish(self._results)
+            except BaseException as caught:
+                error = caught
+        self.error = self.error or error
+        self.done.set()
+
 
 class Prefetcher(Generic[T]):
-    """Runs submitted work on daemon threads; `take` returns results in submission order.
+    """Runs submitted tasks on daemon threads; `take` returns results in submission order.
 
     Threads are daemons, so that an interrupt during a blocked read never keeps the process alive.
     """
 
     def __init__(self, *, num_threads: int, name: str) -> None:
-        self._queue: queue.SimpleQueue[_Task[T] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._pending: deque[_Task[T]] = deque()
         self._closed = False
         self._threads = [
@@ -37,11 +74,15 @@ class Prefetcher(Generic[T]):
         for thread in self._threads:
             thread.start()
 
-    def submit(self, work: Callable[[], T]) -> None:
-        """Queue work; the caller bounds the number of pending tasks."""
-        task = _Task(work)
+    def submit(self, parts: Sequence[Callable[[], P]], finish: Callable[[list[P]], T]) -> None:
+        """Queue a task: `parts` run side by side, then `finish` gets their results in order, in a thread as well.
+
+        The caller bounds the number of pending tasks.
+        """
+        task = _Task(parts, finish)
         self._pending.append(task)
-        self._queue.put(task)
+        for job in task.jobs():
+            self._queue.put(job)
 
     def __len__(self) -> int:
         return len(self._pending)
@@ -71,11 +112,6 @@ class Prefetcher(Generic[T]):
             thread.join(JOIN_SECONDS / len(self._threads))
 
     def _run(self) -> None:
-        while (task := self._queue.get()) is not None:
-            if self._closed:
-                continue
-            try:
-                task.value = task.work()
-            except BaseException as error:  # handed to the consumer, whatever it is
-                task.error = error
-            task.done.set()
+        while (job := self._queue.get()) is not None:
+            if not self._closed:
+                job()

@@ -6,9 +6,9 @@ and their padding never reaches the head).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from potstill.student_train.model.term import LossTerm
 
 JoinedRow = TargetsRow | ScoresRow
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,19 @@ class MicroBatch:
         for name in ("columns", "extras"):
             moved[name] = {n: c.to(device, non_blocking=True) for n, c in getattr(self, name).items()}
         return replace(self, **moved)
+
+
+def map_tensors(value: T, function: Callable[[Tensor], Tensor]) -> T:
+    """`value` with `function` of every tensor in it, also inside of dataclasses and mappings; all else as it is."""
+    found: Any = value
+    if isinstance(value, Tensor):
+        found = function(value)
+    elif isinstance(value, Mapping):
+        found = {key: map_tensors(item, function) for key, item in value.items()}
+    elif is_dataclass(value) and not isinstance(value, type):
+        changes = {field.name: map_tensors(getattr(value, field.name), function) for field in fields(value)}
+        found = replace(value, **changes)
+    return cast("T", found)
 
 
 def position_ids(doc_lens: np.ndarray, length: int) -> np.ndarray:

@@ -21,6 +21,7 @@ import torch
 from potstill.common.errors import UserError
 from potstill.student_train.config.train import CheckpointConfig
 from potstill.student_train.run.engine import Topology, broadcast_object
+from potstill.student_train.run.loop_state import LoopState
 from potstill.student_train.run.write_failures import SharedSave
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,13 @@ class Checkpoint:
     @property
     def step(self) -> int:
         return int(self.manifest["loop"]["step"])
+
+    def state(self) -> LoopState:
+        """What the train loop continues with. Raises ResumeError where this version cannot read it."""
+        try:
+            return LoopState.from_json(self.manifest["loop"])
+        except UserError as error:
+            raise ResumeError(f"{self.folder}: {error}") from error
 
     @property
     def world_size(self) -> int:
@@ -182,7 +190,7 @@ def save_checkpoint(
     *,
     run: Path,
     topology: Topology,
-    loop: dict[str, Any],
+    state: LoopState,
     data: dict[str, Any],
     pinned: dict[str, Any],
     extra: dict[str, Any],
@@ -194,8 +202,8 @@ def save_checkpoint(
     them could not write its files; nothing of the new checkpoint is left then.
     """
     started = time.monotonic()
-    folder = checkpoint_folder(run, loop["step"])
-    save = SharedSave(folder, loop["step"], topology, last_saved)
+    folder, loop = checkpoint_folder(run, state.step), state.to_json()
+    save = SharedSave(folder, state.step, topology, last_saved)
     with save.part():
         if topology.is_main:
             # An older attempt may have left an unfinished folder under this name.
@@ -223,16 +231,16 @@ def commit_checkpoint(folder: Path, about: dict[str, Any]) -> int:
     return sum(files.values())
 
 
-def load_checkpoint(engine: Any, folder: Path, *, loop: dict[str, Any], universal: bool) -> None:
+def load_checkpoint(engine: Any, folder: Path, *, step: int, universal: bool) -> None:
     """Load weights and optimizer into the engine and compare what came back. Raises ResumeError."""
     settings = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
     path, client = engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
     if path is None:
         raise ResumeError(f"DeepSpeed found nothing to load in {folder}; the checkpoint is damaged, take another one")
     restore_optimizer(engine.optimizer, settings)
-    if not universal and (client or {}).get("potstill", {}).get("step") != loop["step"]:
+    if not universal and (client or {}).get("potstill", {}).get("step") != step:
         raise ResumeError(
-            f"{folder}: the manifest says step {loop['step']}, the model file {client.get('potstill')}; the files "
+            f"{folder}: the manifest says step {step}, the model file {client.get('potstill')}; the files "
             "belong to different saves, take another checkpoint"
         )
 

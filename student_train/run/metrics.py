@@ -184,6 +184,7 @@ class MetricsLog:
 
     def __init__(self, run: Path, options: LoggingConfig, *, name: str) -> None:
         self._run, self._options, self._name = run, options, name
+        self.path = run / METRICS_FILE
         self._file: FileIO | None = None
         self._trackers: list[Tracker] = []
         self.failure: OSError | None = None
@@ -191,7 +192,7 @@ class MetricsLog:
     def open(self) -> None:
         """Open the file and the trackers (rank 0). Raises OSError, and UserError of a tracker."""
         # Without a buffer: what a full disk did not take must not be tried again at the end.
-        self._file = open(self._run / METRICS_FILE, "ab", buffering=0)  # noqa: SIM115 -- closed in close()
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 -- closed in close()
         self._trackers = open_trackers(self._run, self._options, name=self._name)
 
     def write(self, record: dict[str, Any]) -> None:

@@ -139,9 +139,10 @@ def check_resume(config: TrainConfig, checked: CheckedRun) -> Checkpoint | None:
 
 
 def check_continuable(checkpoint: Checkpoint, config: TrainConfig, plan: CurriculumPlan, student_config: Any) -> None:
-    """Refuse a checkpoint of other pinned settings, or one behind the end of the run. Raises ResumeError."""
+    """Refuse a checkpoint of other pinned settings, of an unknown version, or behind the end. Raises ResumeError."""
     check_pinned(checkpoint, pinned_values(config))
     check_student(checkpoint, student_config)
+    checkpoint.state()  # refuses what another version has written
     if checkpoint.step > plan.total_steps:
         raise ResumeError(
             f"{checkpoint.folder} is at step {checkpoint.step}, behind the end of the run at {plan.total_steps}; "

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 from potstill.common.errors import UserError
 
@@ -52,19 +51,26 @@ def find_spike(before: Sequence[float], loss: float, *, window: int, sigma: floa
     return Spike(loss, mean, std, limit, len(last)) if loss > limit else None
 
 
-def remember(memory: dict[str, Any], loss: float, *, stage: int, window: int, sigma: float) -> Spike | None:
-    """Judge one step's global loss, then add it to `memory` (JSON: it is part of the checkpoint's loop state).
+@dataclass
+class SpikeWindow:
+    """The last finite losses of a stage, and how many spikes the run has had; part of the checkpoint."""
 
-    A new stage has another loss, so it starts an empty window. A loss that is not finite is left out: it is the
-    business of nan_policy, and one of them would spoil every mean. All ranks give the same all-reduced loss and so
-    come to the same answer.
-    """
-    if memory.get("spike_stage") != stage:
-        memory["spike_stage"], memory["recent_losses"] = stage, []
-    recent: list[float] = memory["recent_losses"]
-    spike = find_spike(recent, loss, window=window, sigma=sigma)
-    if math.isfinite(loss):
-        memory["recent_losses"] = [*recent, loss][-window:]
-    if spike is not None:
-        memory["spikes"] = memory.get("spikes", 0) + 1
-    return spike
+    stage: int | None = None  # None: no loss was judged yet
+    losses: list[float] = field(default_factory=list)  # nats, oldest first
+    num_spikes: int = 0
+
+    def judge(self, loss: float, *, stage: int, window: int, sigma: float) -> Spike | None:
+        """Judge one step's global loss (nats) by the losses before it, then remember it.
+
+        A new stage has another loss, so it starts an empty window. A loss that is not finite is left out: it is the
+        business of nan_policy, and one of them would spoil every mean. All ranks give the same all-reduced loss and so
+        come to the same answer.
+        """
+        if self.stage != stage:
+            self.stage, self.losses = stage, []
+        spike = find_spike(self.losses, loss, window=window, sigma=sigma)
+        if math.isfinite(loss):
+            self.losses = [*self.losses, loss][-window:]
+        if spike is not None:
+            self.num_spikes += 1
+        return spike

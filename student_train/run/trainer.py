@@ -15,12 +15,14 @@ from potstill.common.progress import Progress
 from potstill.storage import Loader, StoreError
 from potstill.student_train.config.train import TrainConfig
 from potstill.student_train.curriculum.plan import CurriculumPlan, describe
+from potstill.student_train.data.step_batch import BatchFinisher, StepBatch
 from potstill.student_train.data.stores import Stores
 from potstill.student_train.evaluation.heldout import HeldoutEvaluation
 from potstill.student_train.model.checks import check_model
 from potstill.student_train.model.parameters import active_parameters, count_parameters
 from potstill.student_train.model.student import StudentModel, build_student
 from potstill.student_train.run.checkpoint import Checkpoint, ResumeError, choose_resume, load_checkpoint
+from potstill.student_train.run.device_batches import DeviceBatches
 from potstill.student_train.run.engine import (
     Topology,
     broadcast_object,
@@ -31,7 +33,8 @@ from potstill.student_train.run.engine import (
     world_from_environment,
     zero3_construction,
 )
-from potstill.student_train.run.loop import Run, train_steps
+from potstill.student_train.run.loop import train_steps
+from potstill.student_train.run.loop_state import LoopState
 from potstill.student_train.run.metrics import (
     PEAK_FLOPS,
     Meter,
@@ -45,6 +48,7 @@ from potstill.student_train.run.metrics import (
     read_metrics,
 )
 from potstill.student_train.run.preflight import CheckedRun, check_continuable, check_run
+from potstill.student_train.run.run_base import RunBase
 from potstill.student_train.run.run_folder import (
     DONE_FILE,
     pinned_values,
@@ -53,9 +57,13 @@ from potstill.student_train.run.run_folder import (
     write_done,
     write_start,
 )
+from potstill.student_train.run.run_parts import Run, SelfChecks
+from potstill.student_train.run.saves import Saves
+from potstill.student_train.run.step_watch import StepWatch
 from potstill.student_train.run.stop import StopRequest
 from potstill.student_train.run.summary import TrainSummary
 from potstill.student_train.run.trackers import check_trackers
+from potstill.student_train.run.train_lines import TrainLines
 from potstill.student_train.run.universal import convert, needs_conversion, remove_universal_folders, universal_folder
 
 log = logging.getLogger(__name__)
@@ -74,21 +82,18 @@ def train(config: TrainConfig, *, checked: CheckedRun | None = None) -> TrainSum
         torch.set_num_threads(config.run.num_threads)
     # Everything that needs no process group is checked before there is one, so that errors are plain.
     checked = checked or check_run(config, world_size=world_from_environment()[1])
-    stores, plan, student_config = checked.stores, checked.plan, checked.student_config
-    sampler = checked.sampler
     topology = start_distributed()
     on_main(topology, check_trackers, config.logging)
     on_main(topology, prepare_run_folder, config)
     checkpoint = choose_resume(config.checkpoint, config.run.output_dir, topology)
-    with open_run(config, topology, stores, plan, student_config, checkpoint) as run:
-        run.sampler = sampler
-        done, is_main = run.loop["step"], topology.is_main
-        with Progress(plan.total_steps, done=done, unit="steps", description="train", enabled=is_main) as progress:
+    with open_run(config, topology, checked, checkpoint) as run:
+        done, is_main = run.state.step, topology.is_main
+        with Progress(run.plan.total_steps, done=done, unit="steps", description="train", enabled=is_main) as progress:
             status = train_steps(run, progress)
         summary = summarise(run, status, seconds=time.monotonic() - started)
         if summary.is_done:
-            done = {"step": summary.steps, "tokens": summary.tokens, "heldout": summary.heldout}
-            on_main(topology, write_done, run.folder, done)
+            about = {"step": summary.steps, "tokens": summary.tokens, "heldout": summary.heldout}
+            on_main(topology, write_done, run.folder, about)
     torch.distributed.barrier()
     return summary
 
@@ -121,14 +126,10 @@ def build_model(
 
 @contextmanager
 def open_run(
-    config: TrainConfig,
-    topology: Topology,
-    stores: Stores,
-    plan: CurriculumPlan,
-    student_config: Any,
-    checkpoint: Checkpoint | None,
+    config: TrainConfig, topology: Topology, checked: CheckedRun, checkpoint: Checkpoint | None
 ) -> Iterator[Run]:
     """Build model, engine, loader and figures, and bring them to where the checkpoint stands."""
+    stores, plan, student_config = checked.stores, checked.plan, checked.student_config
     universal = checkpoint is not None and needs_conversion(checkpoint, topology.world_size)
     ds_config = deepspeed_config(config, world_size=topology.world_size, load_universal=universal)
     check_deepspeed(ds_config)
@@ -137,40 +138,39 @@ def open_run(
         on_main(topology, report_changes, config)
     on_main(topology, start_run_folder, config, student_config, ds_config, plan)
     student, engine = build_model(config, topology, stores, student_config, ds_config)
-    loader = Loader(
-        plan,
-        stores.tokens,
-        dict(stores.joined),
-        rank=topology.rank,
-        world=topology.world_size,
-        prefetch_batches=config.data.prefetch_batches,
-        num_threads=config.data.num_threads,
-    )
+    loader = open_loader(config, topology, stores, plan, student)
     metrics: MetricsLog | None = None
     try:
-        loop = resume(engine, loader, checkpoint, config, topology, universal=universal)
+        state = resume(engine, loader, checkpoint, config, topology, universal=universal)
         metrics = MetricsLog(config.run.output_dir, config.logging, name=config.run.name)
         on_main(topology, metrics.open)
         with StopRequest(config.run.output_dir, max_runtime_minutes=config.run.max_runtime_minutes) as stop:
-            run = Run(
-                config=config,
-                topology=topology,
-                engine=engine,
-                plan=plan,
+            base = RunBase(config, topology, engine, plan, state)
+            saves = Saves(
+                base,
                 loader=loader,
-                row_length=stores.tokens.spec.row_length,
-                meter=Meter(topology.device, student.sum_names),
-                metrics=metrics,
-                stop=stop,
-                evaluation=heldout_evaluation(config, stores, topology),
-                sampler=None,
                 pinned=pinned_values(config),
-                checkpoint_extra={"stores": stores.digests(), "num_parameters": count_parameters(student)},
-                cost=model_cost(student, student_config, stores.tokens.spec.row_length, topology),
-                last_saved=None if checkpoint is None else str(checkpoint.folder),
+                extra={"stores": stores.digests(), "num_parameters": count_parameters(student)},
+                last=None if checkpoint is None else str(checkpoint.folder),
             )
-            run.loop.update(loop)
-            yield run
+            watch = StepWatch(base, metrics=metrics, stop=stop, saves=saves)
+            meter = Meter(topology.device, student.sum_names)
+            batches = DeviceBatches(loader, device=topology.device, end=plan.total_steps)
+            cost = model_cost(student, student_config, stores.tokens.spec.row_length, topology)
+            yield Run(
+                **vars(base),
+                loader=loader,
+                batches=batches,
+                watch=watch,
+                self_checks=SelfChecks(wanted=config.run.self_check),
+                meter=meter,
+                metrics=metrics,
+                lines=TrainLines(base, batches=batches, watch=watch, meter=meter, metrics=metrics, cost=cost),
+                saves=saves,
+                evaluation=heldout_evaluation(config, stores, topology),
+                sampler=checked.sampler,
+                num_parameters=count_parameters(student),
+            )
     finally:
         loader.close()
         if metrics is not None:
@@ -178,21 +178,44 @@ def open_run(
         engine.destroy()
 
 
+def open_loader(
+    config: TrainConfig, topology: Topology, stores: Stores, plan: CurriculumPlan, student: StudentModel
+) -> Loader[StepBatch]:
+    """This rank's loader, whose threads make finished micro-batches."""
+    return Loader(
+        plan,
+        stores.tokens,
+        dict(stores.joined),
+        finish=BatchFinisher(
+            plan=plan,
+            micro_batch_rows=config.data.micro_batch_rows,
+            row_length=stores.tokens.spec.row_length,
+            terms=student.terms,
+            pin_memory=topology.device.type == "cuda",
+        ),
+        rank=topology.rank,
+        world=topology.world_size,
+        prefetch_batches=config.data.prefetch_batches,
+        num_threads=config.data.num_threads,
+    )
+
+
 def resume(
     engine: Any,
-    loader: Loader,
+    loader: Loader[StepBatch],
     checkpoint: Checkpoint | None,
     config: TrainConfig,
     topology: Topology,
     *,
     universal: bool,
-) -> dict[str, Any]:
+) -> LoopState:
     """Load the checkpoint, if there is one, and say in one line what was done. Returns the loop state."""
     run = config.run.output_dir
     if checkpoint is None:
         log.info("starting at step 0 (checkpoint.resume %s; no checkpoint in %s)", config.checkpoint.resume, run)
         on_main(topology, cut_metrics, run, 0)
-        return {}
+        return LoopState()
+    state = checkpoint.state()
     try:
         loader.load_state_dict(checkpoint.manifest["data"])
     except StoreError as error:
@@ -202,20 +225,20 @@ def resume(
     if universal:
         folder = universal_folder(checkpoint)
         on_main(topology, convert, checkpoint, folder)
-    load_checkpoint(engine, folder, loop=checkpoint.manifest["loop"], universal=universal)
+    load_checkpoint(engine, folder, step=state.step, universal=universal)
     torch.distributed.barrier()
     if universal:
         on_main(topology, remove_universal_folders, checkpoint)
-    on_main(topology, cut_metrics, run, checkpoint.step)
+    on_main(topology, cut_metrics, run, state.step)
     log.info(
         "resuming at step %d from %s (saved by %d ranks, now %d%s)",
-        checkpoint.step,
+        state.step,
         checkpoint.folder,
         checkpoint.world_size,
         topology.world_size,
         "; through the universal format" if universal else "",
     )
-    return dict(checkpoint.manifest["loop"])
+    return state
 
 
 def start_run_folder(config: TrainConfig, student_config: Any, ds_config: dict[str, Any], plan: CurriculumPlan) -> None:
@@ -265,10 +288,10 @@ def summarise(run: Run, status: str, *, seconds: float) -> TrainSummary:
     return TrainSummary(
         status=status,
         output_dir=run.folder,
-        steps=run.loop["step"],
+        steps=run.state.step,
         total_steps=run.plan.total_steps,
-        tokens=run.loop["tokens"],
-        num_parameters=run.checkpoint_extra["num_parameters"],
+        tokens=run.state.tokens,
+        num_parameters=run.num_parameters,
         seconds=seconds,
         last=last.get("train", {}),
         heldout={name: value for name, value in last.get("eval", {}).items() if name not in EVAL_PLACE},

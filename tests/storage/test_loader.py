@@ -234,41 +234,93 @@ def damage(store: Path, row: int) -> None:
     file.write_bytes(data)
 
 
-def test_bad_row_raises_in_the_consumer_or_trains_without_target(tmp_path):
+def test_bad_row_raises_in_the_consumer(tmp_path):
     tokens = write_tokens(tmp_path / "t", NUM_ROWS, rows_per_unit=1)
     good = write_targets(tmp_path / "d", tokens, rows_per_unit=1)
-    damage(tmp_path / "d", 4)
-    plan = EpochPlan(NUM_ROWS, global_batch=NUM_ROWS, seed=1, joined=("teacher",))
-    with Loader(plan, tokens, {"teacher": good}) as loader:
-        with pytest.raises(CorruptError, match="row 4: record batch"):
+    plan = EpochPlan(NUM_ROWS, global_batch=6, seed=1, joined=("teacher",))
+    # One row in each half of the third batch, so in the reads of two threads.
+    early, late = (int(plan.rows(2)[place]) for place in (1, 4))
+    damage(tmp_path / "d", early)
+    damage(tmp_path / "d", late)
+    for finish in ({}, {"finish": lambda batch: batch}):
+        with Loader(plan, tokens, {"teacher": good}, **finish) as loader:
+            assert [next(loader).batch for _ in range(2)] == [0, 1], "not before the turn of its batch"
+            with pytest.raises(CorruptError, match=f"row {early}: record batch"):
+                next(loader)
+            with pytest.raises(StoreError, match="closed"):
+                next(loader)
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_batches_are_finished_by_the_threads_and_come_in_order(stores, num_threads):
+    """The first batches are held back until a later one is finished: still each comes in its turn."""
+    threads, third_is_done = set(), threading.Event()
+
+    def finish(batch):
+        threads.add(threading.current_thread().name)
+        if num_threads > 1 and batch.batch == 0:
+            assert third_is_done.wait(20)
+        if batch.batch == 2:
+            third_is_done.set()
+        return batch.batch, [row.row for row in batch.tokens], len(batch.joined["teacher"])
+
+    plan = EpochPlan(NUM_ROWS, global_batch=6, seed=1)
+    with make_loader(stores, finish=finish, num_threads=num_threads) as loader:
+        for number in range(5):
+            assert next(loader) == (number, plan.rows(number).tolist(), 6)
+            loader.commit(number)
+        assert loader.state_dict()["batches"] == 5
+    assert threads and all(name.startswith("potstill-loader") for name in threads)
+    # A rank without rows has finished batches as well.
+    with make_loader(stores, rank=0, world=7, finish=lambda batch: (batch.batch, len(batch.rows))) as loader:
+        assert [next(loader) for _ in range(3)] == [(0, 0), (1, 0), (2, 0)]
+
+
+def test_what_finishing_raises_is_raised_in_the_turn_of_its_batch(stores):
+    def finish(batch):
+        if batch.batch == 2:
+            raise ArithmeticError("batch 2 cannot be finished")
+        return batch.batch
+
+    with make_loader(stores, finish=finish, num_threads=3) as loader:
+        assert [next(loader), next(loader)] == [0, 1]
+        with pytest.raises(ArithmeticError, match="batch 2 cannot"):
             next(loader)
         with pytest.raises(StoreError, match="closed"):
-            next(loader)
-    with Loader(plan, tokens, {"teacher": good}, on_bad_row="drop_target") as loader:
-        batch = next(loader)
-        assert loader.num_bad_rows == 1
-        found = {row.row: row.targets.num_entries for row in batch.joined["teacher"]}
-        assert found[4] == 0 and sum(n == 0 for n in found.values()) == 1
-        np.testing.assert_array_equal(batch.rows, plan.rows(0))
-        with pytest.raises(CorruptError, match="2 rows had unreadable targets, at most 1"):
             next(loader)
 
 
 def test_queue_is_bounded_while_the_consumer_stalls(stores, monkeypatch):
+    """All that may be read ahead is read without another call of the consumer, and nothing beyond it."""
     loader = make_loader(stores, prefetch_batches=3, num_threads=2)
-    started = []
+    started, all_allowed = [], threading.Event()
     load = loader._load
-    monkeypatch.setattr(loader, "_load", lambda rows, names: started.append(len(rows)) or load(rows, names))
+
+    def counting_load(rows, names):
+        started.append(len(rows))
+        if sum(started) == (1 + 3) * 6:
+            all_allowed.set()
+        return load(rows, names)
+
+    monkeypatch.setattr(loader, "_load", counting_load)
     with loader:
         next(loader)
-        time.sleep(0.2)
-        assert sum(started) == (1 + 3) * 6
+        assert all_allowed.wait(20)
+        # What a thread could still begin lies in the queue by now: work is handed out by the consumer's calls alone.
+        assert loader._prefetcher._queue.empty()
+    assert sum(started) == (1 + 3) * 6
 
 
 def test_close_joins_threads_even_while_a_read_blocks(stores, monkeypatch):
-    release = threading.Event()
+    release, reading = threading.Event(), threading.Event()
     loader = make_loader(stores, prefetch_batches=4)
-    monkeypatch.setattr(loader, "_load", lambda rows, names: release.wait(20))
+
+    def blocked_load(rows, names):
+        reading.set()
+        assert release.wait(20)
+        raise AssertionError("nobody asks for this read")
+
+    monkeypatch.setattr(loader, "_load", blocked_load)
     seen = []
 
     def consume():
@@ -278,17 +330,19 @@ def test_close_joins_threads_even_while_a_read_blocks(stores, monkeypatch):
 
     consumer = threading.Thread(target=consume, daemon=True)
     consumer.start()
-    time.sleep(0.1)
+    assert reading.wait(20)
     started = time.monotonic()
     loader.close()
     assert time.monotonic() - started < 1.5
-    consumer.join(1)
+    consumer.join(20)
     assert seen
     release.set()
     with make_loader(stores) as healthy:
         next(healthy)
-    time.sleep(0.2)
-    assert not [t for t in threading.enumerate() if t.name.startswith("potstill-loader")]
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("potstill-loader")]
+    for thread in threads:
+        thread.join(20)
+    assert not [thread.name for thread in threads if thread.is_alive()]
 
 
 def test_slow_reads_run_side_by_side_and_ahead_of_the_consumer(stores, monkeypatch):

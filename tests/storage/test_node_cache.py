@@ -7,10 +7,9 @@ import sys
 
 import pytest
 
-from potstill.storage import EpochPlan, Loader, StoreReader
+from potstill.storage import StoreReader
 from potstill.storage.files.node_cache import NodeCache
 from potstill.storage.files.paths import LocalFolder
-from potstill.storage.loading.pinning import cuda_is_there
 from tests.storage.stores import same_targets, write_targets, write_tokens
 
 
@@ -63,18 +62,6 @@ def test_a_full_disk_only_stops_the_caching(tmp_path, monkeypatch):
     monkeypatch.setattr("potstill.storage.files.node_cache.os.rename", full)
     assert (reader.row(1).tokens == tokens.row(1).tokens).all()
     assert list((tmp_path / "c").iterdir()) == []
-
-
-def test_pinning_is_asked_for_and_needs_cuda(tmp_path):
-    """Without CUDA nothing changes; the GPU tests hold the pinned case."""
-    tokens = write_tokens(tmp_path / "t", 4)
-    with Loader(EpochPlan(4, global_batch=2, seed=0), tokens, {}, pin_memory=True) as loader:
-        assert len(next(loader).tokens) == 2
-    if cuda_is_there():
-        import torch
-
-        with Loader(EpochPlan(4, global_batch=2, seed=0), tokens, {}, pin_memory=True) as loader:
-            assert torch.from_numpy(next(loader).tokens[0].tokens).is_pinned()
 
 
 def test_reading_does_not_import_torch(tmp_path):

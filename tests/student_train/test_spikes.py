@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from potstill.common.errors import UserError
+from potstill.student_train.run.loop_state import LoopState
 from potstill.student_train.run.metrics import read_metrics
-from potstill.student_train.run.spikes import find_spike, remember
+from potstill.student_train.run.spikes import SpikeWindow, find_spike
 from tests.dist_harness import run_ranks
 from tests.student_train import tiny, workers
 
@@ -48,18 +50,34 @@ def test_falls_and_losses_that_are_no_numbers_are_no_spikes() -> None:
         assert find_spike(LOSSES, loss, window=8, sigma=1.0) is None
 
 
-def test_the_memory() -> None:
-    memory: dict[str, Any] = {"step": 3}
+def test_the_window_and_its_way_through_a_checkpoint() -> None:
+    state = LoopState(step=3)
     options: dict[str, Any] = {"window": 8, "sigma": 3.0}
     for loss in [99.0, *LOSSES, float("nan")]:
-        assert remember(memory, loss, stage=0, **options) is None
-    assert memory["recent_losses"] == LOSSES, "the oldest left the window, and no NaN entered"
-    again = json.loads(json.dumps(memory))
-    assert remember(memory, 9.0, stage=0, **options) == remember(again, 9.0, stage=0, **options) is not None
-    assert memory == again and memory["spikes"] == 1 and memory["recent_losses"][-1] == 9.0
+        assert state.spikes.judge(loss, stage=0, **options) is None
+    assert state.spikes.losses == LOSSES, "the oldest left the window, and no NaN entered"
+    again = LoopState.from_json(json.loads(json.dumps(state.to_json())))
+    assert again == state
+    assert state.spikes.judge(9.0, stage=0, **options) == again.spikes.judge(9.0, stage=0, **options) is not None
+    assert state == again and state.spikes.num_spikes == 1 and state.spikes.losses[-1] == 9.0
+    assert LoopState.from_json(json.loads(json.dumps(state.to_json()))) == state
     # A stage with another loss is not judged by the last one's.
-    assert remember(memory, 50.0, stage=1, **options) is None
-    assert memory["recent_losses"] == [50.0] and memory["spikes"] == 1
+    assert state.spikes.judge(50.0, stage=1, **options) is None
+    assert state.spikes.losses == [50.0] and state.spikes.num_spikes == 1
+
+
+def test_loop_states_from_before_they_had_a_version_are_read_and_unknown_ones_refused() -> None:
+    old = {"step": 7, "tokens": 99, "skipped": 1, "runtime_seconds": 1.5}
+    assert LoopState.from_json(old) == LoopState(step=7, tokens=99, skipped=1, runtime_seconds=1.5)
+    judged = {**old, "spike_stage": 2, "recent_losses": [3.0, 2.5], "spikes": 4}
+    state = LoopState.from_json(judged)
+    assert state.spikes == SpikeWindow(stage=2, losses=[3.0, 2.5], num_spikes=4)
+    assert state.to_json() == {"version": 1, **judged}, "nothing but the version is new"
+    assert LoopState().to_json() == {"version": 1, "step": 0, "tokens": 0, "skipped": 0, "runtime_seconds": 0.0}
+    with pytest.raises(UserError, match=r"loop state version 2, expected 1: .* another version of potstill"):
+        LoopState.from_json({**old, "version": 2})
+    with pytest.raises(UserError, match="the loop state lacks tokens, skipped"):
+        LoopState.from_json({"step": 7, "runtime_seconds": 0.0})
 
 
 def spiky(stores: dict[str, Path], run: Path, policy: str) -> dict[str, Any]:

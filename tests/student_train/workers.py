@@ -199,9 +199,9 @@ def train_with_bad_weights(tree: dict[str, Any], step: int) -> dict[str, Any]:
 
     honest = loop.agree
 
-    def agree(run: Any, micros: Any) -> Any:
-        answer = honest(run, micros)
-        if run.loop["step"] == step:
+    def agree(run: Any, batch: Any) -> Any:
+        answer = honest(run, batch)
+        if run.state.step == step:
             with torch.no_grad():
                 run.engine.module.hf.model.norm.weight.fill_(float("nan"))
         return answer
@@ -217,9 +217,9 @@ def train_with_a_bad_batch(tree: dict[str, Any], step: int) -> dict[str, Any]:
     honest, agree = TrainRequest.run, loop.agree
     now = [0]
 
-    def watch(run: Any, micros: Any) -> Any:
-        now[0] = run.loop["step"]
-        return agree(run, micros)
+    def watch(run: Any, batch: Any) -> Any:
+        now[0] = run.state.step
+        return agree(run, batch)
 
     def run(self: Any, student: Any) -> Any:
         loss, sums = honest(self, student)
@@ -237,7 +237,7 @@ def train_with_a_spike(tree: dict[str, Any], step: int) -> dict[str, Any]:
     honest = loop.note_micro_batch
 
     def note(run: Any, micro: Any, loss: torch.Tensor, sums: torch.Tensor) -> None:
-        jump = 30.0 if run.loop["step"] == step and run.topology.is_main else 0.0
+        jump = 30.0 if run.state.step == step and run.topology.is_main else 0.0
         honest(run, micro, loss + jump, sums)
 
     loop.note_micro_batch = note
@@ -251,9 +251,9 @@ def _from_step(step: int, action: Callable[[], None]) -> None:
 
     honest = loop.agree
 
-    def agree(run: Any, micros: Any) -> Any:
-        answer = honest(run, micros)
-        if run.loop["step"] == step:
+    def agree(run: Any, batch: Any) -> Any:
+        answer = honest(run, batch)
+        if run.state.step == step:
             action()
         return answer
 
@@ -311,10 +311,10 @@ def watched_run(tree: dict[str, Any]) -> bytes:
     agree, rows, logits, forward = loop.agree, StoreReader.rows, products.logits, StudentModel.forward
     make_loader, is_training = trainer.Loader, [False]
 
-    def watch_agree(run: Any, micros: Any) -> Any:
+    def watch_agree(run: Any, batch: Any) -> Any:
         state = {name: value.detach().clone() for name, value in run.engine.module.state_dict().items()}
-        steps.append((state, micros, run.plan.objective(run.loop["step"])))
-        return agree(run, micros)
+        steps.append((state, batch.micros, run.plan.objective(run.state.step)))
+        return agree(run, batch)
 
     def watch_rows(self: Any, ids: Any) -> Any:
         read.setdefault(self.url.rsplit("/", 1)[-1], []).extend(int(i) for i in ids)

@@ -1,0 +1,61 @@
+"""What one rank trains on in one optimizer step, finished by the loader's threads while the step before it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from potstill.storage import LoadedBatch
+from potstill.student_train.curriculum.plan import CurriculumPlan, rows_digest
+from potstill.student_train.curriculum.step_objective import StepObjective
+from potstill.student_train.data.batch import MicroBatch, collate, map_tensors
+
+if TYPE_CHECKING:
+    from potstill.student_train.model.term import LossTerm
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """A pure function of the batch number, the rank and the number of ranks.
+
+    batch: number of the global batch, which is that of the step; micros: this rank's share on the CPU (page-locked if a
+    GPU will take it); objective: the step's loss settings; weight_sum: sum of the token weights of `micros`;
+    rows_digest: names the rows of the whole global batch.
+    """
+
+    batch: int
+    micros: list[MicroBatch]
+    objective: StepObjective
+    weight_sum: float
+    rows_digest: str
+
+
+@dataclass(frozen=True)
+class BatchFinisher:
+    """Makes a StepBatch of loaded rows, in a thread of the loader (its `finish`)."""
+
+    plan: CurriculumPlan
+    micro_batch_rows: int
+    row_length: int
+    terms: Sequence[LossTerm]  # which may take columns of their own from the rows
+    pin_memory: bool  # into page-locked memory, from which a GPU copies while the host goes on
+
+    def __call__(self, loaded: LoadedBatch) -> StepBatch:
+        # Of this thread only. Each thread that calls torch would otherwise bring a team of one thread per core with
+        # it; torch's DataLoader does the same in its own threads.
+        torch.set_num_threads(1)
+        objective = self.plan.objective(loaded.batch)
+        sizes = {"micro_batch_rows": self.micro_batch_rows, "row_length": self.row_length}
+        micros = collate(loaded, objective, terms=self.terms, **sizes)
+        if self.pin_memory:
+            micros = [map_tensors(micro, torch.Tensor.pin_memory) for micro in micros]
+        return StepBatch(
+            batch=loaded.batch,
+            micros=micros,
+            objective=objective,
+            weight_sum=sum(micro.weight_sum for micro in micros),
+            rows_digest=rows_digest(self.plan.rows(loaded.batch)),
+        )

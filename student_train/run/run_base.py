@@ -1,0 +1,27 @@
+"""What every part of a run works with: configuration, place among the ranks, engine, plan, and the loop's state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from potstill.student_train.config.train import TrainConfig
+from potstill.student_train.curriculum.plan import CurriculumPlan
+from potstill.student_train.run.engine import Topology
+from potstill.student_train.run.loop_state import LoopState
+
+
+@dataclass(frozen=True)
+class RunBase:
+    """Fixed from the start of the run; `state` alone changes, step by step."""
+
+    config: TrainConfig
+    topology: Topology
+    engine: Any  # of DeepSpeed, around the student
+    plan: CurriculumPlan
+    state: LoopState
+
+    @property
+    def folder(self) -> Path:
+        return self.config.run.output_dir

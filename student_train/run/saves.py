@@ -1,0 +1,43 @@
+"""The checkpoints that one run writes, and which of them is the last."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from potstill.storage import Loader
+from potstill.student_train.run.checkpoint import apply_retention, checkpoint_folder, save_checkpoint
+from potstill.student_train.run.run_base import RunBase
+
+
+class Saves:
+    """Writes checkpoints; `last` is the folder of the newest, which messages name."""
+
+    def __init__(
+        self, base: RunBase, *, loader: Loader[Any], pinned: dict[str, Any], extra: dict[str, Any], last: str | None
+    ) -> None:
+        self._base, self._loader, self._pinned, self._extra = base, loader, pinned, extra
+        self.last = last
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the last checkpoint is of this very step: writing it again would only put a whole one at risk."""
+        folder = checkpoint_folder(self._base.folder, self._base.state.step)
+        return self.last is not None and Path(self.last).resolve() == folder.resolve()
+
+    def write(self) -> None:
+        """Commit a checkpoint on all ranks (a collective call). Raises CheckpointWriteError on all of them."""
+        base = self._base
+        folder = save_checkpoint(
+            base.engine,
+            run=base.folder,
+            topology=base.topology,
+            state=base.state,
+            data=self._loader.state_dict(),
+            pinned=self._pinned,
+            extra=self._extra,
+            last_saved=self.last,
+        )
+        self.last = str(folder)
+        if base.topology.is_main:
+            apply_retention(base.config.checkpoint, base.folder)
