@@ -232,7 +232,7 @@ def test_errors_of_the_rooms_that_a_person_can_correct_have_one_base() -> None:
     from potstill.common.errors import UserError
     from potstill.kernels.types import KernelInputError, SelfCheckError
     from potstill.storage import StoreError
-    from potstill.student_train.run.loop import LossNotFiniteError
+    from potstill.student_train.run.step_watch import LossNotFiniteError
 
     for error in (StoreError, KernelInputError, SelfCheckError, LossNotFiniteError):
         assert issubclass(error, UserError) and issubclass(error, ValueError)
