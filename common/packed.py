@@ -10,6 +10,12 @@ class Reshapes(Protocol):
 
     def reshape(self, *shape: int) -> Self: ...
 
+    def __mul__(self, other: int) -> Self: ...
+
+    def __add__(self, other: int) -> Self: ...
+
+    def __mod__(self, other: int) -> Self: ...
+
 
 Ids = TypeVar("Ids", bound=Reshapes)
 
@@ -26,3 +32,8 @@ def as_lines(config: Any, input_ids: Ids, position_ids: Ids) -> tuple[Ids, Ids]:
     if "flash" in str(name):
         return input_ids.reshape(1, -1), position_ids.reshape(1, -1)
     return input_ids, position_ids
+
+
+def probe_ids(places: Ids, vocab_size: int) -> Ids:
+    """A token id for each number of `places`, spread over the vocabulary: what models are tried on before real text."""
+    return (places * 7919 + 13) % vocab_size

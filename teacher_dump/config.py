@@ -211,6 +211,11 @@ class DumpConfig(WalkConfig):
     temperatures: list[float] = Field(
         default_factory=list, max_length=16, description="Temperatures besides 1 whose tails are stored exactly"
     )
+    frequency_ids: bool = Field(
+        default=False,
+        description="Store ids as their ranks by frequency in the text, which compress better (7 to 9 % of a store); "
+        "readers of other programs must know the feature frequency_ids",
+    )
 
     @model_validator(mode="after")
     def _drawn_by_us(self) -> Self:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from potstill.kernels.topk import Sampled, TopK
@@ -16,6 +17,7 @@ from potstill.storage.rows.columns import COLUMNS
 from potstill.teacher_dump.batches import TeacherBatch
 from potstill.teacher_dump.config import DumpConfig, SelectionConfig
 from potstill.teacher_dump.engines.base import TeacherEngine, TopKWanted
+from potstill.teacher_dump.id_frequencies import id_frequencies
 from potstill.teacher_dump.on_device import batch_sample, batch_topk
 from potstill.teacher_dump.pipeline import BatchRows
 from potstill.teacher_dump.selection import PREFIXES, TARGET_STATS, HostBatch, cut_rows, selection_spec
@@ -62,6 +64,9 @@ class DumpJob(Job):
             teacher=teacher,
             info={"seed": selection.seed} if selection.mode == "sample" else {},
         )
+
+    def id_frequencies(self, tokens: StoreReader) -> NDArray[np.int64] | None:
+        return id_frequencies(tokens) if self.config.frequency_ids else None
 
     def wanted(self, vocab_size: int) -> TopKWanted | None:
         selection, temperatures = self.config.selection, tuple(self.config.temperatures)

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from potstill.common.errors import UserError
 from potstill.common.progress import Progress, format_seconds
 from potstill.storage import KBound, RunSpec, StoreReader, StoreWriter, seal_store
@@ -38,6 +41,10 @@ class Job(Protocol):
 
     def spec(self, tokens: StoreReader, teacher: dict[str, object]) -> RunSpec:
         """run.json of the store to write."""
+
+    def id_frequencies(self, tokens: StoreReader) -> NDArray[np.int64] | None:
+        """Occurrences [V] by which the store ranks its ids; None where it keeps them as they are."""
+        return None
 
     def wanted(self, vocab_size: int) -> TopKWanted | None:
         """What an engine that gives a finished top-k must put into it; None where draws are made."""
@@ -125,7 +132,8 @@ def run_worker(
     # Deleting is for one worker: the others would delete what the first has begun.
     if config.force and place.num_workers > 1:
         raise UserError("force deletes the store and may be used by a single worker only; delete it first")
-    writer = StoreWriter.create(config.output, spec, force=config.force)
+    ranking = job.id_frequencies(tokens)
+    writer = StoreWriter.create(config.output, spec, force=config.force, id_frequencies=ranking)
     units = writer.todo(worker=place.worker, num_workers=place.num_workers)
     log.info(
         "%s: worker %d of %d (%s) has %d units to do",

@@ -36,7 +36,7 @@ def _power(spec: StoreView) -> float:
 def _keeps_logprobs(spec: StoreView) -> bool:
     if spec.kind != "targets" or not spec.selection:
         return False
-    return spec.selection["mode"] != "sample" or bool(spec.selection.get("keep_logprobs", False))
+    return spec.selection["mode"] != "sample"
 
 
 def _encode_ids(ids: Array, coding: Coding) -> Sequence[UInt8]:

@@ -149,11 +149,6 @@ class StoreReader:
         lengths: Int32 = self._index.column("num_tokens").astype(np.int32)
         return lengths
 
-    @property
-    def row_entries(self) -> NDArray[np.int64]:
-        """Entries of each row, [num_rows]."""
-        return self._index.column("num_entries").astype(np.int64)
-
     def row(self, row: int) -> Row:
         """One row; CorruptError names file and row when its bytes are damaged."""
         return self.rows([row])[0]

@@ -251,7 +251,7 @@ def _check_selection(selection: Mapping[str, Any]) -> None:
     shapes = {
         "top_k": ({"k"}, set()),
         "top_p_k": ({"p", "k"}, set()),
-        "sample": ({"num_draws"}, {"power", "keep_logprobs"}),
+        "sample": ({"num_draws"}, {"power"}),
     }
     mode = selection.get("mode")
     if mode not in shapes:
@@ -271,5 +271,3 @@ def _check_selection(selection: Mapping[str, Any]) -> None:
         raise StoreError(f"selection: p is {selection['p']!r}, expected 0 < p <= 1")
     if "power" in selection and not MIN_POWER <= float(selection["power"]) <= MAX_POWER:
         raise StoreError(f"selection: power is {selection['power']!r}, expected {MIN_POWER} <= power <= {MAX_POWER}")
-    if selection.get("keep_logprobs") and float(selection.get("power", 1.0)) != 1.0:
-        raise StoreError("selection: keep_logprobs goes with power 1 only; at another power the store keeps weights")

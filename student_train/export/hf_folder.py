@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from potstill.common.errors import UserError
+from potstill.common.packed import probe_ids
 from potstill.storage import StoreError, StoreReader
 from potstill.student_train.config.train import ExportConfig, ModelConfig, TrainConfig
 from potstill.student_train.evaluation.bits_per_byte import tokenizers_beside
@@ -161,16 +162,11 @@ def copy_tokenizer(folder: Path, output: Path) -> None:
             shutil.copyfile(folder / name, output / name)
 
 
-def probe_ids(vocab_size: int) -> torch.Tensor:
-    """Token ids of the probe [1, PROBE_TOKENS], spread over the vocabulary."""
-    return (torch.arange(PROBE_TOKENS) * 7919 % vocab_size).unsqueeze(0)
-
-
 @torch.no_grad()
 def probe_logits(model: Any) -> torch.Tensor:
     """Logits of the probe in float32 [1, PROBE_TOKENS, V]: differences then come from the weights alone."""
     vocab_size = model.config.get_text_config().vocab_size
-    return model.float().eval()(input_ids=probe_ids(vocab_size)).logits
+    return model.float().eval()(input_ids=probe_ids(torch.arange(PROBE_TOKENS)[None], vocab_size)).logits
 
 
 def check_in_fresh_process(model: Any, folder: Path) -> float:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from potstill.common.errors import UserError
+from potstill.common.packed import probe_ids
 from potstill.kernels.types import IGNORE_LABEL
 from potstill.student_train.data.batch import MicroBatch, position_ids
 from potstill.student_train.model.probe import BothLogitsRequest, HiddenStatesRequest
@@ -82,7 +83,7 @@ def document_leak(model: RunsRequests, head: Any, *, num_rows: int, row_length: 
     """
     doc_lens = probe_documents(row_length)
     places = torch.arange(num_rows * row_length, device=head.weight.device).view(num_rows, row_length)
-    ids = (places * 7919 + 13) % vocab_size
+    ids = probe_ids(places, vocab_size)
     document = torch.repeat_interleave(torch.arange(len(doc_lens)), torch.from_numpy(doc_lens)).to(ids.device)  # [L]
     other = ids.clone()
     other[0] = torch.where(document % 2 == 0, (ids[0] + 1 + vocab_size // 2) % vocab_size, ids[0])
@@ -99,7 +100,7 @@ def document_leak(model: RunsRequests, head: Any, *, num_rows: int, row_length: 
 def logits_difference(model: RunsRequests, head: Any, *, row_length: int, vocab_size: int) -> float:
     """Largest difference between the loss's logits and the model's own, over the largest logit (a collective call)."""
     length = min(HEAD_TOKENS, row_length)
-    ids = (torch.arange(length, device=head.weight.device)[None] * 7919 + 13) % vocab_size
+    ids = probe_ids(torch.arange(length, device=head.weight.device)[None], vocab_size)
     micro = probe_batch(ids, np.array([length], np.int64))
     ours, theirs = model(BothLogitsRequest(micro))
     return float((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max().clamp(min=1e-9))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from potstill.common.causal_lm import backbone, soft_cap_and_scale
 from potstill.common.errors import UserError
-from potstill.common.packed import as_lines
+from potstill.common.packed import as_lines, probe_ids
 from potstill.kernels.soft_cap import scale_and_cap_
 from potstill.teacher_dump.engines.base import Head
 
@@ -37,15 +37,15 @@ def apply_head(hidden: Tensor, head: Head) -> Tensor:
     return scale_and_cap_(raw, logit_scale=head.logit_scale, soft_cap=head.soft_cap)
 
 
-def probe_ids(vocab_size: int, device: torch.device) -> Tensor:
+def probe_line(vocab_size: int, device: torch.device) -> Tensor:
     """A short line of ids [1, L], spread over the vocabulary; the same for every call."""
-    return (torch.arange(_PROBE_TOKENS, device=device) * 7919 + 13)[None] % vocab_size
+    return probe_ids(torch.arange(_PROBE_TOKENS, device=device)[None], vocab_size)
 
 
 @torch.no_grad()
 def head_agrees(model: Any, head: Head, vocab_size: int) -> float:
     """Largest difference between head(backbone(x)) and the model's logits, over the largest logit; nan if unusable."""
-    ids = probe_ids(vocab_size, next(model.parameters()).device)
+    ids = probe_line(vocab_size, next(model.parameters()).device)
     places = torch.arange(ids.shape[1], device=ids.device)[None]
     hidden = backbone(model)(input_ids=ids, position_ids=places, use_cache=False)[0]
     if hidden.shape[-1] != head.weight.shape[1]:
@@ -62,7 +62,7 @@ def packing_agrees(model: Any, vocab_size: int) -> float:
     or a state that runs on) shows here, before a single wrong target is stored. Two lines with different cuts, as in a
     dump: some attention keeps documents apart in a batch of one line only.
     """
-    ids = probe_ids(vocab_size, next(model.parameters()).device)
+    ids = probe_line(vocab_size, next(model.parameters()).device)
     cut = _PROBE_TOKENS // 2 - 1
     parts = [ids[:, :cut], ids[:, cut:]]
     places = [torch.arange(part.shape[1], device=ids.device)[None] for part in parts]

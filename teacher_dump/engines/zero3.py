@@ -22,7 +22,7 @@ from potstill.teacher_dump.engines.base import Head, HiddenStates, TopKWanted
 from potstill.teacher_dump.engines.head import (
     apply_head,
     packing_agrees,
-    probe_ids,
+    probe_line,
     read_head,
     relative_difference,
     tolerance,
@@ -140,7 +140,7 @@ class Zero3Engine:
 
     @torch.no_grad()
     def _check(self, teacher: TeacherConfig, dtype: torch.dtype) -> None:
-        ids = probe_ids(self.vocab_size, self.device)
+        ids = probe_line(self.vocab_size, self.device)
         logits = self._engine(input_ids=ids, use_cache=False).logits.float()
         assert self._hidden is not None
         difference = relative_difference(apply_head(self._hidden, self.head).float(), logits)

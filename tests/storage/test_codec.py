@@ -172,38 +172,36 @@ def test_prefix_property():
         np.testing.assert_array_equal(again.logprobs, stored.logprobs[first : first + j])
 
 
-def sample_targets(keep_logprobs=False):
+def sample_targets():
     rng = np.random.default_rng(0)
     p = rng.dirichlet(np.full(50, 0.2))
     rows = []
     for _ in range(20):
         ids, counts = np.unique(rng.choice(50, 50, p=p), return_counts=True)
-        order = np.lexsort((ids, -p[ids])) if keep_logprobs else np.lexsort((ids, -counts))
+        order = np.lexsort((ids, -counts))
         rows.append((ids[order], counts[order]))
     ids = np.concatenate([r[0] for r in rows]).astype(np.int32)
-    return p, SparseTargets.build(
+    return SparseTargets.build(
         offsets=np.concatenate([[0], np.cumsum([len(r[0]) for r in rows])]),
         ids=ids,
         counts=np.concatenate([r[1] for r in rows]),
         num_draws=50,
-        logprobs=np.log(p[ids]).astype(np.float32) if keep_logprobs else None,
         log_tail=np.full(20, -3, np.float32),
         vocab_size=50,
         strict=True,
     )
 
 
-@pytest.mark.parametrize("keep_logprobs", [False, True])
-def test_sample_mode_keeps_counts_exactly(keep_logprobs):
-    _, targets = sample_targets(keep_logprobs)
-    selection = {"mode": "sample", "num_draws": 50, "power": 1.0, "keep_logprobs": keep_logprobs}
+def test_sample_mode_keeps_counts_exactly():
+    targets = sample_targets()
+    selection = {"mode": "sample", "num_draws": 50, "power": 1.0}
     spec = targets_spec(1, "in", vocab_size=50, selection=selection)
-    assert spec.stores("logprobs") == keep_logprobs and spec.stores("counts") and not spec.stores("log_weights")
+    assert not spec.stores("logprobs") and spec.stores("counts") and not spec.stores("log_weights")
     assert spec.to_json()["required_features"] == ["planes"]
     stored = round_trip(targets, spec)
     np.testing.assert_array_equal(stored.counts, targets.counts)
     np.testing.assert_array_equal(stored.ids, targets.ids)
-    assert (stored.logprobs is not None) == keep_logprobs and stored.num_draws == 50 and stored.log_weights is None
+    assert stored.logprobs is None and stored.num_draws == 50 and stored.log_weights is None
     assert (np.add.reduceat(stored.counts.astype(int), stored.offsets[:-1]) == 50).all()
 
 
@@ -284,7 +282,6 @@ def test_more_than_255_entries_are_refused():
         {"mode": "sample", "num_draws": 5, "power": 0.4},
         {"mode": "sample", "num_draws": 5, "power": 1.6},
         {"mode": "sample", "num_draws": 5, "power": float("nan")},
-        {"mode": "sample", "num_draws": 5, "power": 0.8, "keep_logprobs": True},
         {"mode": "best"},
     ],
 )
