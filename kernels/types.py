@@ -22,13 +22,19 @@ class SelfCheckError(UserError, RuntimeError):
 
 
 class SparseTargetArrays(Protocol):
-    """Targets that describe themselves (NumPy or torch), such as a store's rows: axis and values of each column."""
+    """Any object with CSR target arrays by these names (NumPy or torch), such as the store's rows.
+
+    One with a method `described()`, name -> (axis, values), hands over whatever columns it has.
+    """
 
     @property
     def offsets(self) -> Any: ...
     @property
-    def num_draws(self) -> int | None: ...
-    def described(self) -> Mapping[str, tuple[str, Any]]: ...
+    def ids(self) -> Any: ...
+    @property
+    def logprobs(self) -> Any: ...
+    @property
+    def log_tail(self) -> Any: ...
 
 
 Values = Tensor | Mapping[float, Tensor]  # one tensor, or one for each temperature
@@ -193,8 +199,13 @@ class SparseTargetTensors:
 
     @classmethod
     def from_arrays(cls, arrays: SparseTargetArrays, device: torch.device | str = "cpu") -> "SparseTargetTensors":
-        """Tensors of targets that describe themselves (for one, the store's targets)."""
-        described = arrays.described()
+        """Tensors of any object that carries the arrays by these names, or describes them as the store's targets do."""
+        described: Mapping[str, tuple[str, Any]]
+        if hasattr(arrays, "described"):
+            described = arrays.described()
+        else:
+            carried = {name: (axis, getattr(arrays, name, None)) for name, (axis, _) in READ.items()}
+            described = {name: (axis, values) for name, (axis, values) in carried.items() if values is not None}
 
         def tensor(name: str, value: Any) -> Tensor:
             made = _shared(value)
@@ -209,7 +220,7 @@ class SparseTargetTensors:
                 for name, (_, values) in described.items()
             },
             axes={name: axis for name, (axis, _) in described.items()},
-            num_draws=arrays.num_draws,
+            num_draws=getattr(arrays, "num_draws", None),
         ).to(device)
 
 

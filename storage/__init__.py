@@ -21,6 +21,8 @@ from potstill.storage.loading.joining import JoinedRow, RowDataset, RowSample, c
 from potstill.storage.loading.loader import LoadedBatch, Loader
 from potstill.storage.loading.order import ORDER_VERSION, RowOrder, permute
 from potstill.storage.loading.row_plan import EpochPlan, RowPlan
+from potstill.storage.rows.column import Column
+from potstill.storage.rows.columns import COLUMNS
 from potstill.storage.rows.id_map import IdMap
 from potstill.storage.rows.k_bound import KBound, bound_positions
 from potstill.storage.rows.row_types import NO_LABEL, Row, ScoresRow, TargetsRow, TokensRow, token_digest
@@ -37,10 +39,12 @@ from potstill.storage.store.verify import VerifyReport, verify_store
 from potstill.storage.store.writer import StoreWriter, check_output, discard_unused
 
 __all__ = [
+    "COLUMNS",
     "NO_LABEL",
     "ORDER_VERSION",
     "AlignmentReport",
     "Candidates",
+    "Column",
     "CommitRecord",
     "CorruptError",
     "EpochPlan",

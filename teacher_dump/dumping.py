@@ -12,8 +12,7 @@ from torch import Tensor
 
 from potstill.kernels.topk import Sampled, TopK
 from potstill.kernels.types import SparseTargetTensors
-from potstill.storage import KBound, RunSpec, SparseTargets, StoreReader, bound_positions
-from potstill.storage.rows.columns import COLUMNS
+from potstill.storage import COLUMNS, KBound, RunSpec, SparseTargets, StoreReader, bound_positions
 from potstill.teacher_dump.batches import TeacherBatch
 from potstill.teacher_dump.config import DumpConfig, SelectionConfig
 from potstill.teacher_dump.engines.base import TeacherEngine, TopKWanted

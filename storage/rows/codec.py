@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from potstill.storage.errors import CorruptError
+from potstill.storage.errors import CorruptError, StoreError
 from potstill.storage.rows import grid
 from potstill.storage.rows.array_types import Int32, Int64, UInt8
 from potstill.storage.rows.column import Array, Coding, Column, Values
@@ -20,14 +20,19 @@ Planes = dict[str, UInt8]
 
 
 def planes_of(spec: RunSpec) -> tuple[Plane, ...]:
-    """Binary columns of a store's unit files, in file order."""
+    """Binary columns of a store's unit files, in file order. Raises StoreError where two have one name."""
     if spec.kind == "tokens":
         tokens = (Plane(f"token{i}", "token") for i in range(num_id_planes(spec.vocab_size)))
         return (*tokens, Plane("doc_lens", "document", width=4))
     if spec.kind == "scores":
         names = ("label0", "label1", "label_rank", "entropy0", "entropy1")
         return tuple(Plane(name, "token") for name in names)
-    return (Plane("count", "token"), *(plane for column in stored_columns(spec) for plane in column.planes_in(spec)))
+    planes = [Plane("count", "token"), *(plane for column in stored_columns(spec) for plane in column.planes_in(spec))]
+    used = [plane.name for plane in planes]
+    if len(set(used)) < len(used):
+        twice = sorted({name for name in used if used.count(name) > 1})
+        raise StoreError(f"columns share the planes {twice}; give each column a `plane` of its own")
+    return tuple(planes)
 
 
 def encode_targets(targets: SparseTargets, *, spec: RunSpec, rank_of_id: Int32 | None = None) -> Planes:

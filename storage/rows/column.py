@@ -94,9 +94,10 @@ class Examined:
 
 @dataclass(frozen=True)
 class Condition:
-    """When a store has a column, as a function of its run, and what errors say that the selection then does, or not.
+    """When a store has a column, and how errors name what the selection of its run does in either case.
 
-    No `otherwise`: the check of another column says it.
+    holds: whether a store of that run has it; rule, otherwise: what the selection then does, and else. No `otherwise`:
+    targets that differ from it already break the rule of another column.
     """
 
     holds: Callable[[StoreView], bool]
@@ -116,15 +117,17 @@ class Column:
     name      key of the array, and its attribute where SparseTargets has one
     axis      one value per token [N], per entry [E] or per row [R]
     dtype     of the array; with `vector` values per place its shape is [places, vector(spec)]
-    encode    array -> its byte planes, each `value_bytes` bytes per value; decode is its inverse up to the grid
+    encode    array -> its byte planes, each of `value_bytes` bytes per value; decode is its inverse up to the grid
     check     raises StoreError that names the column, the place, the value and the rule; None: every value may be
-    feature   name in required_features of a store that has the column; a reader without it refuses the store
+    feature   name in required_features of a store that has the column; a reader without it refuses the store, and
+              `feature_rule` is what it says where feature and run contradict each other
     stored    when a store has it; None: when the run names it in `columns` (then a feature is due)
     optional  a row may come without it
     per_temperature  one array for each declared temperature other than 1, as {temperature: array}
     fill      value at a token without a target
     on_device False: for readers on the host only, not part of the tensors that a loss works on
-    plane     name of its planes in the file where it is not `name`; numbered where there are several or temperatures
+    plane     name of its planes in the file where it is not `name`, numbered by temperature and where `num_planes`
+              gives more than one
     """
 
     name: str

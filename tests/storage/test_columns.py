@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from potstill.kernels.types import SparseTargetTensors
+from potstill.kernels.types import KernelInputError, SparseTargetTensors
 from potstill.storage import (
+    COLUMNS,
+    Column,
     EpochPlan,
     Loader,
     RunSpec,
@@ -28,8 +31,8 @@ from potstill.storage import (
 )
 from potstill.storage.loading.pinning import cuda_is_there, pin
 from potstill.storage.rows import grid
-from potstill.storage.rows.column import Array, Column, Examined
-from potstill.storage.rows.columns import COLUMNS
+from potstill.storage.rows.codec import planes_of
+from potstill.storage.rows.column import Array, Examined
 from potstill.teacher_dump.selection import HostBatch, cut_rows
 from tests.storage.stores import make_targets_row, targets_spec, write_tokens
 
@@ -169,12 +172,16 @@ def test_a_reader_without_it_refuses_the_store(stores: Stores, monkeypatch: pyte
         RunSpec.from_json(reader.spec.to_json() | {"required_features": ["planes", "summaries", "marks"]})
 
 
-def test_column_and_feature_come_together(stores: Stores) -> None:
+def test_column_and_feature_come_together(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
     value = stores.spec.to_json()
     with pytest.raises(VersionError, match="margin and the feature margins come together"):
         RunSpec.from_json(value | {"required_features": ["planes", "summaries", "marks"]})
     with pytest.raises(StoreError, match="column bare: needs a feature"):
         replace(MARGIN, name="bare", feature=None)
+    monkeypatch.setitem(COLUMNS, "twin", replace(MARGIN, name="twin", plane="margin"))
+    both = replace(stores.spec, columns=("margin", "twin"))
+    with pytest.raises(StoreError, match=r"share the planes \['margin0', 'margin1'\]"):
+        planes_of(both)
     with pytest.raises(StoreError, match=r"columns \('entropy',\) must be distinct and among \['margin'"):
         targets_spec(1, "in", columns=("entropy",))
 
@@ -286,8 +293,20 @@ def test_it_reaches_the_tensors(stores: Stores) -> None:
     assert {t.device.type for t in (moved.offsets, *(value(moved, column.name) for column in ADDED))} == {
         "cuda" if cuda_is_there() else "meta"
     }
+    with pytest.raises(KernelInputError, match=r"columns \['margin'\] have no axis"):
+        SparseTargetTensors(offsets=tensors.offsets, ids=tensors.ids, margin=margin)
     again = SparseTargetTensors.from_arrays(picked)
     assert again.axes == picked.axes and torch.equal(value(again, "margin"), value(picked, "margin"))
+
+
+def test_an_object_with_arrays_by_name_gives_tensors_too(stores: Stores) -> None:
+    targets = stores.rows[0].targets
+    plain = SimpleNamespace(
+        offsets=targets.offsets, ids=targets.ids, logprobs=targets.logprobs, log_tail=targets.log_tail, counts=None
+    )
+    found = SparseTargetTensors.from_arrays(plain)
+    assert set(found.columns) == {"ids", "logprobs", "log_tail"} and found.num_draws is None
+    assert found.max_entries == int(np.diff(targets.offsets).max())
 
 
 def test_a_dump_cuts_it_into_rows(stores: Stores) -> None:
