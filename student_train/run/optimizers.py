@@ -1,7 +1,6 @@
-"""The table of optimizers, what each makes of the student's parameters, and how it fits what DeepSpeed does to them.
+"""The table of optimizers: what each makes of the student's parameters, and how it fits what DeepSpeed does to them.
 
-A new optimizer is one function here that builds it, one entry in OPTIMIZERS, and its name in
-config/train.py (OptimizerKind).
+A new one is a function that builds it, an entry in OPTIMIZERS, and its name in config/train.py (OptimizerKind).
 """
 
 from __future__ import annotations
@@ -43,11 +42,11 @@ def adamw(module: nn.Module, options: OptimizerConfig, device: torch.device) -> 
     return torch.optim.AdamW(decayed_groups(parameters, options), **adamw_options(options, device))
 
 
-def muon(module: nn.Module, options: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
+def muon(student: nn.Module, options: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
     """Muon for the matrices of the backbone; AdamW for embeddings, head, norms, biases and what loss terms own."""
-    chosen = [p for p in hidden_matrices(module.hf) if p.requires_grad]
+    chosen = [p for p in hidden_matrices(student.hf) if p.requires_grad]
     numbers = {id(p) for p in chosen}
-    rest = [p for p in module.parameters() if p.requires_grad and id(p) not in numbers]
+    rest = [p for p in student.parameters() if p.requires_grad and id(p) not in numbers]
     lr = options.lr if options.muon_lr is None else options.muon_lr
     group = {"params": chosen, "kind": "muon", "lr": lr, "weight_decay": options.weight_decay}
     groups = [{**group, "lr_scale": lr / options.lr}] if chosen else []
@@ -89,12 +88,22 @@ def tell_layout(optimizer: torch.optim.Optimizer, groups: list[list[nn.Parameter
             continue
         [flat] = group["params"]
         start = rank * flat.numel() if cut else 0
-        expected = torch.cat([p.detach().float().reshape(-1) for p in before])[start : start + flat.numel()]
-        if not torch.equal(flat.detach()[: len(expected)].cpu(), expected.cpu()) or flat.numel() * num_ranks < sum(
-            p.numel() for p in before
-        ):
+        if flat.numel() * num_ranks < sum(p.numel() for p in before) or not holds(flat, start, before):
             raise RuntimeError(
                 "DeepSpeed lays out the flat parameters otherwise than Muon expects (one after another, cut in equal "
                 "parts by rank); take optimizer.kind: adamw, or the version of DeepSpeed that potstill names"
             )
         optimizer.parts[flat] = FlatPart(tuple(places_of([shape_of(p) for p in before])), start, num_ranks)
+
+
+def holds(flat: Tensor, start: int, parameters: list[nn.Parameter]) -> bool:
+    """Whether `flat` [n] holds the elements from `start` on of parameters laid end to end, in float32."""
+    offset, end = 0, start + flat.numel()
+    for parameter in parameters:
+        first, last = max(start, offset), min(end, offset + parameter.numel())
+        if first < last:
+            expected = parameter.detach().reshape(-1)[first - offset : last - offset].float()
+            if not torch.equal(flat.detach()[first - start : last - start], expected):
+                return False
+        offset += parameter.numel()
+    return True

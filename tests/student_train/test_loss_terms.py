@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 
 from potstill.common.errors import UserError
 from potstill.storage import Loader
+from potstill.storage.rows.columns import COLUMNS
 from potstill.student_train.data.batch import MicroBatch, collate
 from potstill.student_train.data.stores import build_plan, open_stores
 from potstill.student_train.export.weights import checkpoint_state
@@ -24,6 +26,8 @@ from potstill.student_train.run.metrics import read_metrics
 from tests.dist_harness import run_ranks
 from tests.student_train import tiny, workers
 from tests.student_train.hidden_matching import (
+    COLUMN,
+    STORE,
     WEIGHT,
     HiddenMatching,
     ProjectedMatching,
@@ -31,20 +35,33 @@ from tests.student_train.hidden_matching import (
     train_with,
     use,
     vector_of,
+    write_vectors,
 )
 
 
 @pytest.fixture(autouse=True)
 def table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A term entered here is gone behind the test, and the column that it reads."""
     monkeypatch.setattr(loss_terms, "LOSS_TERMS", loss_terms.LOSS_TERMS)
+    monkeypatch.setitem(COLUMNS, COLUMN.name, COLUMN)
+
+
+@pytest.fixture(scope="module")
+def vectors(stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A targets store with a vector of each row."""
+    yield write_vectors(tmp_path_factory.mktemp("vectors") / "store", stores)
+    COLUMNS.pop(COLUMN.name, None)
 
 
 def train_lines(run: Path) -> list[dict[str, Any]]:
     return [record for record in read_metrics(run) if record["kind"] == "train"]
 
 
-def tree_of(stores: dict[str, Path], run: Path, **changes: Any) -> dict[str, Any]:
-    return tiny.config_tree(stores, run, run={"max_steps": 3}, logging={"every_steps": 1}, **changes)
+def tree_of(stores: dict[str, Path], output: Path, vectors: Path | None = None, **changes: Any) -> dict[str, Any]:
+    tree = tiny.config_tree(stores, output, run={"max_steps": 3}, logging={"every_steps": 1}, **changes)
+    if vectors is not None:
+        tree["data"]["targets"][STORE] = str(vectors)
+    return tree
 
 
 def first_batch(tree: dict[str, Any]) -> tuple[StudentModel, list[MicroBatch], list[int], Any]:
@@ -65,7 +82,7 @@ def by_hand(student: StudentModel, micro: MicroBatch, rows: list[int]) -> torch.
     hidden, errors = student.hidden_states(micro), []
     for number, row in enumerate(rows):
         last = max(place for place, of in enumerate(micro.row.tolist()) if of == number)
-        errors.append(((hidden[last] - torch.from_numpy(vector_of(row)).double()) ** 2).sum() / hidden.shape[1])
+        errors.append(((hidden[last] - torch.from_numpy(vector_of(row)[0]).double()) ** 2).sum() / hidden.shape[1])
     return sum(errors[1:], errors[0]) / len(errors)
 
 
@@ -73,9 +90,9 @@ def gradients(student: StudentModel, loss: torch.Tensor) -> torch.Tensor:
     return torch.cat([grad.reshape(-1) for grad in torch.autograd.grad(loss, list(student.parameters()))])
 
 
-def test_the_gradient_is_that_of_the_formula(stores: dict[str, Path]) -> None:
+def test_the_gradient_is_that_of_the_formula(stores: dict[str, Path], vectors: Path) -> None:
     use(HiddenMatching)
-    student, micros, rows, objective = first_batch(tree_of(stores, Path("unused")))
+    student, micros, rows, objective = first_batch(tree_of(stores, Path("unused"), vectors))
     assert [type(term) for term in student.terms] == [SparseLoss, HiddenMatching]
     loss, sums = student(TrainRequest(micros[1], objective, torch.tensor(50.0), len(micros)))
     plain = StudentModel.__new__(StudentModel)
@@ -93,8 +110,10 @@ def test_the_gradient_is_that_of_the_formula(stores: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_its_sums_are_in_the_metrics_of_a_run(stores: dict[str, Path], tmp_path: Path, world: int) -> None:
-    tree = tree_of(stores, tmp_path / "run", zero_stage=2)
+def test_its_sums_are_in_the_metrics_of_a_run(
+    stores: dict[str, Path], vectors: Path, tmp_path: Path, world: int
+) -> None:
+    tree = tree_of(stores, tmp_path / "run", vectors, zero_stage=2)
     run_ranks(train_with, tree, HiddenMatching, world=world)
     lines = train_lines(tmp_path / "run")
     for line in lines:
@@ -118,8 +137,10 @@ def test_a_run_without_it_is_unchanged(stores: dict[str, Path], tmp_path: Path) 
 
 
 @pytest.mark.parametrize(("stage", "world"), [(1, 1), (3, 2)])
-def test_a_term_with_weights_of_its_own(stores: dict[str, Path], tmp_path: Path, stage: int, world: int) -> None:
-    tree = tree_of(stores, tmp_path / "run", zero_stage=stage)
+def test_a_term_with_weights_of_its_own(
+    stores: dict[str, Path], vectors: Path, tmp_path: Path, stage: int, world: int
+) -> None:
+    tree = tree_of(stores, tmp_path / "run", vectors, zero_stage=stage)
     run_ranks(train_with, tree, ProjectedMatching, world=world)
     [checkpoint] = list_checkpoints(tmp_path / "run")
     use(ProjectedMatching)
@@ -144,28 +165,21 @@ def test_two_terms_may_not_share_a_name() -> None:
         loss_terms.sum_names((HiddenMatching(), SwitchedOff()))
 
 
-def test_a_term_with_other_sums_than_it_names_is_refused(stores: dict[str, Path]) -> None:
+def test_a_term_with_other_sums_than_it_names_is_refused(stores: dict[str, Path], vectors: Path) -> None:
     class Wrong(HiddenMatching):
         sum_names = ("hidden_error", "hidden_rows", "third")
 
     use(Wrong)
-    student, micros, _, objective = first_batch(tree_of(stores, Path("unused")))
+    student, micros, _, objective = first_batch(tree_of(stores, Path("unused"), vectors))
     with pytest.raises(RuntimeError, match=r"Wrong gave sums of shape \(2,\), expected one for each"):
         student(TrainRequest(micros[0], objective, torch.tensor(1.0), 1))
 
 
-def test_stores_of_a_term_are_read_at_every_step(stores: dict[str, Path]) -> None:
-    class Reads(HiddenMatching):
-        @classmethod
-        def stores(cls, model: Any) -> frozenset[str]:
-            return frozenset({"slm"})
-
-    tree = tree_of(stores, Path("unused"), curriculum=[{"targets": None}])
-    config = workers.config_of(tree)
-    opened = open_stores(config)
-    assert build_plan(config, opened).joined(0) == frozenset()
-    use(Reads)
-    assert build_plan(config, opened).joined(0) == frozenset({"slm"})
-    del opened.joined["slm"]  # type: ignore[attr-defined]
-    with pytest.raises(UserError, match=r"read the stores \['slm'\].*add the missing ones"):
-        build_plan(config, opened)
+def test_stores_of_a_term_are_read_at_every_step(stores: dict[str, Path], vectors: Path) -> None:
+    config = workers.config_of(tree_of(stores, Path("unused"), vectors, curriculum=[{"targets": None}]))
+    assert build_plan(config, open_stores(config)).joined(0) == frozenset()
+    use(HiddenMatching)
+    assert build_plan(config, open_stores(config)).joined(0) == frozenset({STORE})
+    without = workers.config_of(tree_of(stores, Path("unused")))
+    with pytest.raises(UserError, match=r"read the stores \['vectors'\].*add the missing ones"):
+        build_plan(without, open_stores(without))

@@ -18,7 +18,7 @@ from potstill.student_train.run.checkpoint import list_checkpoints
 from potstill.student_train.run.engine import set_learning_rate
 from potstill.student_train.run.metrics import read_metrics
 from potstill.student_train.run.muon import MuonWithAdamW
-from potstill.student_train.run.optimizers import OPTIMIZERS, adamw_options
+from potstill.student_train.run.optimizers import OPTIMIZERS, adamw_options, tell_layout
 from tests.dist_harness import run_ranks
 from tests.student_train import tiny, workers
 from tests.student_train.test_moe import KINDS
@@ -171,3 +171,15 @@ def test_another_optimizer_is_another_run(stores: dict[str, Path], tmp_path: Pat
 def test_what_does_not_fit_is_refused(stores: dict[str, Path], changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         workers.config_of(tiny.config_tree(stores, Path("x"), **{"optimizer": {"kind": "muon"}, **changes}))
+
+
+def test_another_layout_of_flat_parts_is_refused() -> None:
+    student = student_of(tiny.STUDENT)
+    optimizer = OPTIMIZERS["muon"](student, OptimizerConfig(kind="muon"), CPU)
+    groups = [list(group["params"]) for group in optimizer.param_groups]
+    flat = torch.cat([p.detach().reshape(-1) for p in groups[0]])
+    optimizer.param_groups[0]["params"] = [nn.Parameter(flat.clone())]
+    tell_layout(optimizer, groups, rank=0, cut=False)
+    optimizer.param_groups[0]["params"] = [nn.Parameter(flat.roll(1))]
+    with pytest.raises(RuntimeError, match="lays out the flat parameters otherwise"):
+        tell_layout(optimizer, groups, rank=0, cut=False)
