@@ -35,7 +35,7 @@ class BatchFinisher:
     plan: CurriculumPlan
     micro_batch_rows: int
     row_length: int
-    pin_memory: bool  # into page-locked memory, from which a GPU copies while the host goes on
+    device: torch.device  # that will take the batches; for a GPU they are put into page-locked memory
 
     def __call__(self, loaded: LoadedBatch) -> StepBatch:
         # Of this thread only. Each thread that calls torch would otherwise bring a team of one thread per core with
@@ -43,7 +43,9 @@ class BatchFinisher:
         torch.set_num_threads(1)
         objective = self.plan.objective(loaded.batch)
         micros = collate(loaded, objective, micro_batch_rows=self.micro_batch_rows, row_length=self.row_length)
-        if self.pin_memory:
+        if self.device.type == "cuda":
+            # Of this thread as well: without it, every rank would open a context of its own on the first GPU.
+            torch.cuda.set_device(self.device)
             micros = [map_tensors(micro, torch.Tensor.pin_memory) for micro in micros]
         return StepBatch(
             batch=loaded.batch,

@@ -186,7 +186,7 @@ def open_loader(config: TrainConfig, topology: Topology, stores: Stores, plan: C
             plan=plan,
             micro_batch_rows=config.data.micro_batch_rows,
             row_length=stores.tokens.spec.row_length,
-            pin_memory=topology.device.type == "cuda",
+            device=topology.device,
         ),
         rank=topology.rank,
         world=topology.world_size,
