@@ -3,6 +3,10 @@
 Both kinds of runs go through the real trainer (loader, collation, DeepSpeed, optimizer) on synthetic stores, one after
 the other, several times; a run gives the median of its steps after a warm-up, and the smallest median per kind counts.
 
+`host_ms_per_step` is measured in a run of its own: the time of the driving thread outside of forward, backward and
+step, for a batch of --host-tokens tokens of 20 entries each in one micro-batch, and a student so small that a CPU
+suffices.
+
     python -m benchmarks.step [--vocab-size 8192 --hidden-size 256 ...]
 """
 
@@ -23,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.host_time import host_clock
 from potstill.common.config import build_config
 from potstill.storage import (
     RunSpec,
@@ -40,6 +45,7 @@ from potstill.student_train.run.engine import stop_distributed
 from potstill.student_train.run.metrics import read_metrics
 
 ROWS_PER_UNIT = 64
+HOST_ROW_LENGTH, HOST_TOP_K, HOST_STEPS = 1024, 20, 13
 
 
 def made_up_targets(labels: np.ndarray, *, vocab_size: int, top_k: int, rng: np.random.Generator) -> SparseTargets:
@@ -123,7 +129,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
 
 
-def run_config(options: argparse.Namespace, folder: Path, name: str, stage: dict[str, Any]) -> TrainConfig:
+def run_config(
+    options: argparse.Namespace, folder: Path, name: str, stage: dict[str, Any], *, log_every: int = 1
+) -> TrainConfig:
     """A run of `options.steps` steps of one stage."""
     heads = max(options.hidden_size // 64, 1)
     model = {
@@ -146,7 +154,7 @@ def run_config(options: argparse.Namespace, folder: Path, name: str, stage: dict
         },
         "objective": {"alpha": 0.9},
         "curriculum": [stage],
-        "logging": {"every_steps": 1},
+        "logging": {"every_steps": log_every},
     }
     return build_config(TrainConfig, tree, source="benchmark")
 
@@ -172,6 +180,24 @@ def measure(
             if name not in best or seconds < best[name]["seconds"]:
                 best[name] = {"seconds": seconds, "data_wait_share": share}
     return best
+
+
+def host_figures(num_tokens: int, folder: Path) -> dict[str, float]:
+    """Median milliseconds per step outside of the engine, and what of it was waiting for data, without a warm-up."""
+    rows = num_tokens // HOST_ROW_LENGTH
+    size = {"batch_rows": rows, "micro_batch_rows": rows, "row_length": HOST_ROW_LENGTH, "vocab_size": 256}
+    model = {"hidden_size": 16, "num_layers": 1, "dtype": "float32"}
+    options = argparse.Namespace(**size, **model, steps=HOST_STEPS)
+    synthetic_stores(folder, num_rows=3 * rows, row_length=HOST_ROW_LENGTH, vocab_size=256, top_k=HOST_TOP_K)
+    config = run_config(options, folder, "host", {"targets": "teacher"}, log_every=HOST_STEPS)
+    with host_clock() as clock:
+        train(config)
+    [record] = [record for record in read_metrics(config.run.output_dir) if record["kind"] == "train"]
+    return {
+        "host_ms_per_step": round(1e3 * statistics.median(clock.seconds[2:]), 3),
+        "host_wait_ms_per_step": round(1e3 * record["data_wait_seconds"] / HOST_STEPS, 3),
+        "host_step_seconds": round(record["step_seconds"], 4),
+    }
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -205,16 +231,22 @@ def main() -> None:
     """Run and print one JSON line."""
     load = os.getloadavg()[0]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--host-tokens", type=int, default=65536, help="of the step whose host time is measured")
     options = parse(parser)
+    if options.host_tokens < HOST_ROW_LENGTH:
+        parser.error(f"--host-tokens {options.host_tokens} must be at least one row of {HOST_ROW_LENGTH}")
     stages: dict[str, dict[str, Any]] = {"ce": {}, "kd": {"targets": "teacher"}}
     with tempfile.TemporaryDirectory() as folder:
         found = measure(options, stages, Path(folder))
+    with tempfile.TemporaryDirectory() as folder:
+        host = host_figures(options.host_tokens, Path(folder))
     stop_distributed()
     figures = {
         "kd_step_over_ce_step": round(found["kd"]["seconds"] / found["ce"]["seconds"], 4),
         "data_wait_share": round(found["kd"]["data_wait_share"], 5),
         "ce_step_seconds": round(found["ce"]["seconds"], 5),
         "kd_step_seconds": round(found["kd"]["seconds"], 5),
+        **host,
     }
     finish(figures, options, load=load)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -39,6 +40,21 @@ class LoadedBatch:
 class _Piece:
     tokens: list[TokensRow]
     joined: dict[str, list[JoinedRow]]
+
+
+class _Share:
+    """What the plan says of one batch, asked once, by the thread that needs it first: the consumer has other work."""
+
+    def __init__(self, ask: Callable[[], tuple[Int64, frozenset[str]]]) -> None:
+        self._ask, self._lock = ask, threading.Lock()
+        self._found: tuple[Int64, frozenset[str]] | None = None
+
+    def get(self) -> tuple[Int64, frozenset[str]]:
+        """Row numbers of this rank's share, and the names of the joined stores. Raises what the plan raises."""
+        with self._lock:
+            if self._found is None:
+                self._found = self._ask()
+            return self._found
 
 
 class Loader(Generic[T]):
@@ -196,7 +212,12 @@ class Loader(Generic[T]):
         size = self._plan.global_batch
         if rows.shape != (size,):
             raise StoreError(f"plan: batch {batch} has rows of shape {rows.shape}, expected ({size},)")
-        return rows[size * self._rank // self._world : size * (self._rank + 1) // self._world]
+        return rows[self._rank_slice()]
+
+    def _rank_slice(self) -> slice:
+        """Places of this rank's rows in every global batch."""
+        size = self._plan.global_batch
+        return slice(size * self._rank // self._world, size * (self._rank + 1) // self._world)
 
     def reads(self, batch: int) -> list[Int64]:
         """Row ids of each read that this rank makes of a store for global batch `batch`; nothing is read."""
@@ -209,13 +230,22 @@ class Loader(Generic[T]):
         return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
 
     def _submit(self, prefetcher: Prefetcher[T], batch: int) -> None:
+        share = _Share(functools.partial(self._plan_share, batch))
+        mine = self._rank_slice()
+        parts = [functools.partial(self._load_cut, share, cut) for cut in self._cuts(mine.stop - mine.start)]
+        prefetcher.submit(parts, functools.partial(self._join, batch, share))
+
+    def _plan_share(self, batch: int) -> tuple[Int64, frozenset[str]]:
+        """This rank's rows of a batch, and the joined stores that it needs."""
         names = self._plan.joined(batch)
         unknown = names - self._joined.keys()
         if unknown:
             raise StoreError(f"plan: batch {batch} needs the stores {sorted(unknown)}, which were not given")
-        rows = self._rank_rows(batch)
-        parts = [functools.partial(self._load, rows[cut], names) for cut in self._cuts(len(rows))]
-        prefetcher.submit(parts, functools.partial(self._join, batch, rows, names))
+        return self._rank_rows(batch), names
+
+    def _load_cut(self, share: _Share, cut: slice) -> _Piece:
+        rows, names = share.get()
+        return self._load(rows[cut], names)
 
     def _load(self, rows: Int64, names: frozenset[str]) -> _Piece:
         tokens = self._tokens.tokens_rows(rows)
@@ -226,7 +256,8 @@ class Loader(Generic[T]):
             check_digests(self._joined[name], joined[name], digests)
         return _Piece(tokens, joined)
 
-    def _join(self, batch: int, rows: Int64, names: frozenset[str], pieces: list[_Piece]) -> T:
+    def _join(self, batch: int, share: _Share, pieces: list[_Piece]) -> T:
+        rows, names = share.get()
         joined = {name: [row for piece in pieces for row in piece.joined[name]] for name in sorted(names)}
         tokens = [row for piece in pieces for row in piece.tokens]
         return self._finish(LoadedBatch(batch=batch, rows=rows, tokens=tokens, joined=joined))

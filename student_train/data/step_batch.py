@@ -41,7 +41,7 @@ class BatchFinisher:
     micro_batch_rows: int
     row_length: int
     terms: Sequence[LossTerm]  # which may take columns of their own from the rows
-    pin_memory: bool  # into page-locked memory, from which a GPU copies while the host goes on
+    device: torch.device  # that will take the batches; for a GPU they are put into page-locked memory
 
     def __call__(self, loaded: LoadedBatch) -> StepBatch:
         # Of this thread only. Each thread that calls torch would otherwise bring a team of one thread per core with
@@ -50,7 +50,9 @@ class BatchFinisher:
         objective = self.plan.objective(loaded.batch)
         sizes = {"micro_batch_rows": self.micro_batch_rows, "row_length": self.row_length}
         micros = collate(loaded, objective, terms=self.terms, **sizes)
-        if self.pin_memory:
+        if self.device.type == "cuda":
+            # Of this thread as well: without it, every rank would open a context of its own on the first GPU.
+            torch.cuda.set_device(self.device)
             micros = [map_tensors(micro, torch.Tensor.pin_memory) for micro in micros]
         return StepBatch(
             batch=loaded.batch,

@@ -25,6 +25,7 @@ def train_steps(run: Run, progress: Progress) -> str:
     world_size = run.topology.world_size
     if run.state.step >= run.plan.total_steps:
         return "done"
+    run.watch.settle()  # who was asked to stop before the first step trains none
     for batch in run.batches:
         normalizer, reason = agree(run, batch)
         if reason is not None:

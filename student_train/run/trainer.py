@@ -191,7 +191,7 @@ def open_loader(
             micro_batch_rows=config.data.micro_batch_rows,
             row_length=stores.tokens.spec.row_length,
             terms=student.terms,
-            pin_memory=topology.device.type == "cuda",
+            device=topology.device,
         ),
         rank=topology.rank,
         world=topology.world_size,

@@ -16,7 +16,7 @@ from benchmarks.gpu_all import GOALS, PARTS, Part, goals_table, run_parts
 
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = {
-    "step": {"kd_step_over_ce_step", "data_wait_share"},
+    "step": {"kd_step_over_ce_step", "data_wait_share", "host_ms_per_step"},
     "selector": {"half_selected_step_over_all", "half_selected_head_over_all"},
     "dump": {"dump_over_forward", "encode_tokens_per_core_s", "peak_bytes"},
 }
