@@ -6,7 +6,8 @@ All raise KernelInputError that names the argument, what was found and what is e
 import torch
 from torch import Tensor
 
-from potstill.kernels.settings import LossSettings, check_draws, stored_temperature
+from potstill.kernels.divergences import DIVERGENCES
+from potstill.kernels.settings import LossSettings, stored_temperature
 from potstill.kernels.types import KernelInputError, SparseTargetTensors
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -145,3 +146,16 @@ def validate_targets(targets: SparseTargetTensors, *, vocab_size: int) -> None:
     for value, name in ((targets.log_tail, "log_tail"), (targets.counts, "counts")):
         if value is not None and bool(torch.isnan(value.float()).any()):
             raise KernelInputError(f"targets.{name} holds NaN")
+
+
+def check_draws(divergence: str, *, holds_draws: bool) -> None:
+    """Raises KernelInputError unless a (known) divergence for draws meets draws, and any other log-probabilities."""
+    needs_draws = DIVERGENCES[divergence].needs_counts
+    if needs_draws and not holds_draws:
+        raise KernelInputError(
+            f"divergence {divergence!r} needs targets.counts or targets.log_weights (sampled targets)"
+        )
+    if holds_draws and not needs_draws:
+        raise KernelInputError(
+            f"divergence {divergence!r} needs targets.logprobs, and these targets hold draws; use divergence='sampled'"
+        )

@@ -150,19 +150,6 @@ def check_scale_and_cap(*, logit_scale: float, soft_cap: float | None) -> None:
         raise KernelInputError(f"logit_scale is {logit_scale}; expected a finite number > 0")
 
 
-def check_draws(divergence: str, *, holds_draws: bool) -> None:
-    """Raises KernelInputError unless a (known) divergence for draws meets draws, and any other log-probabilities."""
-    needs_draws = DIVERGENCES[divergence].needs_counts
-    if needs_draws and not holds_draws:
-        raise KernelInputError(
-            f"divergence {divergence!r} needs targets.counts or targets.log_weights (sampled targets)"
-        )
-    if holds_draws and not needs_draws:
-        raise KernelInputError(
-            f"divergence {divergence!r} needs targets.logprobs, and these targets hold draws; use divergence='sampled'"
-        )
-
-
 def stored_temperature(temperature: float, stored: Iterable[float]) -> float | None:
     """The one of the `stored` temperatures that `temperature` means; None where there is none."""
     return next((known for known in stored if math.isclose(known, temperature, rel_tol=1e-6)), None)

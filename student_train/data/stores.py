@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from potstill.common.errors import UserError
-from potstill.kernels.settings import check_draws, stored_temperature
+from potstill.kernels.checks import check_draws
+from potstill.kernels.settings import stored_temperature
 from potstill.kernels.types import KernelInputError
 from potstill.storage import StoreError, StoreReader, TargetsRow, UnsealedError, check_alignment
 from potstill.storage.loading.joining import first_difference
