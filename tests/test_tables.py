@@ -22,12 +22,14 @@ from potstill.common.options import describe_keys, list_keys
 from potstill.storage import Loader
 from potstill.student_train.config.curves import CURVES, Curve
 from potstill.student_train.config.lr_schedule import LR_SHAPES, LrShape
+from potstill.student_train.config.optimizers import OPTIMIZERS
 from potstill.student_train.config.row_scores import ROW_SCORES, RowScoreKind
 from potstill.student_train.config.token_policies import TOKEN_POLICIES, TokenPolicy
 from potstill.student_train.config.train import TrainConfig
 from potstill.student_train.data.batch import collate
 from potstill.student_train.data.stores import build_plan, open_stores
-from tests.student_train import tiny
+from tests.dist_harness import run_ranks
+from tests.student_train import tiny, workers
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +116,7 @@ def test_a_curve(stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.Mo
     path = config_file(stores, tmp_path, objective={"alpha": {"kind": "steps", "levels": [0.25, 1.0, 0.0]}})
     config = read(path, tmp_path)
     plan = build_plan(config, open_stores(config))
-    assert [plan.objective(step).alpha for step in range(8)] == [0.25, 0.25, 0.25, 1.0, 1.0, 0.0, 0.0, 0.0]
+    assert [plan.objective(step).settings.alpha for step in range(8)] == [0.25, 0.25, 0.25, 1.0, 1.0, 0.0, 0.0, 0.0]
     assert [plan.joined(step) for step in (0, 7)] == [{"teacher"}, set()], "alpha 0 reads no targets"
 
 
@@ -162,3 +164,16 @@ def test_the_tables_cost_a_help_text_nothing() -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_optimizer(stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGD without anything; one run of three steps in a rank, where the entry stands as well."""
+    changes = {"optimizer": {"kind": "plain", "lr": 0.5}, "run": {"max_steps": 3}}
+    path = config_file(stores, tmp_path, **changes)
+    with pytest.raises(ConfigError, match=r"optimizer\.kind: Input should be 'adamw' or 'muon'"):
+        load_config(TrainConfig, path)
+    [steps] = run_ranks(workers.train_with_plain_sgd, yaml.safe_load(path.read_text()), world=1)
+    assert steps == 3
+    monkeypatch.setitem(OPTIMIZERS, "plain", lambda student, options, device: None)
+    assert read(path, tmp_path).optimizer.kind == "plain"
+    assert "plain" in help_text()

@@ -14,10 +14,10 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from potstill.common.config import LocalPath, StorePlace, StrictModel
 from potstill.student_train.config.lr_schedule import LrSchedule
+from potstill.student_train.config.optimizers import OptimizerConfig
 from potstill.student_train.config.stages import Objective, Stage
 
 Dtype = Literal["float32", "bfloat16"]
-OptimizerKind = Literal["adamw", "muon"]
 
 
 def _plain_off(value: Any) -> Any:
@@ -135,29 +135,6 @@ class DataConfig(StrictModel):
         if self.heldout_targets is not None and self.heldout is None:
             raise ValueError("data.heldout_targets needs data.heldout")
         return self
-
-
-class OptimizerConfig(StrictModel):
-    """AdamW of torch, or Muon beside it; weight decay on matrices only."""
-
-    kind: OptimizerKind = Field(
-        default="adamw",
-        description="adamw, or muon: Muon for the matrices of the backbone, AdamW for embeddings, head, norms and "
-        "biases (zero_stage 0 to 2)",
-    )
-    lr: float = Field(default=3e-4, gt=0, le=1, description="Peak learning rate")
-    muon_lr: float | None = Field(
-        default=None,
-        gt=0,
-        le=1,
-        description="Peak learning rate of Muon, whose updates are scaled to the size of AdamW's; null takes lr",
-    )
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        default=(0.9, 0.95), description="AdamW betas"
-    )
-    eps: float = Field(default=1e-8, gt=0, description="AdamW epsilon")
-    weight_decay: float = Field(default=0.1, ge=0, description="Decoupled weight decay of matrices")
-    grad_clip: float = Field(default=1.0, ge=0, description="Largest gradient norm; 0 switches clipping off")
 
 
 class CheckpointConfig(StrictModel):

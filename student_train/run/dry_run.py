@@ -22,7 +22,7 @@ from potstill.student_train.curriculum.plan import CurriculumPlan, StageSpan
 from potstill.student_train.curriculum.schedules import scalar_value
 from potstill.student_train.curriculum.step_objective import stage_value, step_objective
 from potstill.student_train.model.parameters import DTYPES, count_parameters
-from potstill.student_train.run.optimizers import hidden_matrices
+from potstill.student_train.run.parameter_groups import hidden_matrices
 from potstill.student_train.run.preflight import CheckedStart
 from potstill.student_train.run.universal import needs_conversion
 

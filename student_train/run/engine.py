@@ -17,8 +17,9 @@ from torch import nn
 from potstill.common.errors import ConfigError, UserError
 from potstill.common.processes import free_port
 from potstill.student_train.config.batch_arithmetic import accumulation_steps
+from potstill.student_train.config.optimizers import OPTIMIZERS
 from potstill.student_train.config.train import TrainConfig
-from potstill.student_train.run.optimizers import OPTIMIZERS, tell_layout
+from potstill.student_train.run.parameter_groups import tell_layout
 
 log = logging.getLogger(__name__)
 GROUP_TIMEOUT = timedelta(minutes=30)  # must outlast the longest save (trainer notes 4.4)

@@ -7,7 +7,8 @@ from pydantic import Field
 
 from potstill.common.config import ConfigError, StrictModel, load_config
 from potstill.common.nearest import nearest_keys
-from potstill.student_train.config.train import OptimizerConfig, TrainConfig
+from potstill.student_train.config.optimizers import OptimizerConfig
+from potstill.student_train.config.train import TrainConfig
 
 OPTIMIZER = {name: field.description or "" for name, field in OptimizerConfig.model_fields.items()}
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from potstill.common.errors import ConfigError
-from potstill.student_train.config.train import OptimizerConfig, OptimizerKind
+from potstill.student_train.config.optimizers import OPTIMIZERS, OptimizerConfig
 from potstill.student_train.export.weights import checkpoint_state, find_source, load_model
 from potstill.student_train.model.hf_config import hf_config
 from potstill.student_train.model.student import StudentModel, build_student
@@ -18,7 +18,7 @@ from potstill.student_train.run.checkpoint import list_checkpoints
 from potstill.student_train.run.engine import set_learning_rate
 from potstill.student_train.run.metrics import read_metrics
 from potstill.student_train.run.muon import MuonWithAdamW
-from potstill.student_train.run.optimizers import OPTIMIZERS, adamw_options, tell_layout
+from potstill.student_train.run.parameter_groups import adamw_options, tell_layout
 from tests.dist_harness import run_ranks
 from tests.student_train import tiny, workers
 from tests.student_train.test_moe import KINDS
@@ -32,10 +32,6 @@ def student_of(model: dict[str, Any]) -> StudentModel:
     tree = {"run": {"output_dir": "x", "max_steps": 1}, "data": {"tokens": "x", "global_batch_rows": 1}}
     config = workers.config_of({**tree, "model": {"config": model}}).model
     return build_student(config, hf_config(config, vocab_size=tiny.VOCAB), seed=0)
-
-
-def test_the_table_holds_what_the_configuration_offers() -> None:
-    assert set(OPTIMIZERS) == set(get_args(OptimizerKind))
 
 
 @pytest.mark.parametrize("kind", ["llama", "untied", "gpt2", "mixtral"])

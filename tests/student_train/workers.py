@@ -38,6 +38,25 @@ def train_run(tree: dict[str, Any]) -> dict[str, Any]:
     return {"status": summary.status, "steps": summary.steps, "tokens": summary.tokens}
 
 
+def train_with_plain_sgd(tree: dict[str, Any]) -> int:
+    """Train as a rank with `optimizer.kind: plain`, an entry added here; returns the steps that it took."""
+    from potstill.student_train.config.optimizers import OPTIMIZERS
+
+    steps: list[float] = []
+
+    class Counted(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            steps.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    def plain(student: torch.nn.Module, options: Any, device: torch.device) -> torch.optim.Optimizer:
+        return Counted(student.parameters(), lr=options.lr)
+
+    OPTIMIZERS["plain"] = plain
+    train_run(tree)
+    return len(steps)
+
+
 def train_on_a_console(tree: dict[str, Any]) -> str:
     """Train as a rank as the command does, and return what comes on standard error."""
     import io

@@ -1,20 +1,16 @@
-"""The table of optimizers: what each makes of the student's parameters, and how it fits what DeepSpeed does to them.
-
-A new one is a function that builds it, an entry in OPTIMIZERS, and its name in config/train.py (OptimizerKind).
-"""
+"""The student's parameters in the groups that optimizers take, and where DeepSpeed puts them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from potstill.student_train.config.train import OptimizerConfig
 from potstill.student_train.run.muon import FlatPart, MuonWithAdamW, places_of
 
-MUON_MOMENTUM = 0.95
+if TYPE_CHECKING:
+    from potstill.student_train.config.optimizers import OptimizerConfig
 
 
 def shape_of(parameter: Tensor) -> tuple[int, ...]:
@@ -34,30 +30,6 @@ def decayed_groups(parameters: list[nn.Parameter], options: OptimizerConfig, **c
     vectors = [p for p in parameters if len(shape_of(p)) < 2]
     groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [{**group, **common} for group in groups if group["params"]]
-
-
-def adamw(module: nn.Module, options: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
-    """torch AdamW (Loshchilov and Hutter, arXiv 1711.05101)."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    return torch.optim.AdamW(decayed_groups(parameters, options), **adamw_options(options, device))
-
-
-def muon(student: nn.Module, options: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
-    """Muon for the matrices of the backbone; AdamW for embeddings, head, norms, biases and what loss terms own."""
-    chosen = [p for p in hidden_matrices(student.hf) if p.requires_grad]
-    numbers = {id(p) for p in chosen}
-    rest = [p for p in student.parameters() if p.requires_grad and id(p) not in numbers]
-    lr = options.lr if options.muon_lr is None else options.muon_lr
-    group = {"params": chosen, "kind": "muon", "lr": lr, "weight_decay": options.weight_decay}
-    groups = [{**group, "lr_scale": lr / options.lr}] if chosen else []
-    groups += decayed_groups(rest, options, kind="adamw", lr=options.lr)
-    return MuonWithAdamW(groups, momentum=MUON_MOMENTUM, adamw=adamw_options(options, device))
-
-
-OPTIMIZERS: Mapping[str, Callable[[nn.Module, OptimizerConfig, torch.device], torch.optim.Optimizer]] = {
-    "adamw": adamw,
-    "muon": muon,
-}
 
 
 def hidden_matrices(hf: Any) -> list[nn.Parameter]:
