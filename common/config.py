@@ -15,8 +15,8 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from potstill.common.errors import ConfigError
+from potstill.common.named_entries import KindIn, annotation_of, table_of
 from potstill.common.nearest import nearest_keys
-from potstill.common.tables import KindIn, annotation_of, table_of
 
 
 class StrictModel(BaseModel):

@@ -23,8 +23,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from potstill.common.config import load_config
+from potstill.common.named_entries import KindIn, NameIn, annotation_of, table_of
 from potstill.common.nearest import nearest_keys
-from potstill.common.tables import KindIn, NameIn, annotation_of, table_of
 
 Model = TypeVar("Model", bound=BaseModel)
 OVERRIDES = "overrides"  # attribute of the parsed arguments

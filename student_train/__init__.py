@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from potstill.student_train.config.train import EvalConfig, ExportConfig, TrainConfig
     from potstill.student_train.data.packed import PackedBatch, collate_rows
     from potstill.student_train.evaluation.folder import EvalSummary
-    from potstill.student_train.export.hf_folder import ExportSummary
+    from potstill.student_train.hf_export.hf_folder import ExportSummary
     from potstill.student_train.run.preflight import CheckedRun
     from potstill.student_train.run.summary import TrainSummary
 
@@ -36,7 +36,7 @@ _LAZY = {
     "EvalConfig": "config.train",
     "EvalSummary": "evaluation.folder",
     "ExportConfig": "config.train",
-    "ExportSummary": "export.hf_folder",
+    "ExportSummary": "hf_export.hf_folder",
     "PackedBatch": "data.packed",
     "TrainConfig": "config.train",
     "TrainSummary": "run.summary",
@@ -63,7 +63,7 @@ def evaluate(config: EvalConfig) -> EvalSummary:
 
 def export(config: ExportConfig) -> ExportSummary:
     """Write a checkpoint as a Hugging Face folder and check it in a fresh process."""
-    from potstill.student_train.export import hf_folder
+    from potstill.student_train.hf_export import hf_folder
 
     return hf_folder.export(config)
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from potstill.common.config import StorePlace, StrictModel
-from potstill.common.tables import NameIn
+from potstill.common.named_entries import NameIn
 from potstill.teacher_dump.engines.table import ENGINES, describe_engines, refusal_text
 
 

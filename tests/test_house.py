@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 import re
 import subprocess
@@ -288,3 +289,11 @@ def test_texts_are_in_plain_english() -> None:
         if QUAINT.search(line)
     ]
     assert found == []
+
+
+@pytest.mark.parametrize("room", [room for room in ROOMS if room != "kernels"])
+def test_no_name_of_a_front_door_is_also_a_folder_of_its_room(room: str) -> None:
+    """Importing a module of such a folder would put the folder in the place of the function."""
+    folders = {path.name for path in (ROOT / room).iterdir() if path.is_dir()}
+    door = importlib.import_module(f"potstill.{room}")
+    assert not folders & set(getattr(door, "__all__", ()))

@@ -15,7 +15,7 @@ from potstill.launch.inspect.data import RowExtras
 if TYPE_CHECKING:
     from potstill.storage import StoreReader
     from potstill.student_train.evaluation.row_figures import CurriculumStep, KeptFigures, RowFigures
-    from potstill.student_train.export.weights import Source
+    from potstill.student_train.hf_export.weights import Source
     from potstill.student_train.run.checkpoint import Checkpoint
 
 
@@ -39,7 +39,7 @@ def student_part(arguments: argparse.Namespace, tokens: StoreReader, rows: Seque
     from potstill.common.config import load_config
     from potstill.student_train.config.train import TrainConfig
     from potstill.student_train.evaluation.row_figures import curriculum_step, load_student, row_figures
-    from potstill.student_train.export.weights import find_source
+    from potstill.student_train.hf_export.weights import find_source
     from potstill.student_train.run.checkpoint import list_checkpoints
     from potstill.student_train.run.run_folder import CONFIG_FILE, read_run_config
 

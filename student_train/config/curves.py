@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from potstill.common.config import StrictModel
-from potstill.common.tables import KindIn, NameIn
+from potstill.common.named_entries import KindIn, NameIn
 
 # How a decay falls: share of it that is done, in [0, 1] -> from 1 to 0.
 DECAY_SHAPES: dict[str, Callable[[float], float]] = {

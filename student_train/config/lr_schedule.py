@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from potstill.common.config import StrictModel
-from potstill.common.tables import NameIn
+from potstill.common.named_entries import NameIn
 from potstill.student_train.config.curves import DECAY_SHAPES, DecayShape
 
 Span = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, le=1)]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from potstill.common.config import StrictModel
-from potstill.common.tables import NameIn
+from potstill.common.named_entries import NameIn
 
 if TYPE_CHECKING:
     import torch

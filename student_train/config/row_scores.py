@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, model_validator
 
 from potstill.common.config import StrictModel
-from potstill.common.tables import NameIn
+from potstill.common.named_entries import NameIn
 
 if TYPE_CHECKING:
     import numpy as np

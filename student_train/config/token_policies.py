@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, model_validator
 
 from potstill.common.config import StrictModel
-from potstill.common.tables import NameIn
+from potstill.common.named_entries import NameIn
 from potstill.student_train.config.curves import Scalar, check_bounds
 
 if TYPE_CHECKING:

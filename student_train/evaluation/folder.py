@@ -14,7 +14,7 @@ from potstill.student_train.config.train import EvalConfig
 from potstill.student_train.data.stores import check_belongs, open_store
 from potstill.student_train.evaluation.bits_per_byte import TextBytes, heldout_bytes, tokenizers_beside
 from potstill.student_train.evaluation.heldout import HeldoutEvaluation
-from potstill.student_train.export.weights import Source, find_source, load_model
+from potstill.student_train.hf_export.weights import Source, find_source, load_model
 from potstill.student_train.model.parameters import count_parameters
 from potstill.student_train.model.student import StudentModel
 from potstill.student_train.run.checkpoint import write_json_atomically

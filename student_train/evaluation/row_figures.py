@@ -24,7 +24,7 @@ from potstill.student_train.curriculum.step_objective import StepObjective
 from potstill.student_train.data.batch import JoinedRow, MicroBatch, collate
 from potstill.student_train.data.stores import Stores, build_plan, check_objectives, open_stores
 from potstill.student_train.evaluation.heldout import measuring_objective
-from potstill.student_train.export.weights import Source, load_model
+from potstill.student_train.hf_export.weights import Source, load_model
 from potstill.student_train.model.student import StudentModel
 
 Figures = NDArray[np.float32]

@@ -21,7 +21,7 @@ from potstill.common.errors import UserError
 from potstill.storage import StoreReader, TokensRow
 from potstill.student_train.config.train import HeldoutConfig, TrainConfig
 from potstill.student_train.data.stores import Stores
-from potstill.student_train.export.hf_folder import find_tokenizer
+from potstill.student_train.hf_export.hf_folder import find_tokenizer
 from potstill.student_train.model.checks import measuring, probe_batch
 from potstill.student_train.model.probe import NextLogitsRequest
 

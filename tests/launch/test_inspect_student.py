@@ -14,7 +14,7 @@ import yaml
 
 from potstill.launch.cli import main
 from potstill.storage import ScoresRow, StoreReader, TokensRow
-from potstill.student_train.export.weights import find_source, load_model
+from potstill.student_train.hf_export.weights import find_source, load_model
 from potstill.student_train.model.hf_config import hf_config
 from potstill.student_train.model.student import build_student
 from potstill.student_train.run.checkpoint import checkpoint_folder, commit_checkpoint

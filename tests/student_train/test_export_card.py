@@ -15,8 +15,8 @@ from potstill.common.config import build_config
 from potstill.storage import StoreReader
 from potstill.student_train import export
 from potstill.student_train.config.train import ExportConfig, ModelConfig
-from potstill.student_train.export.hf_folder import source_use_cache
-from potstill.student_train.export.model_card import LICENSE_PLACEHOLDER, markdown_table
+from potstill.student_train.hf_export.hf_folder import source_use_cache
+from potstill.student_train.hf_export.model_card import LICENSE_PLACEHOLDER, markdown_table
 from tests.dist_harness import run_ranks
 from tests.student_train import tiny, workers
 

@@ -18,7 +18,7 @@ from potstill.student_train import evaluate
 from potstill.student_train.config.train import EvalConfig
 from potstill.student_train.data.batch import MicroBatch, collate
 from potstill.student_train.evaluation.heldout import TARGETS, measuring_objective
-from potstill.student_train.export.weights import find_source, load_model
+from potstill.student_train.hf_export.weights import find_source, load_model
 from potstill.student_train.model.hf_config import hf_config
 from potstill.student_train.model.student import build_student
 from potstill.student_train.run.engine import Topology

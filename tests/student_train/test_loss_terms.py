@@ -16,7 +16,7 @@ from potstill.storage import Loader
 from potstill.storage.rows.columns import COLUMNS
 from potstill.student_train.data.batch import MicroBatch, collate
 from potstill.student_train.data.stores import build_plan, open_stores
-from potstill.student_train.export.weights import checkpoint_state
+from potstill.student_train.hf_export.weights import checkpoint_state
 from potstill.student_train.model import loss_terms
 from potstill.student_train.model.head import SparseLoss
 from potstill.student_train.model.hf_config import hf_config

@@ -11,7 +11,7 @@ from torch import nn
 
 from potstill.common.errors import ConfigError
 from potstill.student_train.config.optimizers import OPTIMIZERS, OptimizerConfig
-from potstill.student_train.export.weights import checkpoint_state, find_source, load_model
+from potstill.student_train.hf_export.weights import checkpoint_state, find_source, load_model
 from potstill.student_train.model.hf_config import hf_config
 from potstill.student_train.model.student import StudentModel, build_student
 from potstill.student_train.run.checkpoint import list_checkpoints

@@ -110,7 +110,7 @@ def calibration_by_hand(model: Any, reader: Any) -> float:
 def test_the_perplexity_is_that_of_transformers(distilled: Path, stores) -> None:
     """The held-out loss against a loop over documents with the Hugging Face loss."""
     from potstill.storage import StoreReader
-    from potstill.student_train.export.weights import find_source, load_model
+    from potstill.student_train.hf_export.weights import find_source, load_model
 
     model = load_model(find_source(distilled), dtype="float32")
     reader = StoreReader(stores["heldout"])

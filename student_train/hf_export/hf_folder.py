@@ -20,9 +20,9 @@ from potstill.common.packed import probe_ids
 from potstill.storage import StoreError, StoreReader
 from potstill.student_train.config.train import ExportConfig, ModelConfig, TrainConfig
 from potstill.student_train.evaluation.bits_per_byte import tokenizers_beside
-from potstill.student_train.export.card_facts import gather_facts
-from potstill.student_train.export.model_card import model_card
-from potstill.student_train.export.weights import find_source, load_model
+from potstill.student_train.hf_export.card_facts import gather_facts
+from potstill.student_train.hf_export.model_card import model_card
+from potstill.student_train.hf_export.weights import find_source, load_model
 from potstill.student_train.run.checkpoint import write_json_atomically, write_text_atomically
 from potstill.student_train.run.run_folder import read_run_config
 
@@ -173,7 +173,7 @@ def check_in_fresh_process(model: Any, folder: Path) -> float:
     """Load `folder` in a new process and compare logits there. Returns the largest difference; raises UserError."""
     probe = folder.with_name(f"{folder.name}.probe.pt")
     torch.save(probe_logits(model), probe)
-    command = [sys.executable, "-m", "potstill.student_train.export.fresh_load", str(folder), str(probe)]
+    command = [sys.executable, "-m", "potstill.student_train.hf_export.fresh_load", str(folder), str(probe)]
     hidden = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     try:

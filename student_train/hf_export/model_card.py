@@ -13,7 +13,7 @@ import yaml
 from potstill.student_train.config.stages import Stage
 from potstill.student_train.config.token_policies import TokenSelector
 from potstill.student_train.config.train import TrainConfig
-from potstill.student_train.export.card_facts import CardFacts, last_name
+from potstill.student_train.hf_export.card_facts import CardFacts, last_name
 
 UNKNOWN = "not recorded"
 LICENSE_PLACEHOLDER = "fill-in-before-publishing"

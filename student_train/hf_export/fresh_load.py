@@ -15,7 +15,7 @@ def main(folder: Path, probe: Path) -> int:
     """Print the largest difference; returns 1 when it is more than rounding."""
     from transformers import AutoModelForCausalLM
 
-    from potstill.student_train.export.hf_folder import probe_logits
+    from potstill.student_train.hf_export.hf_folder import probe_logits
 
     expected = torch.load(probe, weights_only=True)
     found = probe_logits(AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype="auto"))
