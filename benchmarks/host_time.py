@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+
 from potstill.student_train.run import trainer
 
 
@@ -14,13 +16,14 @@ class HostClock:
     """Seconds per optimizer step that the driving thread spends outside of forward, backward and step.
 
     Everything else is in it: taking the batch (and waiting for it), the agreement of the ranks, figures, lines of
-    metrics where they fall.
+    metrics where they fall. Of each step two figures: by the clock, and of a core's work, which other programs on the
+    machine do not lengthen.
     """
 
     def __init__(self) -> None:
-        self.seconds: list[float] = []  # of each optimizer step but the first, which has no step before it
-        self._inside = 0.0
-        self._last: float | None = None
+        self.steps: list[np.ndarray] = []  # [2] of each optimizer step but the first, which has no step before it
+        self._inside = np.zeros(2)
+        self._last: np.ndarray | None = None
 
     def watch(self, engine: Any) -> Any:
         """Time the calls of a DeepSpeed engine from now on. Returns the engine."""
@@ -37,21 +40,25 @@ class HostClock:
         engine.step = step_and_close
         return engine
 
+    @staticmethod
+    def _now() -> np.ndarray:
+        return np.array([time.perf_counter(), time.thread_time()])
+
     def _timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **options: Any) -> Any:
-            started = time.perf_counter()
+            started = self._now()
             try:
                 return call(*args, **options)
             finally:
-                self._inside += time.perf_counter() - started
+                self._inside += self._now() - started
 
         return timed
 
     def _end_step(self) -> None:
-        now = time.perf_counter()
+        now = self._now()
         if self._last is not None:
-            self.seconds.append(now - self._last - self._inside)
-        self._last, self._inside = now, 0.0
+            self.steps.append(now - self._last - self._inside)
+        self._last, self._inside = now, np.zeros(2)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import threading
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -124,7 +123,6 @@ class Loader(Generic[T]):
         self._committed, self._next_batch, self._submitted = 0, 0, 0
         self._prefetcher: Prefetcher[T] | None = None
         self._closed = False
-        self.data_wait_seconds = 0.0
 
     def __iter__(self) -> Loader[T]:
         return self
@@ -138,14 +136,12 @@ class Loader(Generic[T]):
         while self._submitted <= self._next_batch + self._prefetch_batches:
             self._submit(self._prefetcher, self._submitted)
             self._submitted += 1
-        started = time.perf_counter()
         try:
             found = self._prefetcher.take()
         except BaseException:
             # The batch is lost for this iterator; going on would silently shift the order.
             self.close()
             raise
-        self.data_wait_seconds += time.perf_counter() - started
         self._next_batch += 1
         return found
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from potstill.common.errors import UserError
+from potstill.student_train.run.checkpoint import Checkpoint, ResumeError
 from potstill.student_train.run.loop_state import LoopState
 from potstill.student_train.run.metrics import read_metrics
 from potstill.student_train.run.spikes import SpikeWindow, find_spike
@@ -76,6 +77,8 @@ def test_loop_states_from_before_they_had_a_version_are_read_and_unknown_ones_re
     assert LoopState().to_json() == {"version": 1, "step": 0, "tokens": 0, "skipped": 0, "runtime_seconds": 0.0}
     with pytest.raises(UserError, match=r"loop state version 2, expected 1: .* another version of potstill"):
         LoopState.from_json({**old, "version": 2})
+    with pytest.raises(ResumeError, match="step_00000007: loop state version 2"):
+        Checkpoint(Path("step_00000007"), {"loop": {**old, "version": 2}}).state()
     with pytest.raises(UserError, match="the loop state lacks tokens, skipped"):
         LoopState.from_json({"step": 7, "runtime_seconds": 0.0})
 
@@ -98,6 +101,11 @@ def test_a_spike_stops_all_ranks_before_the_save(stores, tmp_path: Path) -> None
     assert "LossSpikeError: step 5 is a loss spike: loss" in message and "of the 5 steps before" in message
     assert ", ".join(str(row) for row in plan.rows(5)) in message and "step_00000003" in message
     assert [folder.name for folder in (run / "checkpoints").iterdir()] == ["step_00000003"]
+    # As checkpoints were written before the loop's state had a version.
+    saved = run / "checkpoints" / "step_00000003" / "potstill.json"
+    about = json.loads(saved.read_text())
+    assert about["loop"].pop("version") == 1
+    saved.write_text(json.dumps(about))
     # The window came back with the checkpoint, and without the jump the run continues to its end.
     assert run_ranks(workers.train_run, tree, world=2)[0]["steps"] == 10
     manifest = json.loads((run / "checkpoints" / "step_00000010" / "potstill.json").read_text())
