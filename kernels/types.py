@@ -165,10 +165,6 @@ class SparseTargetTensors:
             max_entries=self.width if self.device.type == "cpu" else self.max_entries,
         )
 
-    def pin_memory(self) -> "SparseTargetTensors":
-        """A copy in page-locked memory, from which a copy to a GPU runs beside other work. Needs a CUDA device."""
-        return self.each(lambda axis, value: value.pin_memory(), offsets=self.offsets.pin_memory())
-
     def select(self, index: Tensor) -> "SparseTargetTensors":
         """The tokens `index` (int64 [M], repeats allowed), in that order; values of rows stay as they are."""
         index = index.to(self.device)

@@ -31,7 +31,6 @@ FOREIGN = {
     "storage": {"torch", "transformers", "deepspeed", "pydantic", "triton"},  # readable without a training stack
     "kernels": {"pyarrow", "transformers", "deepspeed", "pydantic", "zstandard"},  # tensors in, tensors out
 }
-LATE = {("storage", "torch")}  # only inside the function that was asked to pin memory for a GPU
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
 
@@ -40,14 +39,14 @@ def sources(*folders: str) -> list[Path]:
     return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
 
 
-def imported(path: Path, *, at_once: bool = False) -> Iterator[tuple[int, str]]:
+def imported(path: Path) -> Iterator[tuple[int, str]]:
     """Every module that a file names in an import, with its line; relative ones made absolute.
 
-    At any depth, or only those that importing the file itself imports (`at_once`).
+    At any depth.
     """
     package = ["potstill", *path.relative_to(ROOT).parent.parts]
     tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
-    for node in tree.body if at_once else ast.walk(tree):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -69,13 +68,8 @@ def test_arrows_between_the_rooms(room: str) -> None:
             elif parts[0] == "potstill" and len(parts) > 1 and parts[1] in ROOMS and parts[1] != room:
                 if not {parts[1], ".".join(parts[1:3])} & MAY_IMPORT[room]:
                     wrong.append(f"{where}; {room} may import {sorted(MAY_IMPORT[room]) or 'no other room'}")
-            elif parts[0] in FOREIGN.get(room, set()) and (room, parts[0]) not in LATE:
+            elif parts[0] in FOREIGN.get(room, set()):
                 wrong.append(where)
-        wrong += [
-            f"{path.relative_to(ROOT)}:{line} imports {name} at once"
-            for line, name in imported(path, at_once=True)
-            if (room, name.split(".")[0]) in LATE
-        ]
     assert sources(room), f"{room} holds no source"
     assert not sorted(set(wrong)), "\n".join(sorted(set(wrong)))
 

@@ -29,10 +29,10 @@ from potstill.storage import (
     store_stats,
     verify_store,
 )
-from potstill.storage.loading.pinning import cuda_is_there, pin
 from potstill.storage.rows import grid
 from potstill.storage.rows.codec import planes_of
 from potstill.storage.rows.column import Array, Examined
+from potstill.student_train.data.batch import map_tensors
 from potstill.teacher_dump.selection import HostBatch, cut_rows
 from tests.storage.stores import make_targets_row, targets_spec, write_tokens
 
@@ -256,22 +256,21 @@ def test_it_is_cut_joined_and_loaded(stores: Stores) -> None:
 
 
 @pytest.mark.parametrize("page_locked", [False, True])
-def test_it_is_pinned(stores: Stores, page_locked: bool) -> None:
-    if page_locked and not cuda_is_there():
+def test_it_is_pinned_as_the_loader_pins(stores: Stores, page_locked: bool) -> None:
+    if page_locked and not torch.cuda.is_available():
         pytest.skip("page-locked memory needs a CUDA device")
-    row = stores.rows[2]
-    copy = pin(row, page_locked=page_locked)
-    assert same(copy.targets, row.targets) and copy.row == row.row and copy.stats == row.stats
-    arrays: list[tuple[str, Any, Any]] = [("offsets", copy.targets.offsets, row.targets.offsets)]
-    for name, values in row.targets.columns.items():
-        found = value(copy.targets, name)
+    given = SparseTargetTensors.from_arrays(stores.rows[2].targets)
+    copy = map_tensors(given, torch.Tensor.pin_memory if page_locked else torch.clone)
+    assert copy.axes == given.axes and copy.num_draws == given.num_draws
+    pairs: list[tuple[str, Any, Any]] = [("offsets", copy.offsets, given.offsets)]
+    for name, values in given.columns.items():
         for key in values if isinstance(values, dict) else [None]:
-            pair = (found, values) if key is None else (found[key], values[key])
-            arrays.append((name, *pair))
-    assert {name for name, _, _ in arrays} >= {"ids", "log_tail_at", "margin", "summary", "mark"}
-    for name, made, given in arrays:
-        assert np.array_equal(made, given) and not np.shares_memory(made, given), name
-        assert not page_locked or torch.from_numpy(made).is_pinned(), name
+            made = copy.columns[name]
+            pairs.append((name, made, values) if key is None else (name, made[key], values[key]))
+    assert {name for name, _, _ in pairs} >= {"ids", "log_tail_at", "margin", "summary", "mark"}
+    for name, made, own in pairs:
+        assert torch.equal(made, own) and made.data_ptr() != own.data_ptr(), name
+        assert not page_locked or made.is_pinned(), name
 
 
 def test_it_reaches_the_tensors(stores: Stores) -> None:
@@ -289,9 +288,9 @@ def test_it_reaches_the_tensors(stores: Stores) -> None:
     assert value(picked, "summary").shape == (NUM_ROWS, 5)
     wide = value(picked.spread(torch.tensor([1, 2, 5]), num_tokens=7), "margin")
     assert torch.equal(wide[[1, 2, 5]], margin[chosen]) and not wide[[0, 3, 4, 6]].any()
-    moved = picked.to("cuda" if cuda_is_there() else "meta")
+    moved = picked.to("cuda" if torch.cuda.is_available() else "meta")
     assert {t.device.type for t in (moved.offsets, *(value(moved, column.name) for column in ADDED))} == {
-        "cuda" if cuda_is_there() else "meta"
+        "cuda" if torch.cuda.is_available() else "meta"
     }
     with pytest.raises(KernelInputError, match=r"columns \['margin'\] have no axis"):
         SparseTargetTensors(offsets=tensors.offsets, ids=tensors.ids, margin=margin)

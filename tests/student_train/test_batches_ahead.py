@@ -27,14 +27,12 @@ CPU = torch.device("cpu")
 def tensors(value: Any) -> dict[str, torch.Tensor]:
     """Every tensor of a micro-batch by its path, found without `map_tensors`."""
     found: dict[str, torch.Tensor] = {}
-    for field in fields(value):
-        part = getattr(value, field.name)
+    parts = value if isinstance(value, dict) else {field.name: getattr(value, field.name) for field in fields(value)}
+    for name, part in parts.items():
         if isinstance(part, torch.Tensor):
-            found[field.name] = part
-        elif is_dataclass(part):
-            found |= {f"{field.name}.{name}": tensor for name, tensor in tensors(part).items()}
-        elif isinstance(part, dict):
-            found |= {f"{field.name}.{name}": t for name, t in part.items() if isinstance(t, torch.Tensor)}
+            found[str(name)] = part
+        elif isinstance(part, dict) or is_dataclass(part):
+            found |= {f"{name}.{inner}": tensor for inner, tensor in tensors(part).items()}
     return found
 
 
@@ -46,6 +44,7 @@ def open_loader(stores: dict[str, Path], run: Path, **changes: Any) -> tuple[Loa
         plan=plan,
         micro_batch_rows=config.data.micro_batch_rows,
         row_length=opened.tokens.spec.row_length,
+        terms=(),
         device=CPU,
     )
     return Loader(plan, opened.tokens, dict(opened.joined), finish=finisher), plan
@@ -70,7 +69,7 @@ def test_the_threads_finish_what_the_driving_thread_would(stores, tmp_path: Path
             assert batch.weight_sum == sum(micro.weight_sum for micro in expected) > 0
             for micro, other in zip(batch.micros, expected, strict=True):
                 found, wanted = tensors(micro), tensors(other)
-                assert found.keys() == wanted.keys() and "targets.ids" in found
+                assert found.keys() == wanted.keys() and "targets.columns.ids" in found
                 assert all(torch.equal(found[name], wanted[name]) for name in found)
     now = torch.get_num_threads()
     torch.set_num_threads(before)
@@ -84,7 +83,8 @@ def test_every_tensor_of_a_micro_batch_is_mapped(stores, tmp_path: Path) -> None
     seen: list[int] = []
     copy = map_tensors(micro, lambda tensor: seen.append(tensor.data_ptr()) or tensor.clone())
     before, after = tensors(micro), tensors(copy)
-    assert {"token_weights", "targets.offsets", "targets.logprobs", "targets.log_tail"} <= before.keys()
+    columns = {f"targets.columns.{name}" for name in ("ids", "logprobs", "log_tail", "log_tail_at.2.0")}
+    assert {"token_weights", "targets.offsets", *columns} <= before.keys()
     assert sorted(seen) == sorted(tensor.data_ptr() for tensor in before.values())
     assert all(after[name].data_ptr() != before[name].data_ptr() for name in before)
     assert (copy.weight_sum, copy.num_active) == (micro.weight_sum, micro.num_active)
