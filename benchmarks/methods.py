@@ -35,7 +35,7 @@ from potstill.common.jobs import Job, JobRunner, Starter, say
 from potstill.common.processes import start
 from potstill.launch.presets import find_preset, list_presets
 from potstill.launch.ranks import count_devices
-from potstill.launch.warm import WarmChild, warm_up
+from potstill.launch.warm_server import WarmChild, warm_up
 from potstill.student_train.config.train import TrainConfig
 from potstill.student_train.run.metrics import read_metrics
 

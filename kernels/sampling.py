@@ -18,7 +18,7 @@ from potstill.kernels.teacher_rows import TeacherChunk
 from potstill.kernels.tiles import TILE
 from potstill.kernels.types import SparseTargetTensors
 
-# The grid of a store (storage/rows/grid.py has the same numbers): ln t = WEIGHT_TOP - code / VALUE_STEP.
+# The grid of a store (storage/rows/value_grid.py has the same numbers): ln t = WEIGHT_TOP - code / VALUE_STEP.
 VALUE_STEP = 16
 WEIGHT_TOP = 7.0
 LAST_CODE = 255  # the least weight that a store holds is exp(WEIGHT_TOP - 255 / 16)

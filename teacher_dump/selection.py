@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from potstill.storage import SparseTargets, TargetsRow, TokensRow, token_digest
-from potstill.storage.rows.grid import WEIGHT_TOP
+from potstill.storage.rows.value_grid import WEIGHT_TOP
 from potstill.teacher_dump.batches import target_mask
 from potstill.teacher_dump.config import SelectionConfig
 

@@ -26,7 +26,7 @@ from potstill.launch.demo.corpus import write_corpus
 from potstill.launch.demo.report import report
 from potstill.launch.demo.sizes import DemoSize, make_jobs, write_configs
 from potstill.launch.ranks import count_devices
-from potstill.launch.warm import WarmChild, warm_up
+from potstill.launch.warm_server import WarmChild, warm_up
 
 MARKER = "demo.json"
 TIMES = "times.json"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from potstill.storage.errors import CorruptError, StoreError
-from potstill.storage.rows import grid
+from potstill.storage.rows import value_grid
 from potstill.storage.rows.array_types import Int32, Int64, UInt8
 from potstill.storage.rows.column import Array, Coding, Column, Values
 from potstill.storage.rows.columns import misfit, stored_columns
@@ -105,9 +105,9 @@ def decode_tokens(planes: Mapping[str, UInt8], *, spec: RunSpec, row: int) -> To
 def encode_scores(rows: Sequence[ScoresRow]) -> Planes:
     """Planes of several rows joined."""
     loss = -np.concatenate([row.label_logprob for row in rows])
-    label0, label1 = grid.encode_fine(loss)
-    entropy0, entropy1 = grid.encode_fine(np.concatenate([row.entropy for row in rows]))
-    rank = grid.encode_rank(np.concatenate([row.label_rank for row in rows]))
+    label0, label1 = value_grid.encode_fine(loss)
+    entropy0, entropy1 = value_grid.encode_fine(np.concatenate([row.entropy for row in rows]))
+    rank = value_grid.encode_rank(np.concatenate([row.label_rank for row in rows]))
     return {
         "label0": label0,
         "label1": label1,
@@ -122,8 +122,8 @@ def decode_scores(planes: Mapping[str, UInt8], *, row: int, digest: int, stats: 
     return ScoresRow(
         row=row,
         token_digest=digest,
-        label_logprob=np.float32(0.0) - grid.decode_fine(planes["label0"], planes["label1"]),
+        label_logprob=np.float32(0.0) - value_grid.decode_fine(planes["label0"], planes["label1"]),
         label_rank=planes["label_rank"].astype(np.int32),
-        entropy=grid.decode_fine(planes["entropy0"], planes["entropy1"]),
+        entropy=value_grid.decode_fine(planes["entropy0"], planes["entropy1"]),
         stats=stats,
     )

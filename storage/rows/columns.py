@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from potstill.storage.errors import CorruptError, StoreError
-from potstill.storage.rows import grid
+from potstill.storage.rows import value_grid
 from potstill.storage.rows.array_types import NO_RANK, UInt8
 from potstill.storage.rows.column import Array, Coding, Column, Condition, StoreView, TargetArrays
 from potstill.storage.rows.planes import join_ids, num_id_planes, split_ids
@@ -82,8 +82,8 @@ _TABLE = (
         axis="entry",
         dtype=np.float32,
         plane="val",
-        encode=lambda values, coding: (grid.encode_gaps(values, coding.offsets),),
-        decode=lambda planes, coding: grid.decode_gaps(planes[0], coding.counts, coding.offsets),
+        encode=lambda values, coding: (value_grid.encode_gaps(values, coding.offsets),),
+        decode=lambda planes, coding: value_grid.decode_gaps(planes[0], coding.counts, coding.offsets),
         check=check_logprobs,
         stored=Condition(_keeps_logprobs, "keeps log-probabilities", "keeps draws only (logprobs=None)"),
     ),
@@ -102,8 +102,8 @@ _TABLE = (
         axis="entry",
         dtype=np.float32,
         plane="weight",
-        encode=lambda values, coding: (grid.encode_weights(values, coding.offsets),),
-        decode=lambda planes, coding: grid.decode_weights(planes[0], coding.counts, coding.offsets),
+        encode=lambda values, coding: (value_grid.encode_weights(values, coding.offsets),),
+        decode=lambda planes, coding: value_grid.decode_weights(planes[0], coding.counts, coding.offsets),
         check=check_grid_weights,
         feature="importance_weights",
         feature_rule="draws of a power other than 1 come with importance_weights",
@@ -118,8 +118,8 @@ _TABLE = (
         axis="token",
         dtype=np.float32,
         plane="tail",
-        encode=_codes(grid.encode_tail),
-        decode=_values(grid.decode_tail),
+        encode=_codes(value_grid.encode_tail),
+        decode=_values(value_grid.decode_tail),
         check=check_log_mass,
         stored=ALWAYS,
     ),
@@ -127,8 +127,8 @@ _TABLE = (
         name="entropy",
         axis="token",
         dtype=np.float32,
-        encode=_codes(grid.encode_entropy),
-        decode=_values(grid.decode_entropy),
+        encode=_codes(value_grid.encode_entropy),
+        decode=_values(value_grid.decode_entropy),
         check=check_entropy,
         stored=ALWAYS,
         optional=True,
@@ -139,8 +139,8 @@ _TABLE = (
         axis="token",
         dtype=np.float32,
         plane="label",
-        encode=_codes(grid.encode_log),
-        decode=_values(grid.decode_log),
+        encode=_codes(value_grid.encode_log),
+        decode=_values(value_grid.decode_log),
         check=check_log_probability,
         stored=ALWAYS,
         optional=True,
@@ -150,7 +150,7 @@ _TABLE = (
         name="label_rank",
         axis="token",
         dtype=np.int32,
-        encode=_codes(grid.encode_rank),
+        encode=_codes(value_grid.encode_rank),
         decode=_values(lambda codes: codes.astype(np.int32)),
         check=check_rank,
         stored=ALWAYS,
@@ -164,8 +164,8 @@ _TABLE = (
         dtype=np.float32,
         plane="tail_at",
         per_temperature=True,
-        encode=lambda values, coding: (grid.encode_odds(values, coding.counts),),
-        decode=lambda planes, coding: grid.decode_odds(planes[0], coding.counts),
+        encode=lambda values, coding: (value_grid.encode_odds(values, coding.counts),),
+        decode=lambda planes, coding: value_grid.decode_odds(planes[0], coding.counts),
         check=check_log_mass,
         stored=ALWAYS,
     ),

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from potstill.storage.errors import StoreError
 from potstill.storage.rows.array_types import DECODED_MASS_EPS, STRICT_MASS_EPS, Int64
 from potstill.storage.rows.column import Array, Examined
-from potstill.storage.rows.grid import LEAST_LOG_WEIGHT, VALUE_STEP, WEIGHT_TOP
+from potstill.storage.rows.value_grid import LEAST_LOG_WEIGHT, VALUE_STEP, WEIGHT_TOP
 
 MAX_POSITIVE_LOG = 1e-3
 TABLE_ENTRIES = 1 << 21

@@ -12,7 +12,7 @@ from typing import Any
 from potstill.storage.errors import CorruptError, MismatchError, StoreError, VersionError
 from potstill.storage.files.checked_json import canonical, get_list
 from potstill.storage.rows.columns import COLUMNS, column_features
-from potstill.storage.rows.grid import ODDS_STEP, ODDS_ZERO, SCORE_STEP, VALUE_STEP
+from potstill.storage.rows.value_grid import ODDS_STEP, ODDS_ZERO, SCORE_STEP, VALUE_STEP
 
 FORMAT_MAJOR, FORMAT_MINOR = 1, 0
 FREQUENCY_IDS = "frequency_ids"

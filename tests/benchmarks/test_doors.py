@@ -7,7 +7,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 # cli: the command itself; plan, calibrate, demo: what a benchmark is about; the others start work as the command does.
-DOORS = {"cli", "plan", "calibrate", "presets", "ranks", "warm", "demo"}
+DOORS = {"cli", "plan", "calibrate", "presets", "ranks", "warm_server", "demo"}
 
 
 def test_benchmarks_use_the_doors_of_launch() -> None:

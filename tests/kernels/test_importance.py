@@ -29,7 +29,7 @@ from potstill.kernels.sampling import (
 from potstill.kernels.teacher_rows import LogitSource
 from potstill.kernels.topk import select_sample
 from potstill.kernels.types import KernelInputError, SparseTargetTensors
-from potstill.storage.rows import grid
+from potstill.storage.rows import value_grid
 from tests.kernels.reference import as_weights, make_targets
 from tests.kernels.test_loss_formulas import batch, check
 
@@ -147,10 +147,10 @@ def test_rounding_takes_each_neighbour_as_often_as_it_must() -> None:
     token = torch.zeros(len(wide), dtype=torch.int64)  # one token: its heaviest keeps the others from being lifted
     codes, kept = round_to_grid(wide, u.repeat(len(log_weights)), token, num_tokens=1)
     stored = torch.where(kept, value_of(codes), 0.0).view(len(log_weights), size)
-    gap = log_weights.clamp_min(float(grid.LEAST_LOG_WEIGHT)).exp() * math.expm1(1 / VALUE_STEP) + 2e-4
+    gap = log_weights.clamp_min(float(value_grid.LEAST_LOG_WEIGHT)).exp() * math.expm1(1 / VALUE_STEP) + 2e-4
     assert bool(((stored.mean(1) - log_weights.exp()).abs() <= gap / size).all())
     on_grid = log_weights * VALUE_STEP == (log_weights * VALUE_STEP).round()
-    exact = on_grid & (log_weights >= grid.LEAST_LOG_WEIGHT)
+    exact = on_grid & (log_weights >= value_grid.LEAST_LOG_WEIGHT)
     assert exact.tolist() == [False, False, True, False, True, False, False, True]
     assert bool((stored[exact] == stored[exact][:, :1]).all())
 
@@ -303,5 +303,5 @@ def test_entries_are_ordered_by_token_weight_and_id() -> None:
 
 
 def test_the_grid_is_that_of_the_store() -> None:
-    assert (WEIGHT_TOP, VALUE_STEP) == (grid.WEIGHT_TOP, grid.VALUE_STEP)
-    assert grid.LEAST_LOG_WEIGHT == WEIGHT_TOP - LAST_CODE / VALUE_STEP
+    assert (WEIGHT_TOP, VALUE_STEP) == (value_grid.WEIGHT_TOP, value_grid.VALUE_STEP)
+    assert value_grid.LEAST_LOG_WEIGHT == WEIGHT_TOP - LAST_CODE / VALUE_STEP

@@ -15,8 +15,8 @@ from benchmarks.store_codec import measure, select
 from benchmarks.teacher_stand_in import make_dumps
 from potstill.storage import RunSpec, SparseTargets, StoreError, concatenate
 from potstill.storage.rows.codec import decode_targets, encode_targets
-from potstill.storage.rows.grid import decode_odds, decode_tail, encode_odds, encode_tail
 from potstill.storage.rows.planes import num_id_planes
+from potstill.storage.rows.value_grid import decode_odds, decode_tail, encode_odds, encode_tail
 from tests.storage.stores import make_targets, same_targets, targets_spec
 
 KL_MEAN, KL_P99 = 1e-4, 3e-4

@@ -29,7 +29,7 @@ from potstill.storage import (
     store_stats,
     verify_store,
 )
-from potstill.storage.rows import grid
+from potstill.storage.rows import value_grid
 from potstill.storage.rows.codec import planes_of
 from potstill.storage.rows.column import Array, Examined
 from potstill.student_train.data.batch import map_tensors
@@ -50,8 +50,8 @@ MARGIN = Column(
     axis="token",
     dtype=np.float32,
     num_planes=lambda spec: 2,
-    encode=lambda values, coding: grid.encode_fine(values),
-    decode=lambda planes, coding: grid.decode_fine(*planes),
+    encode=lambda values, coding: value_grid.encode_fine(values),
+    decode=lambda planes, coding: value_grid.decode_fine(*planes),
     check=check_margin,
     feature="margins",
     optional=True,

@@ -28,7 +28,7 @@ from potstill.storage import (
 from potstill.storage.files.checked_json import canonical
 from potstill.storage.rows.codec import decode_targets, encode_targets
 from potstill.storage.rows.columns import COLUMNS
-from potstill.storage.rows.grid import LEAST_LOG_WEIGHT, WEIGHT_TOP
+from potstill.storage.rows.value_grid import LEAST_LOG_WEIGHT, WEIGHT_TOP
 from tests.storage import independent_reader
 from tests.storage.stores import same_targets, targets_spec, write_tokens
 from tests.storage.test_format import GOLDEN, assert_same

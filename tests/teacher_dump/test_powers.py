@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from potstill.storage import SparseTargets, StoreReader, verify_store
-from potstill.storage.rows.grid import WEIGHT_TOP
+from potstill.storage.rows.value_grid import WEIGHT_TOP
 from potstill.teacher_dump import dump
 from potstill.teacher_dump.config import SelectionConfig
 from potstill.teacher_dump.selection import HostBatch, cut_rows, selection_spec
