@@ -1,6 +1,8 @@
 """The measure of the house: one of each kind is added by one entry in one table, and works from file to effect.
 
-What is added here stands nowhere else. A new engine is in tests/teacher_dump/test_finished_topk.py, which needs a file.
+What is added here stands nowhere else. An engine is added in tests/teacher_dump/test_finished_topk.py, a column in
+tests/storage/test_columns.py, a loss term in tests/student_train/test_loss_terms.py, a kernel backend in
+tests/kernels/test_settings.py.
 """
 
 from __future__ import annotations
