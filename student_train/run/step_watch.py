@@ -95,7 +95,9 @@ class StepWatch:
             return
         answer = self._answer.finish()
         if answer[_STOP]:
-            self._stop_reason = self._stop_reason or question.reason or "another rank's request"
+            # A signal to all ranks may have come to this one only after it was asked: its own words come first.
+            own = question.reason or self._stop.reason()
+            self._stop_reason = self._stop_reason or own or "another rank's request"
         self._check_finite(question, answer[_BAD])
         if question.judges_step and self._base.config.spike_policy != "off":
             self._check_spike(question.step - 1, answer[_LOSS])
