@@ -53,7 +53,10 @@ def open_loader(stores: dict[str, Path], run: Path, **changes: Any) -> tuple[Loa
 SELECTED = {"curriculum": [{"targets": "teacher", "tokens": {"policy": "random", "share": 0.5}}]}
 
 
-@pytest.mark.parametrize("changes", [{}, SELECTED], ids=["all", "selected"])
+FALLING = {"objective": {"alpha": {"kind": "linear", "start": 0.9, "end": 0.1}}}  # each step has settings of its own
+
+
+@pytest.mark.parametrize("changes", [{}, SELECTED, FALLING], ids=["all", "selected", "falling"])
 def test_the_threads_finish_what_the_driving_thread_would(stores, tmp_path: Path, changes: dict[str, Any]) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
