@@ -30,12 +30,28 @@ def _by_row_maximum(column: Tensor, labelled: Tensor, row: Tensor, num_rows: int
     return column / largest.clamp(min=1e-12)[row]
 
 
+def _row_counts(marks: Tensor, row: Tensor, num_rows: int) -> Tensor:
+    """How many of the marks [N] bool each row has, int64 [R]; unlike bincount it asks a GPU for no size."""
+    return row.new_zeros(num_rows).index_add_(0, row, marks.long())
+
+
+def _row_sums(score: Tensor, row: Tensor, num_rows: int) -> Tensor:
+    """Sums [R] float64 of scores [N] >= 0 by row, the same in any order of additions and beside any other rows.
+
+    A GPU adds floats in an order of its own at each run; so each score is a whole number of 2^-40 parts of its row's
+    largest, and whole numbers add up exactly.
+    """
+    largest = score.new_zeros(num_rows).scatter_reduce_(0, row, score, "amax", include_self=True).double()
+    parts = (score.double() / largest.clamp(min=1e-300)[row] * 2.0**40).round().long()
+    return row.new_zeros(num_rows).index_add_(0, row, parts).double() * (largest * 2.0**-40)
+
+
 def _row_quota(score: Tensor, labelled: Tensor, row: Tensor, counts: Tensor, share: float) -> Tensor:
     """1.0 for the `kept_count` best labelled positions of each row; ties go to the earlier position."""
     score = torch.where(labelled, score.double(), score.new_full((), -math.inf).double())
     best = torch.sort(score, descending=True, stable=True).indices
     order = best[torch.sort(row[best], stable=True).indices]  # rows in order, best first within a row
-    sizes = torch.bincount(row, minlength=counts.shape[0])
+    sizes = _row_counts(torch.ones_like(labelled), row, counts.shape[0])
     first = torch.cumsum(sizes, 0) - sizes
     place = torch.empty_like(row)
     place[order] = torch.arange(row.shape[0], device=row.device) - first[row[order]]
@@ -53,14 +69,14 @@ def choose(choice: TokenChoice, columns: Columns, *, labelled: Tensor, row: Tens
     if policy.by_row_maximum:
         columns = {name: _by_row_maximum(columns[name], labelled, row, num_rows) for name in policy.needs}
     score = choice.selector.score(columns)
-    counts = torch.bincount(row[labelled], minlength=num_rows)
+    counts = _row_counts(labelled, row, num_rows)
     if policy.kind == "share":
         chosen = _row_quota(score, labelled, row, counts, choice.share)
     elif policy.kind == "mask":
         chosen = score * labelled
     else:
         score = torch.where(labelled, score, score.new_zeros(()))
-        sums = score.new_zeros(num_rows).index_add_(0, row, score)
+        sums = _row_sums(score, row, num_rows)
         chosen = score * (counts / sums.clamp(min=1e-30)).to(score.dtype)[row]
     return (choice.floor + (1.0 - choice.floor) * chosen.float()) * labelled
 
