@@ -50,7 +50,8 @@ def _slope(z, scale, cap, CAP: tl.constexpr):
     if CAP:
         ratio = tl.minimum(tl.maximum(z * (1.0 / cap), -1.0), 1.0)  # only tames columns that were taken out
         return scale * (1.0 - ratio * ratio)
-    return scale
+    else:
+        return scale
 
 
 @triton.jit
@@ -314,7 +315,7 @@ def _kd_terms(
     count = tl.sum((log_p > 0.5 * NONE).to(tl.float32), 0) + tl.where(label_p > 0.5 * NONE, 1.0, 0.0)
     inverse = 1.0 / tl.maximum(count, 1.0)
     term, a = DIVERGENCE(log_p, bucket_q, inverse, option)
-    rest_term, a_rest = DIVERGENCE(rest_p, bucket_rest, 0.0, option)
+    rest_term, a_rest = DIVERGENCE(rest_p, bucket_rest, inverse * 0.0, option)
     value = tl.sum(term, 0) + rest_term
     kept_mass = tl.sum(exp(log_p), 0) + exp(label_p)
     if MODE == "support":
@@ -485,7 +486,7 @@ def _row(
         )  # fmt: skip
     else:
         has_target = weight != weight
-        kd = kd_label_grad = kd_rest = student_mass = kept_mass = 0.0
+        kd, kd_label_grad, kd_rest, student_mass, kept_mass = 0.0, 0.0, 0.0, 0.0, 0.0
         kd_grad = tl.zeros((BK,), tl.float32)
     grad, label_grad, weight_t, weight_1 = _weigh(
         kd, kd_grad, kd_label_grad, kd_rest, student_mass, kept_mass, q, label_q, rest_q, lse, entropy, ce, hit,
