@@ -21,6 +21,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from potstill.kernels import triton_kernels
+from tests.kernels import aot_rows
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -70,7 +71,7 @@ def tile_case(temperatures: int) -> dict:
 
 
 def cases() -> dict[str, dict]:
-    out = {}
+    out = aot_rows.cases()
     for name, kernel in (("stats", triton_kernels.stats_kernel), ("grad", triton_kernels.dense_grad_kernel)):
         for dtype in ("bf16", "fp32", "fp16"):
             for two in (False, True):
@@ -136,6 +137,7 @@ def loop_instructions(compiled) -> list[int]:
 
 def measure(case: dict, name: str) -> dict:
     target = TARGETS[name]
+    case = {**case, **case.get(name, {})}
     compiled, threads = build(case, target)
     per_thread = case["elements"] / threads
     if target.backend == "hip":
