@@ -18,7 +18,9 @@ from typing import Any
 import triton
 import triton.language as tl
 
-NONE = tl.constexpr(-1e30)
+# A power of two: its products are exact, and where one is fused with a difference (a GPU rounds such a pair once, the
+# interpreter twice) what cancels still cancels.
+NONE = tl.constexpr(-(2.0**100))
 _LN2 = tl.constexpr(0.6931471805599453)
 _LOG2E = tl.constexpr(1.4426950408889634)
 

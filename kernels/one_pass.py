@@ -23,6 +23,7 @@ from potstill.kernels.types import KernelInputError
 # Lanes for the entries that a row's registers hold; with more, the steps between two passes cost little beside them.
 MAX_LANES = 1024
 LOAD_BYTES = 16  # of one thread at a time
+SMALLEST_NORMAL = 2.0**-126  # of float32; a temperature below it would be 0 there
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class OnePass:
                 scale=settings.logit_scale,
                 cap=settings.soft_cap or 1.0,
                 student_t=settings.student_temperature,
-                teacher_t=settings.temperature,
+                teacher_t=max(settings.temperature, SMALLEST_NORMAL),
                 option=next(iter(settings.constants.values()), 0.0),
                 BK=max(16, triton.next_power_of_2(tokens.width)),
                 R=shape.num_warps * shape.warp_size,
