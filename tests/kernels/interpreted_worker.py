@@ -108,9 +108,7 @@ def one_pass_cases(every: bool) -> dict[str, dict]:
     sizes = (1, 2, 127, 256, 1000)
     for number, vocab_size in enumerate(size for size in sizes for _ in range(2)):
         settings = {"logit_scale": 0.9, "z_loss": 0.01, "soft_cap": (None, 8.0)[number % 2]} | temperatures[number % 3]
-        out[f"float32 V={vocab_size} {settings}"] = compare_loss(
-            vocab_size=vocab_size, dtype=torch.float32, **settings
-        )
+        out[f"float32 V={vocab_size} {settings}"] = compare_loss(vocab_size=vocab_size, dtype=torch.float32, **settings)
     pairs = [(name, mode) for name, entry in DIVERGENCES.items() for mode in entry.modes]
     for number, (name, mode) in enumerate(pairs):
         wanted = temperatures if every else [temperatures[number % 3]]

@@ -72,7 +72,9 @@ def test_a_slab_by_itself_equals_its_twin_in_the_interpreter() -> None:
     for case, found in cases.items():
         assert found["untouched"], f"{case}: written beside the slab or the figures, or into the source"
         assert found["same_nan"], (case, found)
-        assert found["nan_losses"] == (1 if any(word in case for word in ("NaN logit", "beyond", "below", "away")) else 0)
+        assert found["nan_losses"] == (
+            1 if any(word in case for word in ("NaN logit", "beyond", "below", "away")) else 0
+        )
         assert found["figures"] < 5e-6 and found["gradient"] < 2e-6, (case, found)
 
 
