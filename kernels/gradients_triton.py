@@ -3,10 +3,7 @@
 Twins: products.scale; products.add_weight_gradient and products.scale one after the other.
 """
 
-import contextlib
 import functools
-from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 import triton
@@ -14,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from potstill.kernels import products
+from potstill.kernels.device_guard import on_device_of
 
 SCALE_BLOCK = 8192  # elements at a time: 32 a thread of 8 warps
 PROGRAMS_PER_PROCESSOR = 8
@@ -96,13 +94,6 @@ def weight_gradient_kernel(
     tl.store(out_ptr + place, total * factor, mask=inside)
 
 
-def launching_on(tensor: Tensor) -> AbstractContextManager[Any]:
-    """The tensor's GPU as the current one, where triton launches; nothing where it is that already."""
-    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(tensor.device)
-
-
 @functools.cache
 def _programs(device: torch.device) -> int:
     """As many programs of the scale kernel as a device runs at a time, about."""
@@ -119,7 +110,7 @@ def scale(value: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     count = value.numel()
     num_blocks = triton.cdiv(count, SCALE_BLOCK)
     if count:
-        with launching_on(value):
+        with on_device_of(value):
             scale_kernel[(min(num_blocks, _programs(value.device)),)](
                 value,
                 out,
@@ -145,7 +136,7 @@ def weight_gradient(total: Tensor | None, slab: Tensor, hidden: Tensor, factor: 
     out = torch.empty(vocab_size, width, dtype=dtype, device=slab.device)
     tile = WEIGHT_TILE
     programs = triton.cdiv(vocab_size, tile["BM"]) * triton.cdiv(width, tile["BN"])
-    with launching_on(slab):
+    with on_device_of(slab):
         weight_gradient_kernel[(programs,)](
             slab,
             hidden,

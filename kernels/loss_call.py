@@ -184,14 +184,16 @@ class LossCall:
         return torch.empty(num_figures, self.num_rows, dtype=self.weights.dtype, device=self.weights.device)
 
 
-def logits_chunk_bytes(*, num_tokens: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:
+def logits_chunk_bytes(
+    *, num_tokens: int, vocab_size: int, dtype: torch.dtype, device: torch.device, backend: str = "auto"
+) -> int:
     """Bytes of the logits that the fused losses hold at a time for `num_tokens` tokens, with the default budget.
 
     `dtype` is that of the head's weight, `device` where it would lie (nothing is put there).
     """
-    backend = backends.choose("auto", device, dtype)
-    rows = even_rows(num_tokens, _chunk_rows(vocab_size, dtype, backend, device, None))
-    return rows * backend.row_stride(vocab_size) * backend.slab_dtype(dtype).itemsize
+    chosen = backends.choose(backend, device, dtype)
+    rows = even_rows(num_tokens, _chunk_rows(vocab_size, dtype, chosen, device, None))
+    return rows * chosen.row_stride(vocab_size) * chosen.slab_dtype(dtype).itemsize
 
 
 def _chunk_rows(
