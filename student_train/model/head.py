@@ -35,7 +35,7 @@ class DistillationHead(nn.Module):
     bias: Tensor | None
 
     def __init__(self, linear: Any, *, soft_cap: float | None, logit_scale: float, loss_backend: str = "auto") -> None:
-        """`linear`: the projection whose parameters this takes over; loss_backend: CallOptions.backend of its losses."""
+        """`linear`: whose parameters this takes over; loss_backend: CallOptions.backend of its losses."""
         super().__init__()
         self.weight = linear.weight  # the same parameter, so that tied embeddings stay tied
         self.bias = getattr(linear, "bias", None)

@@ -131,7 +131,7 @@ def test_unselected_positions_have_no_gradient_through_the_head(stores, student:
     assert torch.equal(moved, micro.token_weights > 0)
 
 
-def test_the_configured_backend_computes_every_loss_of_a_step(stores, start_weights, monkeypatch) -> None:
+def test_the_configured_backend_computes_every_loss_of_a_step(stores, monkeypatch) -> None:
     """Choice of positions, self-check and loss; the self-check's own reference is torch's, asked for by name."""
     asked: list[tuple[str, torch.dtype]] = []
     choose = backends.choose
@@ -141,7 +141,8 @@ def test_the_configured_backend_computes_every_loss_of_a_step(stores, start_weig
         return choose("auto", device, dtype)
 
     monkeypatch.setattr(backends, "choose", noting)
-    tree = tiny.config_tree(stores, Path("x"), model={"path": str(start_weights), "loss_backend": "triton"})
+    model = {"config": dict(tiny.STUDENT), "loss_backend": "triton"}
+    tree = tiny.config_tree(stores, Path("x"), model=model)
     config = workers.config_of(tree).model
     student = build_student(config, hf_config(config, vocab_size=tiny.VOCAB), seed=0)
     micro, objective = micro_of(stores, [3, 39], tokens={"policy": "top_entropy", "share": 0.3})
