@@ -15,6 +15,7 @@ from torch import Tensor
 
 from potstill.kernels import gradients_triton
 from potstill.kernels.backend import Backend
+from potstill.kernels.one_pass import OnePass
 from potstill.kernels.row_terms import FixSet, RowStats, RowTerms, build_fix_set, row_terms
 from potstill.kernels.settings import LossSettings
 from potstill.kernels.soft_cap import cap_slope
@@ -151,7 +152,7 @@ def tile_stats(slab: Tensor, label_ids: Tensor, temperatures: Sequence[float]) -
 
 TRITON = Backend(
     name="triton",
-    slab_pass=TwoPasses(row_stats, row_gradient),
+    slab_pass=OnePass(otherwise=TwoPasses(row_stats, row_gradient)),
     slab_dtype=slab_dtype,
     row_alignment=64,
     tile_stats=tile_stats,
