@@ -32,7 +32,7 @@ def check(found: dict[str, Any]) -> None:
 
 def test_launches_and_waits_of_the_common_losses() -> None:
     found = run_worker("launches_worker.py")
-    assert len(found["any"]) == 20 and len(found["waits"]) == 24
+    assert len(found["any"]) == 3 and len(found["waits"]) == 7
     check(found)
 
 
