@@ -58,7 +58,7 @@ def compare_kept(*, rows: int, weighted: bool, upstream: float) -> dict[str, Any
     """The whole loss in float16 by chunks of 8, the last one added in backward, against all of it in float64."""
     fused_linear.KEEPS_LAST_CHUNK = True
     generator = torch.Generator().manual_seed(rows)
-    vocab_size = 301
+    vocab_size = 75
     leaves = [torch.randn(*shape, generator=generator).half() for shape in ((rows, 4), (vocab_size, 4))]
     targets, labels = make_targets(rows, vocab_size, [4, 0, 20]), torch.arange(rows) % vocab_size
     weights = torch.ones(rows)
@@ -103,7 +103,7 @@ def main() -> None:
                     count=count, dtype=dtype, out=kind, factor=factor
                 )
     chunks.ROW_MULTIPLE = 4
-    for rows, weighted in ((7, False), (7, True), (10, False), (18, False), (12, True)):
+    for rows, weighted in ((7, True), (10, False), (18, False), (12, True)):
         out[f"kept {rows} {weighted}"] = compare_kept(rows=rows, weighted=weighted, upstream=3.0)
     json.dump(out, sys.stdout)
 

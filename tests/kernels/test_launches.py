@@ -15,18 +15,21 @@ from tests.kernels.launches import HostWaitError, count_launches, no_host_waits
 from tests.kernels.test_triton import run_worker
 
 pytest.importorskip("triton")
-COMMON_PER_CHUNK = 12
+# Per chunk: logits, slab, two gradients; the gather and the scatter of a list of rows; the bias added to the logits and
+# its gradient. Per call, forward and backward: the normaliser, sums, the loss, the gradient of 1 that backward starts
+# from, two scales or three; a list of rows is made by five, and its hidden gradient starts as 0.
+LIMITS = {"common": (4, 7), "common rows": (6, 13), "common bias": (7, 8)}
+# What the one kernel lacks takes two passes and what is between them.
 ANY_PER_CHUNK = 40
-PER_CALL = 12  # forward and backward
 
 
 def check(found: dict[str, Any]) -> None:
-    for name in ("common", "common rows", "common bias"):
-        assert found[name]["per_chunk"] <= COMMON_PER_CHUNK, (name, found[name]["chunk"])
-        assert found[name]["per_call"] <= PER_CALL + 3, (name, found[name]["call"])
+    for name, (per_chunk, per_call) in LIMITS.items():
+        assert found[name]["per_chunk"] <= per_chunk, (name, found[name]["chunk"])
+        assert found[name]["per_call"] <= per_call, (name, found[name]["call"])
     for name, figures in found["any"].items():
         assert figures["per_chunk"] <= ANY_PER_CHUNK, (name, figures["chunk"])
-        assert figures["per_call"] <= PER_CALL, (name, figures["call"])
+        assert figures["per_call"] <= LIMITS["common"][1], (name, figures["call"])
     assert not {name: wait for name, wait in found["waits"].items() if wait}
 
 
