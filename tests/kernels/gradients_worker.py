@@ -85,6 +85,32 @@ def compare_kept(*, rows: int, weighted: bool, upstream: float) -> dict[str, Any
     return {"kept": plan.kept, "chunks": len(plan.sizes), "error": max(errors)}
 
 
+def compare_single(*, dtype: torch.dtype) -> dict[str, Any]:
+    """One chunk is all: in bfloat16 its product is the gradient, in float16 it waits in float32 for 1 / normalizer."""
+    fused_linear.KEEPS_LAST_CHUNK = False
+    generator = torch.Generator().manual_seed(5)
+    leaves = [torch.randn(*shape, generator=generator).to(dtype) for shape in ((5, 4), (75, 4))]
+    results, held = [], []
+    make = fused_linear.empty_gradients
+
+    def noting(*args: Any, **options: Any) -> Any:
+        grads = make(*args, **options)
+        held.append(str(grads.weight.dtype))
+        return grads
+
+    fused_linear.empty_gradients = noting
+    for backend, kind in (("torch", torch.float64), ("triton", dtype)):
+        hidden, weight = (x.to(kind).requires_grad_() for x in leaves)
+        loss, _ = linear_sparse_loss(
+            hidden=hidden, weight=weight, targets=None, labels=torch.arange(5), alpha=0.0, backend=backend,
+            normalizer=torch.tensor(20.0),
+        )  # fmt: skip
+        results.append([g.double() for g in torch.autograd.grad(loss * 0.3, (hidden, weight))])
+    fused_linear.empty_gradients = make
+    errors = [float((a - b).norm() / a.norm()) for a, b in zip(*results, strict=True)]
+    return {"held": held[-1], "error": max(errors)}
+
+
 def main() -> None:
     out: dict[str, Any] = {}
     gradients_triton.WEIGHT_TILE = SMALL_TILE
@@ -105,6 +131,8 @@ def main() -> None:
     chunks.ROW_MULTIPLE = 4
     for rows, weighted in ((7, True), (10, False), (18, False), (12, True)):
         out[f"kept {rows} {weighted}"] = compare_kept(rows=rows, weighted=weighted, upstream=3.0)
+    out["single bfloat16"] = compare_single(dtype=torch.bfloat16)
+    out["single float16"] = compare_single(dtype=torch.float16)
     json.dump(out, sys.stdout)
 
 

@@ -5,6 +5,7 @@ A process of its own, as interpreted_worker.py is. Arguments: "all" for every di
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -90,6 +91,25 @@ def find_wait(*, rows: bool = False, from_logits: bool = False, **settings: Any)
     return None
 
 
+def loss_beyond(**changes: Any) -> list[bool]:
+    """Which tokens' losses are not finite where, as on a GPU, nobody has looked at the ids; found one by one."""
+    call = arguments(bias=False, rows=False, draws=False)
+    labels, ids = call["labels"].clone(), call["targets"].ids.clone()
+    if "label" in changes:
+        labels[2] = changes["label"]
+    if "id" in changes:
+        ids[int(call["targets"].offsets[3])] = changes["id"]
+    targets = dataclasses.replace(call["targets"], ids=ids)
+    found = []
+    for number in range(ACTIVE):
+        weights = torch.zeros(ACTIVE)
+        weights[number] = 1.0
+        given = {**call, "labels": labels, "targets": targets, "token_weights": weights, "num_active": 1}
+        loss, _ = linear_sparse_loss(**given, alpha=0.5)
+        found.append(not bool(loss.isfinite()))
+    return found
+
+
 def every_setting(*, all_of_them: bool) -> dict[str, dict[str, Any]]:
     """Divergences with each of their modes, with and without a temperature and a cap; or two of them."""
     found = {}
@@ -118,6 +138,8 @@ def main(which: str) -> None:
         "any": {name: launches(**given) for name, given in settings.items()},
         "waits": {},
     }
+    beyond = ({"label": V}, {"label": 1 << 40}, {"id": V}, {"id": -1}, {"id": 2**31 - 1})
+    out["beyond"] = {str(changes): loss_beyond(**changes) for changes in beyond}
     for name, given in settings.items():
         out["waits"][name] = find_wait(**given)
     for rows in (False, True):

@@ -129,9 +129,7 @@ def compare(
             first=first,
         )
         values = raw.to(dtype)
-        results.append(
-            run(backend, values, tokens, use_source=use_source, with_gradient=with_gradient, factor=factor)
-        )
+        results.append(run(backend, values, tokens, use_source=use_source, with_gradient=with_gradient, factor=factor))
     truth, found = results
     figures, gradient = (found[name].double() - truth[name].double() for name in ("figures", "gradient"))
     same = [torch.equal(found[name].isnan(), truth[name].isnan()) for name in ("figures", "gradient")]

@@ -14,14 +14,17 @@ ROUNDING = 2.0**-11  # of float16
 
 def test_gradient_kernels_equal_float64_in_the_interpreter() -> None:
     found = run_worker("gradients_worker.py")
-    assert len(found) > 70
+    assert len(found) > 65
     for case, figures in found.items():
         if case.startswith("scale"):
             assert figures["same"] and figures["error"] == 0.0, (case, figures)
         elif case.startswith("weight"):
             assert figures["same"] and figures["error"] < ROUNDING, (case, figures)
         else:
-            assert figures["error"] < 2 * ROUNDING, (case, figures)
+            # bfloat16 has 8 bits, and the interpreter truncates to it.
+            limit = 2.0**-6 if "bfloat16" in case else 2 * ROUNDING
+            assert figures["error"] < limit, (case, figures)
+    assert found["single bfloat16"]["held"] == "torch.bfloat16" and found["single float16"]["held"] == "torch.float32"
     kept = {case: figures for case, figures in found.items() if case.startswith("kept")}
     assert all(figures["kept"] for figures in kept.values())
     assert {figures["chunks"] for figures in kept.values()} >= {1, 2}

@@ -37,6 +37,9 @@ def test_launches_and_waits_of_the_common_losses() -> None:
     found = run_worker("launches_worker.py")
     assert len(found["any"]) == 3 and len(found["waits"]) == 7
     check(found)
+    # Labels and ids beyond the vocabulary, unread: the loss of their token is NaN, and no other's.
+    for changes, unusual in found["beyond"].items():
+        assert [number for number, value in enumerate(unusual) if value] == [2 if "label" in changes else 3], changes
 
 
 @pytest.mark.slow
