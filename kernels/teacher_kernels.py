@@ -183,27 +183,37 @@ def tile_kernel(
 
 
 @triton.jit
-def _chosen(keys, count, LOW: tl.constexpr):
-    """(taken bool, place int32) of the `count` largest of keys uint32 [C], equal ones from the front, C <= 32768.
+def _largest(keys, count, bound, most, LOW: tl.constexpr):
+    """(taken bool, place int32, number int32) of the largest of keys uint32 [C], C <= 32768; keys of 0 are no keys.
 
-    place: 0 .. count - 1 in the order of the lanes. Keys of 0 are no keys; at least `count` others must be there.
-    LOW: how many low bits tell no two keys apart.
+    Without `bound` (0) these are exactly the `count` largest, equal ones from the front; at least as many keys must be
+    there. A bound that at least `count` keys reach is taken as it is where not more than `most` reach it: then those.
+    place: 0 .. number - 1 in the order of the lanes. LOW: how many low bits tell no two keys apart.
     """
-    bound = tl.full((), 0, tl.uint32)
-    bit = tl.full((), 0x80000000, tl.uint32)
-    for _ in range(32 - LOW):
-        larger = bound | bit
-        reached = tl.sum((keys >= larger).to(tl.int32), 0)
-        bound = tl.where(reached >= count, larger, bound)
-        bit = bit >> 1
-    above = keys > (bound | ((1 << LOW) - 1))
+    reached = tl.sum(((keys >= bound) & (keys > 0)).to(tl.int32), 0)
+    if reached > most:
+        # The largest bound that `count` keys reach, bit by bit from the top; done early if exactly they reach it.
+        bound = bound ^ bound
+        bit = bound | 0x80000000
+        reached = tl.sum((keys > 0).to(tl.int32), 0)
+        step = 0
+        while (step < 32 - LOW) & (reached > count):
+            larger = bound | bit
+            number = tl.sum((keys >= larger).to(tl.int32), 0)
+            bound = tl.where(number >= count, larger, bound)
+            reached = tl.where(number >= count, number, reached)
+            bit = bit >> 1
+            step += 1
+    number = tl.where(reached <= most, reached, count)
+    upper = tl.where(reached <= most, bound - (bound > 0).to(tl.uint32), bound | ((1 << LOW) - 1))
+    above = keys > upper
     equal = (keys >= bound) & (keys > 0) & (above == 0)
     # Both running counts in one scan: the low 16 bits count those above, the high ones the equal.
     running = tl.cumsum(above.to(tl.int32) + (equal.to(tl.int32) << 16), 0)
-    room = count - tl.sum(above.to(tl.int32), 0)
+    room = number - tl.sum(above.to(tl.int32), 0)
     ties = running >> 16
     taken = above | (equal & (ties <= room))
-    return taken, (running & 0xFFFF) + tl.minimum(ties, room) - 1
+    return taken, (running & 0xFFFF) + tl.minimum(ties, room) - 1, number
 
 
 @triton.jit
@@ -237,28 +247,63 @@ def _label_figures(x, label, above, lse, V, scale, cap, SCALED: tl.constexpr, CA
 
 
 @triton.jit
-def _put_in_order(
-    scratch,  # pointer to int32 [2, k]: keys, then ids, in ascending order of ids
-    id_out,  # pointers to the row's k results
-    logprob_out,
-    k,
-    lse,
-    BK: tl.constexpr,
-    JB: tl.constexpr,
-):
-    """The k taken ids and their log-probabilities by (value down, id up)."""
-    i = tl.arange(0, BK)
-    key = tl.load(scratch + i, mask=i < k, other=0).to(tl.uint32, bitcast=True)
-    ids = tl.load(scratch + k + i, mask=i < k, other=0)
-    place = tl.zeros((BK,), tl.int32)
-    for start in range(0, k, JB):
+def _places(scratch, number, BL: tl.constexpr, JB: tl.constexpr):
+    """(keys uint32 [BL], places int32 [BL]) of `number` keys in memory: how many stand before each in the order
+    (key down, place in memory up)."""
+    i = tl.arange(0, BL)
+    key = tl.load(scratch + i, mask=i < number, other=0).to(tl.uint32, bitcast=True)
+    place = tl.zeros((BL,), tl.int32)
+    for start in range(0, number, JB):
         j = start + tl.arange(0, JB)
-        other = tl.load(scratch + j, mask=j < k, other=0).to(tl.uint32, bitcast=True)
+        other = tl.load(scratch + j, mask=j < number, other=0).to(tl.uint32, bitcast=True)
         before = (other[None, :] > key[:, None]) | ((other[None, :] == key[:, None]) & (j[None, :] < i[:, None]))
         place += tl.sum(before.to(tl.int32), 1)
-    z = _value_of(key)
-    tl.store(id_out + place, ids, mask=i < k)
-    tl.store(logprob_out + place, tl.where(z <= _RULED_OUT, -float("inf"), z - lse), mask=i < k)
+    return key, place
+
+
+@triton.jit
+def _candidates(
+    x,
+    scratch,  # pointer to the row's taken tiles; behind them int32 [2, BL] for keys and ids of survivors
+    inv_ptr,
+    least,  # key that at least k logits reach, 0: not known
+    top,
+    rests,  # float32 [BF]: mass outside the taken tiles by temperature
+    V,
+    num_taken,
+    k,
+    scale,
+    cap,
+    NT: tl.constexpr,
+    BT: tl.constexpr,
+    BF: tl.constexpr,
+    BL: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SCALED: tl.constexpr,
+    CAP: tl.constexpr,
+    LOW: tl.constexpr,
+):
+    """Ids of the taken tiles that can be one of the k best, to memory in ascending order (k .. BL of them: survivors);
+    the mass of all others is added to `rests`. Returns (rests, number of survivors)."""
+    slot = tl.arange(0, BT)
+    live = (slot < num_taken)[:, None]
+    tile = tl.load(scratch + slot, mask=slot < num_taken, other=0)
+    column = tile[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    z = _logits(x, column, live & (column < V), scale, cap, SCALED, CAP, True)
+    keys = tl.reshape(tl.where(live, _order_key(z), 0), (BT * WIDTH,))
+    taken, place, survivors = _largest(keys, k, least, BL, LOW)
+    left = _value_of(keys) - top
+    lane = tl.arange(0, BF)
+    for number in tl.static_range(NT + 1):
+        e = tl.exp2(left * (tl.load(inv_ptr + number) * _LOG2E))
+        rest = tl.sum(tl.where(taken | (keys == 0), 0.0, e), 0)
+        rests = tl.where(lane == number, rests + rest, rests)
+    out = scratch + num_taken + place
+    tl.store(out, keys.to(tl.int32, bitcast=True), mask=taken)
+    c = tl.arange(0, BT * WIDTH)
+    tile = tl.load(scratch + c // WIDTH, mask=taken, other=0)  # again, as no layout of the list is at hand
+    tl.store(out + BL, tile * WIDTH + c % WIDTH, mask=taken)
+    return rests, survivors
 
 
 @triton.jit
@@ -268,7 +313,7 @@ def select_kernel(
     inv_ptr,  # float32 [1 + NT]
     stats_ptr,  # float32 [B, 3 + NT, stat_stride] of tile_kernel
     above_ptr,  # int32 [B, parts] of tile_kernel
-    scratch_ptr,  # int32 [B, t + 2 k]
+    scratch_ptr,  # int32 [B, t + 2 BL]
     id_ptr,  # int32 [B, k] out
     logprob_ptr,  # float32 [B, k] out
     figure_ptr,  # float32 [5 + 2 NT, B] out, in the order of teacher_pass.FIGURES, then lse_at and log_tail_at
@@ -285,12 +330,12 @@ def select_kernel(
     scale,
     cap,
     NT: tl.constexpr,
-    BN: tl.constexpr,  # n, t, k, 1 + NT and parts, rounded up to powers of 2
+    BN: tl.constexpr,  # n, t, 1 + NT and parts, rounded up to powers of 2
     BT: tl.constexpr,
-    BK: tl.constexpr,
     BF: tl.constexpr,
     BP: tl.constexpr,
-    JB: tl.constexpr,  # entries that are compared with all others at a time
+    BL: tl.constexpr,  # survivors at most: > k, a power of 2
+    JB: tl.constexpr,  # survivors that are compared with all others at a time
     BX: tl.constexpr,  # columns beyond V per step
     WIDTH: tl.constexpr,
     SCALED: tl.constexpr,
@@ -301,15 +346,19 @@ def select_kernel(
     row = tl.program_id(0).to(tl.int64)
     x = x_ptr + row * stride_x
     stats = stats_ptr + row * stat_stride * (3 + NT)
-    scratch = scratch_ptr + row * (num_taken + 2 * k)
+    scratch = scratch_ptr + row * (num_taken + 2 * BL)
 
     # The k best lie in the k tiles with the largest maxima; of equal maxima the lower tile holds the lower ids.
     tile = tl.arange(0, BN)
     inside = tile < num_tiles
     maxima = tl.load(stats + tile, mask=inside, other=_FILL)
-    taken, place = _chosen(tl.where(inside, _order_key(maxima), 0), num_taken, LOW)
+    keys = tl.where(inside, _order_key(maxima), 0)
+    taken, place, _ = _largest(keys, num_taken, tl.full((), 0, tl.uint32), num_taken, LOW)
     tl.store(scratch + place, tile, mask=taken)
     top = tl.max(tl.where(maxima == maxima, maxima, float("inf")), 0)
+    # As many ids as tiles are taken reach the least of their maxima: no bound where those are fewer than k.
+    least = tl.min(tl.where(taken, keys, 0xFFFFFFFF).to(tl.uint32), 0)
+    least = tl.where(num_taken < k, least ^ least, least)
 
     # From each tile's own maximum to the row's, once for each temperature.
     gap = maxima - top
@@ -326,24 +375,18 @@ def select_kernel(
     moment = tl.sum(moment * tl.exp2(gap * _LOG2E), 0)
     tl.debug_barrier()  # other threads wrote the list of tiles
 
-    slot = tl.arange(0, BT)
-    chosen_tile = tl.load(scratch + slot, mask=slot < num_taken, other=0)
-    column = chosen_tile[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    used = (slot < num_taken)[:, None] & (column < V)
-    z = _logits(x, column, used, scale, cap, SCALED, CAP, True)
-    keys = tl.where((slot < num_taken)[:, None], _order_key(z), 0)
-    keys = tl.reshape(keys, (BT * WIDTH,))
-    taken, place = _chosen(keys, k, LOW)
-    left = _value_of(keys) - top
+    rests, survivors = _candidates(
+        x, scratch, inv_ptr, least, top, rests, V, num_taken, k, scale, cap,
+        NT, BT, BF, BL, WIDTH, SCALED, CAP, LOW,
+    )  # fmt: skip
+    tl.debug_barrier()  # other threads wrote the candidates
+    key, place = _places(scratch + num_taken, survivors, BL, JB)
+    z = _value_of(key)
+    i = tl.arange(0, BL)
     for number in tl.static_range(NT + 1):
-        e = tl.exp2(left * (tl.load(inv_ptr + number) * _LOG2E))
-        rest = tl.sum(tl.where(taken | (keys == 0), 0.0, e), 0)
+        e = tl.exp2((z - top) * (tl.load(inv_ptr + number) * _LOG2E))
+        rest = tl.sum(tl.where((i < survivors) & (place >= k), e, 0.0), 0)
         rests = tl.where(lane == number, rests + rest, rests)
-    place = tl.reshape(place, (BT, WIDTH)) + num_taken
-    taken = tl.reshape(taken, (BT, WIDTH))
-    keys = tl.reshape(keys, (BT, WIDTH))
-    tl.store(scratch + place, keys.to(tl.int32, bitcast=True), mask=taken)
-    tl.store(scratch + k + place, column, mask=taken)
 
     empty = top <= _RULED_OUT
     log_totals = tl.log2(totals) * _LN2
@@ -355,6 +398,10 @@ def select_kernel(
     # Rounding must not make the entropy of a certain teacher negative; NaN passes.
     entropy = tl.log2(total) * _LN2 - moment / total
     entropy = tl.where(empty, float("nan"), tl.where(entropy < 0.0, 0.0, entropy))
+    ids = tl.load(scratch + num_taken + BL + i, mask=i < survivors, other=0)
+    kept = (i < survivors) & (place < k)
+    tl.store(id_ptr + row * k + place, ids, mask=kept)
+    tl.store(logprob_ptr + row * k + place, tl.where(z <= _RULED_OUT, -float("inf"), z - lse), mask=kept)
     part = tl.arange(0, BP)
     above = tl.sum(tl.load(above_ptr + row * parts + part, mask=part < parts, other=0), 0)
     label = tl.load(label_ptr + row)
@@ -370,5 +417,3 @@ def select_kernel(
     tl.store(out + (4 + lane) * figure_stride, lse_at, mask=further)
     tl.store(out + (4 + NT + lane) * figure_stride, tails, mask=further)
     tl.store(rank_ptr + row, rank)
-    tl.debug_barrier()  # other threads wrote the taken ids
-    _put_in_order(scratch + num_taken, id_ptr + row * k, logprob_ptr + row * k, k, lse, BK, JB)

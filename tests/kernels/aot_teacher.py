@@ -49,14 +49,14 @@ def power_of_two(number: int) -> int:
 def select_shape(vocab_size: int, k: int, temperatures: int, parts: int) -> dict[str, int]:
     """As teacher_triton.select_shape."""
     tiles = -(-vocab_size // 64)
-    most, taken, entries = power_of_two(tiles), power_of_two(min(k, tiles)), power_of_two(k)
+    most, taken, survivors = power_of_two(tiles), power_of_two(min(k, tiles)), power_of_two(2 * k)
     return {
         "BN": most,
         "BT": taken,
-        "BK": entries,
         "BF": max(2, power_of_two(1 + temperatures)),
         "BP": power_of_two(parts),
-        "JB": max(1, min(entries, 4096 // entries)),
+        "BL": survivors,
+        "JB": max(1, min(survivors, 4096 // survivors)),
         "BX": 256,
         "num_warps": min(16, max(4, max(most, taken * 64) // 512)),
     }
