@@ -247,24 +247,32 @@ def _label_figures(x, label, above, lse, V, scale, cap, SCALED: tl.constexpr, CA
 
 
 @triton.jit
-def _places(scratch, number, BL: tl.constexpr, JB: tl.constexpr):
-    """(keys uint32 [BL], places int32 [BL]) of `number` keys in memory: how many stand before each in the order
-    (key down, place in memory up)."""
-    i = tl.arange(0, BL)
-    key = tl.load(scratch + i, mask=i < number, other=0).to(tl.uint32, bitcast=True)
-    place = tl.zeros((BL,), tl.int32)
-    for start in range(0, number, JB):
-        j = start + tl.arange(0, JB)
-        other = tl.load(scratch + j, mask=j < number, other=0).to(tl.uint32, bitcast=True)
-        before = (other[None, :] > key[:, None]) | ((other[None, :] == key[:, None]) & (j[None, :] < i[:, None]))
-        place += tl.sum(before.to(tl.int32), 1)
-    return key, place
+def _ids_and_keys(
+    x,
+    scratch,
+    lanes,  # int32 [L]: which survivors
+    inside,  # bool [L]
+    V,
+    num_taken,
+    scale,
+    cap,
+    WIDTH: tl.constexpr,
+    SCALED: tl.constexpr,
+    CAP: tl.constexpr,
+):
+    """(ids int32 [L], keys uint32 [L]) of some survivors; keys of 0 where there is none."""
+    candidate = tl.load(scratch + num_taken + lanes, mask=inside, other=0)
+    tile = tl.load(scratch + candidate // WIDTH, mask=inside, other=0)
+    ids = tile * WIDTH + candidate % WIDTH
+    # Padding beyond V is among the candidates, and can be a survivor where few ids have any mass.
+    z = _logits(x, ids, inside & (ids < V), scale, cap, SCALED, CAP, True)
+    return ids, tl.where(inside, _order_key(z), 0)
 
 
 @triton.jit
 def _candidates(
     x,
-    scratch,  # pointer to the row's taken tiles; behind them int32 [2, BL] for keys and ids of survivors
+    scratch,  # pointer to the row's taken tiles; behind them int32 [BL] for the survivors
     inv_ptr,
     least,  # key that at least k logits reach, 0: not known
     top,
@@ -283,8 +291,9 @@ def _candidates(
     CAP: tl.constexpr,
     LOW: tl.constexpr,
 ):
-    """Ids of the taken tiles that can be one of the k best, to memory in ascending order (k .. BL of them: survivors);
-    the mass of all others is added to `rests`. Returns (rests, number of survivors)."""
+    """Which of the taken tiles' ids can be one of the k best (k .. BL of them, the survivors): their places among the
+    candidates go to memory, in ascending order of ids; the mass of all others is added to `rests`. Returns (rests,
+    number of survivors)."""
     slot = tl.arange(0, BT)
     live = (slot < num_taken)[:, None]
     tile = tl.load(scratch + slot, mask=slot < num_taken, other=0)
@@ -298,11 +307,7 @@ def _candidates(
         e = tl.exp2(left * (tl.load(inv_ptr + number) * _LOG2E))
         rest = tl.sum(tl.where(taken | (keys == 0), 0.0, e), 0)
         rests = tl.where(lane == number, rests + rest, rests)
-    out = scratch + num_taken + place
-    tl.store(out, keys.to(tl.int32, bitcast=True), mask=taken)
-    c = tl.arange(0, BT * WIDTH)
-    tile = tl.load(scratch + c // WIDTH, mask=taken, other=0)  # again, as no layout of the list is at hand
-    tl.store(out + BL, tile * WIDTH + c % WIDTH, mask=taken)
+    tl.store(scratch + num_taken + place, tl.arange(0, BT * WIDTH), mask=taken)
     return rests, survivors
 
 
@@ -313,7 +318,7 @@ def select_kernel(
     inv_ptr,  # float32 [1 + NT]
     stats_ptr,  # float32 [B, 3 + NT, stat_stride] of tile_kernel
     above_ptr,  # int32 [B, parts] of tile_kernel
-    scratch_ptr,  # int32 [B, t + 2 BL]
+    scratch_ptr,  # int32 [B, t + BL]
     id_ptr,  # int32 [B, k] out
     logprob_ptr,  # float32 [B, k] out
     figure_ptr,  # float32 [5 + 2 NT, B] out, in the order of teacher_pass.FIGURES, then lse_at and log_tail_at
@@ -346,14 +351,14 @@ def select_kernel(
     row = tl.program_id(0).to(tl.int64)
     x = x_ptr + row * stride_x
     stats = stats_ptr + row * stat_stride * (3 + NT)
-    scratch = scratch_ptr + row * (num_taken + 2 * BL)
+    scratch = scratch_ptr + row * (num_taken + BL)
 
     # The k best lie in the k tiles with the largest maxima; of equal maxima the lower tile holds the lower ids.
     tile = tl.arange(0, BN)
     inside = tile < num_tiles
     maxima = tl.load(stats + tile, mask=inside, other=_FILL)
     keys = tl.where(inside, _order_key(maxima), 0)
-    taken, place, _ = _largest(keys, num_taken, tl.full((), 0, tl.uint32), num_taken, LOW)
+    taken, place, number_taken = _largest(keys, num_taken, tl.full((), 0, tl.uint32), num_taken, LOW)
     tl.store(scratch + place, tile, mask=taken)
     top = tl.max(tl.where(maxima == maxima, maxima, float("inf")), 0)
     # As many ids as tiles are taken reach the least of their maxima: no bound where those are fewer than k.
@@ -380,9 +385,15 @@ def select_kernel(
         NT, BT, BF, BL, WIDTH, SCALED, CAP, LOW,
     )  # fmt: skip
     tl.debug_barrier()  # other threads wrote the candidates
-    key, place = _places(scratch + num_taken, survivors, BL, JB)
-    z = _value_of(key)
     i = tl.arange(0, BL)
+    ids, key = _ids_and_keys(x, scratch, i, i < survivors, V, num_taken, scale, cap, WIDTH, SCALED, CAP)
+    place = tl.zeros((BL,), tl.int32)  # how many stand before it in the order (value down, id up)
+    for start in range(0, survivors, JB):
+        j = start + tl.arange(0, JB)
+        other_ids, other = _ids_and_keys(x, scratch, j, j < survivors, V, num_taken, scale, cap, WIDTH, SCALED, CAP)
+        before = (other[None, :] > key[:, None]) | ((other[None, :] == key[:, None]) & (j[None, :] < i[:, None]))
+        place += tl.sum(before.to(tl.int32), 1)
+    z = _value_of(key)
     for number in tl.static_range(NT + 1):
         e = tl.exp2((z - top) * (tl.load(inv_ptr + number) * _LOG2E))
         rest = tl.sum(tl.where((i < survivors) & (place >= k), e, 0.0), 0)
@@ -398,7 +409,6 @@ def select_kernel(
     # Rounding must not make the entropy of a certain teacher negative; NaN passes.
     entropy = tl.log2(total) * _LN2 - moment / total
     entropy = tl.where(empty, float("nan"), tl.where(entropy < 0.0, 0.0, entropy))
-    ids = tl.load(scratch + num_taken + BL + i, mask=i < survivors, other=0)
     kept = (i < survivors) & (place < k)
     tl.store(id_ptr + row * k + place, ids, mask=kept)
     tl.store(logprob_ptr + row * k + place, tl.where(z <= _RULED_OUT, -float("inf"), z - lse), mask=kept)

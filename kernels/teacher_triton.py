@@ -107,7 +107,7 @@ class TopK:
         taken = min(k, num_tiles)
         stats, above = _tile_buffers(rows)
         shape = select_shape(rows.vocab_size, k, len(rows.temperatures), above.shape[1])
-        scratch = torch.empty(num_rows, taken + 2 * shape["BL"], dtype=torch.int32, device=rows.raw.device)
+        scratch = torch.empty(num_rows, taken + shape["BL"], dtype=torch.int32, device=rows.raw.device)
         plain = rows.logit_scale == 1.0 and rows.soft_cap is None
         with on_device_of(rows.raw):
             _run_tiles(rows, stats, above)
@@ -142,7 +142,7 @@ class TopK:
             )
 
     def row_bytes(self, vocab_size: int, k: int, num_temperatures: int) -> int:
-        return 4 * ((3 + num_temperatures) * _stat_stride(vocab_size) + 9 * k)
+        return 4 * ((3 + num_temperatures) * _stat_stride(vocab_size) + 5 * k)
 
 
 def tile_stats(slab: Tensor, label_ids: Tensor, temperatures: Sequence[float]) -> TileStats:
