@@ -183,37 +183,52 @@ def tile_kernel(
 
 
 @triton.jit
-def _largest(keys, count, bound, most, LOW: tl.constexpr):
-    """(taken bool, place int32, number int32) of the largest of keys uint32 [C], C <= 32768; keys of 0 are no keys.
+def _above(bound):
+    """The uint32 below a bound, so that `key >= bound` is `key > below`, where keys of 0 are no keys."""
+    return bound - (bound > 0).to(tl.uint32)
 
-    Without `bound` (0) these are exactly the `count` largest, equal ones from the front; at least as many keys must be
-    there. A bound that at least `count` keys reach is taken as it is where not more than `most` reach it: then those.
-    place: 0 .. number - 1 in the order of the lanes. LOW: how many low bits tell no two keys apart.
-    """
-    reached = tl.sum(((keys >= bound) & (keys > 0)).to(tl.int32), 0)
-    if reached > most:
-        # The largest bound that `count` keys reach, bit by bit from the top; done early if exactly they reach it.
-        bound = bound ^ bound
-        bit = bound | 0x80000000
-        reached = tl.sum((keys > 0).to(tl.int32), 0)
-        step = 0
-        while (step < 32 - LOW) & (reached > count):
-            larger = bound | bit
-            number = tl.sum((keys >= larger).to(tl.int32), 0)
-            bound = tl.where(number >= count, larger, bound)
-            reached = tl.where(number >= count, number, reached)
-            bit = bit >> 1
-            step += 1
-    number = tl.where(reached <= most, reached, count)
-    upper = tl.where(reached <= most, bound - (bound > 0).to(tl.uint32), bound | ((1 << LOW) - 1))
+
+@triton.jit
+def _ties_at(bound, reached, count, LOW: tl.constexpr):
+    """(upper, ties) for a bound that `reached` >= count keys reach: the largest are those above `upper`, and where not
+    all that reach the bound are taken, ties are those from the bound up to it."""
+    return tl.where(reached == count, _above(bound), bound | ((1 << LOW) - 1)), reached != count
+
+
+@triton.jit
+def _take(keys, upper, bound, above_before, ties_before, room):
+    """(taken bool, place int32, above, ties) of keys uint32 [C], C <= 32768: those above `upper`, and of those from
+    bound > 0 to upper the first `room`; place: 0, 1, .. in the order of the lanes. above_before and ties_before: how
+    many there were of both kinds in the pieces before this one; the last two results: after it."""
     above = keys > upper
-    equal = (keys >= bound) & (keys > 0) & (above == 0)
-    # Both running counts in one scan: the low 16 bits count those above, the high ones the equal.
-    running = tl.cumsum(above.to(tl.int32) + (equal.to(tl.int32) << 16), 0)
-    room = number - tl.sum(above.to(tl.int32), 0)
-    ties = running >> 16
-    taken = above | (equal & (ties <= room))
-    return taken, (running & 0xFFFF) + tl.minimum(ties, room) - 1, number
+    tie = (keys >= bound) & (keys > 0) & (above == 0)
+    # Both running counts in one scan: the low 16 bits count those above, the high ones the ties.
+    running = tl.cumsum(above.to(tl.int32) + (tie.to(tl.int32) << 16), 0)
+    ties = ties_before + (running >> 16)
+    taken = above | (tie & (ties <= room))
+    place = above_before + (running & 0xFFFF) + tl.minimum(ties, room) - 1
+    return taken, place, above_before + tl.sum(above.to(tl.int32), 0), ties_before + tl.sum(tie.to(tl.int32), 0)
+
+
+@triton.jit
+def _best_tiles(keys, count, LOW: tl.constexpr):
+    """(taken bool, place int32) of the `count` largest of keys uint32 [C], equal ones from the front."""
+    bound = tl.full((), 0, tl.uint32)
+    bit = tl.full((), 0x80000000, tl.uint32)
+    reached = tl.sum((keys > 0).to(tl.int32), 0)
+    step = 0
+    # The largest bound that `count` keys reach, bit by bit from the top; done early if exactly they reach it.
+    while (step < 32 - LOW) & (reached > count):
+        larger = bound | bit
+        number = tl.sum((keys >= larger).to(tl.int32), 0)
+        bound = tl.where(number >= count, larger, bound)
+        reached = tl.where(number >= count, number, reached)
+        bit = bit >> 1
+        step += 1
+    upper, has_ties = _ties_at(bound, reached, count, LOW)
+    room = tl.where(has_ties, count - tl.sum((keys > upper).to(tl.int32), 0), 0)
+    taken, place, above, ties = _take(keys, upper, bound, 0, 0, room)
+    return taken, place
 
 
 @triton.jit
@@ -270,45 +285,111 @@ def _ids_and_keys(
 
 
 @triton.jit
-def _candidates(
+def _piece(
+    x,
+    scratch,  # pointer to the row's taken tiles
+    start,
+    V,
+    num_taken,
+    scale,
+    cap,
+    PT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SCALED: tl.constexpr,
+    CAP: tl.constexpr,
+):
+    """Keys uint32 [PT * WIDTH] of the taken tiles start .. start + PT - 1; 0 where there is no tile."""
+    slot = start + tl.arange(0, PT)
+    live = (slot < num_taken)[:, None]
+    tile = tl.load(scratch + slot, mask=slot < num_taken, other=0)
+    column = tile[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    z = _logits(x, column, live & (column < V), scale, cap, SCALED, CAP, True)
+    return tl.reshape(tl.where(live, _order_key(z), 0), (PT * WIDTH,))
+
+
+@triton.jit
+def _number_above(x, scratch, upper, V, num_taken, scale, cap, PT: tl.constexpr, WIDTH: tl.constexpr,
+                  SCALED: tl.constexpr, CAP: tl.constexpr):  # fmt: skip
+    """How many candidates have a key above `upper`."""
+    number = 0
+    for start in range(0, num_taken, PT):
+        keys = _piece(x, scratch, start, V, num_taken, scale, cap, PT, WIDTH, SCALED, CAP)
+        number += tl.sum((keys > upper).to(tl.int32), 0)
+    return number
+
+
+@triton.jit
+def _sweep(
     x,
     scratch,  # pointer to the row's taken tiles; behind them int32 [BL] for the survivors
     inv_ptr,
-    least,  # key that at least k logits reach, 0: not known
+    upper,  # as in _take
+    bound,
+    room,
     top,
-    rests,  # float32 [BF]: mass outside the taken tiles by temperature
     V,
     num_taken,
-    k,
     scale,
     cap,
     NT: tl.constexpr,
-    BT: tl.constexpr,
+    PT: tl.constexpr,
     BF: tl.constexpr,
     BL: tl.constexpr,
     WIDTH: tl.constexpr,
     SCALED: tl.constexpr,
     CAP: tl.constexpr,
-    LOW: tl.constexpr,
 ):
-    """Which of the taken tiles' ids can be one of the k best (k .. BL of them, the survivors): their places among the
-    candidates go to memory, in ascending order of ids; the mass of all others is added to `rests`. Returns (rests,
-    number of survivors)."""
-    slot = tl.arange(0, BT)
-    live = (slot < num_taken)[:, None]
-    tile = tl.load(scratch + slot, mask=slot < num_taken, other=0)
-    column = tile[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    z = _logits(x, column, live & (column < V), scale, cap, SCALED, CAP, True)
-    keys = tl.reshape(tl.where(live, _order_key(z), 0), (BT * WIDTH,))
-    taken, place, survivors = _largest(keys, k, least, BL, LOW)
-    left = _value_of(keys) - top
+    """The taken candidates' places among all go to memory, the first BL of them, in ascending order of ids. Returns
+    (mass of the others by temperature, float32 [BF]; how many are taken)."""
     lane = tl.arange(0, BF)
-    for number in tl.static_range(NT + 1):
-        e = tl.exp2(left * (tl.load(inv_ptr + number) * _LOG2E))
-        rest = tl.sum(tl.where(taken | (keys == 0), 0.0, e), 0)
-        rests = tl.where(lane == number, rests + rest, rests)
-    tl.store(scratch + num_taken + place, tl.arange(0, BT * WIDTH), mask=taken)
-    return rests, survivors
+    rests = tl.zeros((BF,), tl.float32)
+    above = 0
+    ties = 0
+    for start in range(0, num_taken, PT):
+        keys = _piece(x, scratch, start, V, num_taken, scale, cap, PT, WIDTH, SCALED, CAP)
+        taken, place, above, ties = _take(keys, upper, bound, above, ties, room)
+        left = _value_of(keys) - top
+        for number in tl.static_range(NT + 1):
+            e = tl.exp2(left * (tl.load(inv_ptr + number) * _LOG2E))
+            rest = tl.sum(tl.where(taken | (keys == 0), 0.0, e), 0)
+            rests = tl.where(lane == number, rests + rest, rests)
+        candidate = start * WIDTH + tl.arange(0, PT * WIDTH)
+        tl.store(scratch + num_taken + place, candidate, mask=taken & (place < BL))
+    return rests, above + tl.minimum(ties, room)
+
+
+@triton.jit
+def _survivors(
+    x, scratch, inv_ptr, least, top, V, num_taken, k, scale, cap,
+    NT: tl.constexpr, PT: tl.constexpr, BF: tl.constexpr, BL: tl.constexpr, WIDTH: tl.constexpr,
+    SCALED: tl.constexpr, CAP: tl.constexpr, LOW: tl.constexpr,
+):  # fmt: skip
+    """_sweep with a bound that leaves k .. BL candidates: `least`, a key that k reach, if it is one (0: none known)."""
+    upper = _above(least)
+    rests, number = _sweep(
+        x, scratch, inv_ptr, upper, least, 0, top, V, num_taken, scale, cap, NT, PT, BF, BL, WIDTH, SCALED, CAP
+    )
+    if number > BL:
+        # Many ties, or a small vocabulary: the largest bound that k reach, as in _best_tiles.
+        bound = least ^ least
+        bit = bound | 0x80000000
+        reached = number
+        step = 0
+        while (step < 32 - LOW) & (reached > k):
+            larger = bound | bit
+            found = _number_above(x, scratch, larger - 1, V, num_taken, scale, cap, PT, WIDTH, SCALED, CAP)
+            bound = tl.where(found >= k, larger, bound)
+            reached = tl.where(found >= k, found, reached)
+            bit = bit >> 1
+            step += 1
+        upper, has_ties = _ties_at(bound, reached, k, LOW)
+        found = _number_above(x, scratch, upper, V, num_taken, scale, cap, PT, WIDTH, SCALED, CAP)
+        room = tl.where(has_ties, k - found, 0)
+        tl.debug_barrier()  # the first list must be all written before the second
+        rests, number = _sweep(
+            x, scratch, inv_ptr, upper, bound, room, top, V, num_taken, scale, cap, NT, PT, BF, BL, WIDTH, SCALED, CAP
+        )
+    return rests, number
 
 
 @triton.jit
@@ -335,10 +416,10 @@ def select_kernel(
     scale,
     cap,
     NT: tl.constexpr,
-    BN: tl.constexpr,  # n, t, 1 + NT and parts, rounded up to powers of 2
-    BT: tl.constexpr,
+    BN: tl.constexpr,  # n, 1 + NT and parts, rounded up to powers of 2
     BF: tl.constexpr,
     BP: tl.constexpr,
+    PT: tl.constexpr,  # taken tiles that are looked at at a time, a power of 2
     BL: tl.constexpr,  # survivors at most: > k, a power of 2
     JB: tl.constexpr,  # survivors that are compared with all others at a time
     BX: tl.constexpr,  # columns beyond V per step
@@ -358,7 +439,7 @@ def select_kernel(
     inside = tile < num_tiles
     maxima = tl.load(stats + tile, mask=inside, other=_FILL)
     keys = tl.where(inside, _order_key(maxima), 0)
-    taken, place, number_taken = _largest(keys, num_taken, tl.full((), 0, tl.uint32), num_taken, LOW)
+    taken, place = _best_tiles(keys, num_taken, LOW)
     tl.store(scratch + place, tile, mask=taken)
     top = tl.max(tl.where(maxima == maxima, maxima, float("inf")), 0)
     # As many ids as tiles are taken reach the least of their maxima: no bound where those are fewer than k.
@@ -380,10 +461,10 @@ def select_kernel(
     moment = tl.sum(moment * tl.exp2(gap * _LOG2E), 0)
     tl.debug_barrier()  # other threads wrote the list of tiles
 
-    rests, survivors = _candidates(
-        x, scratch, inv_ptr, least, top, rests, V, num_taken, k, scale, cap,
-        NT, BT, BF, BL, WIDTH, SCALED, CAP, LOW,
-    )  # fmt: skip
+    left, survivors = _survivors(
+        x, scratch, inv_ptr, least, top, V, num_taken, k, scale, cap, NT, PT, BF, BL, WIDTH, SCALED, CAP, LOW
+    )
+    rests += left
     tl.debug_barrier()  # other threads wrote the candidates
     i = tl.arange(0, BL)
     ids, key = _ids_and_keys(x, scratch, i, i < survivors, V, num_taken, scale, cap, WIDTH, SCALED, CAP)

@@ -24,6 +24,7 @@ STEPS_PER_PROGRAM = 16
 PER_THREAD = 16
 MIN_WARPS, MAX_WARPS = 4, 16
 PAIRS = 4096  # of survivors that are compared at a time when they are put in order
+PIECE = 64  # taken tiles that are looked at at a time
 EXCLUDED_STEP = 256
 # Low bits of a float32 that are 0 in every value of a narrower dtype: the search for the k-th best need not look there.
 SILENT_BITS = {torch.bfloat16: 16, torch.float16: 13}
@@ -83,10 +84,11 @@ def select_shape(vocab_size: int, k: int, num_temperatures: int, parts: int) -> 
     """Block sizes and warps of select_kernel."""
     num_tiles = padded_width(vocab_size) // TILE
     tiles, taken, survivors = (triton.next_power_of_2(n) for n in (num_tiles, min(k, num_tiles), 2 * k))
-    widest = max(tiles, taken * TILE)
+    piece = min(PIECE, taken)
+    widest = max(tiles, piece * TILE)
     return {
         "BN": tiles,
-        "BT": taken,
+        "PT": piece,
         "BF": max(2, triton.next_power_of_2(1 + num_temperatures)),
         "BP": triton.next_power_of_2(parts),
         "BL": survivors,
