@@ -141,7 +141,9 @@ def bad_rows() -> dict[str, dict[str, Any]]:
             teacher_topk(logits=bad, k=20, labels=labels, temperatures=(2.0,), vocab_size=960, backend=backend)
             for backend in ("triton", "torch")
         )
-        good = teacher_topk(logits=bad[3:], k=20, labels=labels[3:], temperatures=(2.0,), vocab_size=960, backend="torch")
+        good = teacher_topk(
+            logits=bad[3:], k=20, labels=labels[3:], temperatures=(2.0,), vocab_size=960, backend="torch"
+        )
         rows = torch.tensor([0, 2])
         out[name] = {
             "first": bool((found.ids[rows, 0] == torch.tensor([17, 500])).all()),
