@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from potstill.kernels.types import SparseTargetTensors
 
 NO_RANK = 255
-# Ids that a teacher rules out (logits of -Inf) have log-probabilities below half of this, and a label there has this one.
+# Ids that a teacher rules out (logits of -Inf) have log-probabilities below half of this, a label among them has this.
 RULED_OUT_LOGIT = -1e4
 TARGET_STATS = ("mean_loss", "mean_entropy", "accuracy", "kept_mass", "num_targets")
 
