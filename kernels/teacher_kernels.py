@@ -9,8 +9,8 @@ that larger values have larger keys, -0.0 and 0.0 one key, and NaN the largest. 
 from the top (a radix descent: up to 32 counts over registers, no sort, nothing is moved), and equal keys at that bound
 are taken from the lowest id up by a running count. That finds the k tiles with the largest maxima. The least of these
 is a value that at least k ids reach, and as a rule few more: those, the survivors, are put in order by counting for
-each how many stand before it. Where more reach it than there is room for (many ties), the candidates are searched as the
-tiles were. All steps are exact and their order is fixed: the result is the same at every run.
+each how many stand before it. Where more reach it than there is room for (many ties), the candidates are searched as
+the tiles were. All steps are exact and their order is fixed: the result is the same at every run.
 
 All arithmetic is float32. A sum of exponentials is relative to its own tile's maximum and moved to the row's later;
 the mass outside the k ids is a sum of what was not taken, never `1 - kept`, which loses all digits of a small rest.
