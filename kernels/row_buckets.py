@@ -1,7 +1,7 @@
 """What a row kernel does with the k + 1 buckets of a row: the teacher's, and the divergence with its gradient.
 
-Twins of the functions of row_terms.py, which says why each form is taken; [BK] are the lanes of the entries. Absent buckets
-are NONE (divergences_triton.py).
+Twins of the functions of row_terms.py, which says why each form is taken; [BK] are the lanes of the entries. Absent
+buckets are NONE (divergences_triton.py).
 """
 
 import triton
@@ -105,9 +105,9 @@ def kd_terms(
     MODE: tl.constexpr,
     DRAWS: tl.constexpr,
 ):
-    """Twin of row_terms._kd_terms. log_p [BK], rest_p: of the teacher; u [BK], label_u, rest_u: log2 of what the student
-    has on the entries, on a label that is none of them (`own`) and on the rest without it; log_total: of all; kept_q: the
-    student's mass on the entries.
+    """Twin of row_terms._kd_terms. log_p [BK], rest_p: of the teacher; u [BK], label_u, rest_u: log2 of what the
+    student has on the entries, on a label that is none of them (`own`) and on the rest without it; log_total: of all;
+    kept_q: the student's mass on the entries.
 
     Returns the divergence, its gradient by z / T [BK] and at the own label, the weight of the softmax of the rest, and
     the masses of student and teacher on the kept buckets.

@@ -5,18 +5,18 @@ all that has the size of the kept ids in registers, streams a second time for th
 rows in flight fit it), and puts the special columns back. Formulas and their reference: row_terms.py (which see for why
 each form is taken) and rows_torch.py; divergences_triton.py has the divergences.
 
-Shapes: B rows of the slab, V logits each, BK lanes for the kept ids, tiles [R, C] of a row: R threads hold C neighbours
-each, a load of 16 bytes. Arithmetic is float32 whatever the slab's dtype; only the gradient is rounded to it, once.
+Shapes: B rows of the slab, V logits each, BK lanes for the kept ids, tiles [U, R, C] of a row
+(row_streams.py; buckets: row_buckets.py). Arithmetic is float32 whatever the slab's dtype; only the gradient is rounded to it, once.
 
 Numbers. `z` are logits after scale and cap, but the scale rides on the multiply-add before each exp2 (factor c) where
 there is no cap. Logarithms to base 2 relative to the row's maximum are `u`; the rest's sums are those of an online
-softmax (Milakov and Gimelshein, arXiv 1805.02867), kept by each thread for itself, so that the stream has no barrier; they
-meet once, at the end of the row. What was taken out of the stream holds FILL there, whose exponential is exactly 0: the
-mass of the rest is a sum of what is there, not `1 - sum q`. FILL is a number that every dtype holds exactly. Absent
+softmax (Milakov and Gimelshein, arXiv 1805.02867), kept by each thread for itself, so that the stream has no barrier;
+they meet once, at the end of the row. What was taken out of the stream holds FILL there, whose exponential is 0: the
+mass of the rest is a sum of what is there, not `1 - sum q`. FILL is a number that the dtype holds exactly. Absent
 buckets are NONE, not -inf: differences stay finite.
 
-Safety. Offsets of rows are 64 bits wide; ids and labels outside 0 .. V - 1 are never turned into an address and make the
-loss NaN; a row of weight 0 is not read. NaN logits give a NaN loss: maxima skip NaN, sums do not.
+Safety. Offsets of rows are 64 bits wide; ids and labels outside 0 .. V - 1 are never turned into an address and make
+the loss NaN; a row of weight 0 is not read. NaN logits give a NaN loss: maxima skip NaN, sums do not.
 """
 
 import triton
@@ -47,9 +47,9 @@ def _take_out(
 ):  # fmt: skip
     """The special columns, out of the row: z at them, and FILL in the slab's row x in their place.
 
-    read: the row that holds the logits, x itself without SOURCE. Returns ids [BK], which lanes are entries within V, which
-    of them is the label, z [BK]; scalars: whether the label is none of them, whether an id or the label is outside, z at
-    the label and at the first entry, the largest z, the largest of what the teacher says.
+    read: the row that holds the logits, x itself without SOURCE. Returns ids [BK], which lanes are entries within V,
+    which of them is the label, z [BK]; scalars: whether the label is none of them, whether an id or the label is
+    outside, z at the label and at the first entry, the largest z, the largest of what the teacher says.
     """
     lane = tl.arange(0, BK)
     entry = lane < count
@@ -127,7 +127,8 @@ def _weigh(
 
 @triton.jit
 def _relative(z, kept, label_z, own, top_z, rest, c):
-    """The best z of all; and in base 2 relative to it: at the entries, at a label that is none of them, the rest's best."""
+    """The best z of all; and in base 2, relative to it, at the entries, at a label that is none of them, and the rest's
+    best (NONE without a rest)."""
     rest_z, _, _, _, empty = rest
     best = tl.maximum(rest_z, top_z)
     best = tl.where(own, tl.maximum(best, label_z), best)

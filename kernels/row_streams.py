@@ -1,8 +1,8 @@
 """What a row kernel does along a whole row of V logits: two streams over it, and the columns that they leave out.
 
-Tiles are [U, R, C]: each of R threads holds U times C neighbours, a load of 16 bytes each, and all U leave together. A row
-is read in whole tiles, then in tiles of one load, and the ragged rest under a mask: a mask over the whole row would cost
-the wide loads where V is odd. All arithmetic is float32; see row_kernel.py for what the numbers are.
+Tiles are [U, R, C]: each of R threads holds U times C neighbours, a load of 16 bytes each, and all U leave together. A
+row is read in whole tiles, then in tiles of one load, and the ragged rest under a mask: a mask over the whole row would
+cost the wide loads where V is odd. All arithmetic is float32; see row_kernel.py for what the numbers are.
 """
 
 import triton
