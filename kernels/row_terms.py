@@ -33,8 +33,8 @@ class FixSet:
     """The columns of each row that the dense pass leaves alone.
 
     ids [B, F] int64 (0 where unused); kept [B, F] entries of the KD support (S); used [B, F] = kept or label;
-    is_label [B, F]; has_target, has_label [B]; log_p [B, F] teacher on S, log_rest [B] teacher's rest; outside [B] whether
-    an id or the label is not one of the vocabulary: such a column is left out, and the token's loss is NaN.
+    is_label [B, F]; has_target, has_label [B]; log_p [B, F] teacher on S, log_rest [B] teacher's rest; outside [B]
+    whether an id or the label is beyond the vocabulary: such a column is left out, and the token's loss is NaN.
     """
 
     ids: Tensor
