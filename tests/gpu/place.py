@@ -76,7 +76,8 @@ def from_logits(raw: Tensor, **options: Any) -> Found:
     """sparse_loss of raw [N, V], with its gradient; divided by 1 unless `normalizer` says otherwise."""
     leaf = raw.detach().requires_grad_()
     options = {"normalizer": torch.ones((), device=raw.device), **options}
-    return _found(*sparse_loss(logits=leaf, **options), (leaf,))
+    loss, sums = sparse_loss(logits=leaf, **options)
+    return _found(loss, sums, (leaf,))
 
 
 def from_hidden(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Found:
@@ -84,7 +85,8 @@ def from_hidden(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, **op
     leaves = tuple(x.detach().requires_grad_() for x in (hidden, weight, bias) if x is not None)
     options = {"normalizer": torch.ones((), device=hidden.device), **options}
     bias = leaves[2] if bias is not None else None
-    return _found(*linear_sparse_loss(hidden=leaves[0], weight=leaves[1], bias=bias, **options), leaves)
+    loss, sums = linear_sparse_loss(hidden=leaves[0], weight=leaves[1], bias=bias, **options)
+    return _found(loss, sums, leaves)
 
 
 def _found(loss: Tensor, sums: LossSums, leaves: tuple[Tensor, ...]) -> Found:
@@ -116,11 +118,14 @@ def assert_rows_close(got: Found, want: Found, limit: float) -> None:
     """Loss within `limit`, and each row of each gradient [rows, D] or [rows] within `limit` of its own norm."""
     assert float((got.loss - want.loss).abs()) <= limit * float(want.loss.abs()), (got.loss, want.loss)
     for found, wanted in zip(got.grads, want.grads, strict=True):
-        found, wanted = (x if x.dim() == 2 else x[None] for x in (found, wanted))
+        if wanted.dim() == 1:
+            found, wanted = found[None], wanted[None]
         # Rows next to zero (an id that hardly any token is sure of) are held to the norm of a middling row.
         norms = wanted.norm(dim=1)
         error = (found - wanted).norm(dim=1) / norms.clamp_min(float(norms.median()))
-        assert bool((error.nan_to_num(torch.inf) <= limit).all()), f"row {int(error.argmax())}: {float(error.max()):.2e}"
+        assert bool((error.nan_to_num(torch.inf) <= limit).all()), (
+            f"row {int(error.argmax())}: {float(error.max()):.2e}"
+        )
 
 
 def assert_same_bits(first: Found, second: Found) -> None:

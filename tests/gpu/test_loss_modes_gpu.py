@@ -42,14 +42,14 @@ MODES: dict[str, dict[str, Any]] = {
     "total_variation": {"divergence": "total_variation"},
     "mse_logprobs": {"divergence": "mse_logprobs", "missing_mass": "raw"},
 }
-COMMON = {"alpha": 0.6, "ce_weight": 0.3, "z_loss": 1e-3}
+COMMON: dict[str, Any] = {"alpha": 0.6, "ce_weight": 0.3, "z_loss": 1e-3}
 
 
 def logits_of(dtype: torch.dtype, *, num_tokens: int = TOKENS, vocab_size: int = VOCAB, seed: int = 0) -> torch.Tensor:
     return (torch.randn(num_tokens, vocab_size, device=DEVICE, generator=place.generator(seed)) * 3).to(dtype)
 
 
-def weights_of(num_tokens: int = TOKENS) -> dict[str, torch.Tensor]:
+def weights_of(num_tokens: int = TOKENS) -> dict[str, Any]:
     """Uneven weights, every fourth token's 0; other weights of the divergence."""
     place_of = torch.arange(num_tokens, device=DEVICE)
     return {"token_weights": (place_of % 4) * 0.5, "kd_weights": 0.25 + (place_of % 3).float()}
@@ -59,7 +59,12 @@ def weights_of(num_tokens: int = TOKENS) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("mode", list(MODES))
 def test_each_mode(mode: str, dtype: torch.dtype) -> None:
     targets = place.targets_of(TOKENS, VOCAB, COUNTS)
-    options = {**COMMON, **MODES[mode], "targets": targets, "labels": place.labels_of(TOKENS, VOCAB, targets)}
+    options: dict[str, Any] = {
+        **COMMON,
+        **MODES[mode],
+        "targets": targets,
+        "labels": place.labels_of(TOKENS, VOCAB, targets),
+    }
     raw = logits_of(dtype)
     place.check_from_logits(raw, **options)
     place.check_from_logits(raw, **options, **weights_of())
@@ -70,7 +75,7 @@ def test_sampled_targets(kind: str) -> None:
     targets = place.targets_of(TOKENS, VOCAB, COUNTS).to("cpu")
     made = (as_draws(targets, 300) if kind.startswith("draws") else as_weights(targets)).to(DEVICE)
     mode = {"missing_mass": "renorm"} if "sum" in kind else {}
-    options = {**COMMON, "divergence": "sampled", "targets": made, **mode}
+    options: dict[str, Any] = {**COMMON, "divergence": "sampled", "targets": made, **mode}
     place.check_from_logits(logits_of(torch.bfloat16), labels=place.labels_of(TOKENS, VOCAB, targets), **options)
 
 
@@ -78,7 +83,7 @@ def test_sampled_targets(kind: str) -> None:
 @pytest.mark.parametrize("soft_cap", [None, 8.0])
 def test_labels_alone(soft_cap: float | None, targets: str) -> None:
     given = None if targets == "none" else place.targets_of(TOKENS, VOCAB, COUNTS)
-    options = {"alpha": 0.0, "ce_weight": 0.8, "z_loss": 1e-3, "soft_cap": soft_cap, "targets": given}
+    options: dict[str, Any] = {"alpha": 0.0, "ce_weight": 0.8, "z_loss": 1e-3, "soft_cap": soft_cap, "targets": given}
     labels = place.labels_of(TOKENS, VOCAB)
     place.check_from_logits(logits_of(torch.bfloat16), labels=labels, **options, **weights_of())
 
@@ -109,7 +114,7 @@ def test_an_independent_reference(mode: str) -> None:
     targets = place.targets_of(num_tokens, VOCAB, COUNTS, period=7)
     labels = place.labels_of(num_tokens, VOCAB, targets)
     weights = torch.tensor([1.0, 0.5, 2.0, 0.0, 1.0, 3.0, 1.0])
-    options = {**COMMON, **MODES[mode]}
+    options: dict[str, Any] = {**COMMON, **MODES[mode]}
     raw = logits_of(torch.float32, num_tokens=num_tokens)
     leaf = raw.double().cpu().requires_grad_()
     loss, sums = reference_loss(leaf, targets.to("cpu"), labels.cpu(), weights=weights, **options)
@@ -127,7 +132,7 @@ def test_an_independent_reference(mode: str) -> None:
 def test_tokens_of_no_weight_are_not_read() -> None:
     targets = place.targets_of(TOKENS, VOCAB, COUNTS)
     labels, raw = place.labels_of(TOKENS, VOCAB, targets), logits_of(torch.bfloat16)
-    options = {**COMMON, "targets": targets, "labels": labels, **weights_of()}
+    options: dict[str, Any] = {**COMMON, "targets": targets, "labels": labels, **weights_of()}
     clean = place.from_logits(raw, backend=place.BACKEND, **options)
     unused = options["token_weights"] == 0
     for value in (math.nan, math.inf, -math.inf):
@@ -147,7 +152,7 @@ def test_logits_of_minus_infinity() -> None:
     out[token, targets.ids.long()] = False
     labels = torch.arange(TOKENS, device=DEVICE) * 3 + 1
     raw[out], finite[out] = -math.inf, -1e4
-    options = {**COMMON, "targets": targets, "labels": labels, "backend": place.BACKEND}
+    options: dict[str, Any] = {**COMMON, "targets": targets, "labels": labels, "backend": place.BACKEND}
     place.assert_close(place.from_logits(raw, **options), place.from_logits(finite, **options), torch.bfloat16)
 
 
@@ -169,7 +174,12 @@ def test_ids_beyond_the_vocabulary_touch_nothing(mode: str) -> None:
     raw = logits_of(torch.bfloat16)
     targets = place.targets_of(TOKENS, VOCAB, (17, 3))
     labels = place.labels_of(TOKENS, VOCAB)
-    options = {**COMMON, **MODES[mode], "normalizer": torch.ones((), device=DEVICE), "backend": place.BACKEND}
+    options: dict[str, Any] = {
+        **COMMON,
+        **MODES[mode],
+        "normalizer": torch.ones((), device=DEVICE),
+        "backend": place.BACKEND,
+    }
     clean = place.from_logits(raw, targets=targets, labels=labels, **options)
     ids = targets.ids.clone()
     bad_tokens = [5, 8, 11]
@@ -204,7 +214,7 @@ def test_from_hidden_states(dtype: torch.dtype, mode: str, with_bias: bool) -> N
     num_tokens, vocab_size = size(460, 37), size(32000, 500)
     hidden, weight, bias = linear_inputs(dtype, vocab_size, num_tokens)
     targets = place.targets_of(num_tokens, vocab_size, COUNTS)
-    options = {**COMMON, "targets": targets, "labels": place.labels_of(num_tokens, vocab_size, targets)}
+    options: dict[str, Any] = {**COMMON, "targets": targets, "labels": place.labels_of(num_tokens, vocab_size, targets)}
     options |= weights_of(num_tokens) if mode == "weights" else MODES[mode]
     inputs = (hidden, weight, *([bias] if with_bias else []))
     want = place.from_hidden(*(x.double() for x in inputs), backend="torch", **options)
@@ -220,7 +230,12 @@ def test_autocast_takes_its_dtype_and_gives_back_float32() -> None:
     num_tokens, vocab_size = size(100, 20), size(32000, 500)
     hidden, weight, _ = linear_inputs(torch.float32, vocab_size, num_tokens)
     targets = place.targets_of(num_tokens, vocab_size, COUNTS)
-    options = {**COMMON, "targets": targets, "labels": place.labels_of(num_tokens, vocab_size), "temperature": 2.0}
+    options: dict[str, Any] = {
+        **COMMON,
+        "targets": targets,
+        "labels": place.labels_of(num_tokens, vocab_size),
+        "temperature": 2.0,
+    }
     low = place.from_hidden(hidden.bfloat16(), weight.bfloat16(), backend=place.BACKEND, **options)
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         found = place.from_hidden(hidden, weight, backend=place.BACKEND, **options)
@@ -238,7 +253,11 @@ def test_token_statistics(dtype: torch.dtype, mode: str) -> None:
     num_tokens, vocab_size = size(300, 37), size(32000, 500)
     hidden, weight, _ = linear_inputs(dtype, vocab_size, num_tokens)
     targets = place.targets_of(num_tokens, vocab_size, COUNTS)
-    options = {"targets": targets, "labels": place.labels_of(num_tokens, vocab_size, targets), **MODES[mode]}
+    options: dict[str, Any] = {
+        "targets": targets,
+        "labels": place.labels_of(num_tokens, vocab_size, targets),
+        **MODES[mode],
+    }
     want = token_statistics(hidden=hidden.double(), weight=weight.double(), backend="torch", **options)
     chunk_bytes = size(128, 10) * vocab_size * dtype.itemsize
     got = token_statistics(hidden=hidden, weight=weight, backend=place.BACKEND, chunk_bytes=chunk_bytes, **options)
@@ -256,7 +275,7 @@ def test_self_check_passes_at_each_mode(mode: str) -> None:
     # Tokens 0, 4, 8 .. are chosen: without any entry where the bound of entries is above 0.
     targets = place.targets_of(num_tokens, vocab_size, (0, 17, 3, 255), period=8)
     labels = place.labels_of(num_tokens, vocab_size, targets)
-    options = {**COMMON, **MODES[mode], "targets": targets, "labels": labels, "backend": place.BACKEND}
+    options: dict[str, Any] = {**COMMON, **MODES[mode], "targets": targets, "labels": labels, "backend": place.BACKEND}
     for bound in (None, bias):
         figures = self_check(hidden=hidden, weight=weight, bias=bound, **options)
         assert set(figures) >= {"loss", "hidden gradient", "weight gradient"}
