@@ -46,29 +46,30 @@ class Gradients:
 
 def run_chunks(
     call: LossCall, hidden: Tensor, weight: Tensor, bias: Tensor | None, *, needs: tuple[bool, bool, bool]
-) -> tuple[Tensor, Tensor, Gradients]:
-    """(sum of losses 0-d, sums [14], gradients of that sum by those of hidden, weight, bias that `needs` names)."""
+) -> tuple[Tensor, Gradients]:
+    """(sums [15] of losses and of the 14 figures, gradients of the first by those of hidden, weight, bias that `needs`
+    names)."""
     dtype, device = call.weights.dtype, hidden.device
-    num_tokens, vocab_size = hidden.shape[0], weight.shape[0]
-    total = torch.zeros((), dtype=dtype, device=device)
-    sums = torch.zeros(len(LossSums.names()), dtype=dtype, device=device)
+    vocab_size = weight.shape[0]
+    table = call.table()
     all_rows = call.rows is None
     grads = Gradients(
         (torch.empty_like if all_rows else torch.zeros_like)(hidden) if needs[0] else None,
         torch.empty(weight.shape, dtype=dtype, device=device) if needs[1] else None,
         torch.zeros(vocab_size, dtype=dtype, device=device) if needs[2] else None,
     )
-    num_rows = num_tokens if call.rows is None else call.rows.shape[0]
-    buffer = call.backend.slab(min(call.chunk_rows, num_rows), vocab_size, weight.dtype, device)
+    buffer = call.backend.slab(min(call.chunk_rows, call.num_rows), vocab_size, weight.dtype, device)
     first = True
-    for rows in call.chunks(num_tokens):
-        states = hidden.index_select(0, rows)
-        slab = products.logits(states, weight, bias, out=buffer[: rows.shape[0]])
-        loss, parts = call.backend.slab_pass(slab, call.tokens(rows), with_gradient=any(needs))
-        total += loss.sum()
-        sums += parts.sum(1)
+    for part, tokens in call.chunks():
+        states = tokens.take(hidden)
+        slab = products.logits(states, weight, bias, out=buffer[: tokens.count])
+        call.backend.slab_pass(slab, tokens, out=table[:, part], with_gradient=any(needs))
         if grads.hidden is not None:
-            grads.hidden[rows] = products.hidden_gradient(slab, weight)
+            product = products.hidden_gradient(slab, weight)
+            if tokens.rows is None:
+                grads.hidden[part] = product
+            else:
+                grads.hidden.index_copy_(0, tokens.rows, product)
         if grads.weight is not None:
             products.add_weight_gradient(grads.weight, slab, states, first=first)
         if grads.bias is not None:
@@ -76,7 +77,7 @@ def run_chunks(
         first = False
     if first and grads.weight is not None:
         grads.weight.zero_()
-    return total, sums, grads
+    return table.sum(1), grads
 
 
 def take_gradients(ctx: Any) -> Any:
@@ -98,13 +99,14 @@ class FusedLinearLoss(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LossCall, needs: tuple[bool, ...]
     ) -> tuple[Tensor, Tensor]:
         flags = (needs[0], needs[1], needs[2])
-        total, sums, grads = run_chunks(call, hidden, weight, bias, needs=flags)
+        sums, grads = run_chunks(call, hidden, weight, bias, needs=flags)
         # Neither inputs nor outputs, so they may be kept on ctx itself, where backward can let them go.
         ctx.gradients = (grads.hidden, grads.weight, grads.bias)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.call = call
-        ctx.mark_non_differentiable(sums)
-        return total * call.inverse_normalizer, sums
+        loss, figures = sums[0] * call.inverse_normalizer, sums[1:]
+        ctx.mark_non_differentiable(figures)
+        return loss, figures
 
     @staticmethod
     @once_differentiable
@@ -121,35 +123,35 @@ class FusedLinearLoss(torch.autograd.Function):
 
 def run_logits(
     call: LossCall, logits: Tensor, *, needs_grad: bool, inplace: bool, factor: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(sum of losses, sums [14], the gradient of that sum times `factor` by the logits)."""
-    dtype, num_tokens = call.weights.dtype, logits.shape[0]
-    total = torch.zeros((), dtype=dtype, device=logits.device)
-    sums = torch.zeros(len(LossSums.names()), dtype=dtype, device=logits.device)
+) -> tuple[Tensor, Tensor | None]:
+    """(sums [15] of losses and of the 14 figures, the gradient of the first times `factor` by the logits)."""
+    table = call.table()
     # `.data`: the caller gave the buffer up, so its version counter need not guard it.
     grad = (logits.data if inplace else torch.empty_like(logits)) if needs_grad else None
     wanted = call.backend.slab_dtype(logits.dtype)
     direct = call.rows is None and grad is not None and grad.dtype == wanted and grad.is_contiguous()
-    # A slab that is the gradient itself costs nothing: on a GPU all rows then go at once.
-    chunk_rows = num_tokens if direct and logits.is_cuda else call.chunk_rows
-    every = torch.arange(num_tokens, device=logits.device) if call.rows is None else call.rows
-    for start in range(0, every.shape[0], max(1, chunk_rows)):
-        part = slice(start, start + chunk_rows)
-        rows = every[part]
-        if direct and grad is not None:
-            slab = grad[part] if inplace else grad[part].copy_(logits[part])
-        else:
-            slab = logits.index_select(0, rows).to(wanted)
-        loss, parts = call.backend.slab_pass(slab, call.tokens(rows), with_gradient=needs_grad, factor=factor)
-        total += loss.sum()
-        sums += parts.sum(1)
-        if grad is not None and not direct:
-            grad[rows] = slab.to(grad.dtype)
+    if direct and grad is not None:
+        # A slab that is the gradient itself costs nothing: on a GPU all rows then go at once.
+        chunk_rows = call.num_rows if logits.is_cuda else call.chunk_rows
+        source = None if inplace else logits
+        for part, tokens in call.parts(None, call.num_rows, chunk_rows):
+            call.backend.slab_pass(
+                grad[part], tokens, out=table[:, part], with_gradient=True, factor=factor, source=source
+            )
+        return table.sum(1), grad
+    buffer = torch.empty(min(call.chunk_rows, call.num_rows), logits.shape[1], dtype=wanted, device=logits.device)
+    for part, tokens in call.chunks():
+        slab = buffer[: tokens.count]
+        call.backend.slab_pass(
+            slab, tokens, out=table[:, part], with_gradient=needs_grad, factor=factor, source=logits
+        )
+        if grad is not None:
+            grad.index_copy_(0, tokens.index(), slab.to(grad.dtype))
     if grad is not None and call.rows is not None:
-        unused = torch.ones(num_tokens, dtype=torch.bool, device=logits.device)
+        unused = torch.ones(logits.shape[0], dtype=torch.bool, device=logits.device)
         unused[call.rows] = False
         grad.masked_fill_(unused[:, None], 0)
-    return total, sums, grad
+    return table.sum(1), grad
 
 
 class FusedLoss(torch.autograd.Function):
@@ -161,10 +163,11 @@ class FusedLoss(torch.autograd.Function):
         # In float16 it would underflow times q, and is left for backward.
         late = logits.dtype == torch.float16
         factor = None if late else call.inverse_normalizer
-        total, sums, ctx.gradients = run_logits(call, logits, needs_grad=needs_grad, inplace=inplace, factor=factor)
+        sums, ctx.gradients = run_logits(call, logits, needs_grad=needs_grad, inplace=inplace, factor=factor)
         ctx.call, ctx.late = call, late
-        ctx.mark_non_differentiable(sums)
-        return total * call.inverse_normalizer, sums
+        loss, figures = sums[0] * call.inverse_normalizer, sums[1:]
+        ctx.mark_non_differentiable(figures)
+        return loss, figures
 
     @staticmethod
     @once_differentiable

@@ -13,7 +13,7 @@ from potstill.kernels import backends
 from potstill.kernels.backend import Backend, SlabTokens
 from potstill.kernels.checks import check_labels, check_linear, check_targets, check_tensor, validate_targets
 from potstill.kernels.settings import LossSettings
-from potstill.kernels.types import KernelInputError, SparseTargetTensors
+from potstill.kernels.types import KernelInputError, LossSums, SparseTargetTensors
 
 CUDA_CHUNK_BYTES = 512 << 20
 CPU_CHUNK_BYTES = 32 << 20
@@ -144,25 +144,40 @@ class LossCall:
             width=0 if targets is None else targets.width,
         )
 
-    def chunks(self, num_tokens: int) -> Iterator[Tensor]:
-        """Token indices (int64 [B]) of each chunk."""
-        rows = self.rows
-        if rows is None:
-            rows = torch.arange(num_tokens, device=self.labels.device)
-        yield from (part for part in rows.split(self.chunk_rows) if part.shape[0])
+    @property
+    def num_rows(self) -> int:
+        """M, the tokens that take part."""
+        return self.labels.shape[0] if self.rows is None else self.rows.shape[0]
 
-    def tokens(self, rows: Tensor) -> SlabTokens:
-        """The tokens `rows` (int64 [B]) as a backend takes them."""
+    def chunks(self) -> Iterator[tuple[slice, SlabTokens]]:
+        """The tokens that take part, chunk by chunk, and which of the M each chunk has."""
+        yield from self.parts(self.rows, self.num_rows, self.chunk_rows)
+
+    def parts(self, rows: Tensor | None, num_rows: int, chunk_rows: int) -> Iterator[tuple[slice, SlabTokens]]:
+        """The tokens `rows` (int64 [num_rows]; None: the first num_rows), at most chunk_rows at a time."""
+        for start in range(0, num_rows, max(1, chunk_rows)):
+            part = slice(start, min(start + chunk_rows, num_rows))
+            yield part, self.tokens(None if rows is None else rows[part], start, part.stop - start)
+
+    def tokens(self, rows: Tensor | None, first: int, count: int) -> SlabTokens:
+        """The tokens `rows` (int64 [count]; None: first .. first + count - 1) as a backend takes them."""
         return SlabTokens(
             settings=self.settings,
             targets=self.targets,
             labels=self.labels,
-            rows=rows,
-            width=self.width,
-            weights=self.weights[rows],
-            kd_weights=self.kd_weights[rows],
+            weights=self.weights,
+            kd_weights=self.kd_weights,
             factors=self.factors,
+            width=self.width,
+            rows=rows,
+            first=first,
+            count=count,
         )
+
+    def table(self) -> Tensor:
+        """An empty [15, M] for what the slab passes say of each token: its loss, then the figures of LossSums."""
+        num_figures = 1 + len(LossSums.names())
+        return torch.empty(num_figures, self.num_rows, dtype=self.weights.dtype, device=self.weights.device)
 
 
 def _vector(name: str, value: Tensor | None, num_tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:

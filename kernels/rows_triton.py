@@ -15,6 +15,7 @@ from torch import Tensor
 
 from potstill.kernels import products
 from potstill.kernels.backend import Backend
+from potstill.kernels.one_pass import OnePass
 from potstill.kernels.row_terms import FixSet, RowStats, RowTerms, build_fix_set, row_terms
 from potstill.kernels.settings import LossSettings
 from potstill.kernels.soft_cap import cap_slope
@@ -164,7 +165,7 @@ def scale(value: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 TRITON = Backend(
     name="triton",
-    slab_pass=TwoPasses(row_stats, row_gradient),
+    slab_pass=OnePass(otherwise=TwoPasses(row_stats, row_gradient)),
     slab_dtype=slab_dtype,
     row_alignment=64,
     tile_stats=tile_stats,

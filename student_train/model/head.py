@@ -155,4 +155,6 @@ def selection_figures(micro: MicroBatch, token_weights: Tensor, kd_weights: Tens
     labelled = (micro.labels != IGNORE_LABEL).sum()
     kd = token_weights if kd_weights is None else token_weights * kd_weights
     figures = [labelled, (token_weights > 0).sum(), (kd > 0).sum(), token_weights.square().sum()]
-    return torch.stack([*(figure.float() for figure in figures), token_weights.new_tensor(float(measured)).float()])
+    # The host's number is filled in on the device: a copy of it would wait for all that runs there.
+    host = torch.full((), float(measured), device=token_weights.device)
+    return torch.stack([*(figure.float() for figure in figures), host])
