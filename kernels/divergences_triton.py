@@ -90,9 +90,9 @@ def _total_variation(log_p, log_q, inverse_count, option):
 
 @triton.jit
 def _mse_logprobs(log_p, log_q, inverse_count, option):
-    kept = (log_p > 0.5 * NONE) & (inverse_count > 0)
-    difference = tl.where(kept, log_q - log_p, 0.0)
-    return difference * difference * inverse_count, 2 * difference * inverse_count
+    difference = tl.where(log_p > 0.5 * NONE, log_q - log_p, 0.0)
+    share = difference * inverse_count  # first: 0 for the rest bucket, however large the difference
+    return share * difference, 2 * share
 
 
 @triton.jit

@@ -26,7 +26,7 @@ LOAD_BYTES = 16  # of one thread at a time
 
 @dataclass(frozen=True)
 class LaunchShape:
-    """How one row is spread over a program: its warps, threads per warp, tiles per step, the second stream's direction.
+    """How one row is spread over a program: its warps, threads per warp, loads of a thread at a time, the second stream's direction.
 
     The first two bound the registers: 65536 of a multiprocessor over 1024 threads are 64 each. As many threads as there
     may be per row mean as few rows in flight as there may be, and the second stream finds them in the L2 cache.
@@ -34,7 +34,7 @@ class LaunchShape:
 
     num_warps: int = 32
     warp_size: int = 32
-    unroll: int = 4
+    loads: int = 4
     backwards: bool = True
 
 
@@ -45,7 +45,7 @@ def launch_shape(vocab_size: int, dtype: torch.dtype, settings: LossSettings) ->
     most = 1024 // warp_size
     warps = min(most, max(1, triton.next_power_of_2(-(-vocab_size // elements))))
     heavy = settings.soft_cap is not None or settings.student_temperature != 1.0
-    return LaunchShape(num_warps=warps, warp_size=warp_size, unroll=2 if heavy else 4)
+    return LaunchShape(num_warps=warps, warp_size=warp_size, loads=2 if heavy else 4)
 
 
 def fill_of(dtype: torch.dtype) -> float:
@@ -133,7 +133,7 @@ class OnePass:
                 BK=max(16, triton.next_power_of_2(tokens.width)),
                 R=shape.num_warps * shape.warp_size,
                 C=LOAD_BYTES // slab.dtype.itemsize,
-                UNROLL=shape.unroll,
+                U=shape.loads,
                 BACKWARDS=shape.backwards,
                 MODE=settings.missing_mass,
                 DIVERGENCE=TWINS[settings.divergence],

@@ -50,18 +50,20 @@ def _slope(z, scale, cap, CAP: tl.constexpr):
     if CAP:
         ratio = tl.minimum(tl.maximum(z * (1.0 / cap), -1.0), 1.0)  # only tames columns that were taken out
         return scale * (1.0 - ratio * ratio)
-    return scale
+    else:
+        return scale
 
 
 @triton.jit
-def _tile(R: tl.constexpr, C: tl.constexpr):
-    """Offsets int32 [R, C] of a tile's elements."""
-    return tl.arange(0, R)[:, None] * C + tl.arange(0, C)[None, :]
+def _tile(U: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    """Offsets int32 [U, R, C] of a tile's elements: U loads of each thread, which leave together."""
+    column = tl.arange(0, R)[None, :, None] * C + tl.arange(0, C)[None, None, :]
+    return tl.arange(0, U)[:, None, None] * (R * C) + column
 
 
 @triton.jit
 def _load(x, offsets, V, scale, cap, MASKED: tl.constexpr, CAP: tl.constexpr, FILL: tl.constexpr, KEEP: tl.constexpr):
-    """z float32 [R, C] of the row x; FILL beyond V. KEEP: "evict_last" for what will be read again."""
+    """z float32 [U, R, C] of the row x; FILL beyond V. KEEP: "evict_last" for what will be read again."""
     if MASKED:
         raw = tl.load(x + offsets, mask=offsets < V, other=FILL, eviction_policy=KEEP).to(tl.float32)
     else:
@@ -88,17 +90,24 @@ def _special(x, at, inside, scale, cap, CAP: tl.constexpr):
 
 
 @triton.jit
-def _accumulate(z, best, s, s_t, moment, c, inv_t, TWO: tl.constexpr):
-    """One tile z [R, C] into each thread's best z, sum of 2^u, of 2^(u / T), of u 2^u (all [R])."""
-    new = tl.maximum(best, tl.max(z, 1))
+def _over_thread(value):
+    """Sum [R] of a tile [U, R, C]: within each thread."""
+    return tl.sum(tl.sum(value, 2), 0)
+
+
+@triton.jit
+def _accumulate(z, state, c, inv_t, TWO: tl.constexpr):
+    """One tile z [U, R, C] into each thread's best z, sum of 2^u, of 2^(u / T), of u 2^u (all [R])."""
+    best, s, s_t, moment = state
+    new = tl.maximum(best, tl.max(tl.max(z, 2), 0))
     gap = tl.maximum((best - new) * c, _FAR)
-    u = z * c - (new * c)[:, None]
+    u = z * c - (new * c)[None, :, None]
     e = tl.exp2(u)
     shrink = tl.exp2(gap)
-    moment = (moment + gap * s) * shrink + tl.sum(e * tl.maximum(u, _FAR), 1)
-    s = s * shrink + tl.sum(e, 1)
+    moment = (moment + gap * s) * shrink + _over_thread(e * tl.maximum(u, _FAR))
+    s = s * shrink + _over_thread(e)
     if TWO:
-        s_t = s_t * tl.exp2(gap * inv_t) + tl.sum(tl.exp2(u * inv_t), 1)
+        s_t = s_t * tl.exp2(gap * inv_t) + _over_thread(tl.exp2(u * inv_t))
     return new, s, s_t, moment
 
 
@@ -110,27 +119,31 @@ def _sums_of_rest(
     cap,
     c,
     inv_t,
+    U: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
-    UNROLL: tl.constexpr,
     TWO: tl.constexpr,
     CAP: tl.constexpr,
     FILL: tl.constexpr,
 ):
     """The first stream. Scalars: the rest's best z, and relative to it sums of 2^u, of 2^(u / T) and of u 2^u; whether
     there is no rest (the sums are 0 then)."""
-    best = tl.full((R,), NONE, tl.float32)
-    s = tl.zeros((R,), tl.float32)
-    s_t = tl.zeros((R,), tl.float32)
-    moment = tl.zeros((R,), tl.float32)
-    offsets = _tile(R, C)
+    zero = tl.zeros((R,), tl.float32)
+    state = (zero + NONE, zero, zero, zero)
+    large = (V // (U * R * C)) * (U * R * C)
     whole = (V // (R * C)) * (R * C)
-    for start in tl.range(0, whole, R * C, loop_unroll_factor=UNROLL):
+    offsets = _tile(U, R, C)
+    for start in range(0, large, U * R * C):
         z = _load(x, start + offsets, V, scale, cap, False, CAP, FILL, "evict_last")
-        best, s, s_t, moment = _accumulate(z, best, s, s_t, moment, c, inv_t, TWO)
+        state = _accumulate(z, state, c, inv_t, TWO)
+    offsets = _tile(1, R, C)
+    for start in range(large, whole, R * C):
+        z = _load(x, start + offsets, V, scale, cap, False, CAP, FILL, "evict_last")
+        state = _accumulate(z, state, c, inv_t, TWO)
     if whole < V:
         z = _load(x, whole + offsets, V, scale, cap, True, CAP, FILL, "evict_last")
-        best, s, s_t, moment = _accumulate(z, best, s, s_t, moment, c, inv_t, TWO)
+        state = _accumulate(z, state, c, inv_t, TWO)
+    best, s, s_t, moment = state
     top = tl.max(best, 0)
     empty = top <= 0.5 * FILL  # nothing but columns that were taken out
     gap = tl.maximum((best - top) * c, _FAR)
@@ -166,29 +179,33 @@ def _write_gradient(
     row,
     scale,
     cap,
+    U: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
-    UNROLL: tl.constexpr,
     TWO: tl.constexpr,
     CAP: tl.constexpr,
     FILL: tl.constexpr,
     BACKWARDS: tl.constexpr,
 ):
     """The second stream, from the end of the row where BACKWARDS: what was read last is the likeliest to be cached."""
-    offsets = _tile(R, C)
+    large = (V // (U * R * C)) * (U * R * C)
     whole = (V // (R * C)) * (R * C)
+    offsets = _tile(1, R, C)
     if whole < V:
         _write_block(x, whole + offsets, V, row, scale, cap, True, TWO, CAP, FILL)
-    for start in tl.range(0, whole, R * C, loop_unroll_factor=UNROLL):
-        at = whole - R * C - start if BACKWARDS else start
+    for start in range(large, whole, R * C):
+        _write_block(x, start + offsets, V, row, scale, cap, False, TWO, CAP, FILL)
+    offsets = _tile(U, R, C)
+    for start in range(0, large, U * R * C):
+        at = large - U * R * C - start if BACKWARDS else start
         _write_block(x, at + offsets, V, row, scale, cap, False, TWO, CAP, FILL)
 
 
 @triton.jit
 def _clear(x, V, R: tl.constexpr, C: tl.constexpr):
     """0 over a row that is not read."""
-    offsets = _tile(R, C)
-    zero = tl.zeros((R, C), tl.float32)
+    offsets = _tile(1, R, C)
+    zero = tl.zeros((1, R, C), tl.float32)
     for start in range(0, V, R * C):
         tl.store(x + start + offsets, zero, mask=start + offsets < V)
 
@@ -196,7 +213,7 @@ def _clear(x, V, R: tl.constexpr, C: tl.constexpr):
 @triton.jit
 def _copy(source, x, V, R: tl.constexpr, C: tl.constexpr):
     """One row into another, as it is."""
-    offsets = _tile(R, C)
+    offsets = _tile(1, R, C)
     whole = (V // (R * C)) * (R * C)
     for start in range(0, whole, R * C):
         tl.store(x + start + offsets, tl.load(source + start + offsets, eviction_policy="evict_first"))
@@ -314,7 +331,7 @@ def _kd_terms(
     count = tl.sum((log_p > 0.5 * NONE).to(tl.float32), 0) + tl.where(label_p > 0.5 * NONE, 1.0, 0.0)
     inverse = 1.0 / tl.maximum(count, 1.0)
     term, a = DIVERGENCE(log_p, bucket_q, inverse, option)
-    rest_term, a_rest = DIVERGENCE(rest_p, bucket_rest, 0.0, option)
+    rest_term, a_rest = DIVERGENCE(rest_p, bucket_rest, inverse * 0.0, option)
     value = tl.sum(term, 0) + rest_term
     kept_mass = tl.sum(exp(log_p), 0) + exp(label_p)
     if MODE == "support":
@@ -441,7 +458,7 @@ def _weigh(
 def _row(
     x, read, row, token, weight, offset_ptr, id_ptr, value_ptr, tail_ptr, label_ptr, kd_weight_ptr, factor_ptr,
     upstream_ptr, out, stride_out, V, scale, cap, student_t, teacher_t, num_draws, option,
-    BK: tl.constexpr, R: tl.constexpr, C: tl.constexpr, UNROLL: tl.constexpr, BACKWARDS: tl.constexpr,
+    BK: tl.constexpr, U: tl.constexpr, R: tl.constexpr, C: tl.constexpr, BACKWARDS: tl.constexpr,
     KIND: tl.constexpr, MODE: tl.constexpr, DIVERGENCE: tl.constexpr, TEMPERED: tl.constexpr, TWO: tl.constexpr,
     PLAIN: tl.constexpr, CAP: tl.constexpr, FILL: tl.constexpr, GRADIENT: tl.constexpr, SOURCE: tl.constexpr,
 ):  # fmt: skip
@@ -457,7 +474,7 @@ def _row(
     c = _LOG2E if CAP else scale * _LOG2E
     inv_t = 1.0 / student_t
     rest_z, rest_sum, rest_sum_t, rest_moment, empty = _sums_of_rest(
-        x, V, scale, cap, c, inv_t, R, C, UNROLL, TWO, CAP, FILL
+        x, V, scale, cap, c, inv_t, U, R, C, TWO, CAP, FILL
     )
     best, u, label_u, q, label_q, rest_q, gap, log_total, lse, entropy = _label_terms(
         z, kept, label_z, own, bad, rest_z, rest_sum, rest_moment, empty, c
@@ -485,7 +502,7 @@ def _row(
         )  # fmt: skip
     else:
         has_target = weight != weight
-        kd = kd_label_grad = kd_rest = student_mass = kept_mass = 0.0
+        kd, kd_label_grad, kd_rest, student_mass, kept_mass = 0.0, 0.0, 0.0, 0.0, 0.0
         kd_grad = tl.zeros((BK,), tl.float32)
     grad, label_grad, weight_t, weight_1 = _weigh(
         kd, kd_grad, kd_label_grad, kd_rest, student_mass, kept_mass, q, label_q, rest_q, lse, entropy, ce, hit,
@@ -501,7 +518,7 @@ def _row(
             dense = (c * inv_t, log_t, weight_t * slope, c, log_1, weight_1 * slope)
         else:
             dense = (c, log_1, (weight_t + weight_1) * slope, c, log_1, 0.0)
-        _write_gradient(x, V, dense, scale, cap, R, C, UNROLL, TWO and PLAIN, CAP, FILL, BACKWARDS)
+        _write_gradient(x, V, dense, scale, cap, U, R, C, TWO and PLAIN, CAP, FILL, BACKWARDS)
         grad = grad * upstream * _slope(z, scale, cap, CAP)
         label_grad = label_grad * upstream * _slope(label_z, scale, cap, CAP)
         tl.debug_barrier()  # the stream of other threads wrote these columns too
@@ -531,8 +548,8 @@ def row_kernel(
     num_draws,  # float: of each token, -1 for the sum of its counts
     option,  # the divergence's constant
     BK: tl.constexpr,  # lanes for the entries, a power of 2
-    R: tl.constexpr, C: tl.constexpr,  # a tile: R threads with C neighbours each
-    UNROLL: tl.constexpr, BACKWARDS: tl.constexpr,  # tiles per step; the second stream's direction
+    U: tl.constexpr, R: tl.constexpr, C: tl.constexpr,  # a tile: R threads with U times C neighbours each
+    BACKWARDS: tl.constexpr,  # the second stream's direction
     KIND: tl.constexpr,  # "none", "logprobs", "counts", "log_weights"
     MODE: tl.constexpr,  # of missing mass
     DIVERGENCE: tl.constexpr,  # one of divergences_triton.TWINS
@@ -555,6 +572,6 @@ def row_kernel(
         _row(
             x, read, row, token, weight, offset_ptr, id_ptr, value_ptr, tail_ptr, label_ptr, kd_weight_ptr, factor_ptr,
             upstream_ptr, out_ptr + row, stride_out, V, scale, cap, student_t, teacher_t, num_draws, option,
-            BK, R, C, UNROLL, BACKWARDS, KIND, MODE, DIVERGENCE, TEMPERED, TWO, PLAIN, CAP, FILL, GRADIENT,
+            BK, U, R, C, BACKWARDS, KIND, MODE, DIVERGENCE, TEMPERED, TWO, PLAIN, CAP, FILL, GRADIENT,
             source_ptr is not None,
         )  # fmt: skip

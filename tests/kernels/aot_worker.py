@@ -70,7 +70,7 @@ def build(case: dict, target: GPUTarget):
     attributes = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     constants = {(kernel.arg_names.index(n),): value for n, value in case["constants"].items()}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": case["warps"], "num_stages": 2, "enable_fp_fusion": True}
+    options = {"num_warps": case["warps"], "num_stages": 2, "enable_fp_fusion": True, **case.get("options", {})}
     return triton.compile(source, target=target, options=options), case["warps"] * target.warp_size
 
 
