@@ -183,27 +183,52 @@ def tile_kernel(
 
 
 @triton.jit
-def _chosen(keys, count, LOW: tl.constexpr):
-    """(taken bool, place int32) of the `count` largest of keys uint32 [C], equal ones from the front, C <= 32768.
+def _above(bound):
+    """The uint32 below a bound, so that `key >= bound` is `key > below`, where keys of 0 are no keys."""
+    return bound - (bound > 0).to(tl.uint32)
 
-    place: 0 .. count - 1 in the order of the lanes. Keys of 0 are no keys; at least `count` others must be there.
-    LOW: how many low bits tell no two keys apart.
-    """
+
+@triton.jit
+def _ties_at(bound, reached, count, LOW: tl.constexpr):
+    """(upper, ties) for a bound that `reached` >= count keys reach: the largest are those above `upper`, and where not
+    all that reach the bound are taken, ties are those from the bound up to it."""
+    return tl.where(reached == count, _above(bound), bound | ((1 << LOW) - 1)), reached != count
+
+
+@triton.jit
+def _take(keys, upper, bound, above_before, ties_before, room):
+    """(taken bool, place int32, above, ties) of keys uint32 [C], C <= 32768: those above `upper`, and of those from
+    bound > 0 to upper the first `room`; place: 0, 1, .. in the order of the lanes. above_before and ties_before: how
+    many there were of both kinds in the pieces before this one; the last two results: after it."""
+    above = keys > upper
+    tie = (keys >= bound) & (keys > 0) & (above == 0)
+    # Both running counts in one scan: the low 16 bits count those above, the high ones the ties.
+    running = tl.cumsum(above.to(tl.int32) + (tie.to(tl.int32) << 16), 0)
+    ties = ties_before + (running >> 16)
+    taken = above | (tie & (ties <= room))
+    place = above_before + (running & 0xFFFF) + tl.minimum(ties, room) - 1
+    return taken, place, above_before + tl.sum(above.to(tl.int32), 0), ties_before + tl.sum(tie.to(tl.int32), 0)
+
+
+@triton.jit
+def _best_tiles(keys, count, LOW: tl.constexpr):
+    """(taken bool, place int32) of the `count` largest of keys uint32 [C], equal ones from the front."""
     bound = tl.full((), 0, tl.uint32)
     bit = tl.full((), 0x80000000, tl.uint32)
-    for _ in range(32 - LOW):
+    reached = tl.sum((keys > 0).to(tl.int32), 0)
+    step = 0
+    # The largest bound that `count` keys reach, bit by bit from the top; done early if exactly they reach it.
+    while (step < 32 - LOW) & (reached > count):
         larger = bound | bit
-        reached = tl.sum((keys >= larger).to(tl.int32), 0)
-        bound = tl.where(reached >= count, larger, bound)
+        number = tl.sum((keys >= larger).to(tl.int32), 0)
+        bound = tl.where(number >= count, larger, bound)
+        reached = tl.where(number >= count, number, reached)
         bit = bit >> 1
-    above = keys > (bound | ((1 << LOW) - 1))
-    equal = (keys >= bound) & (keys > 0) & (above == 0)
-    # Both running counts in one scan: the low 16 bits count those above, the high ones the equal.
-    running = tl.cumsum(above.to(tl.int32) + (equal.to(tl.int32) << 16), 0)
-    room = count - tl.sum(above.to(tl.int32), 0)
-    ties = running >> 16
-    taken = above | (equal & (ties <= room))
-    return taken, (running & 0xFFFF) + tl.minimum(ties, room) - 1
+        step += 1
+    upper, has_ties = _ties_at(bound, reached, count, LOW)
+    room = tl.where(has_ties, count - tl.sum((keys > upper).to(tl.int32), 0), 0)
+    taken, place, above, ties = _take(keys, upper, bound, 0, 0, room)
+    return taken, place
 
 
 @triton.jit
@@ -237,28 +262,134 @@ def _label_figures(x, label, above, lse, V, scale, cap, SCALED: tl.constexpr, CA
 
 
 @triton.jit
-def _put_in_order(
-    scratch,  # pointer to int32 [2, k]: keys, then ids, in ascending order of ids
-    id_out,  # pointers to the row's k results
-    logprob_out,
-    k,
-    lse,
-    BK: tl.constexpr,
-    JB: tl.constexpr,
+def _ids_and_keys(
+    x,
+    scratch,
+    lanes,  # int32 [L]: which survivors
+    inside,  # bool [L]
+    V,
+    num_taken,
+    scale,
+    cap,
+    WIDTH: tl.constexpr,
+    SCALED: tl.constexpr,
+    CAP: tl.constexpr,
 ):
-    """The k taken ids and their log-probabilities by (value down, id up)."""
-    i = tl.arange(0, BK)
-    key = tl.load(scratch + i, mask=i < k, other=0).to(tl.uint32, bitcast=True)
-    ids = tl.load(scratch + k + i, mask=i < k, other=0)
-    place = tl.zeros((BK,), tl.int32)
-    for start in range(0, k, JB):
-        j = start + tl.arange(0, JB)
-        other = tl.load(scratch + j, mask=j < k, other=0).to(tl.uint32, bitcast=True)
-        before = (other[None, :] > key[:, None]) | ((other[None, :] == key[:, None]) & (j[None, :] < i[:, None]))
-        place += tl.sum(before.to(tl.int32), 1)
-    z = _value_of(key)
-    tl.store(id_out + place, ids, mask=i < k)
-    tl.store(logprob_out + place, tl.where(z <= _RULED_OUT, -float("inf"), z - lse), mask=i < k)
+    """(ids int32 [L], keys uint32 [L]) of some survivors; keys of 0 where there is none."""
+    candidate = tl.load(scratch + num_taken + lanes, mask=inside, other=0)
+    tile = tl.load(scratch + candidate // WIDTH, mask=inside, other=0)
+    ids = tile * WIDTH + candidate % WIDTH
+    # Padding beyond V is among the candidates, and can be a survivor where few ids have any mass.
+    z = _logits(x, ids, inside & (ids < V), scale, cap, SCALED, CAP, True)
+    return ids, tl.where(inside, _order_key(z), 0)
+
+
+@triton.jit
+def _piece(
+    x,
+    scratch,  # pointer to the row's taken tiles
+    start,
+    V,
+    num_taken,
+    scale,
+    cap,
+    PT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SCALED: tl.constexpr,
+    CAP: tl.constexpr,
+):
+    """Keys uint32 [PT * WIDTH] of the taken tiles start .. start + PT - 1; 0 where there is no tile."""
+    slot = start + tl.arange(0, PT)
+    live = (slot < num_taken)[:, None]
+    tile = tl.load(scratch + slot, mask=slot < num_taken, other=0)
+    column = tile[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    z = _logits(x, column, live & (column < V), scale, cap, SCALED, CAP, True)
+    return tl.reshape(tl.where(live, _order_key(z), 0), (PT * WIDTH,))
+
+
+@triton.jit
+def _number_above(x, scratch, upper, V, num_taken, scale, cap, PT: tl.constexpr, WIDTH: tl.constexpr,
+                  SCALED: tl.constexpr, CAP: tl.constexpr):  # fmt: skip
+    """How many candidates have a key above `upper`."""
+    number = 0
+    for start in range(0, num_taken, PT):
+        keys = _piece(x, scratch, start, V, num_taken, scale, cap, PT, WIDTH, SCALED, CAP)
+        number += tl.sum((keys > upper).to(tl.int32), 0)
+    return number
+
+
+@triton.jit
+def _sweep(
+    x,
+    scratch,  # pointer to the row's taken tiles; behind them int32 [BL] for the survivors
+    inv_ptr,
+    upper,  # as in _take
+    bound,
+    room,
+    top,
+    V,
+    num_taken,
+    scale,
+    cap,
+    NT: tl.constexpr,
+    PT: tl.constexpr,
+    BF: tl.constexpr,
+    BL: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SCALED: tl.constexpr,
+    CAP: tl.constexpr,
+):
+    """The taken candidates' places among all go to memory, the first BL of them, in ascending order of ids. Returns
+    (mass of the others by temperature, float32 [BF]; how many are taken)."""
+    lane = tl.arange(0, BF)
+    rests = tl.zeros((BF,), tl.float32)
+    above = 0
+    ties = 0
+    for start in range(0, num_taken, PT):
+        keys = _piece(x, scratch, start, V, num_taken, scale, cap, PT, WIDTH, SCALED, CAP)
+        taken, place, above, ties = _take(keys, upper, bound, above, ties, room)
+        left = _value_of(keys) - top
+        for number in tl.static_range(NT + 1):
+            e = tl.exp2(left * (tl.load(inv_ptr + number) * _LOG2E))
+            rest = tl.sum(tl.where(taken | (keys == 0), 0.0, e), 0)
+            rests = tl.where(lane == number, rests + rest, rests)
+        candidate = start * WIDTH + tl.arange(0, PT * WIDTH)
+        tl.store(scratch + num_taken + place, candidate, mask=taken & (place < BL))
+    return rests, above + tl.minimum(ties, room)
+
+
+@triton.jit
+def _survivors(
+    x, scratch, inv_ptr, least, top, V, num_taken, k, scale, cap,
+    NT: tl.constexpr, PT: tl.constexpr, BF: tl.constexpr, BL: tl.constexpr, WIDTH: tl.constexpr,
+    SCALED: tl.constexpr, CAP: tl.constexpr, LOW: tl.constexpr,
+):  # fmt: skip
+    """_sweep with a bound that leaves k .. BL candidates: `least`, a key that k reach, if it is one (0: none known)."""
+    upper = _above(least)
+    rests, number = _sweep(
+        x, scratch, inv_ptr, upper, least, 0, top, V, num_taken, scale, cap, NT, PT, BF, BL, WIDTH, SCALED, CAP
+    )
+    if number > BL:
+        # Many ties, or a small vocabulary: the largest bound that k reach, as in _best_tiles.
+        bound = least ^ least
+        bit = bound | 0x80000000
+        reached = number
+        step = 0
+        while (step < 32 - LOW) & (reached > k):
+            larger = bound | bit
+            found = _number_above(x, scratch, larger - 1, V, num_taken, scale, cap, PT, WIDTH, SCALED, CAP)
+            bound = tl.where(found >= k, larger, bound)
+            reached = tl.where(found >= k, found, reached)
+            bit = bit >> 1
+            step += 1
+        upper, has_ties = _ties_at(bound, reached, k, LOW)
+        found = _number_above(x, scratch, upper, V, num_taken, scale, cap, PT, WIDTH, SCALED, CAP)
+        room = tl.where(has_ties, k - found, 0)
+        tl.debug_barrier()  # the first list must be all written before the second
+        rests, number = _sweep(
+            x, scratch, inv_ptr, upper, bound, room, top, V, num_taken, scale, cap, NT, PT, BF, BL, WIDTH, SCALED, CAP
+        )
+    return rests, number
 
 
 @triton.jit
@@ -268,7 +399,7 @@ def select_kernel(
     inv_ptr,  # float32 [1 + NT]
     stats_ptr,  # float32 [B, 3 + NT, stat_stride] of tile_kernel
     above_ptr,  # int32 [B, parts] of tile_kernel
-    scratch_ptr,  # int32 [B, t + 2 k]
+    scratch_ptr,  # int32 [B, t + BL]
     id_ptr,  # int32 [B, k] out
     logprob_ptr,  # float32 [B, k] out
     figure_ptr,  # float32 [5 + 2 NT, B] out, in the order of teacher_pass.FIGURES, then lse_at and log_tail_at
@@ -285,12 +416,12 @@ def select_kernel(
     scale,
     cap,
     NT: tl.constexpr,
-    BN: tl.constexpr,  # n, t, k, 1 + NT and parts, rounded up to powers of 2
-    BT: tl.constexpr,
-    BK: tl.constexpr,
+    BN: tl.constexpr,  # n, 1 + NT and parts, rounded up to powers of 2
     BF: tl.constexpr,
     BP: tl.constexpr,
-    JB: tl.constexpr,  # entries that are compared with all others at a time
+    PT: tl.constexpr,  # taken tiles that are looked at at a time, a power of 2
+    BL: tl.constexpr,  # survivors at most: > k, a power of 2
+    JB: tl.constexpr,  # survivors that are compared with all others at a time
     BX: tl.constexpr,  # columns beyond V per step
     WIDTH: tl.constexpr,
     SCALED: tl.constexpr,
@@ -301,15 +432,19 @@ def select_kernel(
     row = tl.program_id(0).to(tl.int64)
     x = x_ptr + row * stride_x
     stats = stats_ptr + row * stat_stride * (3 + NT)
-    scratch = scratch_ptr + row * (num_taken + 2 * k)
+    scratch = scratch_ptr + row * (num_taken + BL)
 
     # The k best lie in the k tiles with the largest maxima; of equal maxima the lower tile holds the lower ids.
     tile = tl.arange(0, BN)
     inside = tile < num_tiles
     maxima = tl.load(stats + tile, mask=inside, other=_FILL)
-    taken, place = _chosen(tl.where(inside, _order_key(maxima), 0), num_taken, LOW)
+    keys = tl.where(inside, _order_key(maxima), 0)
+    taken, place = _best_tiles(keys, num_taken, LOW)
     tl.store(scratch + place, tile, mask=taken)
     top = tl.max(tl.where(maxima == maxima, maxima, float("inf")), 0)
+    # As many ids as tiles are taken reach the least of their maxima: no bound where those are fewer than k.
+    least = tl.min(tl.where(taken, keys, 0xFFFFFFFF).to(tl.uint32), 0)
+    least = tl.where(num_taken < k, least ^ least, least)
 
     # From each tile's own maximum to the row's, once for each temperature.
     gap = maxima - top
@@ -326,24 +461,24 @@ def select_kernel(
     moment = tl.sum(moment * tl.exp2(gap * _LOG2E), 0)
     tl.debug_barrier()  # other threads wrote the list of tiles
 
-    slot = tl.arange(0, BT)
-    chosen_tile = tl.load(scratch + slot, mask=slot < num_taken, other=0)
-    column = chosen_tile[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    used = (slot < num_taken)[:, None] & (column < V)
-    z = _logits(x, column, used, scale, cap, SCALED, CAP, True)
-    keys = tl.where((slot < num_taken)[:, None], _order_key(z), 0)
-    keys = tl.reshape(keys, (BT * WIDTH,))
-    taken, place = _chosen(keys, k, LOW)
-    left = _value_of(keys) - top
+    left, survivors = _survivors(
+        x, scratch, inv_ptr, least, top, V, num_taken, k, scale, cap, NT, PT, BF, BL, WIDTH, SCALED, CAP, LOW
+    )
+    rests += left
+    tl.debug_barrier()  # other threads wrote the candidates
+    i = tl.arange(0, BL)
+    ids, key = _ids_and_keys(x, scratch, i, i < survivors, V, num_taken, scale, cap, WIDTH, SCALED, CAP)
+    place = tl.zeros((BL,), tl.int32)  # how many stand before it in the order (value down, id up)
+    for start in range(0, survivors, JB):
+        j = start + tl.arange(0, JB)
+        other_ids, other = _ids_and_keys(x, scratch, j, j < survivors, V, num_taken, scale, cap, WIDTH, SCALED, CAP)
+        before = (other[None, :] > key[:, None]) | ((other[None, :] == key[:, None]) & (j[None, :] < i[:, None]))
+        place += tl.sum(before.to(tl.int32), 1)
+    z = _value_of(key)
     for number in tl.static_range(NT + 1):
-        e = tl.exp2(left * (tl.load(inv_ptr + number) * _LOG2E))
-        rest = tl.sum(tl.where(taken | (keys == 0), 0.0, e), 0)
+        e = tl.exp2((z - top) * (tl.load(inv_ptr + number) * _LOG2E))
+        rest = tl.sum(tl.where((i < survivors) & (place >= k), e, 0.0), 0)
         rests = tl.where(lane == number, rests + rest, rests)
-    place = tl.reshape(place, (BT, WIDTH)) + num_taken
-    taken = tl.reshape(taken, (BT, WIDTH))
-    keys = tl.reshape(keys, (BT, WIDTH))
-    tl.store(scratch + place, keys.to(tl.int32, bitcast=True), mask=taken)
-    tl.store(scratch + k + place, column, mask=taken)
 
     empty = top <= _RULED_OUT
     log_totals = tl.log2(totals) * _LN2
@@ -355,6 +490,9 @@ def select_kernel(
     # Rounding must not make the entropy of a certain teacher negative; NaN passes.
     entropy = tl.log2(total) * _LN2 - moment / total
     entropy = tl.where(empty, float("nan"), tl.where(entropy < 0.0, 0.0, entropy))
+    kept = (i < survivors) & (place < k)
+    tl.store(id_ptr + row * k + place, ids, mask=kept)
+    tl.store(logprob_ptr + row * k + place, tl.where(z <= _RULED_OUT, -float("inf"), z - lse), mask=kept)
     part = tl.arange(0, BP)
     above = tl.sum(tl.load(above_ptr + row * parts + part, mask=part < parts, other=0), 0)
     label = tl.load(label_ptr + row)
@@ -370,5 +508,3 @@ def select_kernel(
     tl.store(out + (4 + lane) * figure_stride, lse_at, mask=further)
     tl.store(out + (4 + NT + lane) * figure_stride, tails, mask=further)
     tl.store(rank_ptr + row, rank)
-    tl.debug_barrier()  # other threads wrote the taken ids
-    _put_in_order(scratch + num_taken, id_ptr + row * k, logprob_ptr + row * k, k, lse, BK, JB)

@@ -23,7 +23,8 @@ STEPS_PER_PROGRAM = 16
 # Candidates or tiles a thread of select_kernel holds: more make its reductions cheaper, and need more registers.
 PER_THREAD = 16
 MIN_WARPS, MAX_WARPS = 4, 16
-PAIRS = 4096  # of entries that are compared at a time when the taken ones are put in order
+PAIRS = 4096  # of survivors that are compared at a time when they are put in order
+PIECE = 64  # taken tiles that are looked at at a time
 EXCLUDED_STEP = 256
 # Low bits of a float32 that are 0 in every value of a narrower dtype: the search for the k-th best need not look there.
 SILENT_BITS = {torch.bfloat16: 16, torch.float16: 13}
@@ -82,15 +83,16 @@ def _tile_buffers(rows: TeacherRows) -> tuple[Tensor, Tensor]:
 def select_shape(vocab_size: int, k: int, num_temperatures: int, parts: int) -> dict[str, int]:
     """Block sizes and warps of select_kernel."""
     num_tiles = padded_width(vocab_size) // TILE
-    tiles, taken, entries = (triton.next_power_of_2(n) for n in (num_tiles, min(k, num_tiles), k))
-    widest = max(tiles, taken * TILE)
+    tiles, taken, survivors = (triton.next_power_of_2(n) for n in (num_tiles, min(k, num_tiles), 2 * k))
+    piece = min(PIECE, taken)
+    widest = max(tiles, piece * TILE)
     return {
         "BN": tiles,
-        "BT": taken,
-        "BK": entries,
+        "PT": piece,
         "BF": max(2, triton.next_power_of_2(1 + num_temperatures)),
         "BP": triton.next_power_of_2(parts),
-        "JB": max(1, min(entries, PAIRS // entries)),
+        "BL": survivors,
+        "JB": max(1, min(survivors, PAIRS // survivors)),
         "BX": EXCLUDED_STEP,
         "num_warps": min(MAX_WARPS, max(MIN_WARPS, widest // (32 * PER_THREAD))),
     }
@@ -106,7 +108,8 @@ class TopK:
         num_tiles = padded_width(rows.vocab_size) // TILE
         taken = min(k, num_tiles)
         stats, above = _tile_buffers(rows)
-        scratch = torch.empty(num_rows, taken + 2 * k, dtype=torch.int32, device=rows.raw.device)
+        shape = select_shape(rows.vocab_size, k, len(rows.temperatures), above.shape[1])
+        scratch = torch.empty(num_rows, taken + shape["BL"], dtype=torch.int32, device=rows.raw.device)
         plain = rows.logit_scale == 1.0 and rows.soft_cap is None
         with on_device_of(rows.raw):
             _run_tiles(rows, stats, above)
@@ -137,11 +140,11 @@ class TopK:
                 SCALED=rows.logit_scale != 1.0,
                 CAP=rows.soft_cap is not None,
                 LOW=SILENT_BITS.get(rows.raw.dtype, 0) if plain else 0,
-                **select_shape(rows.vocab_size, k, len(rows.temperatures), above.shape[1]),
+                **shape,
             )
 
     def row_bytes(self, vocab_size: int, k: int, num_temperatures: int) -> int:
-        return 4 * ((3 + num_temperatures) * _stat_stride(vocab_size) + 3 * k)
+        return 4 * ((3 + num_temperatures) * _stat_stride(vocab_size) + 5 * k)
 
 
 def tile_stats(slab: Tensor, label_ids: Tensor, temperatures: Sequence[float]) -> TileStats:

@@ -49,16 +49,16 @@ def power_of_two(number: int) -> int:
 def select_shape(vocab_size: int, k: int, temperatures: int, parts: int) -> dict[str, int]:
     """As teacher_triton.select_shape."""
     tiles = -(-vocab_size // 64)
-    most, taken, entries = power_of_two(tiles), power_of_two(min(k, tiles)), power_of_two(k)
+    most, taken, survivors = power_of_two(tiles), power_of_two(min(k, tiles)), power_of_two(2 * k)
     return {
         "BN": most,
-        "BT": taken,
-        "BK": entries,
+        "PT": min(64, taken),
         "BF": max(2, power_of_two(1 + temperatures)),
         "BP": power_of_two(parts),
-        "JB": max(1, min(entries, 4096 // entries)),
+        "BL": survivors,
+        "JB": max(1, min(survivors, 4096 // survivors)),
         "BX": 256,
-        "num_warps": min(16, max(4, max(most, taken * 64) // 512)),
+        "num_warps": min(16, max(4, max(most, min(64, taken) * 64) // 512)),
     }
 
 
@@ -74,7 +74,7 @@ def select_case(dtype: str, *, vocab_size: int, k: int, temperatures: int = 0, c
         "types": {**TYPES, "x_ptr": f"*{dtype}"},
         "constants": constants,
         "warps": warps,
-        "elements": shape["BT"] * 64,
+        "elements": shape["PT"] * 64,
         "aligned": ALIGNED,
     }
 
