@@ -39,13 +39,13 @@ class LaunchShape:
 
 
 def launch_shape(vocab_size: int, dtype: torch.dtype, settings: LossSettings) -> LaunchShape:
-    """For rows of V logits: no more threads than a row fills. A soft cap needs its registers for itself."""
+    """For rows of V logits: no more threads than a row fills. Two bytes per logit under a soft cap are the one case
+    in which four loads at a time would need more registers than there are."""
     warp_size = 64 if torch.version.hip else 32
     elements = LOAD_BYTES // dtype.itemsize * warp_size
-    most = 1024 // warp_size
-    warps = min(most, max(1, triton.next_power_of_2(-(-vocab_size // elements))))
-    heavy = settings.soft_cap is not None or settings.student_temperature != 1.0
-    return LaunchShape(num_warps=warps, warp_size=warp_size, loads=2 if heavy else 4)
+    warps = min(1024 // warp_size, max(1, triton.next_power_of_2(-(-vocab_size // elements))))
+    loads = 2 if settings.soft_cap is not None and dtype.itemsize == 2 else 4
+    return LaunchShape(num_warps=warps, warp_size=warp_size, loads=loads)
 
 
 def fill_of(dtype: torch.dtype) -> float:
@@ -56,7 +56,7 @@ def fill_of(dtype: torch.dtype) -> float:
 def targets_of(tokens: SlabTokens) -> dict[str, Any]:
     """The kernel's arguments that tell of the teacher."""
     targets, settings = tokens.targets, tokens.settings
-    if targets is None or tokens.width == 0:
+    if targets is None or tokens.width == 0 or targets.num_entries == 0:
         return {"offset_ptr": None, "id_ptr": None, "value_ptr": None, "tail_ptr": None, "num_draws": -1.0, "KIND": "none"}
     kind, values = "logprobs", targets.logprobs
     if targets.log_weights is not None:

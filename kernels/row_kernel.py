@@ -89,6 +89,27 @@ def _special(x, at, inside, scale, cap, CAP: tl.constexpr):
     return tl.where(inside & (z >= NONE), z, tl.where(inside & (z != z), z, NONE))
 
 
+# Several sums or maxima over one axis cost one exchange between the warps, not one each.
+@triton.jit
+def _add2(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _add3(a, b, c, d, e, f):
+    return a + d, b + e, c + f
+
+
+@triton.jit
+def _add4(a, b, c, d, e, f, g, h):
+    return a + e, b + f, c + g, d + h
+
+
+@triton.jit
+def _add_and_tops(code, z, p, code_too, z_too, p_too):
+    return code + code_too, tl.maximum(z, z_too), tl.maximum(p, p_too)
+
+
 @triton.jit
 def _over_thread(value):
     """Sum [R] of a tile [U, R, C]: within each thread."""
@@ -148,11 +169,15 @@ def _sums_of_rest(
     empty = top <= 0.5 * FILL  # nothing but columns that were taken out
     gap = tl.maximum((best - top) * c, _FAR)
     share = tl.exp2(gap)
-    total = tl.where(empty, 0.0, tl.sum(s * share, 0))
-    moment_sum = tl.where(empty, 0.0, tl.sum((moment + gap * s) * share, 0))
-    total_t = total
+    moment = (moment + gap * s) * share
     if TWO:
-        total_t = tl.where(empty, 0.0, tl.sum(s_t * tl.exp2(gap * inv_t), 0))
+        total, moment, total_t = tl.reduce((s * share, moment, s_t * tl.exp2(gap * inv_t)), 0, _add3)
+        total_t = tl.where(empty, 0.0, total_t)
+    else:
+        total, moment = tl.reduce((s * share, moment), 0, _add2)
+        total_t = total
+    total = tl.where(empty, 0.0, total)
+    moment_sum = tl.where(empty, 0.0, moment)
     return top, total, total_t, moment_sum, empty
 
 
@@ -249,40 +274,46 @@ def _not_below_none(x):
 
 
 @triton.jit
+def _entries(values, kept, top, temperature, KIND: tl.constexpr, TEMPERED: tl.constexpr):
+    """What is there of the teacher's entries before any sum over them, [BK]: draws, or logarithms at the teacher's
+    temperature with NONE for none; and the largest. values [BK] as KIND says; top: the largest of them (scalar)."""
+    if KIND == "counts":
+        return tl.where(kept, values, 0.0), 0.0
+    else:
+        log_p = tl.where(kept, _not_below_none(values), NONE)
+        if TEMPERED:
+            # The shift comes first: near T = 0 a sum of the quotients could not tell one largest entry from two.
+            log_p = tl.where(kept, tl.maximum(log_p - top, NONE * temperature) / temperature, NONE)
+            top = 0.0
+        return log_p, top
+
+
+@triton.jit
 def _teacher(
-    values, kept, tail, temperature, num_draws, KIND: tl.constexpr, MODE: tl.constexpr, TEMPERED: tl.constexpr
+    entries, kept, top, total, tail, num_draws, KIND: tl.constexpr, MODE: tl.constexpr, TEMPERED: tl.constexpr
 ):
     """Logarithms of the teacher's mass on its entries [BK] and of the rest; twin of row_terms._teacher_buckets.
 
-    values float32 [BK] as KIND says; tail: log of the mass outside (scalar).
+    entries [BK], top: of `_entries`; total: sum of the draws, or of exp(entries - top); tail: log of the mass outside.
     """
     rest = tl.full((), NONE, tl.float32)
     if KIND == "counts":
-        draws = tl.where(kept, values, 0.0)
-        total = tl.where(num_draws < 0.0, tl.sum(draws, 0), num_draws)
-        return log(draws / tl.maximum(total, 1.0)), rest
-    log_p = tl.where(kept, _not_below_none(values), NONE)
-    if KIND == "log_weights":
-        if MODE == "renorm":
-            log_p = tl.where(kept, _not_below_none(log_p - _log_sum(log_p)), NONE)
-        return log_p, rest
-    if TEMPERED:
-        # The shift comes first: near T = 0 a sum of the quotients could not tell one largest entry from two.
-        log_p = tl.maximum(log_p - tl.max(log_p, 0), NONE * temperature) / temperature
-        log_p = tl.where(kept, log_p, NONE)
-    total = _log_sum(log_p)
-    if MODE == "renorm" or MODE == "support":
-        log_p = log_p - total
-    elif TEMPERED:
-        log_p = log_p + (_log1mexp(tail) - total)
-        rest = rest if MODE == "raw" else tail
-    elif MODE != "raw":
-        # Stored values and tail are each rounded to a grid, so the k + 1 buckets sum to 1 only nearly.
-        top = tl.maximum(total, tail)
-        norm = top + log(exp(total - top) + exp(tail - top))
-        log_p = log_p - norm
-        rest = tail - norm
-    return tl.where(kept, _not_below_none(log_p), NONE), _not_below_none(rest)
+        return log(entries / tl.maximum(tl.where(num_draws < 0.0, total, num_draws), 1.0)), rest
+    else:
+        total = tl.where(top <= 0.5 * NONE, 0.0, top + log(total))
+        norm = 0.0
+        if MODE == "renorm" or MODE == "support":
+            norm = total
+        elif KIND == "logprobs":
+            if TEMPERED:
+                norm = total - _log1mexp(tail)
+                rest = rest if MODE == "raw" else tail
+            elif MODE != "raw":
+                # Stored values and tail are each rounded to a grid, so the k + 1 buckets sum to 1 only nearly.
+                larger = tl.maximum(total, tail)
+                norm = larger + log(exp(total - larger) + exp(tail - larger))
+                rest = _not_below_none(tail - norm)
+        return tl.where(kept, _not_below_none(entries - norm), NONE), rest
 
 
 @triton.jit
@@ -296,13 +327,15 @@ def _kd_terms(
     label_u,
     rest_u,
     log_total,
+    kept_q,
     option,
     DIVERGENCE: tl.constexpr,
     MODE: tl.constexpr,
     DRAWS: tl.constexpr,
 ):
     """Twin of row_terms._kd_terms. log_p [BK], rest_p: of the teacher; u [BK], label_u, rest_u: log2 of what the student
-    has on the entries, on a label that is none of them (`own`) and on the rest without it; log_total: of all.
+    has on the entries, on a label that is none of them (`own`) and on the rest without it; log_total: of all; kept_q: the
+    student's mass on the entries.
 
     Returns the divergence, its gradient by z / T [BK] and at the own label, the weight of the softmax of the rest, and
     the masses of student and teacher on the kept buckets.
@@ -321,7 +354,7 @@ def _kd_terms(
     log_q = tl.where(kept, (u - log_total) * _LN2, NONE)
     rest_q = (outside - log_total) * _LN2
     q = exp(log_q)
-    student_mass = tl.sum(q, 0) + exp(label_q)
+    student_mass = kept_q + exp(label_q)
     bucket_q = log_q
     bucket_rest = rest_q
     if MODE == "support":
@@ -332,12 +365,13 @@ def _kd_terms(
     inverse = 1.0 / tl.maximum(count, 1.0)
     term, a = DIVERGENCE(log_p, bucket_q, inverse, option)
     rest_term, a_rest = DIVERGENCE(rest_p, bucket_rest, inverse * 0.0, option)
-    value = tl.sum(term, 0) + rest_term
-    kept_mass = tl.sum(exp(log_p), 0) + exp(label_p)
+    value, a_kept, kept_mass = tl.reduce((term, a, exp(log_p)), 0, _add3)
+    value += rest_term
+    kept_mass += exp(label_p)
     if MODE == "support":
         # Chain through q~ = q / Q_S: d log q~_i / d log q_j = [i = j] - q~_j.
-        a = a - exp(bucket_q) * tl.sum(a, 0)
-    a_kept = tl.sum(a, 0)
+        a = a - exp(bucket_q) * a_kept
+        a_kept = tl.sum(a, 0)
     label_grad = tl.full((), 0.0, tl.float32)
     if MODE == "label":
         label_term, label_a = DIVERGENCE(label_p, label_q, inverse, option)
@@ -353,29 +387,37 @@ def _kd_terms(
 
 @triton.jit
 def _take_out(
-    x, read, start, count, id_ptr, label, V, scale, cap,
+    x, read, start, count, id_ptr, value_ptr, label, V, scale, cap,
     BK: tl.constexpr, R: tl.constexpr, C: tl.constexpr, CAP: tl.constexpr, FILL: tl.constexpr, SOURCE: tl.constexpr,
 ):  # fmt: skip
     """The special columns, out of the row: z at them, and FILL in the slab's row x in their place.
 
     read: the row that holds the logits, x itself without SOURCE. Returns ids [BK], which lanes are entries within V, which
     of them is the label, z [BK]; scalars: whether the label is none of them, whether an id or the label is outside, z at
-    the label and at the first entry.
+    the label and at the first entry, the largest z, the largest of what the teacher says.
     """
     lane = tl.arange(0, BK)
     entry = lane < count
-    ids = tl.load(id_ptr + start + lane, mask=entry, other=0) if id_ptr is not None else tl.zeros((BK,), tl.int32)
-    kept = entry & (ids >= 0) & (ids < V)
     has_label = (label >= 0) & (label < V)
-    hit = kept & (ids == label)
-    # One reduction for both: lanes outside count 65536 each, and there are fewer lanes than that.
-    code = tl.sum(hit.to(tl.int32) + (entry & (kept == 0)).to(tl.int32) * 65536, 0)
-    own = has_label & (code % 65536 == 0)
-    bad = (code >= 65536) | (label >= V)
-    z = _special(read, ids, kept, scale, cap, CAP)
     label_z = _special(read, label, has_label, scale, cap, CAP)
-    first_id = tl.load(id_ptr + start, mask=count > 0, other=-1) if id_ptr is not None else -1
-    first_z = _special(read, first_id, (first_id >= 0) & (first_id < V), scale, cap, CAP)
+    if id_ptr is None:
+        ids = tl.zeros((BK,), tl.int32)
+        kept, hit, z = entry, entry, tl.full((BK,), NONE, tl.float32)
+        own, bad = has_label, label >= V
+        first_z, top_z, top_p = NONE, NONE, NONE
+    else:
+        ids = tl.load(id_ptr + start + lane, mask=entry, other=0)
+        values = tl.load(value_ptr + start + lane, mask=entry, other=NONE).to(tl.float32)
+        kept = entry & (ids >= 0) & (ids < V)
+        hit = kept & (ids == label)
+        z = _special(read, ids, kept, scale, cap, CAP)
+        # Lanes outside count 65536 each, and there are fewer lanes than that.
+        code = hit.to(tl.int32) + (entry & (kept == 0)).to(tl.int32) * 65536
+        code, top_z, top_p = tl.reduce((code, z, values), 0, _add_and_tops)
+        own = has_label & (code % 65536 == 0)
+        bad = (code >= 65536) | (label >= V)
+        first = tl.load(id_ptr + start, mask=count > 0, other=-1)
+        first_z = _special(read, first, (first >= 0) & (first < V), scale, cap, CAP)
     if SOURCE:
         _copy(read, x, V, R, C)
     # All values are in registers before the columns leave the stream, and all are out before it starts. Several threads
@@ -384,33 +426,7 @@ def _take_out(
     tl.store(x + ids, FILL, mask=kept)
     tl.store(x + label, FILL, mask=own)
     tl.debug_barrier()
-    return ids, kept, hit, z, own, bad, label_z, first_z
-
-
-@triton.jit
-def _label_terms(
-    z, kept, label_z, own, bad, rest_z, rest_sum, rest_moment, empty, c
-):  # fmt: skip
-    """The row's figures at T = 1 from the specials' z and the sums of the rest.
-
-    Returns the best z, u [BK] and at the own label (relative to the best), their exponentials, the rest's sum, gap of its
-    best, log2 of the total, lse (nats), entropy (nats).
-    """
-    best = tl.maximum(rest_z, tl.max(tl.where(kept, z, NONE), 0))
-    best = tl.where(own, tl.maximum(best, label_z), best)
-    u = tl.where(kept, z * c - best * c, NONE)
-    label_u = tl.where(own, label_z * c - best * c, NONE)
-    gap = tl.where(empty, NONE, (rest_z - best) * c)
-    near = tl.maximum(gap, _FAR)
-    share = tl.exp2(near)
-    e = tl.exp2(u)
-    label_e = tl.exp2(label_u)
-    rest = tl.where(bad, float("nan"), rest_sum * share)
-    total = rest + tl.sum(e, 0) + label_e
-    log_total = tl.log2(total)
-    moment = (rest_moment + near * rest_sum) * share + tl.sum(e * u, 0) + label_e * label_u
-    entropy = (log_total - moment / total) * _LN2
-    return best, u, label_u, e / total, label_e / total, rest / total, gap, log_total, (best * c + log_total) * _LN2, entropy
+    return ids, kept, hit, z, own, bad, label_z, first_z, top_z, top_p
 
 
 @triton.jit
@@ -468,46 +484,63 @@ def _row(
     label = tl.where(any_label < V, any_label, V).to(tl.int32)
     start = tl.load(offset_ptr + token) if offset_ptr is not None else 0
     count = (tl.load(offset_ptr + token + 1) - start).to(tl.int32) if offset_ptr is not None else 0
-    ids, kept, hit, z, own, bad, label_z, first_z = _take_out(
-        x, read, start, count, id_ptr, label, V, scale, cap, BK, R, C, CAP, FILL, SOURCE
+    ids, kept, hit, z, own, bad, label_z, first_z, top_z, top_p = _take_out(
+        x, read, start, count, id_ptr, value_ptr, label, V, scale, cap, BK, R, C, CAP, FILL, SOURCE
     )
     c = _LOG2E if CAP else scale * _LOG2E
     inv_t = 1.0 / student_t
     rest_z, rest_sum, rest_sum_t, rest_moment, empty = _sums_of_rest(
         x, V, scale, cap, c, inv_t, U, R, C, TWO, CAP, FILL
     )
-    best, u, label_u, q, label_q, rest_q, gap, log_total, lse, entropy = _label_terms(
-        z, kept, label_z, own, bad, rest_z, rest_sum, rest_moment, empty, c
-    )
+    # Base 2, relative to the best of all: at the entries, at a label that is none of them, the best of the rest.
+    best = tl.maximum(rest_z, top_z)
+    best = tl.where(own, tl.maximum(best, label_z), best)
+    u = tl.where(kept, z * c - best * c, NONE)
+    label_u = tl.where(own, label_z * c - best * c, NONE)
+    gap = tl.where(empty, NONE, (rest_z - best) * c)
+    e, label_e = tl.exp2(u), tl.exp2(label_u)
+    u_t, label_u_t, gap_t = u, label_u, gap
+    if TWO:
+        u_t, label_u_t, gap_t = tl.maximum(u * inv_t, NONE), tl.maximum(label_u * inv_t, NONE), tl.maximum(gap * inv_t, NONE)
+    e_t = tl.exp2(u_t)
+    entries = e
+    if KIND != "none":
+        values = tl.load(value_ptr + start + tl.arange(0, BK), mask=kept, other=NONE).to(tl.float32)
+        entries, top_p = _entries(values, kept, _not_below_none(top_p), teacher_t, KIND, TEMPERED)
+        amounts = entries if KIND == "counts" else exp(entries - top_p)
+        kept_sum, moment, kept_sum_t, kept_p = tl.reduce((e, e * u, e_t, amounts), 0, _add4)
+    else:
+        kept_sum, moment, kept_sum_t, kept_p = 0.0, 0.0, 0.0, 0.0
+    near = tl.maximum(gap, _FAR)
+    rest = tl.where(bad, float("nan"), rest_sum * tl.exp2(near))
+    total = rest + kept_sum + label_e
+    log_total = tl.log2(total)
+    moment += (rest_moment + near * rest_sum) * tl.exp2(near) + label_e * label_u
+    entropy = (log_total - moment / total) * _LN2
     ce = tl.where(has_label, (log_total - (label_z * c - best * c)) * _LN2, 0.0)
     log_rest = tl.log2(tl.where(empty, 1.0, rest_sum))
-    log_rest_t = log_rest
+    log_rest_t, total_t = log_rest, total
     if TWO:
-        u = tl.maximum(u * inv_t, NONE)
-        label_u = tl.maximum(label_u * inv_t, NONE)
-        gap = tl.maximum(gap * inv_t, NONE)
         log_rest_t = tl.log2(tl.where(empty, 1.0, rest_sum_t))
-        total_t = rest_sum_t * tl.exp2(gap) + tl.sum(tl.exp2(u), 0) + tl.exp2(label_u)
-        log_total = tl.log2(tl.where(bad, float("nan"), total_t))
+        total_t = tl.where(bad, float("nan"), rest_sum_t * tl.exp2(gap_t) + kept_sum_t + tl.exp2(label_u_t))
     if KIND != "none":
         has_target = count > 0
         if MODE == "label":
             has_target = has_target & has_label
-        values = tl.load(value_ptr + start + tl.arange(0, BK), mask=kept, other=0.0).to(tl.float32)
         tail = _not_below_none(tl.load(tail_ptr + token)) if tail_ptr is not None else NONE
-        log_p, rest_p = _teacher(values, kept, tail, teacher_t, num_draws, KIND, MODE, TEMPERED)
+        log_p, rest_p = _teacher(entries, kept, top_p, kept_p, tail, num_draws, KIND, MODE, TEMPERED)
         kd, kd_grad, kd_label_grad, kd_rest, student_mass, kept_mass = _kd_terms(
-            log_p, rest_p, hit, own, kept, u, label_u, gap + log_rest_t, log_total, option, DIVERGENCE, MODE,
-            KIND == "counts" or KIND == "log_weights",
+            log_p, rest_p, hit, own, kept, u_t, label_u_t, gap_t + log_rest_t, tl.log2(total_t), kept_sum_t / total_t,
+            option, DIVERGENCE, MODE, KIND == "counts" or KIND == "log_weights",
         )  # fmt: skip
     else:
         has_target = weight != weight
         kd, kd_label_grad, kd_rest, student_mass, kept_mass = 0.0, 0.0, 0.0, 0.0, 0.0
         kd_grad = tl.zeros((BK,), tl.float32)
     grad, label_grad, weight_t, weight_1 = _weigh(
-        kd, kd_grad, kd_label_grad, kd_rest, student_mass, kept_mass, q, label_q, rest_q, lse, entropy, ce, hit,
-        has_target, has_label, has_target & (first_z >= best), has_label & (label_z >= best), weight,
-        tl.load(kd_weight_ptr + token), factor_ptr, student_t, out, stride_out,
+        kd, kd_grad, kd_label_grad, kd_rest, student_mass, kept_mass, e / total, label_e / total, rest / total,
+        (best * c + log_total) * _LN2, entropy, ce, hit, has_target, has_label, has_target & (first_z >= best),
+        has_label & (label_z >= best), weight, tl.load(kd_weight_ptr + token), factor_ptr, student_t, out, stride_out,
     )  # fmt: skip
     if GRADIENT:
         upstream = tl.load(upstream_ptr) if upstream_ptr is not None else 1.0

@@ -111,27 +111,28 @@ def build_fix_set(
     kept = torch.zeros(ids.shape, dtype=torch.bool, device=rows.device)
     log_rest = torch.full((num_rows,), -math.inf, dtype=dtype, device=rows.device)
     has_target = torch.zeros(num_rows, dtype=torch.bool, device=rows.device)
-    if targets is not None and width:
+    if targets is not None and width and targets.num_entries:  # nothing to look up where all tokens lack entries
         first = targets.offsets[rows]
         counts = targets.offsets[rows + 1] - first  # [B]
         column = torch.arange(width, device=rows.device)
         valid = column < counts[:, None]  # [B, K]
         entry = torch.where(valid, first[:, None] + column, 0)
-        ids[:, :width] = torch.where(valid, targets.ids[entry].long(), 0)
-        kept[:, :width] = valid
+        ids[:, :-1] = torch.where(valid, targets.ids[entry].long(), 0)
+        kept[:, :-1] = valid
         has_target = counts > 0
         values, log_rest = _teacher_buckets(targets, rows, entry, valid, settings, dtype)
-        log_p[:, :width] = values
-    ids[:, width] = label.clamp_min(0)
-    is_label = (ids == ids[:, width:]) & has_label[:, None]
-    is_label[:, :width] &= kept[:, :width]
-    in_support = is_label[:, :width].any(1)
-    is_label[:, width] = has_label & ~in_support
+        log_p[:, :-1] = values
+    # The last column, and not column `width`: compiled code would be compiled anew for each value of that.
+    ids[:, -1] = label.clamp_min(0)
+    is_label = (ids == ids[:, -1:]) & has_label[:, None]
+    is_label[:, :-1] &= kept[:, :-1]
+    in_support = is_label[:, :-1].any(1)
+    is_label[:, -1] = has_label & ~in_support
     if settings.missing_mass == "label":
         has_target = has_target & has_label
         to_label = torch.where(is_label, log_rest[:, None], -math.inf)
         log_p = torch.logaddexp(log_p, to_label)
-        kept[:, width] = is_label[:, width]
+        kept[:, -1] = is_label[:, -1]
         log_rest = torch.full_like(log_rest, -math.inf)
     used = kept | is_label
     return FixSet(ids, kept, used, is_label, has_target, has_label, log_p, log_rest)
