@@ -1,0 +1,169 @@
+"""Faults planted in copies of the kernels' source, for test_mutants.py: file, text as it is, text with the fault.
+
+The text must stand in the file exactly once. A mutant whose text is gone fails its test by name: change it along with
+the kernel. Missing barriers are no mutants: the interpreter runs one program after the other (tests/gpu has repeats).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ROW, TABLE, LAUNCH = "row_kernel.py", "divergences_triton.py", "one_pass.py"
+TWO_PASSES, TWO_LAUNCH = "triton_kernels.py", "rows_triton.py"
+TEACHER = "teacher_kernels.py"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One fault. name: what is wrong; path: below the kernels room."""
+
+    name: str
+    path: str
+    old: str
+    new: str
+
+
+ONE_LAUNCH = [
+    # Columns
+    Mutant("the rest's mask is one column short", ROW, "raw = tl.load(x + offsets, mask=offsets < V, other=FILL",
+           "raw = tl.load(x + offsets, mask=offsets < V - 1, other=FILL"),
+    Mutant("the rest's mask is one column wide", ROW, "raw = tl.load(x + offsets, mask=offsets < V, other=FILL",
+           "raw = tl.load(x + offsets, mask=offsets < V + 1, other=FILL"),
+    Mutant("the gradient's mask is one column wide", ROW, "tl.store(x + offsets, g, mask=offsets < V,",
+           "tl.store(x + offsets, g, mask=offsets < V + 1,"),
+    Mutant("the gradient's mask is one column short", ROW, "tl.store(x + offsets, g, mask=offsets < V,",
+           "tl.store(x + offsets, g, mask=offsets < V - 1,"),
+    Mutant("the gradient of the last part of a row is dropped", ROW,
+           "_write_block(x, whole + offsets, V, row, scale, cap, True,",
+           "_write_block(x, whole + offsets, whole, row, scale, cap, True,"),
+    Mutant("the last part of a row is not summed", ROW,
+           '_load(x, whole + offsets, V, scale, cap, True, CAP, FILL, "evict_last")',
+           '_load(x, whole + offsets, whole, scale, cap, True, CAP, FILL, "evict_last")'),
+    Mutant("special columns are one to the right", ROW, "raw = tl.load(x + at, mask=inside",
+           "raw = tl.load(x + at + 1, mask=inside"),
+    Mutant("the gradient of the entries goes one to the left", ROW, "tl.store(x + ids, grad, mask=kept)",
+           "tl.store(x + ids - 1, grad, mask=kept & (ids > 0))"),
+    Mutant("an id at V counts as one below", ROW, "kept = entry & (ids >= 0) & (ids < V)",
+           "kept = entry & (ids >= 0) & (ids <= V)"),
+    Mutant("an id below 0 counts", ROW, "kept = entry & (ids >= 0) & (ids < V)", "kept = entry & (ids < V)"),
+    Mutant("an id beyond V is passed over in silence", ROW, "bad = (code >= 65536) | (label >= V)", "bad = label >= V"),
+    Mutant("a label beyond V is passed over in silence", ROW, "bad = (code >= 65536) | (label >= V)",
+           "bad = code >= 65536"),
+    # Rows
+    Mutant("a row's offset has 32 bits", ROW, "row = tl.program_id(0).to(tl.int64)", "row = tl.program_id(0)"),
+    Mutant("a row reads the targets of the next", ROW, "start = tl.load(offset_ptr + token) if",
+           "start = tl.load(offset_ptr + token + 1) if"),
+    Mutant("a row reads the label of the slab's row", ROW, "any_label = tl.load(label_ptr + token)",
+           "any_label = tl.load(label_ptr + row)"),
+    Mutant("a row reads the tail of the slab's row", ROW, "tl.load(tail_ptr + token)", "tl.load(tail_ptr + row)"),
+    Mutant("a row reads the KD weight of the slab's row", ROW, "tl.load(kd_weight_ptr + token)",
+           "tl.load(kd_weight_ptr + row)"),
+    Mutant("a row reads the weight of the slab's row", ROW, "weight = tl.load(weight_ptr + token)",
+           "weight = tl.load(weight_ptr + row)"),
+    Mutant("the first token of a chunk is forgotten", ROW, "token = first + row if", "token = row if"),
+    Mutant("the source is read at the slab's row", ROW, "source_ptr + token * stride_source",
+           "source_ptr + row * stride_source"),
+    Mutant("a row of no weight is read", ROW, "    if weight == 0.0:", "    if weight < 0.0:"),
+    Mutant("a row of no weight keeps what was in it", ROW, "            _clear(x, V, R, C)", "            pass"),
+    # A stale slab
+    Mutant("entries stay in the stream", ROW, "tl.store(x + ids, FILL, mask=kept)",
+           "tl.store(x + ids, FILL, mask=kept & (ids < 0))"),
+    Mutant("a label that is no entry stays in the stream", ROW, "tl.store(x + label, FILL, mask=own)",
+           "tl.store(x + label, FILL, mask=own & (label < 0))"),
+    Mutant("a label that is no entry is not put back", ROW, "tl.store(x + label, label_grad, mask=own)",
+           "tl.store(x + label, label_grad, mask=own & (label < 0))"),
+    Mutant("a label among the entries counts twice", ROW, "own = has_label & (code % 65536 == 0)", "own = has_label"),
+    # Sums
+    Mutant("the sums do not shrink with a new maximum", ROW, "s = s * shrink + _over_thread(e)",
+           "s = s + _over_thread(e)"),
+    Mutant("the sum at T does not shrink", ROW, "s_t = s_t * tl.exp2(gap * inv_t) +", "s_t = s_t +"),
+    Mutant("the moment is not shifted with a new maximum", ROW, "moment = (moment + gap * s) * shrink +",
+           "moment = moment * shrink +"),
+    Mutant("the moment is not shifted between threads", ROW, "tl.sum((moment + gap * s) * share, 0)",
+           "tl.sum(moment * share, 0)"),
+    Mutant("the moment of the rest is not shifted to the row", ROW, "(rest_moment + near * rest_sum) * share",
+           "rest_moment * share"),
+    Mutant("the entropy leaves the own label out", ROW, " + label_e * label_u", ""),
+    Mutant("the largest logit leaves the own label out", ROW,
+           "best = tl.where(own, tl.maximum(best, label_z), best)", "best = best + 0.0"),
+    Mutant("the scale is missing in the stream", ROW, "c = _LOG2E if CAP else scale * _LOG2E", "c = _LOG2E"),
+    # Terms
+    Mutant("KD without T^2", ROW, "coefficient * student_t * kd, 0.0)", "coefficient * kd, 0.0)"),
+    Mutant("the gradient of KD without T", ROW, "coefficient = amount * (alpha * student_t)",
+           "coefficient = amount * alpha"),
+    Mutant("the label's gradient without its weight", ROW, "gamma * label_q - weight * ce_weight",
+           "gamma * label_q - ce_weight"),
+    Mutant("the label's gradient without the factor of CE", ROW, "- tl.where(hit, weight * ce_weight, 0.0)",
+           "- tl.where(hit, weight, 0.0)"),
+    Mutant("z-loss without its factor 2", ROW, "weight * 2.0 * z_loss * lse", "weight * z_loss * lse"),
+    Mutant("CE without a label", ROW, "gamma = label_weight * ce_weight", "gamma = weight * ce_weight"),
+    Mutant("the rest's gradient with the wrong sign", ROW, "rest = a_rest * student_mass - a_kept * exp(rest_q)",
+           "rest = a_kept * exp(rest_q) - a_rest * student_mass"),
+    Mutant("the rest's gradient goes to all of it", ROW, "rest * tl.exp2(rest_u - outside), student_mass",
+           "rest, student_mass"),
+    Mutant("the own label takes no share of the rest's gradient", ROW,
+           "label_grad = rest * tl.exp2(label_u - outside)", "label_grad = rest * 0.0"),
+    Mutant("the own label is missing in the rest", ROW, "outside = _log2_add(rest_u, label_u)", "outside = rest_u"),
+    Mutant("the teacher's tail is not normalised", ROW, "rest = tail - norm", "rest = tail"),
+    Mutant("the teacher's entries are not normalised", ROW, "log_p = log_p - norm", "log_p = log_p"),
+    Mutant("tempered entries share all mass", ROW, "log_p = log_p + (_log1mexp(tail) - total)", "log_p = log_p - total"),
+    Mutant("the chain through the support is missing", ROW, "a = a - exp(bucket_q) * tl.sum(a, 0)", "a = a + 0.0"),
+    Mutant("label mode forgets the label's entry", ROW,
+           "log_p = tl.where(hit, top + log(exp(log_p - top) + exp(rest_p - top)), log_p)", "log_p = log_p + 0.0"),
+    Mutant("the cap's slope is missing", ROW, "g = g * _slope(z, scale, cap, True)", "g = g * scale"),
+    Mutant("the cap's slope is missing at the entries", ROW, "grad = grad * upstream * _slope(z, scale, cap, CAP)",
+           "grad = grad * upstream * scale"),
+    Mutant("what comes from above is missing at the own label", ROW,
+           "label_grad = label_grad * upstream *", "label_grad = label_grad *"),
+    Mutant("the second softmax is missing", ROW, "g += weight_1 * tl.exp2(z * c - log_1)", "g += 0.0"),
+    # Figures
+    Mutant("two figures are swapped", ROW, "tl.store(out + 6 * stride_out, tl.where(has_target, weight * kept_mass, 0.0))",
+           "tl.store(out + 6 * stride_out, tl.where(has_target, weight * student_mass, 0.0))"),
+    Mutant("the entropy without its weight", ROW, "tl.store(out + 10 * stride_out, weight * entropy)",
+           "tl.store(out + 10 * stride_out, entropy)"),
+    Mutant("a tie with the largest logit does not agree", ROW, "(first_z >= best)", "(first_z > best)"),
+    Mutant("the largest logit is never right", ROW, "(label_z >= best)", "(label_z > best)"),
+    # Divergences
+    Mutant("skew with its parts exchanged", TABLE, "log_m = _log_of_sum(log_p + log(1.0 - option), log_q + log(option))",
+           "log_m = _log_of_sum(log_p + log(option), log_q + log(1.0 - option))"),
+    Mutant("total variation without its half", TABLE, "return 0.5 * tl.abs(p - q), sign * q",
+           "return tl.abs(p - q), sign * q"),
+    Mutant("reverse KL without a floor", TABLE, "tl.maximum(log_p, option)", "log_p"),
+    # The launch
+    Mutant("weights and KD weights are exchanged", LAUNCH, "weight_ptr=tokens.weights,", "weight_ptr=tokens.kd_weights,"),
+    Mutant("the teacher's temperature is the student's", LAUNCH, "teacher_t=settings.temperature,",
+           "teacher_t=settings.student_temperature,"),
+    Mutant("rows are taken for contiguous", LAUNCH, "stride_x=slab.stride(0),", "stride_x=slab.shape[1],"),
+]  # fmt: skip
+
+TWO = [
+    Mutant("two passes: the rest's mask is one column short", TWO_PASSES,
+           "raw = tl.load(x + offsets, mask=offsets < V, other=FILL)",
+           "raw = tl.load(x + offsets, mask=offsets < V - 1, other=FILL)"),
+    Mutant("two passes: the sums do not shrink", TWO_PASSES, "s = s * shrink + tl.sum(e, 0)", "s = s + tl.sum(e, 0)"),
+    Mutant("two passes: the moment keeps its scale", TWO_PASSES, "mean = mean * scale", "mean = mean + 0.0"),
+    Mutant("two passes: the gradient's last part is dropped", TWO_PASSES,
+           "tl.store(x + whole + offsets, g, mask=whole + offsets < V)",
+           "tl.store(x + whole + offsets, g, mask=whole + offsets < whole)"),
+    Mutant("two passes: the cap's slope is missing", TWO_PASSES, "g = g * _cap_slope(z, scale, cap)", "g = g * scale"),
+    Mutant("two passes: entries stay in the stream", TWO_PASSES, "tl.store(x + ids, FILL, mask=used)",
+           "tl.store(x + ids, FILL, mask=used & (ids < 0))"),
+    Mutant("two passes: slope without scale", TWO_LAUNCH, "slope = scale if cap is None else 1.0", "slope = 1.0"),
+]  # fmt: skip
+
+OF_THE_TEACHER = [
+    Mutant("teacher: a row's offset has 32 bits", TEACHER, "row = (program // parts).to(tl.int64)",
+           "row = program // parts"),
+    Mutant("teacher: equal ids from the highest down", TEACHER, "(j[None, :] < i[:, None])", "(j[None, :] > i[:, None])"),
+    Mutant("teacher: -0.0 below 0.0", TEACHER, "bits = tl.where(z == 0.0, 0, bits)", "bits = bits + 0"),
+    Mutant("teacher: no excluded mass", TEACHER, "for start in range(V, head, BX):", "for start in range(V, V, BX):"),
+    Mutant("teacher: excluded mass from one id too low", TEACHER, "for start in range(V, head, BX):",
+           "for start in range(V - 1, head, BX):"),
+    Mutant("teacher: the moment is not shifted", TEACHER, "mask=inside, other=0.0) + gap * sums", "mask=inside, other=0.0)"),
+    Mutant("teacher: a temperature of the one before", TEACHER, "factor = tl.load(inv_ptr + number) * _LOG2E",
+           "factor = tl.load(inv_ptr + number - 1) * _LOG2E"),
+    Mutant("teacher: the label is not counted in its own tile", TEACHER, "tl.where(valid, above + ties, 255)",
+           "tl.where(valid, above, 255)"),
+]  # fmt: skip
+
+MUTANTS = [*ONE_LAUNCH, *TWO, *OF_THE_TEACHER]
