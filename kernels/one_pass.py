@@ -54,7 +54,7 @@ def fill_of(dtype: torch.dtype) -> float:
 
 
 def targets_of(tokens: SlabTokens) -> dict[str, Any]:
-    """The kernel's arguments that tell of the teacher."""
+    """The kernel's arguments that tell of the teacher, contiguous: it knows no strides but those of rows."""
     targets, settings = tokens.targets, tokens.settings
     if targets is None or tokens.width == 0 or targets.num_entries == 0:
         return {"offset_ptr": None, "id_ptr": None, "value_ptr": None, "tail_ptr": None, "num_draws": -1.0, "KIND": "none"}
@@ -66,10 +66,10 @@ def targets_of(tokens: SlabTokens) -> dict[str, Any]:
     assert values is not None  # the call's checks saw to it
     tail = tail_at(targets, settings.temperature) if kind == "logprobs" and settings.needs_tail else None
     return {
-        "offset_ptr": targets.offsets,
-        "id_ptr": targets.ids,
-        "value_ptr": values,
-        "tail_ptr": tail,
+        "offset_ptr": targets.offsets.contiguous(),
+        "id_ptr": targets.ids.contiguous(),
+        "value_ptr": values.contiguous(),
+        "tail_ptr": None if tail is None else tail.contiguous(),
         "num_draws": -1.0 if targets.num_draws is None else float(targets.num_draws),
         "KIND": kind,
     }
@@ -114,9 +114,9 @@ class OnePass:
                 x_ptr=slab,
                 source_ptr=source,
                 token_ptr=tokens.rows,
-                label_ptr=tokens.labels,
-                weight_ptr=tokens.weights,
-                kd_weight_ptr=tokens.kd_weights,
+                label_ptr=tokens.labels.contiguous(),
+                weight_ptr=tokens.weights.contiguous(),
+                kd_weight_ptr=tokens.kd_weights.contiguous(),
                 factor_ptr=tokens.factors,
                 upstream_ptr=factor,
                 out_ptr=out,
