@@ -21,10 +21,10 @@ TILES_PER_STEP = 32
 TILE_WARPS = 4
 STEPS_PER_PROGRAM = 16
 # Candidates or tiles a thread of select_kernel holds: more make its reductions cheaper, and need more registers.
-PER_THREAD = 16
+PER_THREAD = 8
 MIN_WARPS, MAX_WARPS = 4, 16
 PAIRS = 4096  # of survivors that are compared at a time when they are put in order
-PIECE = 64  # taken tiles that are looked at at a time
+PIECE = 32  # taken tiles that are looked at at a time
 EXCLUDED_STEP = 256
 # Low bits of a float32 that are 0 in every value of a narrower dtype: the search for the k-th best need not look there.
 SILENT_BITS = {torch.bfloat16: 16, torch.float16: 13}

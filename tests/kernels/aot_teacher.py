@@ -52,13 +52,13 @@ def select_shape(vocab_size: int, k: int, temperatures: int, parts: int) -> dict
     most, taken, survivors = power_of_two(tiles), power_of_two(min(k, tiles)), power_of_two(2 * k)
     return {
         "BN": most,
-        "PT": min(64, taken),
+        "PT": min(32, taken),
         "BF": max(2, power_of_two(1 + temperatures)),
         "BP": power_of_two(parts),
         "BL": survivors,
         "JB": max(1, min(survivors, 4096 // survivors)),
         "BX": 256,
-        "num_warps": min(16, max(4, max(most, min(64, taken) * 64) // 512)),
+        "num_warps": min(16, max(4, max(most, min(32, taken) * 64) // 256)),
     }
 
 
