@@ -1,6 +1,6 @@
 """Planted faults: each must fail a check of kernel_battery.py, or a real one like it would pass as well.
 
-    python -m pytest -m slow tests/kernels/test_mutants.py -n 2     # about a process of 10 s for each mutant
+python -m pytest -m slow tests/kernels/test_mutants.py -n 2     # about a process of 10 s for each mutant
 """
 
 from __future__ import annotations
