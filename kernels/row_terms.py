@@ -18,7 +18,7 @@ says why).
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,7 +33,8 @@ class FixSet:
     """The columns of each row that the dense pass leaves alone.
 
     ids [B, F] int64 (0 where unused); kept [B, F] entries of the KD support (S); used [B, F] = kept or label;
-    is_label [B, F]; has_target, has_label [B]; log_p [B, F] teacher on S, log_rest [B] teacher's rest.
+    is_label [B, F]; has_target, has_label [B]; log_p [B, F] teacher on S, log_rest [B] teacher's rest; outside [B] whether
+    an id or the label is not one of the vocabulary: such a column is left out, and the token's loss is NaN.
     """
 
     ids: Tensor
@@ -44,6 +45,7 @@ class FixSet:
     has_label: Tensor
     log_p: Tensor
     log_rest: Tensor
+    outside: Tensor
 
 
 @dataclass(frozen=True)
@@ -94,16 +96,18 @@ def build_fix_set(
     settings: LossSettings,
     *,
     width: int,
+    vocab_size: int,
     dtype: torch.dtype,
 ) -> FixSet:
     """Padded targets of the tokens `rows` (int64 [B]), with the temperature and missing mass applied.
 
     targets: CSR of N tokens, or None; labels int64 [N], -100 none; width: K, a bound of the entries per token;
-    dtype: of the log-probabilities.
+    vocab_size: V; dtype: of the log-probabilities.
     """
     num_rows = rows.shape[0]
     label = labels[rows]  # [B]
-    has_label = label >= 0
+    outside = label >= vocab_size
+    has_label = (label >= 0) & ~outside
     if targets is None:
         width = 0
     ids = torch.zeros(num_rows, width + 1, dtype=torch.int64, device=rows.device)
@@ -117,13 +121,16 @@ def build_fix_set(
         column = torch.arange(width, device=rows.device)
         valid = column < counts[:, None]  # [B, K]
         entry = torch.where(valid, first[:, None] + column, 0)
-        ids[:, :-1] = torch.where(valid, targets.ids[entry].long(), 0)
-        kept[:, :-1] = valid
+        given = targets.ids[entry].long()
+        inside = valid & (given >= 0) & (given < vocab_size)
+        outside = outside | (valid & ~inside).any(1)
+        ids[:, :-1] = torch.where(inside, given, 0)
+        kept[:, :-1] = inside
         has_target = counts > 0
-        values, log_rest = _teacher_buckets(targets, rows, entry, valid, settings, dtype)
+        values, log_rest = _teacher_buckets(targets, rows, entry, inside, settings, dtype)
         log_p[:, :-1] = values
     # The last column, and not column `width`: compiled code would be compiled anew for each value of that.
-    ids[:, -1] = label.clamp_min(0)
+    ids[:, -1] = torch.where(has_label, label, 0)
     is_label = (ids == ids[:, -1:]) & has_label[:, None]
     is_label[:, :-1] &= kept[:, :-1]
     in_support = is_label[:, :-1].any(1)
@@ -135,7 +142,7 @@ def build_fix_set(
         kept[:, -1] = is_label[:, -1]
         log_rest = torch.full_like(log_rest, -math.inf)
     used = kept | is_label
-    return FixSet(ids, kept, used, is_label, has_target, has_label, log_p, log_rest)
+    return FixSet(ids, kept, used, is_label, has_target, has_label, log_p, log_rest, outside)
 
 
 def _teacher_buckets(
@@ -209,6 +216,8 @@ def row_terms(
     a compiled function would be compiled anew for each value.
     """
     alpha, ce_weight, z_loss = factors.unbind(0)
+    poisoned = {name: torch.where(fix.outside, math.nan, getattr(stats, name)) for name in ("log_rest", "log_rest_t")}
+    stats = replace(stats, **poisoned)
     lse = torch.logaddexp(stats.log_rest, _safe_lse(stats.fix))
     log_q1 = stats.fix - lse[:, None]  # [B, F]
     label_logit = torch.where(fix.is_label, stats.fix, 0.0).sum(1)

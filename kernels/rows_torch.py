@@ -15,7 +15,7 @@ Why the numbers come out right:
 
 import enum
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -116,21 +116,22 @@ def _block_sums(
     """Sums of exp(d), exp(d / T) and d exp(d), each [b], of `difference` d [b, V]; turns d into the form to keep.
 
     buffer [b, V] is scratch. d <= 0, so every exponential is in (0, 1].
+    A logit of -inf has d exp(d) = -inf * 0, which counts as the 0 that it is; a NaN logit still shows in the other sums.
     """
     temperature = settings.student_temperature
     if temperature == 2.0:
         # One exponential serves both temperatures: exp(d) is the square of exp(d / 2).
         torch.mul(difference, 0.5, out=buffer).exp_()
         total_t = buffer.sum(1)
-        moment = difference.mul_(buffer).mul_(buffer).sum(1)
+        moment = difference.mul_(buffer).mul_(buffer).nansum(1)
         total = torch.mul(buffer, buffer, out=difference).sum(1)
     else:
         torch.exp(difference, out=buffer)
         total = total_t = buffer.sum(1)
         if temperature == 1.0:
-            moment = difference.mul_(buffer).sum(1)
+            moment = difference.mul_(buffer).nansum(1)
         else:
-            moment = buffer.mul_(difference).sum(1)
+            moment = buffer.mul_(difference).nansum(1)
             total_t = difference.div_(temperature).exp_().sum(1)
     if form != Form.LOGITS:
         difference.copy_(buffer)
@@ -146,6 +147,9 @@ def row_gradient(
     kept, and exp(shift - log_rest) <= 1 turns it into the softmax. The fix-ups are put in last.
     """
     scale, cap = settings.logit_scale, settings.soft_cap
+    # A rest of logits of -inf alone has no sum; its exponentials are 0, and any finite number keeps them so.
+    sums = {name: torch.where(lse == -math.inf, 0.0, lse) for name, lse in vars(stats).items() if "log_rest" in name}
+    stats = replace(stats, **sums)
     if state.form == Form.EXP:
         weight = (terms.dense_t + terms.dense_1) * (state.shift - stats.log_rest).exp()
         slab.mul_(weight[:, None] * scale)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from potstill.kernels import products
 from potstill.kernels.backend import Backend
-from potstill.kernels.one_pass import OnePass
+from potstill.kernels.one_pass import OnePass, fill_of
 from potstill.kernels.row_terms import FixSet, RowStats, RowTerms, build_fix_set, row_terms
 from potstill.kernels.settings import LossSettings
 from potstill.kernels.soft_cap import cap_slope
@@ -27,11 +27,6 @@ from potstill.kernels.two_passes import TwoPasses
 MAX_BLOCK = 8192
 HALF_BLOCK = 4096  # a soft cap, or a second temperature of float32 rows, needs more registers per element
 SCALE_BLOCK = 16384
-
-
-def fill_of(dtype: torch.dtype) -> float:
-    """The value that takes a column out of the stream: finite, and far below every logit."""
-    return -65504.0 if dtype == torch.float16 else -1e30
 
 
 def block_shape(vocab_size: int, width: int, dtype: torch.dtype, settings: LossSettings) -> dict[str, int]:
@@ -138,15 +133,16 @@ TRITON = Backend(
 
 @functools.cache
 def compiled() -> Backend:
-    """TRITON with the steps between the passes fused by torch.compile.
+    """TRITON with the steps between two passes fused by torch.compile, where it takes two passes at all.
 
     They are about a hundred operations on [B, k] tensors: each is nothing, but launched one by one they
-    take as long as a good part of a pass over the logits. Compiling takes about a minute per setting.
+    take as long as a good part of a pass over the logits. Compiling takes about a minute per setting. `fullgraph` makes
+    what cannot be compiled, and what would be compiled ever anew, an error; without it both fall back in silence.
     """
     between = TwoPasses(
         row_stats,
         row_gradient,
-        build_fix_set=torch.compile(build_fix_set, dynamic=True),
-        row_terms=torch.compile(row_terms, dynamic=True),
+        build_fix_set=torch.compile(build_fix_set, dynamic=True, fullgraph=True),
+        row_terms=torch.compile(row_terms, dynamic=True, fullgraph=True),
     )
-    return dataclasses.replace(TRITON, name="triton_compiled", slab_pass=between)
+    return dataclasses.replace(TRITON, name="triton_compiled", slab_pass=OnePass(otherwise=between))

@@ -60,7 +60,7 @@ def _load(x, offsets, V, scale, cap, MASKED: tl.constexpr, CAP: tl.constexpr, FI
         raw = tl.load(x + offsets).to(tl.float32)
     if CAP:
         # A column taken out must stay out; the cap would bring it back to -cap.
-        return tl.where(raw <= 0.5 * FILL, -1e30, _capped(raw, scale, cap))
+        return tl.where(raw == FILL, -1e30, _capped(raw, scale, cap))
     return raw
 
 
@@ -74,7 +74,7 @@ def _accumulate(z, m, s, s_t, x, c, inv_t, TWO: tl.constexpr):
     shrink = tl.exp2(m - new)
     e = tl.exp2(z * c - new)
     s = s * shrink + tl.sum(e, 0)
-    x = x * shrink + tl.sum(e * z, 0)
+    x = x * shrink + tl.sum(e * tl.maximum(z, -1e30), 0)  # 0 times a logit of -inf is to be 0
     if TWO:
         s_t = s_t * tl.exp2((m - new) * inv_t) + tl.sum(tl.exp2(z * (c * inv_t) - new * inv_t), 0)
     return new, s, s_t, x
@@ -113,6 +113,8 @@ def stats_kernel(
     used = tl.load(used_ptr + row * F + f, mask=f < F, other=0) != 0
     ids = tl.load(id_ptr + row * F + f, mask=used, other=0)
     raw = tl.load(x + ids, mask=used, other=0.0).to(tl.float32)
+    if not CAP:
+        raw = tl.where(raw < -1e30, -1e30, raw)  # as rows_torch does, for the same reason; NaN stays
     # All values are in registers before the columns leave the stream, and all are out before it starts. Several threads
     # may hold the same lane, and others stream over these columns: no step may overtake the one before.
     tl.debug_barrier()

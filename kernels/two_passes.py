@@ -60,7 +60,13 @@ class TwoPasses:
             take_logits(slab, source, tokens)
         clear_rows(slab, unused)
         fix = self.build_fix_set(
-            tokens.targets, tokens.labels, tokens.index(), settings, width=tokens.width, dtype=weights.dtype
+            tokens.targets,
+            tokens.labels,
+            tokens.index(),
+            settings,
+            width=tokens.width,
+            vocab_size=slab.shape[1],
+            dtype=weights.dtype,
         )
         stats, state = self.row_stats(slab, fix, settings, keep_exp=with_gradient)
         terms = self.row_terms(

@@ -222,7 +222,7 @@ def test_statistics_of_vocabulary_shards_merge_to_those_of_the_whole(temperature
     targets = make_targets(N, V, [5, 0, 2])
     options = read_options(None, {"alpha": 0.5, "temperature": temperature, "z_loss": 1e-3})
     call = LossCall.make(*options, targets=targets, labels=labels, sizes=(N, V), like=logits)
-    fix = build_fix_set(targets, labels, torch.arange(N), call.settings, width=call.width, dtype=torch.float64)
+    fix = build_fix_set(targets, labels, torch.arange(N), call.settings, width=call.width, vocab_size=V, dtype=torch.float64)
 
     def statistics(start: int, stop: int) -> RowStats:
         here = fix.used & (fix.ids >= start) & (fix.ids < stop)
