@@ -1,8 +1,9 @@
 """Comparisons of the Triton kernels with the definitions, in Triton's interpreter; made to notice any slip in them.
 
-A process of its own (see interpreted_worker.py): `python kernel_battery.py [--first]` prints JSON, {"kernels": folder
-of the kernels that ran, "checks": their number, "failed": {check: what}}, and ends with 1 if a check failed; --first
-stops there. test_mutants.py runs it against kernels with planted faults, each of which must fail a check.
+A process of its own (see interpreted_worker.py): `python kernel_battery.py [--first] [CHECK ..]` prints JSON,
+{"kernels": folder of the kernels that ran, "checks": their number, "failed": {check: what}}, and ends with 1 if a check
+failed. --first: stop there; CHECK: names of those to begin with. test_mutants.py runs it against kernels with planted
+faults, each of which must fail a check.
 
 Expected values are float64 by autograd from reference.py, by brute force for the teacher; nothing comes from the code
 of the kernels room. Logits, rows and vocabularies are small, and tiles too, so that a row has several and a rest.
@@ -434,7 +435,9 @@ def main() -> int:
     use_small_tiles()
     failed: dict[str, str] = {}
     seconds: dict[str, float] = {}
-    for name, run in (*loss_checks(), *OTHER_CHECKS.items()):
+    checks = {**dict(loss_checks()), **OTHER_CHECKS}
+    begin = [name for name in sys.argv[1:] if name != "--first"]
+    for name, run in ({name: checks[name] for name in begin} | checks).items():
         started = time.monotonic()
         try:
             run()

@@ -72,7 +72,7 @@ def test_the_kernels_as_they_are_pass(tmp_path: Path) -> None:
 def test_a_planted_fault_is_noticed(mutant: Mutant, tmp_path: Path) -> None:
     package = copy_of_package(tmp_path)
     plant(mutant, package / "kernels")
-    status, found, errors = run_battery(package, "--first")
+    status, found, errors = run_battery(package, "--first", mutant.seen_by)
     # A fault that reads or writes far outside ends the process, which is noticed too.
     assert status != 0, f"{mutant.name}: all {found.get('checks')} checks passed"
     assert found.get("failed") or status < 0, f"{mutant.name}: the battery did not run: {errors}"
