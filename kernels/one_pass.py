@@ -3,6 +3,7 @@
 Importing this needs triton; calling it needs a GPU, or triton's interpreter.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -38,13 +39,21 @@ class LaunchShape:
     backwards: bool = True
 
 
-def launch_shape(vocab_size: int, dtype: torch.dtype, settings: LossSettings) -> LaunchShape:
-    """For rows of V logits: no more threads than a row fills. Two bytes per logit under a soft cap are the one case
-    in which four loads at a time would need more registers than there are."""
+@functools.cache
+def _is_older(device: torch.device) -> bool:
+    """Whether it is an NVIDIA GPU from before Hopper, whose compiler needs a few registers more for the same."""
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (9, 0)
+
+
+def launch_shape(vocab_size: int, dtype: torch.dtype, settings: LossSettings, device: torch.device) -> LaunchShape:
+    """For rows of V logits: no more threads than a row fills, as many loads as nothing spills (tests/kernels/aot_worker.py
+    compiles them all)."""
     warp_size = 64 if torch.version.hip else 32
     elements = LOAD_BYTES // dtype.itemsize * warp_size
     warps = min(1024 // warp_size, max(1, triton.next_power_of_2(-(-vocab_size // elements))))
-    loads = 2 if settings.soft_cap is not None and dtype.itemsize == 2 else 4
+    loads = 4
+    if dtype.itemsize == 2:
+        loads //= (2 if settings.soft_cap is not None else 1) * (2 if _is_older(device) else 1)
     return LaunchShape(num_warps=warps, warp_size=warp_size, loads=loads)
 
 
@@ -84,7 +93,7 @@ class OnePass:
     """
 
     otherwise: SlabPass
-    shape: Callable[[int, torch.dtype, LossSettings], LaunchShape] = launch_shape
+    shape: Callable[[int, torch.dtype, LossSettings, torch.device], LaunchShape] = launch_shape
 
     def takes(self, tokens: SlabTokens) -> bool:
         """Whether the kernel has all that these tokens ask for."""
@@ -108,7 +117,7 @@ class OnePass:
         if tokens.count == 0:
             return
         settings, vocab_size = tokens.settings, slab.shape[1]
-        shape = self.shape(vocab_size, slab.dtype, settings)
+        shape = self.shape(vocab_size, slab.dtype, settings, slab.device)
         with on_device_of(slab):
             row_kernel[(tokens.count,)](
                 x_ptr=slab,

@@ -21,7 +21,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from potstill.kernels import triton_kernels
-from tests.kernels import aot_teacher
+from tests.kernels import aot_rows, aot_teacher
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -52,7 +52,7 @@ def row_case(kernel, dtype: str, *, two: bool, cap: bool) -> dict:
 
 
 def cases() -> dict[str, dict]:
-    out = {}
+    out = aot_rows.cases()
     for name, kernel in (("stats", triton_kernels.stats_kernel), ("grad", triton_kernels.dense_grad_kernel)):
         for dtype in ("bf16", "fp32", "fp16"):
             for two in (False, True):
@@ -70,7 +70,7 @@ def build(case: dict, target: GPUTarget):
     attributes = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     constants = {(kernel.arg_names.index(n),): value for n, value in case["constants"].items()}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": case["warps"], "num_stages": 2, "enable_fp_fusion": True, **case.get("options", {})}
+    options = {"num_warps": case["warps"], "num_stages": 2, "enable_fp_fusion": True}
     return triton.compile(source, target=target, options=options), case["warps"] * target.warp_size
 
 
@@ -116,6 +116,7 @@ def loop_instructions(compiled) -> list[int]:
 
 def measure(case: dict, name: str) -> dict:
     target = TARGETS[name]
+    case = {**case, **case.get(name, {})}
     compiled, threads = build(case, target)
     per_thread = case["elements"] / threads
     if target.backend == "hip":

@@ -15,13 +15,17 @@ TEACHER = "teacher_kernels.py"
 
 @dataclass(frozen=True)
 class Mutant:
-    """One fault. name: what is wrong; path: below the kernels room; seen_by: the battery's check that runs first."""
+    """One fault. name: what is wrong; path: below the kernels room; seen_by: the battery's check that runs first.
+
+    may_raise: the interpreter itself may refuse what the fault computes (an overflow, an address).
+    """
 
     name: str
     path: str
     old: str
     new: str
     seen_by: str = "plain"
+    may_raise: bool = False
 
 
 ONE_LAUNCH = [
@@ -210,8 +214,8 @@ ONE_LAUNCH = [
     Mutant(
         "the moment of the rest is not shifted to the row",
         ROW,
-        "(rest_moment + near * rest_sum) * share",
-        "rest_moment * share",
+        "(rest_moment + near * rest_sum) * tl.exp2(near)",
+        "rest_moment * tl.exp2(near)",
     ),
     Mutant("the entropy leaves the own label out", ROW, " + label_e * label_u", ""),
     Mutant(
@@ -271,19 +275,26 @@ ONE_LAUNCH = [
         "label_grad = rest * 0.0",
     ),
     Mutant("the own label is missing in the rest", ROW, "outside = _log2_add(rest_u, label_u)", "outside = rest_u"),
-    Mutant("the teacher's tail is not normalised", ROW, "rest = tail - norm", "rest = tail"),
-    Mutant("the teacher's entries are not normalised", ROW, "log_p = log_p - norm", "log_p = log_p"),
+    Mutant(
+        "the teacher's tail is not normalised",
+        ROW,
+        "rest = _not_below_none(tail - norm)",
+        "rest = _not_below_none(tail)",
+    ),
+    Mutant(
+        "the teacher's entries are not normalised", ROW, "_not_below_none(entries - norm)", "_not_below_none(entries)"
+    ),
     Mutant(
         "tempered entries share all mass",
         ROW,
-        "log_p = log_p + (_log1mexp(tail) - total)",
-        "log_p = log_p - total",
+        "norm = total - _log1mexp(tail)",
+        "norm = total",
         seen_by="temperature",
     ),
     Mutant(
         "the chain through the support is missing",
         ROW,
-        "a = a - exp(bucket_q) * tl.sum(a, 0)",
+        "a = a - exp(bucket_q) * a_kept",
         "a = a + 0.0",
         seen_by="support at 2.0",
     ),

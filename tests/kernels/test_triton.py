@@ -16,11 +16,12 @@ import pytest
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
+# Rows: 1024 threads a program, and 64 registers each are all that a multiprocessor of NVIDIA has (of AMD: 128). Others:
 # 64 a thread keep four blocks of 256 threads on an SM; a thread of gfx942 may have 128 before its occupancy falls.
 REGISTERS = {"sm_80": 64, "sm_90": 64, "gfx942": 96}
 # triton 3.6 needs up to 79 on sm_80 with the second temperature: three blocks on an SM.
 REGISTERS_BEFORE_3_7 = {**REGISTERS, "sm_80": 80}
-SPEED_CASES = ["stats-bf16", "grad-bf16", "stats-bf16-two"]
+SPEED_CASES = ["row-bf16", "row-bf16-source"]
 
 
 def run_worker(name: str, *arguments: str, cache: Path | None = None) -> dict:
@@ -65,9 +66,10 @@ def check_budget(table: dict) -> None:
     registers = REGISTERS_BEFORE_3_7 if is_old else REGISTERS
     for case, targets in table["cases"].items():
         for target, cost in targets.items():
+            limit = {**registers, "sm_80": 64, "gfx942": 128} if case.startswith("row-") else registers
             where = f"{case} on {target} (triton {table['triton']}): {cost}"
             assert cost["spilled"] == 0, where
-            assert cost["registers"] <= registers[target], where
+            assert cost["registers"] <= limit[target], where
             assert cost["wide_loads"] > 0, where
             for count in cost.get("per_element", []):
                 assert count <= instructions(case), where
