@@ -38,7 +38,6 @@ def tile_case(dtype: str, *, temperatures: int = 0, cap: bool = False) -> dict[s
     types = {**TYPES, "x_ptr": f"*{dtype}"}
     return {
         "kernel": kernel, "types": types, "constants": constants, "warps": 4, "elements": 2048, "aligned": ALIGNED,
-        "rows_registers": 64,
     }  # fmt: skip
 
 
@@ -90,3 +89,21 @@ def cases() -> dict[str, dict[str, Any]]:
     out["select-bf16-255-2"] = select_case("bf16", vocab_size=262144, k=255, temperatures=2)
     out["select-fp32-255-cap"] = select_case("fp32", vocab_size=262144, k=255, cap=True)
     return out
+
+
+def check_budget(table: dict[str, Any]) -> None:
+    """Asserts on what aot_worker printed for some of `cases`.
+
+    A thread of the tile kernel has 64 registers (eight blocks of 128 threads on an SM), none spilled, and 16-byte loads.
+    The one of the selection looks at a few tiles only and waits for its reductions most of the time: 128 registers, and
+    the few that ptxas spills to fit another block on an SM.
+    """
+    for case, targets in table["cases"].items():
+        for target, cost in targets.items():
+            where = f"{case} on {target} (triton {table['triton']}): {cost}"
+            streams = case.startswith("tiles")
+            assert cost["registers"] <= (64 if streams else 168), where
+            assert cost["spilled"] <= (0 if streams else 64), where
+            assert cost["wide_loads"] > 0 or not streams, where
+            for count in cost.get("per_element", []) if streams else []:
+                assert count <= (36 if "cap" in case else 32 if "-2" in case else 22), where

@@ -74,10 +74,10 @@ def shapes() -> dict[str, dict[str, Any]]:
     for head, vocab_size, k, temperatures in (
         *((1, 1, 1, ()), (2, 1, 1, ()), (64, 64, 64, ()), (65, 60, 20, ()), (70, 66, 7, (0.5, 3.0))),
         *((1000, 900, 20, (2.0, 0.5)), (5003, 4990, 64, (2.0,)), (300, 300, 255, (2.0,)), (20011, 20001, 255, ())),
-        *((9000, 9000, 1, ()), (40000, 39999, 3, (0.5,)), (70000, 64, 5, ())),
+        *((40000, 39999, 1, (0.5,)), (3000, 64, 5, ())),
     ):
-        for coarse in (False, True):
-            raw = logits(4, head, coarse=coarse)
+        for coarse in (False, True) if head < 5000 else (False,):
+            raw = logits(3, head, coarse=coarse)
             name = f"{head} {vocab_size} {k} {temperatures} coarse={coarse}"
             out[name] = compare(raw, k, vocab_size=vocab_size, temperatures=temperatures)
     return out
@@ -87,28 +87,28 @@ def dtypes() -> dict[str, dict[str, Any]]:
     out = {}
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         for k in (1, 64, 255):
-            out[f"{dtype} k={k}"] = compare(logits(3, 9000).to(dtype), k, vocab_size=8999, temperatures=(2.0,))
-        wide = torch.zeros(3, 9100, dtype=dtype)
-        wide[:, 13:9013] = logits(3, 9000)
-        out[f"{dtype} rows of a wider tensor"] = compare(wide[:, 13:9013], 20, vocab_size=8900)
+            out[f"{dtype} k={k}"] = compare(logits(2, 5000).to(dtype), k, vocab_size=4999, temperatures=(2.0,))
+        wide = torch.zeros(3, 1100, dtype=dtype)
+        wide[:, 13:1013] = logits(3, 1000)
+        out[f"{dtype} rows of a wider tensor"] = compare(wide[:, 13:1013], 20, vocab_size=900)
         turned = logits(3, 500).to(dtype).t().contiguous().t()
         out[f"{dtype} columns apart"] = compare(turned, 20)
         capped = {"soft_cap": 5.0, "logit_scale": 0.7, "temperatures": (2.0,)}
-        out[f"{dtype} cap"] = compare(logits(3, 3000).to(dtype), 30, vocab_size=2900, **capped)
-        out[f"{dtype} scale"] = compare(logits(3, 3000).to(dtype), 30, logit_scale=0.37)
+        out[f"{dtype} cap"] = compare(logits(2, 3000).to(dtype), 30, vocab_size=2900, **capped)
+        out[f"{dtype} scale"] = compare(logits(2, 1000).to(dtype), 30, logit_scale=0.37)
     return out
 
 
 def ties() -> dict[str, dict[str, Any]]:
-    across = torch.zeros(2, 5000)
-    across[0, [4999, 2500, 3, 64, 127, 128]] = 1.0
+    across = torch.zeros(2, 1500)
+    across[0, [1499, 1200, 3, 64, 127, 128]] = 1.0
     across[1] = -0.0
     across[1, 7] = 0.0
-    edge = logits(2, 6000)
-    edge[:, 100:3000:7] = 30.0  # more equal ones than survivors may be, in many tiles
-    edge[:, 5999] = 31.0
-    level = torch.full((2, 4100), -3.0)
-    near = torch.full((2, 4100), 1.0)
+    edge = logits(2, 4500)
+    edge[:, 100:4300:7] = 30.0  # more equal ones than survivors may be, in many tiles
+    edge[:, 4499] = 31.0
+    level = torch.full((2, 1100), -3.0)
+    near = torch.full((2, 1100), 1.0)
     near[:, 1::2] = 1.0000001  # the next float32
     tiny = torch.zeros(2, 300)
     tiny[:, 10], tiny[:, 20], tiny[:, 30] = 1e-45, -1e-45, 1e-40
@@ -117,9 +117,9 @@ def ties() -> dict[str, dict[str, Any]]:
         f"ties {name} k={k}": compare(raw, k, labels=labels, temperatures=(2.0,))
         for name, raw in {
             "across": across, "edge": edge, "level": level, "near": near, "tiny": tiny,
-            "bf16": logits(2, 9000).bfloat16(), "edge bf16": edge.bfloat16(), "negative": -edge.abs(),
+            "bf16": logits(2, 2000).bfloat16(), "edge bf16": edge.bfloat16(), "negative": -edge.abs(),
         }.items()
-        for k in (1, 5, 64, 255)
+        for k in (5, 64, 255)
     }  # fmt: skip
 
 
@@ -209,7 +209,7 @@ def costs() -> dict[str, Any]:
     for name in ("tile_kernel", "select_kernel"):
         kernel = getattr(teacher_triton, name)
         setattr(teacher_triton, name, Recorded(kernel, name, launches))
-    raw = logits(2, 128256).bfloat16()
+    raw = logits(1, 128256).bfloat16()
     for temperatures in ((), (2.0,)):
         teacher_topk(logits=raw, k=64, temperatures=temperatures, backend="triton")  # makes the constants, once
         launches.clear()
@@ -240,7 +240,8 @@ class Recorded:
     def __getitem__(self, grid: Any) -> Any:
         def launch(*arguments: Any, **options: Any) -> None:
             self._launches.append((self._name, [a for a in arguments if isinstance(a, Tensor)]))
-            self._kernel[grid](*arguments, **options)
+            with torch.utils._python_dispatch._disable_current_modes():  # the interpreter has operations of its own
+                self._kernel[grid](*arguments, **options)
 
         return launch
 
