@@ -256,6 +256,10 @@ def check_rows_of_no_weight() -> None:
     spoilt[1], spoilt[3, 5], spoilt[4] = math.nan, math.inf, -math.inf
     compare(call(spoilt, targets, labels, weights=weights), wanted, LIMIT[torch.float32])
     compare(call(spoilt.clone(), targets, labels, weights=weights, inplace=True), wanted, LIMIT[torch.float32])
+    # A count that is too high, as a bound would be, brings some of them to the kernel.
+    for inplace in (False, True):
+        found = call(spoilt.clone(), targets, labels, weights=weights, inplace=inplace, num_active=TOKENS - 1)
+        compare(found, wanted, LIMIT[torch.float32])
 
 
 def check_chunks_from_hidden_states() -> None:

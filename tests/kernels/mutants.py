@@ -7,6 +7,7 @@ the kernel. Missing barriers are no mutants: the interpreter runs one program af
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 ROW, TABLE, LAUNCH = "row_kernel.py", "divergences_triton.py", "one_pass.py"
 TWO_PASSES, TWO_LAUNCH = "triton_kernels.py", "rows_triton.py"
@@ -26,6 +27,18 @@ class Mutant:
     new: str
     seen_by: str = "plain"
     may_raise: bool = False
+
+    def plant(self, kernels: Path) -> None:
+        """The fault, in a copy of the kernels. AssertionError, with what to do, unless its text stands there once."""
+        path = kernels / self.path
+        assert path.exists(), f"mutant {self.name!r}: {self.path} is gone; name the file that has its text now"
+        source = path.read_text(encoding="utf-8")
+        count = source.count(self.old)
+        assert count == 1, (
+            f"mutant {self.name!r}: its text stands {count} times in kernels/{self.path}, expected once; bring"
+            f" tests/kernels/mutants.py up to date with the kernel: {self.old!r}"
+        )
+        path.write_text(source.replace(self.old, self.new), encoding="utf-8")
 
 
 ONE_LAUNCH = [

@@ -1,6 +1,6 @@
 """Planted faults: each must fail a check of kernel_battery.py, or a real one like it would pass as well.
 
-python -m pytest -m slow tests/kernels/test_mutants.py -n 2     # about a process of 10 s for each mutant
+python -m pytest -m slow tests/kernels/test_mutants.py     # a second or more for each
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,67 +19,44 @@ from tests.kernels.mutants import MUTANTS, Mutant
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
-BATTERY = Path(__file__).with_name("kernel_battery.py")
 NUM_CHECKS = 50
+slow = [pytest.mark.slow, pytest.mark.timeout(1800), pytest.mark.xdist_group("mutants")]
 
 
-def copy_of_package(folder: Path) -> Path:
-    """A folder with the package, its kernels as files of its own, everything else linked to this checkout."""
-    package = ROOT / "src" / "potstill"
-    copy = folder / "src" / "potstill"
-    copy.mkdir(parents=True)
-    for entry in package.iterdir():
-        if entry.name == "kernels":
-            shutil.copytree(entry, copy / "kernels", symlinks=False, ignore=shutil.ignore_patterns("__pycache__"))
-        elif entry.name != "__pycache__":
-            (copy / entry.name).symlink_to(entry.resolve())
-    return copy
+@pytest.fixture(scope="module")
+def reports() -> dict[str | None, dict[str, Any]]:
+    """What the battery said of the kernels as they are (None) and of each mutant, by name."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)
+    worker = str(Path(__file__).with_name("mutant_worker.py"))
+    done = subprocess.run([sys.executable, worker], capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {report["name"]: report for report in map(json.loads, done.stdout.splitlines())}
 
 
-def plant(mutant: Mutant, kernels: Path) -> None:
-    """The fault, in a copied file. AssertionError, with what to do, where its text does not stand there once."""
-    path = kernels / mutant.path
-    assert path.exists(), f"mutant {mutant.name!r}: {mutant.path} is gone; name the file that has its text now"
-    source = path.read_text(encoding="utf-8")
-    count = source.count(mutant.old)
-    assert count == 1, (
-        f"mutant {mutant.name!r}: its text stands {count} times in kernels/{mutant.path}, expected once; bring"
-        f" tests/kernels/mutants.py up to date with the kernel: {mutant.old!r}"
-    )
-    path.write_text(source.replace(mutant.old, mutant.new), encoding="utf-8")
-
-
-def run_battery(package: Path, *arguments: str) -> tuple[int, dict, str]:
-    """(exit status, what it printed or {}, the end of its errors) of the battery against the kernels of `package`."""
-    path = os.pathsep.join([str(package.parent), str(ROOT)])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(BATTERY), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=170, env=environment, cwd=package.parent)
-    found = json.loads(done.stdout) if done.stdout.strip() else {}
-    if found:
-        assert Path(found["kernels"]) == package / "kernels", f"the battery ran {found['kernels']}, not the copy"
-    return done.returncode, found, done.stderr[-3000:]
+def marked(mutant: Mutant) -> Any:
+    return pytest.param(mutant, marks=slow, id=mutant.name)
 
 
 @pytest.mark.slow
-def test_the_kernels_as_they_are_pass(tmp_path: Path) -> None:
-    status, found, errors = run_battery(copy_of_package(tmp_path))
-    assert status == 0 and not found["failed"], (found, errors)
-    assert found["checks"] >= NUM_CHECKS
+@pytest.mark.timeout(1800)
+@pytest.mark.xdist_group("mutants")
+def test_the_kernels_as_they_are_pass(reports: dict[str | None, dict[str, Any]]) -> None:
+    report = reports[None]
+    assert report["status"] == 0 and not report["failed"], report
+    assert report["kernels"] == report["copy"] and report["checks"] >= NUM_CHECKS
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
-def test_a_planted_fault_is_noticed(mutant: Mutant, tmp_path: Path) -> None:
-    package = copy_of_package(tmp_path)
-    plant(mutant, package / "kernels")
-    status, found, errors = run_battery(package, "--first", mutant.seen_by)
-    assert status != 0, f"{mutant.name}: all {found.get('checks')} checks passed"
-    failed = list(found.get("failed", {}).values())
+@pytest.mark.parametrize("mutant", [marked(mutant) for mutant in MUTANTS])
+def test_a_planted_fault_is_noticed(mutant: Mutant, reports: dict[str | None, dict[str, Any]]) -> None:
+    report = reports[mutant.name]
+    assert report["status"] != 0, f"{mutant.name}: all {report.get('checks')} checks passed"
+    failed = list(report.get("failed", {}).values())
     # A fault that reads or writes far outside ends the process, which is noticed too. One that only keeps the kernel
     # from running shows nothing.
-    assert failed or status < 0, f"{mutant.name}: the battery did not run: {errors}"
+    assert failed or report["status"] < 0, f"{mutant.name}: the battery did not run: {report['errors']}"
     assert mutant.may_raise or not any(text.startswith("raised") for text in failed), f"{mutant.name}: {failed}"
+    assert not failed or report["kernels"] == report["copy"], f"the battery ran {report['kernels']}, not the copy"
 
 
 def test_every_mutant_can_be_planted(tmp_path: Path) -> None:
@@ -90,5 +68,5 @@ def test_every_mutant_can_be_planted(tmp_path: Path) -> None:
         source = ROOT / "src" / "potstill" / "kernels" / mutant.path
         if source.exists():
             shutil.copy(source, kernels / mutant.path)
-        plant(mutant, kernels)
+        mutant.plant(kernels)
         compile((kernels / mutant.path).read_text(encoding="utf-8"), mutant.path, "exec")
