@@ -4,7 +4,8 @@ All kinds of runs go through the real trainer (loader, collation, DeepSpeed, opt
 the other, several times; a run gives the median of its steps after a warm-up, and the smallest median per kind counts.
 With `--rivals liger_ce,torch_ce` the label-only step runs also with the fused cross-entropy of Liger and of torch in
 the student's head: a saving in the loss shows in our own label-only step too, in theirs it does not. Ratios are taken
-within each round of all kinds, so that a machine whose speed drifts does not decide; the file is written after each run.
+within each round of all kinds, so that a machine whose speed drifts does not decide, and the file is written after
+each run.
 
 `host_ms_per_step` is measured in a run of its own: the time of the driving thread outside of forward, backward and
 step, for a batch of --host-tokens tokens of 20 entries each in one micro-batch, and a student so small that a CPU
