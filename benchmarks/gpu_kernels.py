@@ -112,7 +112,7 @@ class Device:
 
     def _ceilings(self, side: int) -> tuple[float, float]:
         """Bytes per second of a copy (read and written) and FLOP per second of a bf16 product on random data."""
-        kind = {"device": self.name, "dtype": torch.bfloat16}
+        kind: dict[str, Any] = {"device": self.name, "dtype": torch.bfloat16}
         source = torch.randn(side, side * 32, **kind)
         target = torch.empty_like(source)
         copy_seconds = 1e-3 * self.milliseconds(lambda: target.copy_(source))
@@ -156,7 +156,8 @@ class Table:
     """Measures variants into rows; keeps going after one that fails, and names those it has no time for."""
 
     def __init__(self, device: Device, *, seconds: float, save: Callable[[list[Row]], None]) -> None:
-        self.device, self.rows, self.failed, self.save = device, [], False, save
+        self.device, self.failed, self.save = device, False, save
+        self.rows: list[Row] = []
         self.end = time.monotonic() + seconds
 
     def measure(self, problem: Problem, variants: Sequence[Variant]) -> None:

@@ -153,6 +153,18 @@ class Summary:
             {**head, "ending": self.ending, "seconds": round(self.spent, 1), "parts": states, "goals": goals}
         )
 
+    def ceilings(self) -> str:
+        """What the card can do and what its host costs, as the kernels' part measured it; nothing before that."""
+        for outcome in self.outcomes:
+            found = (outcome.figures or {}).get("about")
+            if found is not None and "host_us_per_tiny_op" in found:
+                return (
+                    f"\nA copy moves {found['copy_TB_per_second']} TB/s, a bf16 product runs at "
+                    f"{found['product_TFLOP_per_second']} TFLOP/s, the host takes {found['host_us_per_tiny_op']} us for "
+                    "an operation on one number (what a launch costs)."
+                )
+        return ""
+
     def as_markdown(self) -> str:
         versions = ", ".join(f"{name} {number}" for name, number in self.about["versions"].items())
         bounds = [(row["figure"], bound_text(row), number(row["measured"]), row["verdict"]) for row in self.goal_rows()]
@@ -163,7 +175,7 @@ class Summary:
         blocks = [
             f"# {self.card}, {self.about['date']}",
             f"Commit {self.about['commit']}; driver {self.about['driver']}; {self.about['host']}; {versions}.\n"
-            f"{self.minutes:g} minutes were given; after {self.spent:.0f} s: {self.ending}.",
+            f"{self.minutes:g} minutes were given; after {self.spent:.0f} s: {self.ending}.{self.ceilings()}",
             "## Against the goals for this card",
             table(("figure", "goal", "measured", "verdict"), bounds),
             "## Parts",
