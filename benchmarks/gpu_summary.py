@@ -160,8 +160,8 @@ class Summary:
             if found is not None and "host_us_per_tiny_op" in found:
                 return (
                     f"\nA copy moves {found['copy_TB_per_second']} TB/s, a bf16 product runs at "
-                    f"{found['product_TFLOP_per_second']} TFLOP/s, the host takes {found['host_us_per_tiny_op']} us for "
-                    "an operation on one number (what a launch costs)."
+                    f"{found['product_TFLOP_per_second']} TFLOP/s, the host takes {found['host_us_per_tiny_op']} us "
+                    "for an operation on one number (what a launch costs)."
                 )
         return ""
 
