@@ -157,7 +157,9 @@ def _sums_of_rest(
 
 
 @triton.jit
-def _write_block(x, offsets, V, row, scale, cap, MASKED: tl.constexpr, TWO: tl.constexpr, CAP: tl.constexpr, FILL: tl.constexpr):
+def _write_block(
+    x, offsets, V, row, scale, cap, MASKED: tl.constexpr, TWO: tl.constexpr, CAP: tl.constexpr, FILL: tl.constexpr
+):
     """d loss / d raw over the logits of one tile: one or two softmaxes weight * 2^(z c - log2 of the sum)."""
     c_t, log_t, weight_t, c, log_1, weight_1 = row
     z = _load(x, offsets, V, scale, cap, MASKED, CAP, FILL, "evict_first")
@@ -410,7 +412,18 @@ def _label_terms(
     log_total = tl.log2(total)
     moment = (rest_moment + near * rest_sum) * share + tl.sum(e * u, 0) + label_e * label_u
     entropy = (log_total - moment / total) * _LN2
-    return best, u, label_u, e / total, label_e / total, rest / total, gap, log_total, (best * c + log_total) * _LN2, entropy
+    return (
+        best,
+        u,
+        label_u,
+        e / total,
+        label_e / total,
+        rest / total,
+        gap,
+        log_total,
+        (best * c + log_total) * _LN2,
+        entropy,
+    )
 
 
 @triton.jit
