@@ -176,11 +176,12 @@ class FusedLinearLoss(torch.autograd.Function):
         ctx.call = call
         loss, figures = sums[0] * call.inverse_normalizer, sums[1:]
         ctx.mark_non_differentiable(figures)
+        ctx.set_materialize_grads(False)  # the figures' gradient would be zeros, made for nobody
         return loss, figures
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, _grad_sums: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_loss: Tensor, _grad_sums: None) -> tuple[Any, ...]:
         grads: Gradients = take_gradients(ctx)
         call: LossCall = ctx.call
         factor = late_factor(call, ctx.dtypes[0], grad_loss)
@@ -242,11 +243,12 @@ class FusedLoss(torch.autograd.Function):
         ctx.call, ctx.dtype = call, logits.dtype
         loss, figures = sums[0] * call.inverse_normalizer, sums[1:]
         ctx.mark_non_differentiable(figures)
+        ctx.set_materialize_grads(False)  # the figures' gradient would be zeros, made for nobody
         return loss, figures
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, _grad_sums: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_loss: Tensor, _grad_sums: None) -> tuple[Any, ...]:
         grad = take_gradients(ctx)
         factor = late_factor(ctx.call, ctx.dtype, grad_loss)
         return ctx.call.backend.scale(grad, factor, ctx.dtype), None, None, None

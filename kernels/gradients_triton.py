@@ -87,11 +87,18 @@ def weight_gradient_kernel(
         slab += BK * stride_slab
         hidden += BK * stride_hidden
     factor = tl.load(factor_ptr)
-    place = m[:, None].to(tl.int64) * D + n[None, :]
-    inside = (m < V)[:, None] & (n < D)[None, :]
+    # In two halves of the columns: the whole tile beside what was there before does not fit into the registers.
+    left, right = tl.split(tl.permute(tl.reshape(total, (BM, 2, BN // 2)), (0, 2, 1)))
+    half = (inner // size) * BN + tl.arange(0, BN // 2)
+    place = m[:, None].to(tl.int64) * D + half[None, :]
+    inside = (m < V)[:, None] & (half < D)[None, :]
     if ADDS:
-        total += tl.load(total_ptr + place, mask=inside, other=0.0)
-    tl.store(out_ptr + place, total * factor, mask=inside)
+        left += tl.load(total_ptr + place, mask=inside, other=0.0)
+    tl.store(out_ptr + place, left * factor, mask=inside)
+    inside = (m < V)[:, None] & (half + BN // 2 < D)[None, :]
+    if ADDS:
+        right += tl.load(total_ptr + place + BN // 2, mask=inside, other=0.0)
+    tl.store(out_ptr + place + BN // 2, right * factor, mask=inside)
 
 
 @functools.cache
