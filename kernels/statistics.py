@@ -25,14 +25,12 @@ class TokenStatistics:
 @torch.no_grad()
 def run_statistics(inputs: LinearInputs, call: LossCall) -> TokenStatistics:
     """The figures of every token, chunk by chunk. The call's weights must be 1: its sums are taken as they are."""
-    num_tokens, vocab_size = inputs.sizes
+    vocab_size = inputs.sizes[1]
     device, head = inputs.hidden.device, inputs.weight
-    names = LossSums.names()
-    table = torch.zeros(len(names), num_tokens, dtype=call.weights.dtype, device=device)
-    for rows in call.chunks(num_tokens):
-        slab = call.backend.slab(rows.shape[0], vocab_size, head.dtype, device)
-        slab = products.logits(inputs.hidden.index_select(0, rows), head, inputs.bias, out=slab)
-        _, sums = call.backend.slab_pass(slab, call.tokens(rows), with_gradient=False)
-        table[:, rows] = sums
-    column = dict(zip(names, table.unbind(0), strict=True))
+    table = call.table()
+    buffer = call.backend.slab(call.largest_chunk, vocab_size, head.dtype, device)
+    for part, tokens in call.chunks():
+        slab = products.logits(tokens.take(inputs.hidden), head, inputs.bias, out=buffer[: tokens.count])
+        call.backend.slab_pass(slab, tokens, out=table[:, part], with_gradient=False)
+    column = dict(zip(LossSums.names(), table[1:].unbind(0), strict=True))
     return TokenStatistics(-column["ce"], column["entropy"], column["kd"], column["student_mass"])

@@ -1,6 +1,6 @@
 """Batches on their way to a GPU: page-locked, copied ahead on a stream of their own, never read too early or late.
 
-Skips itself without a CUDA device. Run: PYTHONPATH=src python -m pytest tests/gpu -q
+Skips itself without a CUDA device. Run: PYTHONPATH=src python -m pytest tests/gpu -n 8 --dist loadgroup -q
 """
 
 from __future__ import annotations

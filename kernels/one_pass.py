@@ -1,0 +1,155 @@
+"""A slab by one launch of row_kernel.py, wherever that has what the call asks for; else by two passes.
+
+Importing this needs triton; calling it needs a GPU, or triton's interpreter.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from potstill.kernels.backend import SlabPass, SlabTokens
+from potstill.kernels.checks import tail_at
+from potstill.kernels.device_guard import on_device_of
+from potstill.kernels.divergences_triton import TWINS
+from potstill.kernels.row_kernel import row_kernel
+from potstill.kernels.settings import LossSettings
+from potstill.kernels.types import KernelInputError
+
+# Lanes for the entries that a row's registers hold; with more, the steps between two passes cost little beside them.
+MAX_LANES = 1024
+LOAD_BYTES = 16  # of one thread at a time
+
+
+@dataclass(frozen=True)
+class LaunchShape:
+    """How one row is spread over a program: its warps, threads per warp, loads of a thread at a time, the second stream's direction.
+
+    The first two bound the registers: 65536 of a multiprocessor over 1024 threads are 64 each. As many threads as there
+    may be per row mean as few rows in flight as there may be, and the second stream finds them in the L2 cache.
+    """
+
+    num_warps: int = 32
+    warp_size: int = 32
+    loads: int = 4
+    backwards: bool = True
+
+
+def launch_shape(vocab_size: int, dtype: torch.dtype, settings: LossSettings) -> LaunchShape:
+    """For rows of V logits: no more threads than a row fills. A soft cap needs its registers for itself."""
+    warp_size = 64 if torch.version.hip else 32
+    elements = LOAD_BYTES // dtype.itemsize * warp_size
+    most = 1024 // warp_size
+    warps = min(most, max(1, triton.next_power_of_2(-(-vocab_size // elements))))
+    heavy = settings.soft_cap is not None or settings.student_temperature != 1.0
+    return LaunchShape(num_warps=warps, warp_size=warp_size, loads=2 if heavy else 4)
+
+
+def fill_of(dtype: torch.dtype) -> float:
+    """The value that takes a column out of the stream: finite, far below every logit, held exactly by the dtype."""
+    return -65504.0 if dtype == torch.float16 else -(2.0**100)
+
+
+def targets_of(tokens: SlabTokens) -> dict[str, Any]:
+    """The kernel's arguments that tell of the teacher."""
+    targets, settings = tokens.targets, tokens.settings
+    if targets is None or tokens.width == 0:
+        return {
+            "offset_ptr": None,
+            "id_ptr": None,
+            "value_ptr": None,
+            "tail_ptr": None,
+            "num_draws": -1.0,
+            "KIND": "none",
+        }
+    kind, values = "logprobs", targets.logprobs
+    if targets.log_weights is not None:
+        kind, values = "log_weights", targets.log_weights
+    elif settings.entry.needs_counts:
+        kind, values = "counts", targets.counts
+    assert values is not None  # the call's checks saw to it
+    tail = tail_at(targets, settings.temperature) if kind == "logprobs" and settings.needs_tail else None
+    return {
+        "offset_ptr": targets.offsets,
+        "id_ptr": targets.ids,
+        "value_ptr": values,
+        "tail_ptr": tail,
+        "num_draws": -1.0 if targets.num_draws is None else float(targets.num_draws),
+        "KIND": kind,
+    }
+
+
+@dataclass(frozen=True)
+class OnePass:
+    """A SlabPass (backend.py) by one launch.
+
+    otherwise: who takes what the kernel lacks: a divergence without a twin, or more than MAX_LANES entries per token.
+    shape: launch_shape, or another for a trial.
+    """
+
+    otherwise: SlabPass
+    shape: Callable[[int, torch.dtype, LossSettings], LaunchShape] = launch_shape
+
+    def takes(self, tokens: SlabTokens) -> bool:
+        """Whether the kernel has all that these tokens ask for."""
+        return tokens.settings.divergence in TWINS and tokens.width <= MAX_LANES
+
+    def __call__(
+        self,
+        slab: Tensor,
+        tokens: SlabTokens,
+        *,
+        out: Tensor,
+        with_gradient: bool,
+        factor: Tensor | None = None,
+        source: Tensor | None = None,
+    ) -> None:
+        if not self.takes(tokens):
+            self.otherwise(slab, tokens, out=out, with_gradient=with_gradient, factor=factor, source=source)
+            return
+        if source is not None and source.dtype != slab.dtype:
+            raise KernelInputError(f"source is {source.dtype}, and its slab {slab.dtype}; the kernel wants one dtype")
+        if tokens.count == 0:
+            return
+        settings, vocab_size = tokens.settings, slab.shape[1]
+        shape = self.shape(vocab_size, slab.dtype, settings)
+        with on_device_of(slab):
+            row_kernel[(tokens.count,)](
+                x_ptr=slab,
+                source_ptr=source,
+                token_ptr=tokens.rows,
+                label_ptr=tokens.labels,
+                weight_ptr=tokens.weights,
+                kd_weight_ptr=tokens.kd_weights,
+                factor_ptr=tokens.factors,
+                upstream_ptr=factor,
+                out_ptr=out,
+                stride_x=slab.stride(0),
+                stride_source=0 if source is None else source.stride(0),
+                stride_out=out.stride(0),
+                first=tokens.first,
+                V=vocab_size,
+                scale=settings.logit_scale,
+                cap=settings.soft_cap or 1.0,
+                student_t=settings.student_temperature,
+                teacher_t=settings.temperature,
+                option=next(iter(settings.constants.values()), 0.0),
+                BK=max(16, triton.next_power_of_2(tokens.width)),
+                R=shape.num_warps * shape.warp_size,
+                C=LOAD_BYTES // slab.dtype.itemsize,
+                U=shape.loads,
+                BACKWARDS=shape.backwards,
+                MODE=settings.missing_mass,
+                DIVERGENCE=TWINS[settings.divergence],
+                TEMPERED=settings.temperature != 1.0,
+                TWO=settings.student_temperature != 1.0,
+                PLAIN=settings.plain_gradient,
+                CAP=settings.soft_cap is not None,
+                FILL=fill_of(slab.dtype),
+                GRADIENT=with_gradient,
+                num_warps=shape.num_warps,
+                **targets_of(tokens),
+            )
