@@ -37,6 +37,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     Benchmark("gpu_kernels", "the kernels beside eager, compiled and chunked torch on one GPU", needs_gpu=True),
     Benchmark("dump", "the dump over the bare forward pass of the same teacher"),
     Benchmark("step", "the distilled step over the label-only step; waiting for data"),
+    Benchmark("zero_stages", "a student under ZeRO 1, 2 and 3 on one rank: agreement of the losses, steps per second"),
     Benchmark("proposals", "draws from powers of the teacher: squared error and bytes at equal draws"),
     Benchmark("selector", "what selecting half of the positions saves"),
     Benchmark("plan_demo", "the planner's figures beside what the demo's dump did cost", by_itself="on your stores"),
