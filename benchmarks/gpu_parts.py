@@ -87,7 +87,7 @@ class Budget:
         left = self.left()
         if left < part.least:
             return None
-        return min(part.most, left, max(part.least, part.share * left))
+        return min(part.most, max(part.least, part.share * left))
 
 
 def options(values: dict[str, Any]) -> tuple[str, ...]:

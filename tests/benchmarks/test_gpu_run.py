@@ -277,6 +277,7 @@ def test_goals_go_by_the_card(tmp_path: Path, card: str, milliseconds: float, ve
     outcome.figures, outcome.state = kernel_figures("logits", milliseconds=milliseconds), "done"
     [row] = summary.goal_rows()
     assert (row["measured"], row["verdict"]) == (milliseconds, verdict)
+    assert row["goal"] == (None if "A100" in card else 1.6 if "H200" in card else 2.1)
     summary.write()
     assert verdict in (tmp_path / "out" / "summary.md").read_text()
 
