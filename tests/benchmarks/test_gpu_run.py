@@ -123,10 +123,10 @@ def test_what_a_part_had_when_its_time_was_up_is_kept(tmp_path: Path, scripts: A
     scripts(a=WRITES + "; import time; time.sleep(100)")
     goal = Goal("x of a", "a", lambda figures: float(figures["x"]), {H100: 2.0})
     output = tmp_path / "out"
-    run_parts(summary_of(output, [part("a", least=2, most=2)], goals=(goal,)), Budget(60.0))
+    run_parts(summary_of(output, [part("a", least=3, most=3)], goals=(goal,)), Budget(60.0))
     whole = json.loads((output / "summary.json").read_text())
     assert whole["parts"]["a"]["figures"] == {"x": 1}
-    assert whole["parts"]["a"]["note"] == "at its bound of 2 s; what it had is kept"
+    assert whole["parts"]["a"]["note"] == "at its bound of 3 s; what it had is kept"
     assert whole["goals"][0]["measured"] == 1.0 and whole["goals"][0]["verdict"] == "met (a stopped)"
 
 
