@@ -209,7 +209,7 @@ def line(row: Row) -> str:
         return format(value, form) if value is not None else "-"
 
     return (
-        f"{row.what:<15}{row.vocabulary:>7}{row.width:>6}  {row.variant:<30}{number(row.milliseconds, '.3f'):>10}"
+        f"{row.what:<15}{row.vocabulary:>7}{row.width:>6}  {row.variant:<42}{number(row.milliseconds, '.3f'):>10}"
         f"{number(row.fraction, '.2f'):>7}{number(row.peak_mib, '.0f'):>8}{number(row.launches, 'd'):>9}"
         f"{number(row.busy_ms, '.3f'):>9}{number(row.error_kept, '.1e'):>9}{number(row.error_rest, '.1e'):>9}"
         f"  {row.computes:<16}{row.note}"
@@ -217,7 +217,7 @@ def line(row: Row) -> str:
 
 
 HEADER = (
-    f"{'what':<15}{'V':>7}{'D':>6}  {'variant':<30}{'ms':>10}{'frac':>7}{'MiB':>8}{'launches':>9}{'busy ms':>9}"
+    f"{'what':<15}{'V':>7}{'D':>6}  {'variant':<42}{'ms':>10}{'frac':>7}{'MiB':>8}{'launches':>9}{'busy ms':>9}"
     f"{'err kept':>9}{'err rest':>9}  computes"
 )
 

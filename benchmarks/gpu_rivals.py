@@ -12,6 +12,8 @@ from torch import Tensor
 
 from benchmarks.cpu_kernels import eager_loss
 from benchmarks.fused_ce import Rival, liger, torch_fused, torch_plain
+from benchmarks.replaced import replaced
+from potstill.kernels import fused_linear
 from potstill.kernels.loss import linear_sparse_loss, sparse_loss
 from potstill.kernels.topk import select_top_k, teacher_topk
 from potstill.kernels.types import SparseTargetTensors
@@ -93,6 +95,7 @@ class Problem:
     def naive(self) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
         """What eager_loss takes besides logits: ids, log p, log tail, labels, temperature."""
         shape = (self.hidden.shape[0], self.k)
+        assert self.targets.logprobs is not None and self.targets.log_tail is not None
         ids, log_p = self.targets.ids.view(shape).long(), self.targets.logprobs.view(shape)
         norm = torch.logaddexp(log_p.logsumexp(1), self.targets.log_tail)
         return ids, log_p - norm[:, None], self.targets.log_tail - norm, self.labels, 1.0
@@ -109,11 +112,10 @@ def gradient_error(problem: Problem, gradient: Callable[[Tensor], Tensor]) -> tu
     """
     count = min(ERROR_ROWS, problem.hidden.shape[0])
     logits = problem.logits()
-    ids, log_p, tail, labels, temperature = (
-        value[:count] if isinstance(value, Tensor) else value for value in problem.naive()
-    )
+    *tensors, temperature = problem.naive()
+    ids, log_p, tail, labels = (value[:count] for value in tensors if isinstance(value, Tensor))
     wide = logits[:count].double().requires_grad_()
-    truth = eager_loss(wide, ids, log_p.double(), tail.double(), labels, temperature) * count
+    truth = eager_loss(wide, ids, log_p.double(), tail.double(), labels, float(temperature)) * count
     (want,) = torch.autograd.grad(truth, wide)
     difference = gradient(logits)[:count].double() - want
     kept = torch.zeros_like(want, dtype=torch.bool).scatter(1, torch.cat([ids, labels[:, None]], 1), True)
@@ -192,6 +194,13 @@ def linear_variants(problem: Problem) -> list[Variant]:
         logits = problem.logits()
         return logits @ problem.head, logits.t() @ problem.hidden
 
+    keeps = fused_linear.KEEPS_LAST_CHUNK
+    other_way = "added up in the forward" if keeps else "kept for the backward"
+
+    def ours_the_other_way() -> object:
+        with replaced(fused_linear, "KEEPS_LAST_CHUNK", not keeps):
+            return ours(best)
+
     compiled = torch.compile(eager_loss)
     half = (torch.arange(problem.hidden.shape[0], device=problem.hidden.device) % 2).float()
     active = int(half.sum())
@@ -208,6 +217,7 @@ def linear_variants(problem: Problem) -> list[Variant]:
         variant("potstill", BOTH, 0, lambda: ours(best)),
         variant("the three products alone", PRODUCTS, 1, products),
         variant("potstill, labels alone", CE, 2, labels_alone),
+        variant(f"potstill, last chunk {other_way}", BOTH, 2, ours_the_other_way),
         variant("potstill, half the tokens", BOTH, 3, lambda: ours(best, token_weights=half, num_active=active)),
         variant("potstill, KD alone", BOTH, 4, lambda: ours(best, ce_weight=0.0)),
         variant("chunked CE, V/D chunks", CE, 5, lambda: chunked_ce(problem, chunk_rows=None)),

@@ -10,22 +10,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.fused_ce import Rival, liger, torch_best
+from benchmarks.replaced import replaced
 from potstill.kernels.types import IGNORE_LABEL, LossSums
 from potstill.student_train.model import head
 from potstill.student_train.run.saves import Saves
 
 RIVALS = ("liger_ce", "torch_ce")
-
-
-@contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """While open, `owner.name` is `value`. Raises AttributeError where there is no such name."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
 
 
 def find_rival(name: str) -> Rival | None:
