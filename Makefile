@@ -4,6 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 SLOW   := $(VENV)/.installed-slow
+MINUTES ?= 9
 
 # Tests and benchmarks: one thread per process, two processes. The demo decides for itself.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -15,7 +16,7 @@ help:
 	@echo "make test        ruff, mypy and the CPU test suite"
 	@echo "make test-slow   the campaigns"
 	@echo "make bench       the benchmarks that need no GPU"
-	@echo "make bench-gpu   GPU tests and all GPU benchmarks of one GPU, against the goals, into benchmarks/results"
+	@echo "make bench-gpu   GPU tests and GPU benchmarks of one GPU against the goals, in MINUTES (9), into gpu-results"
 	@echo "make setup       .venv with the exact versions of constraints.txt"
 
 setup: $(STAMP)
@@ -51,7 +52,7 @@ bench: setup
 	$(TEST_ENV) $(BIN)/python -m benchmarks
 
 bench-gpu: setup
-	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m benchmarks --gpu --output benchmarks/results
+	$(BIN)/python -m benchmarks --gpu --minutes $(MINUTES) --output gpu-results
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis

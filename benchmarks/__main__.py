@@ -1,7 +1,8 @@
 """`python -m benchmarks [NAME ...]`: run the benchmarks one after another and print the JSON line each ends with.
 
 Without names, the ones that need no GPU. Each script can be run by itself (`python -m benchmarks.loader --help`).
-`--gpu` is one command for all that is measured on a GPU, its tests included, against the goals of the design.
+`--gpu` is one command for all that is measured on a GPU, its tests included, against the goals of the design, in as
+many minutes as there are.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+GPU_OUTPUT = Path("gpu-results")
+MINUTES = (3, 30)
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     Benchmark("gpu_kernels", "the kernels beside eager, compiled and chunked torch on one GPU", needs_gpu=True),
     Benchmark("dump", "the dump over the bare forward pass of the same teacher"),
     Benchmark("step", "the distilled step over the label-only step; waiting for data"),
+    Benchmark("zero_stages", "a student under ZeRO 1, 2 and 3 on one rank: agreement of the losses, steps per second"),
     Benchmark("proposals", "draws from powers of the teacher: squared error and bytes at equal draws"),
     Benchmark("selector", "what selecting half of the positions saves"),
     Benchmark("plan_demo", "the planner's figures beside what the demo's dump did cost", by_itself="on your stores"),
@@ -69,15 +74,20 @@ def run(entry: Benchmark) -> bool:
     return True
 
 
-def on_gpu(parser: argparse.ArgumentParser, output: Path, *, smoke: bool) -> int:
+def on_gpu(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     """All that is measured on a GPU; refused where there is none."""
-    import torch
-
     from benchmarks.gpu_all import run_all
+    from benchmarks.gpu_summary import card_and_driver
 
-    if not smoke and not torch.cuda.is_available():
-        parser.error(f"torch {torch.__version__} sees no CUDA device here; --smoke runs the same parts on a CPU, tiny")
-    return run_all(output, smoke=smoke)
+    minutes, output = arguments.minutes, arguments.output or GPU_OUTPUT
+    if not MINUTES[0] <= minutes <= MINUTES[1]:
+        parser.error(f"--minutes {minutes:g} must be from {MINUTES[0]} to {MINUTES[1]}")
+    if not arguments.smoke and card_and_driver() is None:
+        import torch  # slow to start: nvidia-smi answers first where there is one
+
+        if not torch.cuda.is_available():
+            parser.error(f"torch {torch.__version__} sees no CUDA device; --smoke runs the same parts on a CPU, tiny")
+    return run_all(output, minutes=minutes, smoke=arguments.smoke)
 
 
 def main() -> int:
@@ -92,15 +102,16 @@ def main() -> int:
         ),
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="scripts to run, below")
-    parser.add_argument("--gpu", action="store_true", help="GPU tests and all GPU benchmarks (half an hour at most)")
+    parser.add_argument("--gpu", action="store_true", help="GPU tests and GPU benchmarks, the most telling first")
+    parser.add_argument("--minutes", type=float, default=9.0, help="with --gpu: what all may take, 3 to 30 (9)")
     parser.add_argument("--smoke", action="store_true", help="with --gpu: the same way through on a CPU, tiny")
-    parser.add_argument("--output", type=Path, help="with --gpu: folder of the JSON files (benchmarks/results)")
+    parser.add_argument("--output", type=Path, help=f"with --gpu: folder of summary and log ({GPU_OUTPUT})")
     arguments = parser.parse_args()
     names = arguments.names
     if arguments.gpu:
-        if names or arguments.output is None:
-            parser.error("--gpu runs a fixed set and wants --output FOLDER for its figures")
-        return on_gpu(parser, arguments.output, smoke=arguments.smoke)
+        if names:
+            parser.error(f"--gpu runs a fixed set; remove {', '.join(names)}")
+        return on_gpu(parser, arguments)
     if arguments.smoke or arguments.output is not None:
         parser.error("--smoke and --output belong to --gpu; a script by itself has its own (--help)")
     unknown = sorted(set(names) - {entry.script for entry in BENCHMARKS})

@@ -135,7 +135,11 @@ def set_up(arguments: argparse.Namespace, folder: Path) -> Stage:
             max_position_embeddings=arguments.row_length,
             dtype=arguments.dtype,
         )
-        transformers.LlamaForCausalLM(config).to(getattr(torch, arguments.dtype)).save_pretrained(model)
+        # Random weights of a billion parameters take a CPU longer than all that is measured here.
+        with torch.device("cuda" if arguments.device == "cuda" else "cpu"):
+            made = transformers.LlamaForCausalLM(config)
+        made.to(getattr(torch, arguments.dtype)).save_pretrained(model)
+        del made
     spec = RunSpec(
         kind="tokens",
         row_length=arguments.row_length,
@@ -185,18 +189,32 @@ def encoder_rate(stage: Stage) -> float:
     return len(rows) * spec.row_length / best
 
 
-def measure(stage: Stage, rounds: int) -> dict[str, Any]:
-    """Forward and dump in turn; the figures by their JSON names."""
-    num_tokens = stage.tokens.num_tokens
+def measure(stage: Stage, rounds: int, *, news: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Forward and dump in turn; the figures by their JSON names. `news` is called with them after each round."""
+    if stage.engine.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # the random weights were made there, in float32
     stage.bare_forward()
     stage.walk()
-    forwards, dumps, stages = [], [], []
+    encoded = encoder_rate(stage)
+    forwards: list[Seconds] = []
+    dumps: list[Seconds] = []
+    stages: list[dict[str, float]] = []
+    figures: dict[str, Any] = {}
     for _ in range(rounds):
         forwards.append(stage.timed(stage.bare_forward)[0])
         seconds, walk = stage.timed(stage.walk)
         dumps.append(seconds)
         stages.append(walk.totals.seconds)
-    encoded = encoder_rate(stage)
+        figures = dump_figures(stage, forwards, dumps, stages, encoded=encoded)
+        news(figures)
+    return figures
+
+
+def dump_figures(
+    stage: Stage, forwards: list[Seconds], dumps: list[Seconds], stages: list[dict[str, float]], *, encoded: float
+) -> dict[str, Any]:
+    """What the rounds up to now give."""
+    num_tokens = stage.tokens.num_tokens
     ratios = [forward.wall / dump.wall for forward, dump in zip(forwards, dumps, strict=True)]
     work = [forward.cpu / dump.cpu for forward, dump in zip(forwards, dumps, strict=True)]
     on_gpu = stage.engine.device.type == "cuda"
@@ -244,14 +262,26 @@ def measure_one(arguments: argparse.Namespace) -> dict[str, Any]:
         device = stage.engine.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} cores"
         load = f"load {os.getloadavg()[0]:.1f}"
-        measured = measure(stage, arguments.rounds)
-        machine = f"{platform.machine()} {name}, {torch.get_num_threads()} threads, {load} to {os.getloadavg()[0]:.1f}"
         versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-        figures = {"machine": machine, "versions": versions, "date": time.strftime("%Y-%m-%d")}
         settings = {key: value for key, value in vars(arguments).items() if key not in ("output", "sizes")}
-        return {**figures, "settings": settings, **measured}
+
+        def told(measured: dict[str, Any]) -> dict[str, Any]:
+            threads, now = torch.get_num_threads(), os.getloadavg()[0]
+            machine = f"{platform.machine()} {name}, {threads} threads, {load} to {now:.1f}"
+            head = {"machine": machine, "versions": versions, "date": time.strftime("%Y-%m-%d")}
+            return {**head, "settings": settings, **measured}
+
+        return told(measure(stage, arguments.rounds, news=lambda measured: save(told(measured), arguments.output)))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def save(figures: dict[str, Any], output: str | None) -> None:
+    """Write the figures where they are wanted, in one go."""
+    if output:
+        part = Path(f"{output}.part")
+        part.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        os.replace(part, output)
 
 
 def main() -> int:
@@ -275,8 +305,7 @@ def main() -> int:
     else:
         figures = measure_one(arguments)
     print(json.dumps(figures))
-    if arguments.output:
-        Path(arguments.output).write_text(json.dumps(figures, indent=1) + "\n")
+    save(figures, arguments.output)
     return 0
 
 

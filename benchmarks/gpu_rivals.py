@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.cpu_kernels import eager_loss
+from benchmarks.fused_ce import Rival, liger, torch_fused, torch_plain
+from benchmarks.replaced import replaced
+from potstill.kernels import fused_linear
 from potstill.kernels.loss import linear_sparse_loss, sparse_loss
 from potstill.kernels.topk import select_top_k, teacher_topk
 from potstill.kernels.types import SparseTargetTensors
@@ -17,7 +21,28 @@ from potstill.kernels.types import SparseTargetTensors
 ALPHA = 0.5
 ERROR_ROWS = 32
 Step = Callable[[], object]
-Variants = dict[str, tuple[Step, Step | None]]
+Errors = Callable[[], tuple[float, float]]
+BOTH, CE, PRODUCTS, TOP_K = "CE + sparse KL", "CE only", "products only", "top k, lse, tail"
+COMPILE_SECONDS = 40.0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute one thing.
+
+    Lower `worth` is measured first; `step` is None with a `note` where it cannot run here. `needs_seconds`: not begun
+    with less than this left (a compilation cannot be broken off). `profiled`: launches and the GPU's busy time too.
+    """
+
+    what: str  # "logits", "linear", "teacher", "teacher hidden"
+    name: str
+    computes: str
+    worth: int
+    step: Step | None
+    errors: Errors | None = None
+    profiled: bool = False
+    needs_seconds: float = 0.0
+    note: str = ""
 
 
 @dataclass
@@ -70,6 +95,7 @@ class Problem:
     def naive(self) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
         """What eager_loss takes besides logits: ids, log p, log tail, labels, temperature."""
         shape = (self.hidden.shape[0], self.k)
+        assert self.targets.logprobs is not None and self.targets.log_tail is not None
         ids, log_p = self.targets.ids.view(shape).long(), self.targets.logprobs.view(shape)
         norm = torch.logaddexp(log_p.logsumexp(1), self.targets.log_tail)
         return ids, log_p - norm[:, None], self.targets.log_tail - norm, self.labels, 1.0
@@ -86,58 +112,63 @@ def gradient_error(problem: Problem, gradient: Callable[[Tensor], Tensor]) -> tu
     """
     count = min(ERROR_ROWS, problem.hidden.shape[0])
     logits = problem.logits()
-    ids, log_p, tail, labels, temperature = (
-        value[:count] if isinstance(value, Tensor) else value for value in problem.naive()
-    )
+    *tensors, temperature = problem.naive()
+    ids, log_p, tail, labels = (value[:count] for value in tensors if isinstance(value, Tensor))
     wide = logits[:count].double().requires_grad_()
-    truth = eager_loss(wide, ids, log_p.double(), tail.double(), labels, temperature) * count
+    truth = eager_loss(wide, ids, log_p.double(), tail.double(), labels, float(temperature)) * count
     (want,) = torch.autograd.grad(truth, wide)
     difference = gradient(logits)[:count].double() - want
     kept = torch.zeros_like(want, dtype=torch.bool).scatter(1, torch.cat([ids, labels[:, None]], 1), True)
     return tuple(float(difference[mask].norm() / want[mask].norm().clamp_min(1e-300)) for mask in (kept, ~kept))  # type: ignore[return-value]
 
 
-def logits_variants(problem: Problem) -> Variants:
+def backends(problem: Problem) -> tuple[str, ...]:
+    """Ours on this device, the default first."""
+    return ("triton", "triton_compiled", "torch") if problem.hidden.is_cuda else ("torch",)
+
+
+def logits_variants(problem: Problem) -> list[Variant]:
     """Loss and gradient from given bf16 logits."""
     naive = problem.naive()
     compiled = torch.compile(lambda logits: eager_loss(logits.float(), *naive))
     arguments = {"targets": problem.targets, "labels": problem.labels, "alpha": ALPHA}
     one = torch.ones((), device=problem.hidden.device)
-    on_gpu = problem.hidden.is_cuda
+    given = problem.logits()
 
     def ours(logits: Tensor, backend: str, *, inplace: bool) -> Tensor:
         leaf = logits.detach().requires_grad_()
         loss, _ = sparse_loss(logits=leaf, backend=backend, inplace=inplace, normalizer=one, **arguments)
         return torch.autograd.grad(loss, leaf)[0]
 
-    def rival(logits: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
+    def own(name: str, backend: str, worth: int, *, inplace: bool = True, needs_seconds: float = 0.0) -> Variant:
+        # In place the logits of the next repeat are the gradient of this one: other values, the same work.
+        step = partial(ours, given, backend, inplace=inplace)
+        errors = partial(gradient_error, problem, partial(ours, backend=backend, inplace=False)) if inplace else None
+        return Variant("logits", name, BOTH, worth, step, errors, worth == 0, needs_seconds)
+
+    def rival(loss: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
         leaf = logits.detach().requires_grad_()
         return torch.autograd.grad(loss(leaf) * problem.hidden.shape[0], leaf)[0]
 
-    def eager(logits: Tensor) -> Tensor:
-        return eager_loss(logits.float(), *naive)
+    def other(name: str, worth: int, loss: Callable[[Tensor], Tensor], *, needs_seconds: float = 0.0) -> Variant:
+        errors = partial(gradient_error, problem, partial(rival, loss))
+        step = partial(rival, loss, given)
+        return Variant("logits", name, BOTH, worth, step, errors, needs_seconds=needs_seconds)
 
-    given = problem.logits()
-    backends = ("triton", "triton_compiled", "torch") if on_gpu else ("torch",)
-    out: Variants = {}
-    for number, backend in enumerate(backends):
-        name = "potstill" if number == 0 else f"potstill {backend}"
-
-        def error(backend: str = backend) -> object:
-            return gradient_error(problem, lambda x: ours(x, backend, inplace=False))
-
-        # In place the logits of the next repeat are the gradient of this one: other values, the same work.
-        out[name] = (lambda backend=backend: ours(given, backend, inplace=True), error)
-    out["potstill, not in place"] = (lambda: ours(given, backends[0], inplace=False), None)
-    out["eager"] = (lambda: rival(given, eager), lambda: gradient_error(problem, lambda x: rival(x, eager)))
-    out["torch.compile"] = (
-        lambda: rival(given, compiled),
-        lambda: gradient_error(problem, lambda x: rival(x, compiled)),
-    )
+    default, *slower = backends(problem)
+    out = [
+        own("potstill", default, 0),
+        own("potstill, not in place", default, 4, inplace=False),
+        other("eager", 5, lambda logits: eager_loss(logits.float(), *naive)),
+        other("torch.compile", 6, compiled, needs_seconds=COMPILE_SECONDS),
+    ]
+    for backend in slower:
+        needs_seconds = COMPILE_SECONDS if backend.endswith("compiled") else 0.0
+        out.append(own(f"potstill {backend}", backend, 7, needs_seconds=needs_seconds))
     return out
 
 
-def linear_variants(problem: Problem) -> Variants:
+def linear_variants(problem: Problem) -> list[Variant]:
     """Loss and gradients from hidden states and a head."""
     naive = problem.naive()
     leaves = (problem.hidden, problem.head)
@@ -149,6 +180,12 @@ def linear_variants(problem: Problem) -> Variants:
         )
         return torch.autograd.grad(loss, leaves)
 
+    def labels_alone() -> object:
+        loss, _ = linear_sparse_loss(
+            hidden=problem.hidden, weight=problem.head, targets=None, labels=problem.labels, alpha=0.0
+        )
+        return torch.autograd.grad(loss, leaves)
+
     def whole(logits_loss: Callable[..., Tensor]) -> object:
         logits = problem.hidden @ problem.head.t()
         return torch.autograd.grad(logits_loss(logits.float(), *naive), leaves)
@@ -157,21 +194,64 @@ def linear_variants(problem: Problem) -> Variants:
         logits = problem.logits()
         return logits @ problem.head, logits.t() @ problem.hidden
 
+    keeps = fused_linear.KEEPS_LAST_CHUNK
+    other_way = "added up in the forward" if keeps else "kept for the backward"
+
+    def ours_the_other_way() -> object:
+        with replaced(fused_linear, "KEEPS_LAST_CHUNK", not keeps):
+            return ours(best)
+
     compiled = torch.compile(eager_loss)
     half = (torch.arange(problem.hidden.shape[0], device=problem.hidden.device) % 2).float()
     active = int(half.sum())
-    best, *others = ("triton", "triton_compiled") if problem.hidden.is_cuda else ("torch",)
-    return {
-        "potstill": (lambda: ours(best), None),
-        **{f"potstill {name}": (lambda name=name: ours(name), None) for name in others},
-        "potstill, half the tokens": (lambda: ours(best, token_weights=half, num_active=active), None),
-        "potstill, T = 1, KD alone": (lambda: ours(best, ce_weight=0.0), None),
-        "the three products alone": (products, None),
-        "eager": (lambda: whole(eager_loss), None),
-        "torch.compile": (lambda: whole(compiled), None),
-        "chunked CE, V/D chunks": (lambda: chunked_ce(problem, chunk_rows=None), None),
-        "chunked CE, 2048 rows": (lambda: chunked_ce(problem, chunk_rows=2048), None),
-    }
+    best = backends(problem)[0]
+
+    def variant(name: str, computes: str, worth: int, step: Step, *, needs_seconds: float = 0.0) -> Variant:
+        profiled = name in ("potstill", "potstill, labels alone")
+        return Variant("linear", name, computes, worth, step, profiled=profiled, needs_seconds=needs_seconds)
+
+    def ours_compiled() -> object:
+        return ours("triton_compiled")
+
+    out = [
+        variant("potstill", BOTH, 0, lambda: ours(best)),
+        variant("the three products alone", PRODUCTS, 1, products),
+        variant("potstill, labels alone", CE, 2, labels_alone),
+        variant(f"potstill, last chunk {other_way}", BOTH, 2, ours_the_other_way),
+        variant("potstill, half the tokens", BOTH, 3, lambda: ours(best, token_weights=half, num_active=active)),
+        variant("potstill, KD alone", BOTH, 4, lambda: ours(best, ce_weight=0.0)),
+        variant("chunked CE, V/D chunks", CE, 5, lambda: chunked_ce(problem, chunk_rows=None)),
+        variant("chunked CE, 2048 rows", CE, 5, lambda: chunked_ce(problem, chunk_rows=2048)),
+        variant("eager", BOTH, 5, lambda: whole(eager_loss)),
+        variant("torch.compile", BOTH, 6, lambda: whole(compiled), needs_seconds=COMPILE_SECONDS),
+    ]
+    if "triton_compiled" in backends(problem):
+        out.append(variant("potstill triton_compiled", BOTH, 7, ours_compiled, needs_seconds=COMPILE_SECONDS))
+    return [*out, *(rival_variant(problem, name, make, worth) for name, make, worth in RIVALS)]
+
+
+# The name in the table, what makes it (None where this machine lacks it), and its worth.
+RIVALS: tuple[tuple[str, Callable[[], Rival | None], int], ...] = (
+    ("Liger fused CE", lambda: liger(wide=False), 1),
+    ("Liger fused CE, dW in float32", lambda: liger(wide=True), 3),
+    ("torch linear_cross_entropy", torch_fused, 3),
+    ("torch CE of all logits", torch_plain, 5),
+)
+
+
+def rival_variant(problem: Problem, name: str, make: Callable[[], Rival | None], worth: int) -> Variant:
+    """Somebody else's label loss with its gradients, or the note that it is not here."""
+    rival = make()
+    if rival is None:
+        return Variant("linear", name, CE, worth, None, note="not in this Python")
+    if name.startswith("Liger") and not problem.hidden.is_cuda:
+        return Variant("linear", name, CE, worth, None, note="needs a GPU")
+
+    def step() -> object:
+        loss = rival.loss(problem.hidden, problem.head, problem.labels) / problem.hidden.shape[0]
+        return torch.autograd.grad(loss, (problem.hidden, problem.head))
+
+    return Variant("linear", name, CE, worth, step, profiled=worth == 1)
 
 
 @torch.no_grad()
@@ -198,9 +278,10 @@ def chunked_ce(problem: Problem, *, chunk_rows: int | None) -> tuple[Tensor, Ten
     return total / num_tokens, grad_hidden, grad_head
 
 
-def teacher_variants(problem: Problem) -> Variants:
-    """Top k, lse and tail of given bf16 logits (no product)."""
+def teacher_variants(problem: Problem) -> list[Variant]:
+    """Top k, lse and tail of given bf16 logits, and of hidden states and a head."""
     given = problem.logits()
+    hidden, head = problem.hidden.detach(), problem.head.detach()
 
     def plain() -> object:
         wide = given.float()
@@ -208,8 +289,20 @@ def teacher_variants(problem: Problem) -> Variants:
         lse = torch.logsumexp(wide, 1)
         return best, lse, torch.log1p(-(best.values - lse[:, None]).exp().sum(1).clamp_max(1 - 1e-7))
 
-    return {
-        "potstill": (lambda: teacher_topk(logits=given, k=problem.k), None),
-        "potstill + T = 2": (lambda: teacher_topk(logits=given, k=problem.k, temperatures=(2.0,)), None),
-        "torch.topk": (plain, None),
-    }
+    def two() -> object:
+        return teacher_topk(logits=given, k=problem.k, temperatures=(2.0,))
+
+    return [
+        Variant("teacher", "potstill", TOP_K, 0, lambda: teacher_topk(logits=given, k=problem.k), profiled=True),
+        Variant("teacher", "torch.topk", TOP_K, 3, plain),
+        Variant("teacher", "potstill + T = 2", TOP_K, 4, two),
+        Variant(
+            "teacher hidden",
+            "potstill",
+            TOP_K,
+            2,
+            lambda: teacher_topk(hidden=hidden, weight=head, k=problem.k),
+            profiled=True,
+        ),
+        Variant("teacher hidden", "the product alone", PRODUCTS, 2, lambda: hidden @ head.t()),
+    ]

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.step import finish, measure, parse
+from benchmarks.step import Found, Kind, measure, parse, told
 from potstill.kernels.loss import linear_sparse_loss
 from potstill.kernels.types import SparseTargetTensors
 from potstill.student_train.model.parameters import DTYPES
@@ -55,29 +55,41 @@ def head_seconds(options: argparse.Namespace, share: float, *, repeats: int = 7)
     return statistics.median(seconds[2:])
 
 
+def selector_figures(found: Found) -> dict[str, Any]:
+    """Steps with half of the positions over the step with all, as far as they were measured."""
+    if "all" not in found:
+        return {}
+    whole = found["all"].seconds
+    # The student's own entropy (half_by_student) needs a forward of the head over all positions first.
+    shares = {
+        f"{name}_step_over_all": round(found[kind].seconds / whole, 4)
+        for name, kind in (("half_selected", "half"), ("half_by_student", "half_by_student"))
+        if kind in found
+    }
+    return {**shares, "all_step_seconds": round(whole, 5)}
+
+
 def main() -> None:
     """Run and print one JSON line."""
     load = os.getloadavg()[0]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options = parse(parser)
     half = {"policy": "random", "share": 0.5}
-    stages: dict[str, dict[str, Any]] = {
-        "all": {"targets": "teacher"},
-        "half": {"targets": "teacher", "tokens": half},
-        "half_by_student": {"targets": "teacher", "tokens": {"policy": "top_entropy", "share": 0.5}},
+    kinds = {
+        "all": Kind({"targets": "teacher"}),
+        "half": Kind({"targets": "teacher", "tokens": half}),
+        "half_by_student": Kind({"targets": "teacher", "tokens": {"policy": "top_entropy", "share": 0.5}}),
     }
+    of_head = round(head_seconds(options, 0.5) / head_seconds(options, 1.0), 4)
+    figures: dict[str, Any] = {"half_selected_head_over_all": of_head}
+
+    def news(found: Found) -> None:
+        told({**selector_figures(found), **figures}, options, load=load)
+
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(options, stages, Path(folder))
+        found = measure(options, kinds, Path(folder), news=news)
     stop_distributed()
-    whole = found["all"]["seconds"]
-    figures = {
-        "half_selected_step_over_all": round(found["half"]["seconds"] / whole, 4),
-        "half_selected_head_over_all": round(head_seconds(options, 0.5) / head_seconds(options, 1.0), 4),
-        # The student's own entropy needs a forward of the head over all positions first.
-        "half_by_student_step_over_all": round(found["half_by_student"]["seconds"] / whole, 4),
-        "all_step_seconds": round(whole, 5),
-    }
-    finish(figures, options, load=load)
+    print(told({**selector_figures(found), **figures}, options, load=load))
 
 
 if __name__ == "__main__":

@@ -6,17 +6,29 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks.gpu_all import GOALS, PARTS, Part, goals_table, run_parts
+from benchmarks.fused_ce import torch_best
+from benchmarks.gpu_goals import GOALS
+from benchmarks.gpu_parts import PARTS
+from benchmarks.step import run_config, synthetic_stores
+from benchmarks.step_rivals import label_loss_of, without_checkpoints
+from potstill.kernels.loss import linear_sparse_loss
+from potstill.student_train import train
+from potstill.student_train.model import head
+from potstill.student_train.run.engine import stop_distributed
+from potstill.student_train.run.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = {
-    "step": {"kd_step_over_ce_step", "data_wait_share", "host_ms_per_step"},
+    "step": {"kd_step_over_ce_step", "data_wait_share", "host_ms_per_step", "kd_over_torch_ce_by_round", "rivals"},
+    "zero": {"steps_per_second", "losses", "loss_relative_difference"},
     "selector": {"half_selected_step_over_all", "half_selected_head_over_all"},
     "dump": {"dump_over_forward", "encode_tokens_per_core_s", "peak_bytes"},
 }
@@ -33,64 +45,62 @@ def run(*words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
 @pytest.mark.timeout(600)
 def test_one_command_measures_all_there_is(tmp_path: Path) -> None:
     output = tmp_path / "results"
-    text = run("benchmarks", "--gpu", "--smoke", "--output", str(output)).stdout
-    files = {part.file for part in PARTS} | {"gpu_kernels.txt", "gpu_summary.txt"}
-    assert {path.name for path in output.iterdir()} == files
-    tests = json.loads((output / "gpu_tests.json").read_text())
-    assert {"machine", "versions", "date", "seconds"} <= set(tests)
-    assert tests["skipped"] > 0 and not {"failed", "error", "errors"} & set(tests), "a smoke run sees no GPU"
-    kernels = json.loads((output / "gpu_kernels.json").read_text())
-    assert {"device", "torch", "date"} <= set(kernels["about"]) and kernels["rows"]
+    done = run("benchmarks", "--gpu", "--smoke", "--minutes", "30", "--output", str(output))
+    assert {path.name for path in output.iterdir()} == {"summary.md", "summary.json", "log.txt"}
+    whole = json.loads((output / "summary.json").read_text())
+    assert {name: part["state"] for name, part in whole["parts"].items()} == {part.name: "done" for part in PARTS}
+    assert whole["ending"] == "every part that had time ended well"
+    assert {"card", "driver", "versions", "commit", "date"} <= set(whole["about"])
+    figures: dict[str, Any] = {name: part["figures"] for name, part in whole["parts"].items()}
+    for name in ("tests", "compiled"):
+        assert figures[name]["skipped"] > 0 and not figures[name]["passed"], "a smoke run sees no GPU"
+    kernels = figures["kernels"]
+    assert {"device", "torch", "host_us_per_tiny_op"} <= set(kernels["about"])
+    assert {row["computes"] for row in kernels["rows"]} >= {"CE + sparse KL", "CE only", "products only"}
+    assert figures["shapes"]["rows"][0]["vocabulary"] != kernels["rows"][0]["vocabulary"]
     for name, keys in FIGURES.items():
-        figures: dict[str, Any] = json.loads((output / f"{name}_gpu.json").read_text())
-        assert keys | {"machine", "versions", "date", "settings"} <= set(figures)
-    assert all(f"{part.name}: done" in text for part in PARTS)
-    table = (output / "gpu_summary.txt").read_text()
-    assert all(goal.what in table for goal in GOALS)
-    assert "distilled step over the label-only step" in table and "smoke: no meaning" in table
-    assert sum(part.limit_seconds for part in PARTS) <= 30 * 60
+        assert keys | {"machine", "versions", "date", "settings"} <= set(figures[name])
+    table = (output / "summary.md").read_text()
+    assert all(goal.what in table for goal in GOALS) and "smoke: no meaning" in table
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert last["goals"].keys() == {goal.what for goal in GOALS} and last["ending"] == whole["ending"]
 
 
-def test_a_part_that_fails_or_hangs_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    write = "from pathlib import Path; Path('{output}/c.json').write_text('{{}}')"
-    words = {"a": "raise SystemExit(3)", "b": "import time; time.sleep(100)", "c": write, "d": "print('no file')"}
-    parts = []
-    for name, code in words.items():
-        (tmp_path / f"part_{name}.py").write_text(code.format(output=tmp_path))
-        command = (f"part_{name}",)
-        parts.append(Part(name, command, command, 2.0 if name == "b" else 60.0, f"{name}.json"))
-    (tmp_path / "a.json").write_text('{"older": 1}')
-    outcomes = run_parts(parts, tmp_path, smoke=True)
-    assert [outcome.failure for outcome in outcomes] == [
-        "ended with code 3",
-        "was stopped at its limit of 2 s",
-        None,
-        "left no d.json",
-    ]
-    assert not (tmp_path / "a.json").exists(), "an older figure does not stand for this run"
-    assert "no file" in (tmp_path / "d.log").read_text() and not (tmp_path / "c.log").exists()
-    assert goals_table(outcomes, smoke=False).count("not measured") == len(GOALS)
+def test_the_step_of_a_rival_trains_on_the_same_loss(tmp_path: Path) -> None:
+    size = {"batch_rows": 2, "micro_batch_rows": 1, "row_length": 32, "vocab_size": 96, "hidden_size": 64}
+    options = Namespace(**size, num_layers=1, steps=3, dtype="float32")
+    synthetic_stores(tmp_path, num_rows=6, row_length=32, vocab_size=96, top_k=8)
+    losses = []
+    for name, rival in (("ours", None), ("theirs", torch_best())):
+        config = run_config(options, tmp_path, name, {})
+        with label_loss_of(rival), without_checkpoints():
+            train(config)
+        records = [record for record in read_metrics(config.run.output_dir) if record["kind"] == "train"]
+        losses.append([(record["loss"], record["ce"]) for record in records])
+        assert not (tmp_path / name / "checkpoints").exists()
+    stop_distributed()
+    assert len(losses[0]) == 3 and losses[0][0] != losses[0][2]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("found", "verdict"), [({"dump_over_forward": 0.98}, "met"), ({"dump_over_forward": 0.9}, "MISSED")]
-)
-def test_a_goal_is_met_or_missed(found: dict[str, float], verdict: str) -> None:
-    [goal] = [goal for goal in GOALS if goal.part == "dump"]
-    assert goal.verdict(goal.value(found)) == verdict
-    [linear] = [goal for goal in GOALS if "peak" in goal.what]
-    row = {"what": "linear", "vocabulary": 128256, "width": 2048, "variant": "potstill", "peak_mib": 1771.0}
-    assert linear.verdict(linear.value({"rows": [row]})) == "MISSED", "the goal is 1770 MiB"
+def test_a_rival_refuses_a_step_that_distils() -> None:
+    tensors = {"hidden": torch.zeros(2, 4), "weight": torch.zeros(5, 4), "labels": torch.zeros(2, dtype=torch.int64)}
+    with label_loss_of(torch_best()), pytest.raises(ValueError, match="has targets"):
+        head.linear_sparse_loss(**tensors, targets=object(), normalizer=torch.ones(()))  # type: ignore[arg-type]
+    assert head.linear_sparse_loss is linear_sparse_loss
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what is asked for")
 def test_without_a_gpu_the_command_is_refused(tmp_path: Path) -> None:
     done = run("benchmarks", "--gpu", "--output", str(tmp_path / "out"), code=2)
-    assert "no CUDA device" in done.stderr and "--smoke" in done.stderr
+    assert "sees no CUDA device" in done.stderr and "--smoke" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
 def test_sizes_that_make_no_store_are_refused_by_name() -> None:
     done = run("benchmarks.step", "--vocab-size", "8", "--top-k", "8", code=2)
     assert "--vocab-size 8 must be above --top-k 8" in done.stderr
+
+
+def test_minutes_beyond_what_the_shares_are_made_for_are_refused() -> None:
+    assert "must be from 3 to 30" in run("benchmarks", "--gpu", "--minutes", "90", code=2).stderr

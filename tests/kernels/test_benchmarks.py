@@ -25,14 +25,16 @@ def last_line(*command: str) -> dict:
 @pytest.mark.slow
 @pytest.mark.timeout(420)
 def test_gpu_benchmark_runs_as_a_smoke_test(tmp_path: Path) -> None:
-    figures = last_line("benchmarks.gpu_kernels", "--smoke", "--output", str(tmp_path))
+    output = tmp_path / "kernels.json"
+    figures = last_line("benchmarks.gpu_kernels", "--smoke", "--output", str(output))
     assert "smoke" in figures["measured_on"]
-    rows = json.loads((tmp_path / "gpu_kernels.json").read_text())["rows"]
-    assert {row["what"] for row in rows} == {"logits", "linear", "teacher"}
+    rows = json.loads(output.read_text())["rows"]
+    assert {row["what"] for row in rows} == {"logits", "linear", "teacher", "teacher hidden"}
     errors = [row["error_rest"] for row in rows if row["error_rest"] is not None]
     # Gradients of bf16 logits: rounded once, on the kept ids and off them alike.
     assert errors and max(errors) < 6e-3
-    assert not [row for row in rows if row["note"]]
+    # Liger's runs on a GPU alone; all else must have run.
+    assert not [row for row in rows if row["note"] and not row["variant"].startswith("Liger")]
 
 
 @pytest.mark.slow
