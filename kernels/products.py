@@ -24,6 +24,9 @@ def has_wide_output() -> bool:
 
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor) -> Tensor:
     """hidden [B, D] times weight [V, D] transposed, plus bias [V], into out [B, V]."""
+    if out.dtype == weight.dtype and out.is_cuda and bias is not None:
+        # In the product's own float32 sum: added to what it wrote, a bias would cost a pass and a second rounding.
+        return torch.addmm(bias, hidden, weight.t(), out=out)
     if out.dtype == weight.dtype:
         torch.mm(hidden, weight.t(), out=out)
     elif weight.is_cuda and out.dtype == torch.float32 and has_wide_output():
