@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from potstill.kernels.settings import LossSettings
+from potstill.kernels.teacher_pass import TopKPass
 from potstill.kernels.tiles import TileStats
 from potstill.kernels.types import SparseTargetTensors
 
@@ -85,8 +86,9 @@ class Backend:
     """A way to run the passes over logits, the student's and the teacher's.
 
     slab_pass: the student's loss and gradient from a slab. slab_dtype: of a slab for a head of some dtype;
-    row_alignment: of its rows, in elements. tile_stats: the teacher's pass (tiles.tile_stats). scale: a gradient times
-    the upstream one (products.scale).
+    row_alignment: of its rows, in elements. tile_stats: the teacher's pass over padded float32 rows (tiles.tile_stats).
+    scale: a gradient times the upstream one (products.scale). top_k: the teacher's k best straight from raw logits;
+    None: from padded rows and their tile_stats.
     skips_unused: whether a token of weight 0 costs slab_pass next to nothing, so that none need be left out before.
     weight_gradient(total, slab, hidden, factor, dtype): the last chunk's part of the head's gradient added to those
     before (None: none) and scaled in one launch, or None (products.add_weight_gradient and scale do it then).
@@ -100,6 +102,7 @@ class Backend:
     scale: Callable[[Tensor, Tensor, torch.dtype], Tensor]
     skips_unused: bool = False
     weight_gradient: Callable[[Tensor | None, Tensor, Tensor, Tensor, torch.dtype], Tensor] | None = None
+    top_k: TopKPass | None = None
 
     def row_stride(self, vocab_size: int) -> int:
         """Elements from one row of a slab to the next."""

@@ -1,4 +1,4 @@
-"""Launches of the Triton kernels, with the signatures of their torch twins (rows_torch.py, tiles.py).
+"""Launches of the Triton kernels, with the signatures of their torch twins (rows_torch.py).
 
 Slabs keep the dtype of the head (bfloat16, float16, float32): a pass over them is bound by memory, and half the bytes
 are half the time. All else here is float32, as the kernels compute.
@@ -7,7 +7,6 @@ Importing this needs triton; calling it needs a GPU, or triton's interpreter.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 
 import torch
 import triton
@@ -19,15 +18,14 @@ from potstill.kernels.one_pass import OnePass, fill_of
 from potstill.kernels.row_terms import FixSet, RowStats, RowTerms, build_fix_set, row_terms
 from potstill.kernels.settings import LossSettings
 from potstill.kernels.soft_cap import cap_slope
-from potstill.kernels.tiles import TILE, TileStats
-from potstill.kernels.triton_kernels import dense_grad_kernel, stats_kernel, tile_stats_kernel
+from potstill.kernels.teacher_triton import TOP_K, tile_stats
+from potstill.kernels.triton_kernels import dense_grad_kernel, stats_kernel
 from potstill.kernels.two_passes import TwoPasses
 
 # Columns per step of a row kernel, on 8 warps. Wider ones would need more than 64 registers per thread, and
 # 65536 columns spill 15 KB of them.
 MAX_BLOCK = 8192
 HALF_BLOCK = 4096  # a soft cap, or a second temperature of float32 rows, needs more registers per element
-TILES_PER_PROGRAM = 32  # 2048 elements on 4 warps
 
 
 def block_shape(vocab_size: int, width: int, dtype: torch.dtype, settings: LossSettings) -> dict[str, int]:
@@ -109,48 +107,13 @@ def row_gradient(
     return slab
 
 
-def tile_stats(slab: Tensor, label_ids: Tensor, temperatures: Sequence[float]) -> TileStats:
-    """Twin of tiles.tile_stats on slab float32 [B, n * TILE] (row stride free), label_ids int64 [B]."""
-    num_rows, width = slab.shape
-    num_tiles = width // TILE
-    shape = (num_rows, num_tiles)
-    maxima, moment = (torch.empty(shape, dtype=torch.float32, device=slab.device) for _ in range(2))
-    above = torch.empty(shape, dtype=torch.int32, device=slab.device)
-    sums = torch.empty(1 + len(temperatures), *shape, dtype=torch.float32, device=slab.device)
-    blocks = triton.cdiv(num_tiles, TILES_PER_PROGRAM)
-    inverse = torch.tensor([1 / t for t in temperatures] or [1.0], dtype=torch.float32)
-    if num_rows:
-        tile_stats_kernel[(num_rows * blocks,)](
-            slab,
-            label_ids,
-            inverse.to(slab.device, non_blocking=True),
-            maxima,
-            sums,
-            moment,
-            above,
-            slab.stride(0),
-            num_rows * num_tiles,
-            num_tiles,
-            blocks,
-            NT=len(temperatures),
-            TPP=TILES_PER_PROGRAM,
-            WIDTH=TILE,
-            num_warps=4,
-        )
-    # From each tile's own maximum to the row's: nothing to rescale inside the stream.
-    top = maxima.amax(1)
-    gap = maxima - top[:, None]
-    moments = (gap.exp() * (moment + gap * sums[0])).sum(1)
-    scale = torch.stack([gap / t for t in (1.0, *temperatures)]).exp()
-    return TileStats(top, maxima, sums * scale, moments, above.sum(1, dtype=torch.int32))
-
-
 TRITON = Backend(
     name="triton",
     slab_pass=OnePass(otherwise=TwoPasses(row_stats, row_gradient)),
     slab_dtype=slab_dtype,
     row_alignment=64,
     tile_stats=tile_stats,
+    top_k=TOP_K,
     scale=gradients_triton.scale,
     skips_unused=True,
     weight_gradient=gradients_triton.weight_gradient,

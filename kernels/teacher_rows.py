@@ -12,6 +12,7 @@ from potstill.kernels.backend import Backend
 from potstill.kernels.checks import FLOAT_DTYPES, check_labels, check_logits, check_tensor
 from potstill.kernels.settings import check_scale_and_cap
 from potstill.kernels.soft_cap import scale_and_cap_
+from potstill.kernels.teacher_pass import TeacherRows
 from potstill.kernels.types import IGNORE_LABEL, KernelInputError
 
 CUDA_CHUNK_BYTES = 1 << 30
@@ -40,8 +41,9 @@ class TeacherChunk:
     @property
     def lse(self) -> Tensor:
         """[1 + nT, B] logsumexp(z / T)."""
-        scale = self.slab.new_tensor((1.0, *self.temperatures))
-        return torch.where(self.is_empty, -math.inf, self.stats.top / scale[:, None] + self.log_totals)
+        # Number by number: a tensor of the temperatures would be a copy from the host, which waits for a GPU's queue.
+        top = torch.stack([self.stats.top / temperature for temperature in (1.0, *self.temperatures)])
+        return torch.where(self.is_empty, -math.inf, top + self.log_totals)
 
     @property
     def is_empty(self) -> Tensor:
@@ -92,6 +94,7 @@ class LogitSource:
     soft_cap: float | None
     logit_scale: float
     chunk_rows: int
+    chunk_bytes: int
     backend: Backend
 
     @classmethod
@@ -139,11 +142,32 @@ class LogitSource:
             soft_cap=soft_cap,
             logit_scale=logit_scale,
             chunk_rows=rows - rows % 128 if rows > 128 else rows,
+            chunk_bytes=chunk_bytes,
             backend=backends.choose(backend, device, torch.float32),
         )
 
+    def rows_as_given(self, bytes_beside: int) -> Iterator[tuple[int, TeacherRows]]:
+        """(first token, raw logits of it and some that follow), in order; given logits as views, those of hidden states in float32.
+
+        bytes_beside: what each row needs besides its logits, which bounds the rows where the logits exist already.
+        """
+        num_tokens = self.labels.shape[0]
+        given = self.logits if self.logits is None or self.logits.stride(1) == 1 else self.logits.contiguous()
+        limit = self.chunk_rows if given is None else max(1, self.chunk_bytes // bytes_beside)
+        buffer = None if given is not None else self._buffer(min(limit, num_tokens))
+        for start in range(0, num_tokens, limit):
+            count = min(limit, num_tokens - start)
+            if given is not None:
+                raw = given.narrow(0, start, count)
+            else:
+                assert buffer is not None and self.hidden is not None and self.weight is not None
+                out = buffer.narrow(0, 0, count).narrow(1, 0, self.head_size)
+                raw = products.logits(self.hidden.narrow(0, start, count), self.weight, self.bias, out=out)
+            labels, cap, scale = self.labels.narrow(0, start, count), self.soft_cap, self.logit_scale
+            yield start, TeacherRows(raw, labels, self.vocab_size, self.temperatures, cap, scale)
+
     def chunks(self) -> Iterator[TeacherChunk]:
-        """In order; one chunk of no rows when there are no tokens, so that joining has something to join."""
+        """Padded float32 rows, in order; one chunk of no rows when there are no tokens, to have something to join."""
         num_tokens = self.labels.shape[0]
         rows = min(self.chunk_rows, num_tokens)
         buffer = self._buffer(rows)

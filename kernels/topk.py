@@ -20,6 +20,7 @@ from potstill.kernels.sampling import (
     draw_ids,
     weigh_draws,
 )
+from potstill.kernels.teacher_pass import TopKTable
 from potstill.kernels.teacher_rows import LogitSource, TeacherChunk
 from potstill.kernels.types import KernelInputError, SparseTargetTensors
 
@@ -87,6 +88,13 @@ def teacher_topk(*, k: int, **options: Unpack[TeacherOptions]) -> TopK:
     source = LogitSource.check(**options)
     if not 1 <= k <= min(MAX_ENTRIES, source.vocab_size):
         raise KernelInputError(f"k is {k}; expected 1 .. {min(MAX_ENTRIES, source.vocab_size)}")
+    run = source.backend.top_k
+    if run is not None:
+        num_temperatures = len(source.temperatures)
+        table = TopKTable.empty(source.labels.shape[0], k, num_temperatures, source.labels.device)
+        for start, rows in source.rows_as_given(run.row_bytes(source.vocab_size, k, num_temperatures)):
+            run(rows, k, table.narrow(start, rows.labels.shape[0]))
+        return TopK(**table.columns(source.temperatures))  # type: ignore[arg-type]
     parts = [_topk_of(chunk, k) for chunk in source.chunks()]
 
     def joined(name: str) -> Tensor:

@@ -1,6 +1,6 @@
-"""The row passes as Triton kernels (launched from rows_triton.py; twins in rows_torch.py and tiles.py).
+"""The row passes as Triton kernels (launched from rows_triton.py; twins in rows_torch.py).
 
-Shapes: B rows of a slab, V logits each, F fix-up columns per row (the kept ids and the label), n tiles of WIDTH ids.
+Shapes: B rows of a slab, V logits each, F fix-up columns per row (the kept ids and the label).
 All arithmetic is float32, whatever the slab's dtype: bfloat16 has 8 bits, and a sum of V terms in it loses every term
 below 1/256 of the sum. Only what is stored to the slab is rounded to its dtype, once.
 
@@ -210,48 +210,3 @@ def dense_grad_kernel(
     value = tl.load(value_ptr + row * F + f, mask=used, other=0.0)
     tl.debug_barrier()  # the dense pass of other threads wrote these columns too
     tl.store(x + ids, value, mask=used)
-
-
-@triton.jit
-def tile_stats_kernel(
-    x_ptr,  # float32 [B, n * TILE], row stride stride_x
-    label_ptr,  # int64 [B]
-    inv_ptr,  # float32 [NT] 1 / T of the further temperatures
-    max_ptr,  # float32 [B, n] out
-    sum_ptr,  # float32 [1 + NT, B, n] out: sums of exp((z - maximum of the tile) / T)
-    moment_ptr,  # float32 [B, n] out: sum of (z - maximum) exp(z - maximum)
-    above_ptr,  # int32 [B, n] out: logits that come before the label's
-    stride_x,  # elements from one row of x to the next
-    plane,  # B * n
-    num_tiles,  # n
-    blocks_per_row,  # programs per row
-    NT: tl.constexpr,  # how many further temperatures
-    TPP: tl.constexpr,  # tiles per program
-    WIDTH: tl.constexpr,  # ids per tile
-):
-    """TPP tiles of one row. Twin of tiles.tile_stats, but for sums that are relative to the tile's own maximum:
-
-    programs of a row do not know each other's, and the host moves all to the row's maximum afterwards.
-    """
-    program = tl.program_id(0)
-    row = (program // blocks_per_row).to(tl.int64)
-    tile = (program % blocks_per_row) * TPP + tl.arange(0, TPP)
-    inside = tile < num_tiles
-    x = x_ptr + row * stride_x
-    label = tl.load(label_ptr + row)
-    logit = tl.load(x + label)
-    ids = tile[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    z = tl.load(x + ids, mask=inside[:, None], other=-1e30)
-    best = tl.max(z, 1)
-    before = (z > logit) | ((z == logit) & (ids < label))
-    difference = z - best[:, None]
-    e = tl.exp2(difference * _LOG2E)
-    out = row * num_tiles + tile
-    tl.store(max_ptr + out, best, mask=inside)
-    tl.store(sum_ptr + out, tl.sum(e, 1), mask=inside)
-    tl.store(moment_ptr + out, tl.sum(difference * e, 1), mask=inside)
-    tl.store(above_ptr + out, tl.sum(before.to(tl.int32), 1), mask=inside)
-    for number in tl.static_range(NT):
-        inverse = tl.load(inv_ptr + number) * _LOG2E
-        total = tl.sum(tl.exp2(difference * inverse), 1)
-        tl.store(sum_ptr + (number + 1) * plane + out, total, mask=inside)

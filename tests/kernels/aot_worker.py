@@ -21,7 +21,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from potstill.kernels import triton_kernels
-from tests.kernels import aot_rows
+from tests.kernels import aot_rows, aot_teacher
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -39,19 +39,6 @@ ROW_ARGUMENTS = {
     "cap": "fp32",
     "inv_t": "fp32",
 }
-TILE_ARGUMENTS = {
-    "x_ptr": "*fp32",
-    "label_ptr": "*i64",
-    "inv_ptr": "*fp32",
-    "max_ptr": "*fp32",
-    "sum_ptr": "*fp32",
-    "moment_ptr": "*fp32",
-    "above_ptr": "*i32",
-    "stride_x": "i32",
-    "plane": "i32",
-    "num_tiles": "i32",
-    "blocks_per_row": "i32",
-}
 
 
 def row_case(kernel, dtype: str, *, two: bool, cap: bool) -> dict:
@@ -64,12 +51,6 @@ def row_case(kernel, dtype: str, *, two: bool, cap: bool) -> dict:
     return {"kernel": kernel, "types": types, "constants": constants, "warps": 8, "elements": block}
 
 
-def tile_case(temperatures: int) -> dict:
-    constants = {"NT": temperatures, "TPP": 32, "WIDTH": 64}
-    kernel = triton_kernels.tile_stats_kernel
-    return {"kernel": kernel, "types": TILE_ARGUMENTS, "constants": constants, "warps": 4, "elements": 2048}
-
-
 def cases() -> dict[str, dict]:
     out = aot_rows.cases()
     for name, kernel in (("stats", triton_kernels.stats_kernel), ("grad", triton_kernels.dense_grad_kernel)):
@@ -78,16 +59,16 @@ def cases() -> dict[str, dict]:
                 for cap in (False, True):
                     key = f"{name}-{dtype}" + ("-two" if two else "") + ("-cap" if cap else "")
                     out[key] = row_case(kernel, dtype, two=two, cap=cap)
-    for number in (0, 2):
-        out[f"tiles-{number}"] = tile_case(number)
-    return out
+    return out | aot_teacher.cases()
 
 
 def build(case: dict, target: GPUTarget):
     kernel = case["kernel"]
     signature = {n: "constexpr" if n in case["constants"] else case["types"][n] for n in kernel.arg_names}
     # What the JIT would infer: aligned pointers, a stride and a vocabulary in whole sixteens.
-    aligned = [n for n, kind in signature.items() if kind.startswith("*") or n in ("stride_x", "V")]
+    aligned = [
+        n for n, kind in signature.items() if kind.startswith("*") or n in case.get("aligned", ("stride_x", "V"))
+    ]
     attributes = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     constants = {(kernel.arg_names.index(n),): value for n, value in case["constants"].items()}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
