@@ -375,7 +375,7 @@ ONE_LAUNCH = [
         "return tl.abs(p - q), sign * q",
         seen_by="total_variation",
     ),
-    Mutant("reverse KL without a floor", TABLE, "tl.maximum(log_p, option)", "log_p", seen_by="reverse_kl"),
+    Mutant("reverse KL without a floor", TABLE, "tl.maximum(log_p, option)", "log_p", seen_by="reverse_kl of next to nothing"),
     # The launch
     Mutant("KD weights for weights", LAUNCH, " weight_ptr=tokens.weights", " weight_ptr=tokens.kd_weights"),
     Mutant(
