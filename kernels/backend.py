@@ -89,6 +89,9 @@ class Backend:
     row_alignment: of its rows, in elements. tile_stats: the teacher's pass over padded float32 rows (tiles.tile_stats).
     scale: a gradient times the upstream one (products.scale). top_k: the teacher's k best straight from raw logits;
     None: from padded rows and their tile_stats.
+    skips_unused: whether a token of weight 0 costs slab_pass next to nothing, so that none need be left out before.
+    weight_gradient(total, slab, hidden, factor, dtype): the last chunk's part of the head's gradient added to those
+    before (None: none) and scaled in one launch, or None (products.add_weight_gradient and scale do it then).
     """
 
     name: str
@@ -98,6 +101,8 @@ class Backend:
     tile_stats: Callable[[Tensor, Tensor, Sequence[float]], TileStats]
     scale: Callable[[Tensor, Tensor, torch.dtype], Tensor]
     top_k: TopKPass | None = None
+    skips_unused: bool = False
+    weight_gradient: Callable[[Tensor | None, Tensor, Tensor, Tensor, torch.dtype], Tensor] | None = None
 
     def row_stride(self, vocab_size: int) -> int:
         """Elements from one row of a slab to the next."""

@@ -1,6 +1,7 @@
 """Which code runs the passes over logits: plain torch anywhere, Triton on a GPU. One table, one choice."""
 
 import importlib.util
+import os
 from collections.abc import Callable, Mapping
 
 import torch
@@ -65,4 +66,6 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
             f"backend {name!r} on {device} needs the package triton, which is not installed;"
             " install it (extra `triton`), or pass backend='torch'"
         )
+    if found != "torch" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise KernelInputError(f"backend {name!r} is asked for tensors on a CPU; it needs a GPU: pass backend='auto'")
     return BACKENDS[found]()

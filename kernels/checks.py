@@ -13,6 +13,11 @@ from potstill.kernels.types import KernelInputError, SparseTargetTensors
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+def reads_values(device: torch.device) -> bool:
+    """Whether a look at values costs nothing there. Only then are they read: a look at a GPU's drains its queue."""
+    return device.type == "cpu"
+
+
 def check_tensor(
     name: str,
     value: Tensor,
@@ -57,9 +62,12 @@ def check_logits(logits: Tensor) -> None:
 
 
 def check_labels(labels: Tensor, *, num_tokens: int, vocab_size: int, device: torch.device, read: bool) -> None:
-    """labels int64 [N], -100 or an id; their values only if `read`, which waits for a GPU."""
+    """labels int64 [N], -100 or an id; their values only where that is free, or if `read`, which waits for a GPU.
+
+    Unread, a label >= V makes the loss of its token NaN on a GPU (backend.py), and so does an id beyond V.
+    """
     check_tensor("labels", labels, shape=(num_tokens,), dtypes=(torch.int64,), device=device)
-    if read and num_tokens and int(labels.max()) >= vocab_size:
+    if (read or reads_values(device)) and num_tokens and int(labels.max()) >= vocab_size:
         raise KernelInputError(f"labels hold {int(labels.max())}; expected -100 or 0 .. {vocab_size - 1}")
 
 
@@ -95,7 +103,7 @@ def check_targets(
     check_draws(settings.divergence, holds_draws=holds_draws)
     if settings.needs_tail:
         tail_at(targets, settings.temperature)
-    if device.type == "cpu" and num_entries:
+    if reads_values(device) and num_entries:
         low, high = (int(bound) for bound in targets.ids.aminmax())
         if low < 0 or high >= vocab_size:
             raise KernelInputError(f"targets.ids go from {low} to {high}; expected 0 .. {vocab_size - 1}")

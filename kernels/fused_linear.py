@@ -13,8 +13,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from potstill.kernels import products
+from potstill.kernels.backend import SlabTokens
+from potstill.kernels.chunks import ChunkPlan
 from potstill.kernels.loss_call import LinearInputs, LossCall
 from potstill.kernels.types import LossSums
+
+# Whether the last chunk's part of a 16-bit head's gradient waits for backward, where one kernel adds it, scales and
+# rounds (Backend.weight_gradient), or is added in the forward, and a pass of its own scales and rounds.
+KEEPS_LAST_CHUNK = False
 
 
 def linear_loss(inputs: LinearInputs, call: LossCall) -> tuple[Tensor, LossSums]:
@@ -35,49 +41,97 @@ def logits_loss(logits: Tensor, call: LossCall, *, inplace: bool) -> tuple[Tenso
 
 
 @dataclass
+class LastChunk:
+    """What is left of a weight gradient to be added up: slab [B, V] transposed times the tokens' rows of the hidden
+    states; rows int64 [B], None: first .. first + B - 1."""
+
+    slab: Tensor
+    rows: Tensor | None
+    first: int
+
+    def states(self, hidden: Tensor) -> Tensor:
+        """The tokens' rows [B, D] of the hidden states [N, D]."""
+        if self.rows is not None:
+            return hidden.index_select(0, self.rows)
+        return hidden.narrow(0, self.first, self.slab.shape[0])
+
+
+@dataclass
 class Gradients:
     """Of a sum of losses, None where not wanted: hidden [N, D] in its own dtype, weight [V, D] and bias [V] in the
-    accumulation dtype."""
+    accumulation dtype. With `last`, the weight's lacks that chunk, and is None where there is no other."""
 
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
+    last: LastChunk | None = None
+
+
+def plan_chunks(call: LossCall, weight: Tensor, *, needs_weight: bool) -> ChunkPlan:
+    """The rows of each chunk, and whether the last one's part of the weight gradient is left for backward."""
+    narrow = weight.dtype in (torch.bfloat16, torch.float16)
+    if not (KEEPS_LAST_CHUNK and needs_weight and narrow and call.backend.weight_gradient is not None):
+        return ChunkPlan.even(call.num_rows, call.chunk_rows)
+    row_bytes = call.backend.row_stride(weight.shape[0]) * call.backend.slab_dtype(weight.dtype).itemsize
+    beside = weight.numel() * weight.element_size()
+    return ChunkPlan.keeping(call.num_rows, call.chunk_rows, row_bytes=row_bytes, beside=beside)
+
+
+def empty_gradients(
+    call: LossCall, hidden: Tensor, weight: Tensor, plan: ChunkPlan, *, needs: tuple[bool, bool, bool]
+) -> Gradients:
+    """Memory for the gradients that `needs` names; 0 where no chunk will write."""
+    dtype, device = call.weights.dtype, hidden.device
+    make = torch.empty if plan.sizes else torch.zeros
+    alone = plan.kept and len(plan.sizes) == 1
+    return Gradients(
+        (torch.empty_like if call.rows is None else torch.zeros_like)(hidden) if needs[0] else None,
+        make(weight.shape, dtype=dtype, device=device) if needs[1] and not alone else None,
+        make(weight.shape[0], dtype=dtype, device=device) if needs[2] else None,
+    )
 
 
 def run_chunks(
-    call: LossCall, hidden: Tensor, weight: Tensor, bias: Tensor | None, *, needs: tuple[bool, bool, bool]
+    call: LossCall,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    needs: tuple[bool, bool, bool],
+    factor: Tensor | None,
 ) -> tuple[Tensor, Gradients]:
-    """(sums [15] of losses and of the 14 figures, gradients of the first by those of hidden, weight, bias that `needs`
-    names)."""
-    dtype, device = call.weights.dtype, hidden.device
-    vocab_size = weight.shape[0]
+    """(sums [15] of losses and of the 14 figures, gradients of the first times `factor` by those of hidden, weight,
+    bias that `needs` names)."""
+    plan = plan_chunks(call, weight, needs_weight=needs[1])
     table = call.table()
-    all_rows = call.rows is None
-    grads = Gradients(
-        (torch.empty_like if all_rows else torch.zeros_like)(hidden) if needs[0] else None,
-        torch.empty(weight.shape, dtype=dtype, device=device) if needs[1] else None,
-        torch.zeros(vocab_size, dtype=dtype, device=device) if needs[2] else None,
-    )
-    buffer = call.backend.slab(min(call.chunk_rows, call.num_rows), vocab_size, weight.dtype, device)
-    first = True
-    for part, tokens in call.chunks():
+    grads = empty_gradients(call, hidden, weight, plan, needs=needs)
+    buffer = None
+    for number, (part, tokens) in enumerate(call.chunks(plan.sizes)):
+        first, kept = number == 0, plan.kept and number == len(plan.sizes) - 1
+        if buffer is None or kept:
+            buffer = slab = None  # the old one goes first: both would be there at the peak
+            buffer = call.backend.slab(tokens.count, weight.shape[0], weight.dtype, hidden.device)
         states = tokens.take(hidden)
         slab = products.logits(states, weight, bias, out=buffer[: tokens.count])
-        call.backend.slab_pass(slab, tokens, out=table[:, part], with_gradient=any(needs))
+        call.backend.slab_pass(slab, tokens, out=table[:, part], with_gradient=any(needs), factor=factor)
         if grads.hidden is not None:
-            product = products.hidden_gradient(slab, weight)
-            if tokens.rows is None:
-                grads.hidden[part] = product
-            else:
-                grads.hidden.index_copy_(0, tokens.rows, product)
-        if grads.weight is not None:
+            add_hidden_gradient(grads.hidden, slab, weight, tokens)
+        if kept:
+            grads.last = LastChunk(slab, tokens.rows, tokens.first)
+        elif grads.weight is not None:
             products.add_weight_gradient(grads.weight, slab, states, first=first)
         if grads.bias is not None:
-            grads.bias += slab.sum(0, dtype=dtype)
-        first = False
-    if first and grads.weight is not None:
-        grads.weight.zero_()
+            products.add_bias_gradient(grads.bias, slab, first=first)
     return table.sum(1), grads
+
+
+def add_hidden_gradient(grad: Tensor, slab: Tensor, weight: Tensor, tokens: SlabTokens) -> None:
+    """The tokens' rows of the hidden gradient [N, D]: written to their place where they are neighbours."""
+    if tokens.rows is None:
+        products.hidden_gradient(slab, weight, out=tokens.take(grad))
+    else:
+        rows = torch.empty(tokens.count, weight.shape[1], dtype=grad.dtype, device=grad.device)
+        grad.index_copy_(0, tokens.rows, products.hidden_gradient(slab, weight, out=rows))
 
 
 def take_gradients(ctx: Any) -> Any:
@@ -91,6 +145,17 @@ def take_gradients(ctx: Any) -> Any:
     return kept
 
 
+def early_factor(call: LossCall, dtype: torch.dtype) -> Tensor | None:
+    """1 / normalizer where the gradient may hold it from the start: nothing is left to do then when the upstream
+    gradient is 1. In float16 it would underflow times q, and is left for backward."""
+    return None if dtype == torch.float16 else call.inverse_normalizer
+
+
+def late_factor(call: LossCall, dtype: torch.dtype, upstream: Tensor) -> Tensor:
+    """What early_factor left, times the upstream gradient (0-d)."""
+    return upstream * call.inverse_normalizer if dtype == torch.float16 else upstream
+
+
 class FusedLinearLoss(torch.autograd.Function):
     """(hidden, weight, bias, call, needs) -> (loss, sums); gradients are computed here, in the forward."""
 
@@ -99,25 +164,36 @@ class FusedLinearLoss(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LossCall, needs: tuple[bool, ...]
     ) -> tuple[Tensor, Tensor]:
         flags = (needs[0], needs[1], needs[2])
-        sums, grads = run_chunks(call, hidden, weight, bias, needs=flags)
-        # Neither inputs nor outputs, so they may be kept on ctx itself, where backward can let them go.
-        ctx.gradients = (grads.hidden, grads.weight, grads.bias)
+        sums, grads = run_chunks(
+            call, hidden, weight, bias, needs=flags, factor=early_factor(call, hidden.dtype) if any(flags) else None
+        )
+        # Neither inputs nor outputs, so they may be kept on ctx itself, where backward can let them go. The hidden
+        # states are an input: autograd sees to it that nobody writes to them before the last chunk is added.
+        ctx.gradients = grads
+        if grads.last is not None:
+            ctx.save_for_backward(hidden)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.call = call
         loss, figures = sums[0] * call.inverse_normalizer, sums[1:]
         ctx.mark_non_differentiable(figures)
+        ctx.set_materialize_grads(False)  # the figures' gradient would be zeros, made for nobody
         return loss, figures
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, _grad_sums: Tensor) -> tuple[Any, ...]:
-        # 1 / normalizer comes in here and not in the forward: times q it would underflow in float16 slabs.
-        factor = grad_loss * ctx.call.inverse_normalizer
-        scale = ctx.call.backend.scale
+    def backward(ctx: Any, grad_loss: Tensor, _grad_sums: None) -> tuple[Any, ...]:
+        grads: Gradients = take_gradients(ctx)
+        call: LossCall = ctx.call
+        factor = late_factor(call, ctx.dtypes[0], grad_loss)
+        scale = call.backend.scale
+        wide = (grads.hidden, None if grads.last else grads.weight, grads.bias)
         out = [
-            None if grad is None else scale(grad, factor, dtype)
-            for grad, dtype in zip(take_gradients(ctx), ctx.dtypes, strict=True)
+            None if grad is None else scale(grad, factor, dtype) for grad, dtype in zip(wide, ctx.dtypes, strict=True)
         ]
+        if grads.last is not None:
+            assert call.backend.weight_gradient is not None
+            states = grads.last.states(ctx.saved_tensors[0])
+            out[1] = call.backend.weight_gradient(grads.weight, grads.last.slab, states, factor, ctx.dtypes[1])
         return (*out, None, None)
 
 
@@ -130,21 +206,24 @@ def run_logits(
     grad = (logits.data if inplace else torch.empty_like(logits)) if needs_grad else None
     wanted = call.backend.slab_dtype(logits.dtype)
     direct = call.rows is None and grad is not None and grad.dtype == wanted and grad.is_contiguous()
+    source = logits if logits.stride(1) == 1 else logits.contiguous()
     if direct and grad is not None:
         # A slab that is the gradient itself costs nothing: on a GPU all rows then go at once.
-        chunk_rows = call.num_rows if logits.is_cuda else call.chunk_rows
-        source = None if inplace else logits
-        for part, tokens in call.parts(None, call.num_rows, chunk_rows):
+        sizes = [call.num_rows] if logits.is_cuda and call.num_rows else None
+        for part, tokens in call.chunks(sizes):
             call.backend.slab_pass(
-                grad[part], tokens, out=table[:, part], with_gradient=True, factor=factor, source=source
+                grad[part],
+                tokens,
+                out=table[:, part],
+                with_gradient=True,
+                factor=factor,
+                source=None if inplace else source,
             )
         return table.sum(1), grad
-    buffer = torch.empty(min(call.chunk_rows, call.num_rows), logits.shape[1], dtype=wanted, device=logits.device)
+    buffer = torch.empty(call.largest_chunk, logits.shape[1], dtype=wanted, device=logits.device)
     for part, tokens in call.chunks():
         slab = buffer[: tokens.count]
-        call.backend.slab_pass(
-            slab, tokens, out=table[:, part], with_gradient=needs_grad, factor=factor, source=logits
-        )
+        call.backend.slab_pass(slab, tokens, out=table[:, part], with_gradient=needs_grad, factor=factor, source=source)
         if grad is not None:
             grad.index_copy_(0, tokens.index(), slab.to(grad.dtype))
     if grad is not None and call.rows is not None:
@@ -159,19 +238,17 @@ class FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, call: LossCall, needs_grad: bool, inplace: bool) -> tuple[Tensor, Tensor]:
-        # With 1 / normalizer in it already, the gradient needs no further pass when the upstream one is 1.
-        # In float16 it would underflow times q, and is left for backward.
-        late = logits.dtype == torch.float16
-        factor = None if late else call.inverse_normalizer
+        factor = early_factor(call, logits.dtype) if needs_grad else None
         sums, ctx.gradients = run_logits(call, logits, needs_grad=needs_grad, inplace=inplace, factor=factor)
-        ctx.call, ctx.late = call, late
+        ctx.call, ctx.dtype = call, logits.dtype
         loss, figures = sums[0] * call.inverse_normalizer, sums[1:]
         ctx.mark_non_differentiable(figures)
+        ctx.set_materialize_grads(False)  # the figures' gradient would be zeros, made for nobody
         return loss, figures
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, _grad_sums: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_loss: Tensor, _grad_sums: None) -> tuple[Any, ...]:
         grad = take_gradients(ctx)
-        factor = grad_loss * ctx.call.inverse_normalizer if ctx.late else grad_loss
-        return ctx.call.backend.scale(grad, factor, grad.dtype), None, None, None
+        factor = late_factor(ctx.call, ctx.dtype, grad_loss)
+        return ctx.call.backend.scale(grad, factor, ctx.dtype), None, None, None

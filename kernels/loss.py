@@ -98,7 +98,7 @@ def sparse_loss(
     check_logits(logits)
     settings, given = read_options(settings, options)
     sizes = (logits.shape[0], logits.shape[1])
-    call = LossCall.make(settings, given, targets=targets, labels=labels, sizes=sizes, like=logits)
+    call = LossCall.make(settings, given, targets=targets, labels=labels, sizes=sizes, like=logits, lists_rows=False)
     return logits_loss(logits, call, inplace=inplace)
 
 

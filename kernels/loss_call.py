@@ -1,7 +1,6 @@
 """One call of a loss: what is given beside LossSettings, checked and laid out on the device in one place."""
 
 import difflib
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -9,14 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from potstill.kernels import backends
+from potstill.kernels import backends, call_tensors
 from potstill.kernels.backend import Backend, SlabTokens
-from potstill.kernels.checks import check_labels, check_linear, check_targets, check_tensor, validate_targets
+from potstill.kernels.checks import check_labels, check_linear, check_targets, validate_targets
+from potstill.kernels.chunks import chunk_budget, even_rows, even_sizes, rows_within
 from potstill.kernels.settings import LossSettings
-from potstill.kernels.types import KernelInputError, LossSums, SparseTargetTensors
-
-CUDA_CHUNK_BYTES = 512 << 20
-CPU_CHUNK_BYTES = 32 << 20
+from potstill.kernels.types import LossSums, SparseTargetTensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +26,7 @@ class CallOptions:
     normalizer (None: sum of token_weights): 0-d tensor, the global sum of weights. 0 makes the loss 0.
     num_active (None): number of tokens with a weight, if the host knows it; saves the one wait for the GPU
         that counting them takes.
-    chunk_bytes (None: 512 MiB on a GPU, 32 MiB on a CPU): bound of the logits kept at a time.
+    chunk_bytes (None: 704 MiB on a GPU, 32 MiB on a CPU): bound of the logits kept at a time.
     backend ("auto", by device and dtype): "torch", "triton", or "triton_compiled" (docs/kernels.md).
     validate (False): also check every entry (distinct ids, range, mass); waits for a GPU.
     """
@@ -102,7 +99,7 @@ class LossCall:
     kd_weights: Tensor  # [N]
     inverse_normalizer: Tensor  # 0-d
     rows: Tensor | None  # int64 [M], the tokens with a weight; None is all of them
-    chunk_rows: int
+    chunk_rows: int  # at most
     backend: Backend
     width: int  # a bound of the entries per token
 
@@ -116,30 +113,33 @@ class LossCall:
         labels: Tensor,
         sizes: tuple[int, int],
         like: Tensor,
+        lists_rows: bool = True,
     ) -> "LossCall":
         """Checks everything but hidden states, head and logits (`like` is one of them); sizes: (N, V).
 
+        lists_rows: whether tokens of weight 0 are to be left out even where the backend passes over them by itself.
         Raises KernelInputError.
         """
         (num_tokens, vocab_size), device = sizes, like.device
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         backend = backends.choose(options.backend, device, like.dtype)
         check_targets(targets, settings, num_tokens=num_tokens, vocab_size=vocab_size, device=device)
-        read = options.validate or device.type == "cpu"
-        check_labels(labels, num_tokens=num_tokens, vocab_size=vocab_size, device=device, read=read)
+        check_labels(labels, num_tokens=num_tokens, vocab_size=vocab_size, device=device, read=options.validate)
         if options.validate and targets is not None:
             validate_targets(targets, vocab_size=vocab_size)
-        weights = _vector("token_weights", options.token_weights, num_tokens, dtype, device)
+        weights = call_tensors.vector("token_weights", options.token_weights, num_tokens, dtype, device)
+        given = None if options.token_weights is None else weights
+        lists_rows = lists_rows or not backend.skips_unused
         return cls(
             settings=settings,
             targets=targets,
             labels=labels,
-            factors=_factors(settings, weights),
+            factors=call_tensors.factors(settings, dtype, device),
             weights=weights,
-            kd_weights=_vector("kd_weights", options.kd_weights, num_tokens, dtype, device),
-            inverse_normalizer=_inverse_normalizer(options.normalizer, weights),
-            rows=None if options.token_weights is None else _active_rows(weights, options.num_active),
-            chunk_rows=_chunk_rows(vocab_size, backend.slab_dtype(like.dtype), device, options.chunk_bytes),
+            kd_weights=call_tensors.vector("kd_weights", options.kd_weights, num_tokens, dtype, device),
+            inverse_normalizer=call_tensors.inverse_normalizer(options.normalizer, given, num_tokens, dtype, device),
+            rows=call_tensors.active_rows(given, options.num_active) if lists_rows else None,
+            chunk_rows=_chunk_rows(vocab_size, like.dtype, backend, device, options.chunk_bytes),
             backend=backend,
             width=0 if targets is None else targets.width,
         )
@@ -149,15 +149,19 @@ class LossCall:
         """M, the tokens that take part."""
         return self.labels.shape[0] if self.rows is None else self.rows.shape[0]
 
-    def chunks(self) -> Iterator[tuple[slice, SlabTokens]]:
-        """The tokens that take part, chunk by chunk, and which of the M each chunk has."""
-        yield from self.parts(self.rows, self.num_rows, self.chunk_rows)
+    def chunks(self, sizes: list[int] | None = None) -> Iterator[tuple[slice, SlabTokens]]:
+        """The tokens that take part, chunk by chunk, and which of the M each chunk has; sizes (None: even): rows of
+        each, M in all."""
+        start = 0
+        for size in even_sizes(self.num_rows, self.chunk_rows) if sizes is None else sizes:
+            part = slice(start, start + size)
+            yield part, self.tokens(None if self.rows is None else self.rows[part], start, size)
+            start += size
 
-    def parts(self, rows: Tensor | None, num_rows: int, chunk_rows: int) -> Iterator[tuple[slice, SlabTokens]]:
-        """The tokens `rows` (int64 [num_rows]; None: the first num_rows), at most chunk_rows at a time."""
-        for start in range(0, num_rows, max(1, chunk_rows)):
-            part = slice(start, min(start + chunk_rows, num_rows))
-            yield part, self.tokens(None if rows is None else rows[part], start, part.stop - start)
+    @property
+    def largest_chunk(self) -> int:
+        """Rows of the largest of the even chunks."""
+        return even_rows(self.num_rows, self.chunk_rows)
 
     def tokens(self, rows: Tensor | None, first: int, count: int) -> SlabTokens:
         """The tokens `rows` (int64 [count]; None: first .. first + count - 1) as a backend takes them."""
@@ -180,55 +184,21 @@ class LossCall:
         return torch.empty(num_figures, self.num_rows, dtype=self.weights.dtype, device=self.weights.device)
 
 
-def _vector(name: str, value: Tensor | None, num_tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    if value is None:
-        return torch.ones(num_tokens, dtype=dtype, device=device)
-    check_tensor(name, value, shape=(num_tokens,), dtypes=(torch.float32, torch.float64), device=device)
-    return value.detach().to(dtype)
-
-
-def _inverse_normalizer(normalizer: Tensor | None, weights: Tensor) -> Tensor:
-    """1 / normalizer on the device of the weights (0-d), without a wait; 0 for 0."""
-    if normalizer is None:
-        normalizer = weights.sum()
-    elif normalizer.numel() != 1:
-        raise KernelInputError(f"normalizer has shape {list(normalizer.shape)}; expected a 0-d tensor")
-    normalizer = normalizer.detach().to(device=weights.device, dtype=weights.dtype).reshape(())
-    return torch.where(normalizer == 0, torch.zeros_like(normalizer), 1 / normalizer)
-
-
-def _factors(settings: LossSettings, like: Tensor) -> Tensor:
-    """alpha, ce_weight, z_loss [3], filled on the device: a copy from the host could wait for it."""
-    values = (settings.alpha, settings.label_weight, settings.z_loss)
-    return torch.stack([torch.full((), v, dtype=like.dtype, device=like.device) for v in values])
-
-
-def _active_rows(weights: Tensor, num_active: int | None) -> Tensor:
-    """The tokens with weight != 0 in ascending order (int64 [M])."""
-    if num_active is None:
-        return weights.nonzero()[:, 0]
-    if not 0 <= num_active <= weights.shape[0]:
-        raise KernelInputError(f"num_active is {num_active}; expected 0 .. {weights.shape[0]}")
-    # A stable sort of "has no weight" lists the others first, with a length that the host knows.
-    return torch.argsort((weights == 0).to(torch.uint8), stable=True)[:num_active]
-
-
-def logits_chunk_bytes(*, num_tokens: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:
+def logits_chunk_bytes(
+    *, num_tokens: int, vocab_size: int, dtype: torch.dtype, device: torch.device, backend: str = "auto"
+) -> int:
     """Bytes of the logits that the fused losses hold at a time for `num_tokens` tokens, with the default budget.
 
     `dtype` is that of the head's weight, `device` where it would lie (nothing is put there).
     """
-    backend = backends.choose("auto", device, dtype)
-    wide = backend.slab_dtype(dtype)
-    rows = min(num_tokens, _chunk_rows(vocab_size, wide, device, None))
-    return rows * backend.row_stride(vocab_size) * wide.itemsize
+    chosen = backends.choose(backend, device, dtype)
+    rows = even_rows(num_tokens, _chunk_rows(vocab_size, dtype, chosen, device, None))
+    return rows * chosen.row_stride(vocab_size) * chosen.slab_dtype(dtype).itemsize
 
 
-def _chunk_rows(vocab_size: int, dtype: torch.dtype, device: torch.device, chunk_bytes: int | None) -> int:
-    """Rows of a chunk: as many as the budget holds, whole multiples of 128 above 128."""
-    if chunk_bytes is None:
-        chunk_bytes = CUDA_CHUNK_BYTES if device.type == "cuda" else CPU_CHUNK_BYTES
-    if chunk_bytes < 1:
-        raise KernelInputError(f"chunk_bytes is {chunk_bytes}; expected at least 1")
-    rows = max(1, chunk_bytes // (vocab_size * math.ceil(torch.finfo(dtype).bits / 8)))
-    return rows - rows % 128 if rows > 128 else rows
+def _chunk_rows(
+    vocab_size: int, dtype: torch.dtype, backend: Backend, device: torch.device, chunk_bytes: int | None
+) -> int:
+    """The most rows of a chunk, for a head of `dtype`."""
+    row_bytes = vocab_size * backend.slab_dtype(dtype).itemsize
+    return rows_within(chunk_budget(device, chunk_bytes), row_bytes)

@@ -66,7 +66,14 @@ def targets_of(tokens: SlabTokens) -> dict[str, Any]:
     """The kernel's arguments that tell of the teacher, contiguous: it knows no strides but those of rows."""
     targets, settings = tokens.targets, tokens.settings
     if targets is None or tokens.width == 0 or targets.num_entries == 0:
-        return {"offset_ptr": None, "id_ptr": None, "value_ptr": None, "tail_ptr": None, "num_draws": -1.0, "KIND": "none"}
+        return {
+            "offset_ptr": None,
+            "id_ptr": None,
+            "value_ptr": None,
+            "tail_ptr": None,
+            "num_draws": -1.0,
+            "KIND": "none",
+        }
     kind, values = "logprobs", targets.logprobs
     if targets.log_weights is not None:
         kind, values = "log_weights", targets.log_weights

@@ -37,21 +37,23 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor) 
     return out
 
 
-def hidden_gradient(slab: Tensor, weight: Tensor) -> Tensor:
-    """slab [B, V] times weight [V, D], in the dtype of the weight."""
+def hidden_gradient(slab: Tensor, weight: Tensor, *, out: Tensor) -> Tensor:
+    """slab [B, V] times weight [V, D], into out [B, D] of the dtype of the weight."""
     if slab.dtype == weight.dtype:
-        return torch.mm(slab, weight)
+        return torch.mm(slab, weight, out=out)
     total = slab.new_zeros(slab.shape[0], weight.shape[1])
     for block in _blocks(weight):
         total.addmm_(slab[:, block], weight[block].to(slab.dtype))
-    return total.to(weight.dtype)
+    return out.copy_(total)
 
 
 def add_weight_gradient(total: Tensor, slab: Tensor, hidden: Tensor, *, first: bool) -> None:
     """total [V, D] (float32 or float64) += slab [B, V] transposed times hidden [B, D]; = if `first`."""
     beta = 0 if first else 1
-    if slab.dtype == total.dtype:
-        total.addmm_(slab.t(), hidden.to(total.dtype), beta=beta)
+    if slab.dtype == total.dtype and first:
+        torch.mm(slab.t(), hidden.to(total.dtype), out=total)
+    elif slab.dtype == total.dtype:
+        total.addmm_(slab.t(), hidden.to(total.dtype))
     elif slab.is_cuda and has_wide_output():
         torch.addmm(total, slab.t(), hidden, out_dtype=total.dtype, beta=beta, out=total)
     else:
@@ -60,6 +62,14 @@ def add_weight_gradient(total: Tensor, slab: Tensor, hidden: Tensor, *, first: b
             total.copy_(product)
         else:
             total += product
+
+
+def add_bias_gradient(total: Tensor, slab: Tensor, *, first: bool) -> None:
+    """total [V] (float32 or float64) += the sum of slab [B, V] over its rows; = if `first`."""
+    if first:
+        torch.sum(slab, 0, dtype=total.dtype, out=total)
+    else:
+        total += slab.sum(0, dtype=total.dtype)
 
 
 def scale(value: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -182,7 +182,9 @@ def _sums_of_rest(
 
 
 @triton.jit
-def _write_block(x, offsets, V, row, scale, cap, MASKED: tl.constexpr, TWO: tl.constexpr, CAP: tl.constexpr, FILL: tl.constexpr):
+def _write_block(
+    x, offsets, V, row, scale, cap, MASKED: tl.constexpr, TWO: tl.constexpr, CAP: tl.constexpr, FILL: tl.constexpr
+):
     """d loss / d raw over the logits of one tile: one or two softmaxes weight * 2^(z c - log2 of the sum)."""
     c_t, log_t, weight_t, c, log_1, weight_1 = row
     z = _load(x, offsets, V, scale, cap, MASKED, CAP, FILL, "evict_first")
@@ -501,7 +503,11 @@ def _row(
     e, label_e = tl.exp2(u), tl.exp2(label_u)
     u_t, label_u_t, gap_t = u, label_u, gap
     if TWO:
-        u_t, label_u_t, gap_t = tl.maximum(u * inv_t, NONE), tl.maximum(label_u * inv_t, NONE), tl.maximum(gap * inv_t, NONE)
+        u_t, label_u_t, gap_t = (
+            tl.maximum(u * inv_t, NONE),
+            tl.maximum(label_u * inv_t, NONE),
+            tl.maximum(gap * inv_t, NONE),
+        )
     e_t = tl.exp2(u_t)
     entries = e
     if KIND != "none":

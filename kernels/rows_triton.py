@@ -12,21 +12,20 @@ import torch
 import triton
 from torch import Tensor
 
-from potstill.kernels import products
+from potstill.kernels import gradients_triton
 from potstill.kernels.backend import Backend
 from potstill.kernels.one_pass import OnePass, fill_of
 from potstill.kernels.row_terms import FixSet, RowStats, RowTerms, build_fix_set, row_terms
 from potstill.kernels.settings import LossSettings
 from potstill.kernels.soft_cap import cap_slope
 from potstill.kernels.teacher_triton import TOP_K, tile_stats
-from potstill.kernels.triton_kernels import dense_grad_kernel, scale_kernel, stats_kernel
+from potstill.kernels.triton_kernels import dense_grad_kernel, stats_kernel
 from potstill.kernels.two_passes import TwoPasses
 
 # Columns per step of a row kernel, on 8 warps. Wider ones would need more than 64 registers per thread, and
 # 65536 columns spill 15 KB of them.
 MAX_BLOCK = 8192
 HALF_BLOCK = 4096  # a soft cap, or a second temperature of float32 rows, needs more registers per element
-SCALE_BLOCK = 16384
 
 
 def block_shape(vocab_size: int, width: int, dtype: torch.dtype, settings: LossSettings) -> dict[str, int]:
@@ -108,18 +107,6 @@ def row_gradient(
     return slab
 
 
-def scale(value: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Twin of products.scale: in place, it reads the factor on the GPU and touches nothing when that is 1."""
-    if value.dtype != dtype or not value.is_contiguous():
-        return products.scale(value, factor, dtype)
-    count = value.numel()
-    if count:
-        scale_kernel[(triton.cdiv(count, SCALE_BLOCK),)](
-            value, factor.float().reshape(1), count, BLOCK=SCALE_BLOCK, num_warps=8
-        )
-    return value
-
-
 TRITON = Backend(
     name="triton",
     slab_pass=OnePass(otherwise=TwoPasses(row_stats, row_gradient)),
@@ -127,7 +114,9 @@ TRITON = Backend(
     row_alignment=64,
     tile_stats=tile_stats,
     top_k=TOP_K,
-    scale=scale,
+    scale=gradients_triton.scale,
+    skips_unused=True,
+    weight_gradient=gradients_triton.weight_gradient,
 )
 
 

@@ -28,7 +28,7 @@ def run_statistics(inputs: LinearInputs, call: LossCall) -> TokenStatistics:
     vocab_size = inputs.sizes[1]
     device, head = inputs.hidden.device, inputs.weight
     table = call.table()
-    buffer = call.backend.slab(min(call.chunk_rows, call.num_rows), vocab_size, head.dtype, device)
+    buffer = call.backend.slab(call.largest_chunk, vocab_size, head.dtype, device)
     for part, tokens in call.chunks():
         slab = products.logits(tokens.take(inputs.hidden), head, inputs.bias, out=buffer[: tokens.count])
         call.backend.slab_pass(slab, tokens, out=table[:, part], with_gradient=False)

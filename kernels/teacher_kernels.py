@@ -103,9 +103,7 @@ def _tile_block(
     tile = start + tl.arange(0, TPP)
     # Three axes, the last one what a thread loads at once: sums over it need no exchange between threads.
     columns = (
-        tile[:, None, None] * WIDTH
-        + tl.arange(0, WIDTH // VEC)[None, :, None] * VEC
-        + tl.arange(0, VEC)[None, None, :]
+        tile[:, None, None] * WIDTH + tl.arange(0, WIDTH // VEC)[None, :, None] * VEC + tl.arange(0, VEC)[None, None, :]
     )
     z = _logits(x, columns, columns < V, scale, cap, SCALED, CAP, MASKED)
     best = tl.max(tl.max(z, 2), 1)

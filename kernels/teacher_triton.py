@@ -162,7 +162,9 @@ def tile_stats(slab: Tensor, label_ids: Tensor, temperatures: Sequence[float]) -
     gap = maxima - top[:, None]
     moments = (gap.exp() * (moment + gap * sums[0])).sum(1)
     scaled = torch.stack([s * (gap / t).exp() for t, s in zip((1.0, *temperatures), sums, strict=True)])
-    return TileStats(top, maxima.contiguous(), scaled, moments, above.sum(1, dtype=torch.int32) + _ties(slab, label_ids))
+    return TileStats(
+        top, maxima.contiguous(), scaled, moments, above.sum(1, dtype=torch.int32) + _ties(slab, label_ids)
+    )
 
 
 def _ties(slab: Tensor, label_ids: Tensor) -> Tensor:

@@ -210,19 +210,3 @@ def dense_grad_kernel(
     value = tl.load(value_ptr + row * F + f, mask=used, other=0.0)
     tl.debug_barrier()  # the dense pass of other threads wrote these columns too
     tl.store(x + ids, value, mask=used)
-
-
-@triton.jit
-def scale_kernel(
-    x_ptr,  # [count], any floating dtype, overwritten
-    factor_ptr,  # float32 [1]
-    count,
-    BLOCK: tl.constexpr,  # elements per program
-):
-    """x *= factor; nothing is read or written when the factor is 1. Twin of products.scale."""
-    factor = tl.load(factor_ptr)
-    if factor != 1.0:
-        offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = offsets < count
-        x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-        tl.store(x_ptr + offsets, x * factor, mask=inside)

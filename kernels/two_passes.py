@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from potstill.kernels import checks
 from potstill.kernels.backend import SlabTokens
 from potstill.kernels.row_terms import FixSet, RowStats, RowTerms, build_fix_set, row_terms
 
@@ -25,7 +26,7 @@ def take_logits(slab: Tensor, source: Tensor, tokens: SlabTokens) -> None:
 def clear_rows(slab: Tensor, unused: Tensor) -> None:
     """0 for the logits of the tokens `unused` (bool [B]): whatever they hold must reach neither loss nor gradient."""
     # A CPU may look; on a GPU the look would cost more than the pass.
-    if slab.device.type != "cpu" or bool(unused.any()):
+    if not checks.reads_values(slab.device) or bool(unused.any()):
         slab.masked_fill_(unused[:, None], 0)
 
 

@@ -18,6 +18,7 @@ from potstill.student_train.config.optimizers import OptimizerConfig
 from potstill.student_train.config.stages import Objective, Stage
 
 Dtype = Literal["float32", "bfloat16"]
+LossBackend = Literal["auto", "torch", "triton", "triton_compiled"]  # kernels.backends.BACKENDS, compared by a test
 
 
 def _plain_off(value: Any) -> Any:
@@ -81,6 +82,10 @@ class ModelConfig(StrictModel):
         default=None, gt=0, le=1, description="Std of random weights; null leaves it to model.init"
     )
     compile: bool = Field(default=False, description="torch.compile the backbone")
+    loss_backend: LossBackend = Field(
+        default="auto",
+        description="Code that computes the loss (docs/kernels.md); auto is triton on a GPU and torch on a CPU",
+    )
     router_aux_loss: float | None = Field(
         default=None,
         ge=0,

@@ -34,13 +34,15 @@ class DistillationHead(nn.Module):
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(self, linear: Any, *, soft_cap: float | None, logit_scale: float) -> None:
+    def __init__(self, linear: Any, *, soft_cap: float | None, logit_scale: float, loss_backend: str = "auto") -> None:
+        """`linear`: whose parameters this takes over; loss_backend: CallOptions.backend of its losses."""
         super().__init__()
         self.weight = linear.weight  # the same parameter, so that tied embeddings stay tied
         self.bias = getattr(linear, "bias", None)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.soft_cap = soft_cap
         self.logit_scale = logit_scale
+        self.loss_backend = loss_backend
 
     def finish(self, raw: Tensor) -> Tensor:
         """The logits [..., V] that the loss works on, in place of the raw ones that this head has just given."""
@@ -65,6 +67,7 @@ class DistillationHead(nn.Module):
             labels=micro.labels,
             targets=None if objective is None else micro.targets,
             settings=self.settings(LossSettings() if objective is None else objective.settings),
+            backend=self.loss_backend,
         )
 
     @torch.no_grad()
@@ -107,6 +110,7 @@ class SparseLossRequest:
             "kd_weights": kd_weights,
             "normalizer": self.normalizer,
             "num_active": micro.num_active,
+            "backend": head.loss_backend,
         }
         tensors = {"hidden": hidden, "weight": head.weight, "bias": head.bias, "labels": micro.labels}
         targets = micro.targets if distils else None

@@ -34,8 +34,8 @@ class StudentModel(nn.Module):
 
     hf: Any
 
-    def __init__(self, hf: Any, *, terms: tuple[LossTerm, ...] = (SparseLoss(),)) -> None:
-        """`terms`: what TrainRequest adds up, in order."""
+    def __init__(self, hf: Any, *, terms: tuple[LossTerm, ...] = (SparseLoss(),), loss_backend: str = "auto") -> None:
+        """`terms`: what TrainRequest adds up, in order; loss_backend: CallOptions.backend of the losses."""
         super().__init__()
         if not isinstance(getattr(hf, "lm_head", None), nn.Linear) or backbone(hf) is hf:
             raise UserError(
@@ -43,7 +43,7 @@ class StudentModel(nn.Module):
                 "takes the place of; use another architecture (llama, qwen3, gemma2, mixtral, ... are)"
             )
         soft_cap, scale = soft_cap_and_scale(hf.config.get_text_config())
-        hf.lm_head = DistillationHead(hf.lm_head, soft_cap=soft_cap, logit_scale=scale)
+        hf.lm_head = DistillationHead(hf.lm_head, soft_cap=soft_cap, logit_scale=scale, loss_backend=loss_backend)
         self.hf = hf
         self.terms = terms
         self.sum_names = sum_names(terms)
@@ -140,4 +140,4 @@ def build_student(model: ModelConfig, config: Any, *, seed: int) -> StudentModel
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # weights of terms too are those of the seed, at every stage
         terms = build_terms(model, config)
-    return StudentModel(hf, terms=terms)
+    return StudentModel(hf, terms=terms, loss_backend=model.loss_backend)

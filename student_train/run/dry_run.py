@@ -263,6 +263,10 @@ def memory_by_part(
         "DeepSpeed's reduce bucket": bucket * width,
         "head gradient of the loss (float32)": vocab_size * hidden * 4,
         "logits chunk of the loss": logits_chunk_bytes(
-            num_tokens=num_tokens, vocab_size=vocab_size, dtype=DTYPES[config.model.dtype], device=torch.device(device)
+            num_tokens=num_tokens,
+            vocab_size=vocab_size,
+            dtype=DTYPES[config.model.dtype],
+            device=torch.device(device),
+            backend=config.model.loss_backend,
         ),
     }

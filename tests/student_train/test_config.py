@@ -10,6 +10,7 @@ import yaml
 
 from potstill.common.config import build_config, dump_config, load_config
 from potstill.common.errors import ConfigError
+from potstill.kernels.backends import BACKENDS
 from potstill.kernels.divergences import DIVERGENCES
 from potstill.kernels.settings import TEMPERATURE_SIDES
 from potstill.kernels.types import MISSING_MASS_MODES
@@ -19,6 +20,7 @@ from potstill.student_train.config.train import (
     REFUSED_DEEPSPEED_KEYS,
     EvalConfig,
     ExportConfig,
+    LossBackend,
     TrainConfig,
 )
 from tests.student_train import tiny, workers
@@ -37,6 +39,7 @@ def test_the_names_are_those_of_the_kernels() -> None:
     assert set(Divergence.__args__) == set(DIVERGENCES)
     assert set(MissingMass.__args__) == set(MISSING_MASS_MODES)
     assert TemperatureSide.__args__ == TEMPERATURE_SIDES
+    assert set(LossBackend.__args__) == {"auto", *BACKENDS}
 
 
 def test_a_resolved_configuration_reads_back_equal(tmp_path: Path) -> None:

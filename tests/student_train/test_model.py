@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from potstill.kernels import backends
+from potstill.kernels.backend import Backend
 from potstill.storage import LoadedBatch, StoreReader
 from potstill.student_train.config.stages import Objective, Stage
 from potstill.student_train.curriculum.step_objective import StepObjective, step_objective
@@ -127,6 +129,25 @@ def test_unselected_positions_have_no_gradient_through_the_head(stores, student:
     student.hf.lm_head(hidden, SparseLossRequest(micro, objective, torch.tensor(1.0)))[0].backward()
     moved = hidden.grad.abs().sum(1) > 0
     assert torch.equal(moved, micro.token_weights > 0)
+
+
+def test_the_configured_backend_computes_every_loss_of_a_step(stores, monkeypatch) -> None:
+    """Choice of positions, self-check and loss; the self-check's own reference is torch's, asked for by name."""
+    asked: list[tuple[str, torch.dtype]] = []
+    choose = backends.choose
+
+    def noting(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
+        asked.append((name, dtype))
+        return choose("auto", device, dtype)
+
+    monkeypatch.setattr(backends, "choose", noting)
+    model = {"config": dict(tiny.STUDENT), "loss_backend": "triton"}
+    tree = tiny.config_tree(stores, Path("x"), model=model)
+    config = workers.config_of(tree).model
+    student = build_student(config, hf_config(config, vocab_size=tiny.VOCAB), seed=0)
+    micro, objective = micro_of(stores, [3, 39], tokens={"policy": "top_entropy", "share": 0.3})
+    student(TrainRequest(micro, objective, torch.tensor(10.0), 1, self_check=True))
+    assert asked == [("triton", torch.float32)] * 2 + [("torch", torch.float64), ("triton", torch.float32)]
 
 
 def test_the_wrong_initial_std_is_refused(student: StudentModel) -> None:
