@@ -100,9 +100,9 @@ class Backend:
     row_alignment: int
     tile_stats: Callable[[Tensor, Tensor, Sequence[float]], TileStats]
     scale: Callable[[Tensor, Tensor, torch.dtype], Tensor]
-    top_k: TopKPass | None = None
     skips_unused: bool = False
     weight_gradient: Callable[[Tensor | None, Tensor, Tensor, Tensor, torch.dtype], Tensor] | None = None
+    top_k: TopKPass | None = None
 
     def row_stride(self, vocab_size: int) -> int:
         """Elements from one row of a slab to the next."""

@@ -66,6 +66,6 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
             f"backend {name!r} on {device} needs the package triton, which is not installed;"
             " install it (extra `triton`), or pass backend='torch'"
         )
-    if found != "torch" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    if found.startswith("triton") and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise KernelInputError(f"backend {name!r} is asked for tensors on a CPU; it needs a GPU: pass backend='auto'")
     return BACKENDS[found]()

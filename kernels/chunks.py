@@ -58,16 +58,16 @@ class ChunkPlan:
 
     @classmethod
     def keeping(cls, num_rows: int, most: int, *, row_bytes: int, beside: int) -> "ChunkPlan":
-        """The last chunk kept, if it and `beside` bytes fit where else a chunk of `most` rows is; else nothing kept.
+        """The last chunk kept where that saves a pass over the accumulator; else nothing kept.
 
-        row_bytes: of a row of logits. beside: bytes of what backward makes while the last chunk is still there; with
-        one chunk only the accumulator is missing, which is larger than that.
+        The last chunk and `beside` bytes, of what backward makes while it is still there, must fit where else a chunk
+        of `most` rows is. row_bytes: of a row of logits. One chunk always fits: it needs no accumulator.
         """
-        if 0 < num_rows <= most:
-            return cls([num_rows], True)
+        even = cls.even(num_rows, most)
+        if len(even.sizes) == 1:
+            return cls(even.sizes, True)
         room = (most * row_bytes - beside) // row_bytes // ROW_MULTIPLE * ROW_MULTIPLE
-        if num_rows == 0 or room < ROW_MULTIPLE:
-            return cls.even(num_rows, most)
-        # The whole multiples go first, so that a ragged rest is in the last chunk, where nothing is added up after it.
-        last = min(room, even_rows(num_rows, most))
-        return cls([*even_sizes(num_rows - last, most), last], True)
+        rest = num_rows - room
+        if room < ROW_MULTIPLE or rest < 1 or len(even_sizes(rest, most)) == len(even.sizes):
+            return even
+        return cls([*even_sizes(rest, most), room], True)

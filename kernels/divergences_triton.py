@@ -6,7 +6,8 @@ buckets' terms of the divergence and their derivatives by log q, of the same sha
     f(log_p, log_q, inverse_count, option) -> (term, a)
 
 An absent bucket has NONE on both sides: finite, where the torch functions have -inf, so that no difference is NaN;
-its exponential is 0. inverse_count: 1 / kept buckets, 0 for the rest bucket. option: the one constant (skew, beta, floor).
+its exponential is 0. inverse_count: 1 / kept buckets, 0 for the rest bucket. option: the one constant (skew, beta or
+floor).
 
 A divergence that is missing here works all the same: it takes the two passes (one_pass.py says when). To add its twin:
 such a function and an entry in TWINS; the tests pick it up from there.

@@ -59,7 +59,8 @@ class LastChunk:
 @dataclass
 class Gradients:
     """Of a sum of losses, None where not wanted: hidden [N, D] in its own dtype, weight [V, D] and bias [V] in the
-    accumulation dtype. With `last`, the weight's lacks that chunk, and is None where there is no other."""
+    accumulation dtype, or the weight's in its own where one chunk is all of it. With `last`, the weight's lacks that
+    chunk, and is None where there is no other."""
 
     hidden: Tensor | None
     weight: Tensor | None
@@ -84,9 +85,12 @@ def empty_gradients(
     dtype, device = call.weights.dtype, hidden.device
     make = torch.empty if plan.sizes else torch.zeros
     alone = plan.kept and len(plan.sizes) == 1
+    # Nothing is added to a single chunk's product, and its factor is in already: it can be rounded at once.
+    direct = len(plan.sizes) == 1 and early_factor(call, weight.dtype) is not None
+    narrow = weight.dtype if direct and call.backend.slab_dtype(weight.dtype) == weight.dtype else dtype
     return Gradients(
         (torch.empty_like if call.rows is None else torch.zeros_like)(hidden) if needs[0] else None,
-        make(weight.shape, dtype=dtype, device=device) if needs[1] and not alone else None,
+        make(weight.shape, dtype=narrow, device=device) if needs[1] and not alone else None,
         make(weight.shape[0], dtype=dtype, device=device) if needs[2] else None,
     )
 

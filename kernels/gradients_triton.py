@@ -13,8 +13,8 @@ from torch import Tensor
 from potstill.kernels import products
 from potstill.kernels.device_guard import on_device_of
 
-SCALE_BLOCK = 8192  # elements at a time: 32 a thread of 8 warps
-PROGRAMS_PER_PROCESSOR = 8
+SCALE_BLOCK = 4096  # elements at a time: 16 a thread of 8 warps
+PROGRAMS_PER_PROCESSOR = 4  # as many of 256 threads as 64 registers each leave room for
 # 128 x 256 outputs per program, 64 tokens at a time: 147 KB of shared memory with three stages.
 WEIGHT_TILE: dict[str, int] = {"BM": 128, "BN": 256, "BK": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
 

@@ -27,7 +27,8 @@ LOAD_BYTES = 16  # of one thread at a time
 
 @dataclass(frozen=True)
 class LaunchShape:
-    """How one row is spread over a program: its warps, threads per warp, loads of a thread at a time, the second stream's direction.
+    """How one row is spread over a program: its warps, threads per warp, loads of a thread at a time, and whether the
+    second stream runs backwards.
 
     The first two bound the registers: 65536 of a multiprocessor over 1024 threads are 64 each. As many threads as there
     may be per row mean as few rows in flight as there may be, and the second stream finds them in the L2 cache.
@@ -46,8 +47,8 @@ def _is_older(device: torch.device) -> bool:
 
 
 def launch_shape(vocab_size: int, dtype: torch.dtype, settings: LossSettings, device: torch.device) -> LaunchShape:
-    """For rows of V logits: no more threads than a row fills, as many loads as nothing spills (tests/kernels/aot_worker.py
-    compiles them all)."""
+    """For rows of V logits: no more threads than a row fills, and as many loads as spill no register
+    (tests/kernels/aot_rows.py compiles them all)."""
     warp_size = 64 if torch.version.hip else 32
     elements = LOAD_BYTES // dtype.itemsize * warp_size
     warps = min(1024 // warp_size, max(1, triton.next_power_of_2(-(-vocab_size // elements))))
@@ -62,33 +63,50 @@ def fill_of(dtype: torch.dtype) -> float:
     return -65504.0 if dtype == torch.float16 else -(2.0**100)
 
 
-def targets_of(tokens: SlabTokens) -> dict[str, Any]:
-    """The kernel's arguments that tell of the teacher, contiguous: it knows no strides but those of rows."""
+def settings_of(settings: LossSettings) -> dict[str, Any]:
+    """The kernel's arguments that tell of the settings."""
+    return {
+        "scale": settings.logit_scale,
+        "cap": settings.soft_cap or 1.0,
+        "student_t": settings.student_temperature,
+        "teacher_t": settings.temperature,
+        "option": next(iter(settings.constants.values()), 0.0),
+        "MODE": settings.missing_mass,
+        "DIVERGENCE": TWINS[settings.divergence],
+        "TEMPERED": settings.temperature != 1.0,
+        "TWO": settings.student_temperature != 1.0,
+        "PLAIN": settings.plain_gradient,
+        "CAP": settings.soft_cap is not None,
+    }
+
+
+def tokens_of(tokens: SlabTokens) -> dict[str, Any]:
+    """The kernel's arguments that tell of the tokens and their teacher, with neighbours side by side in memory."""
     targets, settings = tokens.targets, tokens.settings
+    found: dict[str, Any] = {
+        "token_ptr": None if tokens.rows is None else tokens.rows.contiguous(),
+        "first": tokens.first,
+        "label_ptr": tokens.labels.contiguous(),
+        "weight_ptr": tokens.weights.contiguous(),
+        "kd_weight_ptr": tokens.kd_weights.contiguous(),
+        "factor_ptr": tokens.factors.contiguous(),
+        "BK": max(16, triton.next_power_of_2(tokens.width)),
+        "num_draws": -1.0,
+    }
     if targets is None or tokens.width == 0 or targets.num_entries == 0:
-        return {
-            "offset_ptr": None,
-            "id_ptr": None,
-            "value_ptr": None,
-            "tail_ptr": None,
-            "num_draws": -1.0,
-            "KIND": "none",
-        }
+        none = dict.fromkeys(("offset_ptr", "id_ptr", "value_ptr", "tail_ptr"))
+        return {**found, **none, "BK": 16, "KIND": "none"}
     kind, values = "logprobs", targets.logprobs
     if targets.log_weights is not None:
         kind, values = "log_weights", targets.log_weights
     elif settings.entry.needs_counts:
         kind, values = "counts", targets.counts
+        found["num_draws"] = -1.0 if targets.num_draws is None else float(targets.num_draws)
     assert values is not None  # the call's checks saw to it
     tail = tail_at(targets, settings.temperature) if kind == "logprobs" and settings.needs_tail else None
-    return {
-        "offset_ptr": targets.offsets.contiguous(),
-        "id_ptr": targets.ids.contiguous(),
-        "value_ptr": values.contiguous(),
-        "tail_ptr": None if tail is None else tail.contiguous(),
-        "num_draws": -1.0 if targets.num_draws is None else float(targets.num_draws),
-        "KIND": kind,
-    }
+    given = {"offset_ptr": targets.offsets, "id_ptr": targets.ids, "value_ptr": values}
+    found |= {name: value.contiguous() for name, value in given.items()}
+    return {**found, "tail_ptr": None if tail is None else tail.contiguous(), "KIND": kind}
 
 
 @dataclass(frozen=True)
@@ -116,49 +134,31 @@ class OnePass:
         factor: Tensor | None = None,
         source: Tensor | None = None,
     ) -> None:
-        if not self.takes(tokens):
-            self.otherwise(slab, tokens, out=out, with_gradient=with_gradient, factor=factor, source=source)
-            return
-        if source is not None and source.dtype != slab.dtype:
-            raise KernelInputError(f"source is {source.dtype}, and its slab {slab.dtype}; the kernel wants one dtype")
         if tokens.count == 0:
             return
-        settings, vocab_size = tokens.settings, slab.shape[1]
-        shape = self.shape(vocab_size, slab.dtype, settings, slab.device)
         with on_device_of(slab):
+            if not self.takes(tokens):
+                self.otherwise(slab, tokens, out=out, with_gradient=with_gradient, factor=factor, source=source)
+                return
+            if source is not None and source.dtype != slab.dtype:
+                raise KernelInputError(f"source is {source.dtype}, its slab {slab.dtype}; the kernel wants one dtype")
+            shape = self.shape(slab.shape[1], slab.dtype, tokens.settings, slab.device)
             row_kernel[(tokens.count,)](
                 x_ptr=slab,
                 source_ptr=source,
-                token_ptr=tokens.rows,
-                label_ptr=tokens.labels.contiguous(),
-                weight_ptr=tokens.weights.contiguous(),
-                kd_weight_ptr=tokens.kd_weights.contiguous(),
-                factor_ptr=tokens.factors,
                 upstream_ptr=factor,
                 out_ptr=out,
                 stride_x=slab.stride(0),
                 stride_source=0 if source is None else source.stride(0),
                 stride_out=out.stride(0),
-                first=tokens.first,
-                V=vocab_size,
-                scale=settings.logit_scale,
-                cap=settings.soft_cap or 1.0,
-                student_t=settings.student_temperature,
-                teacher_t=settings.temperature,
-                option=next(iter(settings.constants.values()), 0.0),
-                BK=max(16, triton.next_power_of_2(tokens.width)),
+                V=slab.shape[1],
+                U=shape.loads,
                 R=shape.num_warps * shape.warp_size,
                 C=LOAD_BYTES // slab.dtype.itemsize,
-                U=shape.loads,
                 BACKWARDS=shape.backwards,
-                MODE=settings.missing_mass,
-                DIVERGENCE=TWINS[settings.divergence],
-                TEMPERED=settings.temperature != 1.0,
-                TWO=settings.student_temperature != 1.0,
-                PLAIN=settings.plain_gradient,
-                CAP=settings.soft_cap is not None,
                 FILL=fill_of(slab.dtype),
                 GRADIENT=with_gradient,
                 num_warps=shape.num_warps,
-                **targets_of(tokens),
+                **tokens_of(tokens),
+                **settings_of(tokens.settings),
             )

@@ -33,8 +33,8 @@ class FixSet:
     """The columns of each row that the dense pass leaves alone.
 
     ids [B, F] int64 (0 where unused); kept [B, F] entries of the KD support (S); used [B, F] = kept or label;
-    is_label [B, F]; has_target, has_label [B]; log_p [B, F] teacher on S, log_rest [B] teacher's rest; outside [B] whether
-    an id or the label is not one of the vocabulary: such a column is left out, and the token's loss is NaN.
+    is_label [B, F]; has_target, has_label [B]; log_p [B, F] teacher on S, log_rest [B] teacher's rest; outside [B]
+    whether an id or the label is beyond the vocabulary: such a column is left out, and the token's loss is NaN.
     """
 
     ids: Tensor
@@ -276,8 +276,9 @@ def _kd_terms(stats: RowStats, fix: FixSet, settings: LossSettings) -> tuple[Ten
     student_mass = log_q_kept.exp().sum(1)
     values, a = _divergence_terms(log_q_kept, log_q_rest, fix, settings)
     total = a.sum(1)
-    # The gradient of the whole rest bucket, a_r - A q_r; each of its members gets its share exp(u_j - log_rest). Written
-    # with Q_S = 1 - q_r and A less a_r, because a_r - A q_r loses all digits where next to nothing is on the kept ids.
+    # The gradient of the whole rest bucket, a_r - A q_r; each of its members gets its share exp(u_j - log_rest).
+    # Written with Q_S = 1 - q_r and A less a_r, because a_r - A q_r loses all digits where next to nothing is on the
+    # kept ids.
     rest = a[:, -1] * student_mass - a[:, :-1].sum(1) * log_q_rest.exp()
     kept_grad = a[:, :-1] - total[:, None] * log_q.exp()
     share = torch.where(fix.used & ~fix.kept, (u - log_rest[:, None]).exp(), 0.0)

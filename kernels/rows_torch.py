@@ -116,7 +116,7 @@ def _block_sums(
     """Sums of exp(d), exp(d / T) and d exp(d), each [b], of `difference` d [b, V]; turns d into the form to keep.
 
     buffer [b, V] is scratch. d <= 0, so every exponential is in (0, 1].
-    A logit of -inf has d exp(d) = -inf * 0, which counts as the 0 that it is; a NaN logit still shows in the other sums.
+    A logit of -inf has d exp(d) = -inf * 0, which counts as the 0 that it is; a NaN logit shows in the other sums.
     """
     temperature = settings.student_temperature
     if temperature == 2.0:

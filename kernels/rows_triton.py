@@ -7,6 +7,8 @@ Importing this needs triton; calling it needs a GPU, or triton's interpreter.
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -121,7 +123,7 @@ TRITON = Backend(
 
 
 @functools.cache
-def compiled() -> Backend:
+def compiled(compiler: str | Callable[..., Any] = "inductor") -> Backend:
     """TRITON with the steps between two passes fused by torch.compile, where it takes two passes at all.
 
     They are about a hundred operations on [B, k] tensors: each is nothing, but launched one by one they
@@ -131,7 +133,7 @@ def compiled() -> Backend:
     between = TwoPasses(
         row_stats,
         row_gradient,
-        build_fix_set=torch.compile(build_fix_set, dynamic=True, fullgraph=True),
-        row_terms=torch.compile(row_terms, dynamic=True, fullgraph=True),
+        build_fix_set=torch.compile(build_fix_set, dynamic=True, fullgraph=True, backend=compiler),
+        row_terms=torch.compile(row_terms, dynamic=True, fullgraph=True, backend=compiler),
     )
     return dataclasses.replace(TRITON, name="triton_compiled", slab_pass=OnePass(otherwise=between))

@@ -5,10 +5,12 @@ figures of every tile of WIDTH ids: about a tenth of the bytes of bfloat16 logit
 few tiles that can hold one of the k best, and writes every figure of a token.
 
 The order of ids (value down, id up) is that of 32-bit keys: the bits of a float32, mapped to an unsigned integer so
-that larger values have larger keys, -0.0 and 0.0 one key, and NaN the largest. The k-th largest key of a row is found bit by
-bit from the top (a radix descent: 32 counts over registers, no sort, no data movement), and equal keys at that bound
-are taken from the lowest id up by a running count. Only the k taken are put in order, by counting for each how many
-stand before it. All steps are exact and their order is fixed: the result is the same at every run.
+that larger values have larger keys, -0.0 and 0.0 one key, and NaN the largest. The k-th largest key is found bit by bit
+from the top (a radix descent: up to 32 counts over registers, no sort, nothing is moved), and equal keys at that bound
+are taken from the lowest id up by a running count. That finds the k tiles with the largest maxima. The least of these
+is a value that at least k ids reach, and as a rule few more: those, the survivors, are put in order by counting for
+each how many stand before it. Where more reach it than there is room for (many ties), the candidates are searched as
+the tiles were. All steps are exact and their order is fixed: the result is the same at every run.
 
 All arithmetic is float32. A sum of exponentials is relative to its own tile's maximum and moved to the row's later;
 the mass outside the k ids is a sum of what was not taken, never `1 - kept`, which loses all digits of a small rest.
@@ -225,7 +227,7 @@ def _best_tiles(keys, count, LOW: tl.constexpr):
         step += 1
     upper, has_ties = _ties_at(bound, reached, count, LOW)
     room = tl.where(has_ties, count - tl.sum((keys > upper).to(tl.int32), 0), 0)
-    taken, place, above, ties = _take(keys, upper, bound, 0, 0, room)
+    taken, place, _above_all, _ties_all = _take(keys, upper, bound, 0, 0, room)
     return taken, place
 
 
@@ -469,7 +471,7 @@ def select_kernel(
     place = tl.zeros((BL,), tl.int32)  # how many stand before it in the order (value down, id up)
     for start in range(0, survivors, JB):
         j = start + tl.arange(0, JB)
-        other_ids, other = _ids_and_keys(x, scratch, j, j < survivors, V, num_taken, scale, cap, WIDTH, SCALED, CAP)
+        _other_ids, other = _ids_and_keys(x, scratch, j, j < survivors, V, num_taken, scale, cap, WIDTH, SCALED, CAP)
         before = (other[None, :] > key[:, None]) | ((other[None, :] == key[:, None]) & (j[None, :] < i[:, None]))
         place += tl.sum(before.to(tl.int32), 1)
     z = _value_of(key)

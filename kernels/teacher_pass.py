@@ -51,9 +51,10 @@ class TopKTable:
             figures=made(len(FIGURES) + 2 * num_temperatures, num_tokens, dtype=torch.float32),
         )
 
-    def rows(self, part: slice) -> "TopKTable":
+    def narrow(self, start: int, count: int) -> "TopKTable":
         """The same memory for some of the tokens."""
-        return TopKTable(self.ids[part], self.logprobs[part], self.label_rank[part], self.figures[:, part])
+        of_tokens = (column.narrow(0, start, count) for column in (self.ids, self.logprobs, self.label_rank))
+        return TopKTable(*of_tokens, self.figures.narrow(1, start, count))
 
     def columns(self, temperatures: tuple[float, ...]) -> dict[str, Tensor | Mapping[float, Tensor]]:
         """The fields of a TopK by name, all views."""

@@ -146,8 +146,8 @@ class LogitSource:
             backend=backends.choose(backend, device, torch.float32),
         )
 
-    def rows_as_given(self, bytes_beside: int) -> Iterator[tuple[slice, TeacherRows]]:
-        """(which tokens, their raw logits), in order; given logits as views, those of hidden states in float32.
+    def rows_as_given(self, bytes_beside: int) -> Iterator[tuple[int, TeacherRows]]:
+        """(first token, raw logits of it and some that follow), in order; given logits as views, those of hidden states in float32.
 
         bytes_beside: what each row needs besides its logits, which bounds the rows where the logits exist already.
         """
@@ -156,15 +156,15 @@ class LogitSource:
         limit = self.chunk_rows if given is None else max(1, self.chunk_bytes // bytes_beside)
         buffer = None if given is not None else self._buffer(min(limit, num_tokens))
         for start in range(0, num_tokens, limit):
-            part = slice(start, min(start + limit, num_tokens))
+            count = min(limit, num_tokens - start)
             if given is not None:
-                raw = given[part]
+                raw = given.narrow(0, start, count)
             else:
                 assert buffer is not None and self.hidden is not None and self.weight is not None
-                out = buffer[: part.stop - start, : self.head_size]
-                raw = products.logits(self.hidden[part], self.weight, self.bias, out=out)
-            labels, cap, scale = self.labels[part], self.soft_cap, self.logit_scale
-            yield part, TeacherRows(raw, labels, self.vocab_size, self.temperatures, cap, scale)
+                out = buffer.narrow(0, 0, count).narrow(1, 0, self.head_size)
+                raw = products.logits(self.hidden.narrow(0, start, count), self.weight, self.bias, out=out)
+            labels, cap, scale = self.labels.narrow(0, start, count), self.soft_cap, self.logit_scale
+            yield start, TeacherRows(raw, labels, self.vocab_size, self.temperatures, cap, scale)
 
     def chunks(self) -> Iterator[TeacherChunk]:
         """Padded float32 rows, in order; one chunk of no rows when there are no tokens, to have something to join."""

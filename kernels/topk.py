@@ -92,8 +92,8 @@ def teacher_topk(*, k: int, **options: Unpack[TeacherOptions]) -> TopK:
     if run is not None:
         num_temperatures = len(source.temperatures)
         table = TopKTable.empty(source.labels.shape[0], k, num_temperatures, source.labels.device)
-        for part, rows in source.rows_as_given(run.row_bytes(source.vocab_size, k, num_temperatures)):
-            run(rows, k, table.rows(part))
+        for start, rows in source.rows_as_given(run.row_bytes(source.vocab_size, k, num_temperatures)):
+            run(rows, k, table.narrow(start, rows.labels.shape[0]))
         return TopK(**table.columns(source.temperatures))  # type: ignore[arg-type]
     parts = [_topk_of(chunk, k) for chunk in source.chunks()]
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from potstill.kernels.device_guard import on_device_of
 from potstill.kernels.topk import Sampled, TopK, select_sample, teacher_topk
 from potstill.kernels.types import SparseTargetTensors
 from potstill.teacher_dump.batches import TeacherBatch, target_places
 from potstill.teacher_dump.engines.base import FinishedTopK, HiddenStates, Logits, TeacherEngine, TopKWanted
 from potstill.teacher_dump.engines.finished import check_top_k
+from potstill.teacher_dump.host_copies import to_device
 from potstill.teacher_dump.selection import RULED_OUT_LOGIT
 
 Result = TypeVar("Result", TopK, Sampled)
@@ -25,12 +27,13 @@ class OnItsWay(Generic[Result]):
 
     result: Result
     copied: Any  # a CUDA event, or None on the CPU
+    check: Callable[[Result], Result] | None = None  # what reads values, and so belongs on the host
 
     def wait(self) -> Result:
-        """The result with all tensors on the host; blocks until the copy is done."""
+        """The result with all tensors on the host; blocks until the copy is done. Raises what the check raises."""
         if self.copied is not None:
             self.copied.synchronize()
-        return self.result
+        return self.result if self.check is None else self.check(self.result)
 
 
 def batch_topk(
@@ -46,10 +49,10 @@ def batch_topk(
     output = engine.forward(batch)
     wanted = TopKWanted(k=min(k, vocab_size), vocab_size=vocab_size, temperatures=tuple(temperatures))
     if isinstance(output, FinishedTopK):
-        labels = torch.from_numpy(batch.labels).to(output.topk.ids.device)
-        return _to_host(check_top_k(output.topk, labels, wanted, engine=engine.name))
+        labels = torch.from_numpy(batch.labels)
+        return _to_host(output.topk, lambda topk: check_top_k(topk, labels, wanted, engine=engine.name))
     options = _teacher_options(engine, output, batch, vocab_size=vocab_size, chunk_bytes=chunk_bytes)
-    return _to_host(teacher_topk(**options, k=wanted.k, temperatures=wanted.temperatures))
+    return _to_host(_storable(teacher_topk(**options, k=wanted.k, temperatures=wanted.temperatures)))
 
 
 def batch_sample(
@@ -66,9 +69,14 @@ def batch_sample(
     output = engine.forward(batch)
     assert not isinstance(output, FinishedTopK), "the configuration refuses to draw from a finished top-k"
     options = _teacher_options(engine, output, batch, vocab_size=vocab_size, chunk_bytes=chunk_bytes)
-    rows, positions = (torch.from_numpy(array).to(engine.device) for array in target_places(batch.rows))
+    rows, positions = (to_device(array, engine.device) for array in target_places(batch.rows))
     options |= {"seed": seed, "rows": rows, "positions": positions}
-    return _to_host(select_sample(**options, num_draws=num_draws, power=power))
+    return _to_host(_storable(select_sample(**options, num_draws=num_draws, power=power)))
+
+
+def _storable(result: Result) -> Result:
+    """The same with a number for a label that the teacher rules out: means over a row would be -inf otherwise."""
+    return replace(result, label_logprob=result.label_logprob.clamp_min(RULED_OUT_LOGIT))
 
 
 def _teacher_options(
@@ -81,12 +89,12 @@ def _teacher_options(
 ) -> dict[str, Any]:
     """What the kernels need to know of a model's output."""
     options: dict[str, Any] = {
-        "labels": torch.from_numpy(batch.labels).to(engine.device, non_blocking=True),
+        "labels": to_device(batch.labels, engine.device),
         "vocab_size": vocab_size,
         "chunk_bytes": chunk_bytes,
     }
     if isinstance(output, Logits):
-        return options | {"logits": output.logits.clamp(min=RULED_OUT_LOGIT)}
+        return options | {"logits": output.logits}
     return options | {
         "hidden": output.hidden,
         "weight": output.head.weight,
@@ -96,13 +104,15 @@ def _teacher_options(
     }
 
 
-def _to_host(result: Result) -> OnItsWay[Result]:
+def _to_host(result: Result, check: Callable[[Result], Result] | None = None) -> OnItsWay[Result]:
     if result.lse.device.type != "cuda":
-        return OnItsWay(result, None)
-    moved = _moved(result)
-    copied = torch.cuda.Event()
-    copied.record()
-    return OnItsWay(moved, copied)
+        return OnItsWay(result, None, check)
+    # An event is recorded on the current device's stream: on another than the result's it would come too early.
+    with on_device_of(result.lse):
+        moved = _moved(result)
+        copied = torch.cuda.Event()
+        copied.record()
+    return OnItsWay(moved, copied, check)
 
 
 def _moved(value: Any) -> Any:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from potstill.kernels.types import SparseTargetTensors
 
 NO_RANK = 255
-# Logits of -Inf (ids that a teacher rules out) are read as this: their mass is 0 all the same, but p log p is a number.
+# Ids that a teacher rules out (logits of -Inf) have log-probabilities below half of this, a label among them has this.
 RULED_OUT_LOGIT = -1e4
 TARGET_STATS = ("mean_loss", "mean_entropy", "accuracy", "kept_mass", "num_targets")
 

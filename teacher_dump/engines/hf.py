@@ -15,6 +15,7 @@ from potstill.teacher_dump.batches import TeacherBatch
 from potstill.teacher_dump.config import TeacherConfig
 from potstill.teacher_dump.engines.base import Head, HiddenStates, Logits, TeacherOutput, TopKWanted
 from potstill.teacher_dump.engines.head import choose_head, packing_agrees, tolerance
+from potstill.teacher_dump.host_copies import to_device
 from potstill.teacher_dump.identity import computing_dtype, load_config
 from potstill.teacher_dump.placing import local_device_index
 
@@ -43,7 +44,7 @@ class HfEngine:
     def forward(self, batch: TeacherBatch) -> TeacherOutput:
         """Hidden states or logits at the batch's target positions."""
         input_ids, position_ids, positions = (
-            self._to_device(array) for array in (batch.input_ids, batch.position_ids, batch.positions)
+            to_device(array, self.device) for array in (batch.input_ids, batch.position_ids, batch.positions)
         )
         input_ids, position_ids = as_lines(self.model.config, input_ids, position_ids)
         output = self._run(input_ids=input_ids, position_ids=position_ids, use_cache=False)
@@ -54,18 +55,13 @@ class HfEngine:
     def idle_pass(self) -> None:
         """Nothing to do: there is no group."""
 
-    def _to_device(self, array: Any) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
-        if self.device.type == "cuda":
-            return tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor.to(self.device)
-
 
 def load(teacher: TeacherConfig, wanted: TopKWanted | None = None) -> HfEngine:
     """Load the weights onto the worker's device. Raises UserError when that is not possible."""
     from transformers import AutoModelForCausalLM
 
     device = choose_device(teacher.device)
+    make_current(device)
     options: dict[str, Any] = dict(teacher.load_options)
     # The dtype that run.json names, also where "auto" could mean something else to another version of transformers.
     options.setdefault("dtype", computing_dtype(teacher, load_config(teacher)))
@@ -104,6 +100,15 @@ def choose_device(wanted: str) -> torch.device:
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise UserError(f"device {wanted!r}: this machine shows {torch.cuda.device_count()} GPUs; use auto or cpu")
     return device
+
+
+def make_current(device: torch.device) -> None:
+    """Make a worker's GPU the current one: kernels are launched, and events recorded, on the current device.
+
+    With several GPUs in sight of every worker (torchrun, SLURM) that is GPU 0 for all of them otherwise.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def _require_packing(model: Any, *, vocab_size: int, dtype: torch.dtype) -> None:

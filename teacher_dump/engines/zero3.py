@@ -27,7 +27,8 @@ from potstill.teacher_dump.engines.head import (
     relative_difference,
     tolerance,
 )
-from potstill.teacher_dump.engines.hf import choose_device, refuse_missing
+from potstill.teacher_dump.engines.hf import choose_device, make_current, refuse_missing
+from potstill.teacher_dump.host_copies import to_device
 from potstill.teacher_dump.identity import computing_dtype, load_config
 from potstill.teacher_dump.placing import WorkerPlace, worker_place
 
@@ -78,8 +79,7 @@ def join_group(teacher: TeacherConfig) -> Group:
         if device.type == "cpu":
             # Else a communication op that gloo does not need is compiled for a minute.
             deepspeed.ops.__compatible_ops__ = {}
-        else:
-            torch.cuda.set_device(device)
+        make_current(device)
         deepspeed.init_distributed("gloo" if device.type == "cpu" else "nccl", verbose=False)
     return Group(device)
 
@@ -104,8 +104,11 @@ class Zero3Engine:
     @torch.no_grad()
     def forward(self, batch: TeacherBatch) -> HiddenStates:
         """Hidden states at the batch's target positions."""
-        hidden = self._run(torch.from_numpy(batch.input_ids), torch.from_numpy(batch.position_ids))
-        return HiddenStates(hidden.reshape(-1, hidden.shape[-1])[torch.from_numpy(batch.positions)], self.head)
+        input_ids, position_ids, positions = (
+            to_device(array, self.device) for array in (batch.input_ids, batch.position_ids, batch.positions)
+        )
+        hidden = self._run(input_ids, position_ids)
+        return HiddenStates(hidden.reshape(-1, hidden.shape[-1])[positions], self.head)
 
     @torch.no_grad()
     def idle_pass(self) -> None:

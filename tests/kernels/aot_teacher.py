@@ -94,7 +94,7 @@ def cases() -> dict[str, dict[str, Any]]:
 def check_budget(table: dict[str, Any]) -> None:
     """Asserts on what aot_worker printed for some of `cases`.
 
-    A thread of the tile kernel has 64 registers (eight blocks of 128 threads on an SM), none spilled, and 16-byte loads.
+    A thread of the tile kernel has 64 registers (eight blocks of 128 threads on an SM), none spilled, and wide loads.
     The one of the selection looks at a few tiles only and waits for its reductions most of the time: 128 registers, and
     the few that ptxas spills to fit another block on an SM.
     """

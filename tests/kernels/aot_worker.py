@@ -66,7 +66,9 @@ def build(case: dict, target: GPUTarget):
     kernel = case["kernel"]
     signature = {n: "constexpr" if n in case["constants"] else case["types"][n] for n in kernel.arg_names}
     # What the JIT would infer: aligned pointers, a stride and a vocabulary in whole sixteens.
-    aligned = [n for n, kind in signature.items() if kind.startswith("*") or n in case.get("aligned", ("stride_x", "V"))]
+    aligned = [
+        n for n, kind in signature.items() if kind.startswith("*") or n in case.get("aligned", ("stride_x", "V"))
+    ]
     attributes = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     constants = {(kernel.arg_names.index(n),): value for n, value in case["constants"].items()}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)

@@ -16,7 +16,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 
-from potstill.kernels import fused_linear, gradients_triton, products
+from potstill.kernels import chunks, fused_linear, gradients_triton, products
 from potstill.kernels.loss import linear_sparse_loss
 from tests.kernels.reference import make_targets
 
@@ -36,7 +36,10 @@ def compare_weight_gradient(*, rows: int, vocab_size: int, width: int, adds: boo
     wanted = wanted * factor
     if not math.isfinite(factor):
         return {"same": torch.equal(found.nan_to_num(), wanted.nan_to_num()), "error": 0.0}
-    return {"same": found.shape == wanted.shape, "error": float((found - wanted).abs().max() / (1 + wanted.abs().max()))}
+    return {
+        "same": found.shape == wanted.shape,
+        "error": float((found - wanted).abs().max() / (1 + wanted.abs().max())),
+    }
 
 
 def compare_scale(*, count: int, dtype: torch.dtype, out: torch.dtype, factor: float) -> dict[str, Any]:
@@ -51,12 +54,12 @@ def compare_scale(*, count: int, dtype: torch.dtype, out: torch.dtype, factor: f
     return {"same": same and in_place, "error": error}
 
 
-def compare_kept(*, rows: int, chunk_rows: int, weighted: bool, upstream: float) -> dict[str, Any]:
-    """The whole loss in float16, the last chunk added in backward, against all of it in float64."""
+def compare_kept(*, rows: int, weighted: bool, upstream: float) -> dict[str, Any]:
+    """The whole loss in float16 by chunks of 8, the last one added in backward, against all of it in float64."""
     fused_linear.KEEPS_LAST_CHUNK = True
     generator = torch.Generator().manual_seed(rows)
-    vocab_size = 301
-    leaves = [torch.randn(*shape, generator=generator).half() for shape in ((rows, 16), (vocab_size, 16))]
+    vocab_size = 75
+    leaves = [torch.randn(*shape, generator=generator).half() for shape in ((rows, 4), (vocab_size, 4))]
     targets, labels = make_targets(rows, vocab_size, [4, 0, 20]), torch.arange(rows) % vocab_size
     weights = torch.ones(rows)
     if weighted:
@@ -73,13 +76,39 @@ def compare_kept(*, rows: int, chunk_rows: int, weighted: bool, upstream: float)
         hidden, weight = (x.to(kind).requires_grad_() for x in leaves)
         loss, _ = linear_sparse_loss(
             hidden=hidden, weight=weight, targets=targets, labels=labels, alpha=0.5, backend=backend,
-            token_weights=weights, chunk_bytes=chunk_rows * 2 * 301,
+            token_weights=weights, chunk_bytes=8 * 2 * vocab_size,
         )  # fmt: skip
         results.append([g.double() for g in torch.autograd.grad(loss * upstream, (hidden, weight))])
     fused_linear.plan_chunks = whole
     errors = [float((a - b).norm() / (a.norm() + 1e-30)) for a, b in zip(*results, strict=True)]
     plan = kept[-1]
     return {"kept": plan.kept, "chunks": len(plan.sizes), "error": max(errors)}
+
+
+def compare_single(*, dtype: torch.dtype) -> dict[str, Any]:
+    """One chunk is all: in bfloat16 its product is the gradient, in float16 it waits in float32 for 1 / normalizer."""
+    fused_linear.KEEPS_LAST_CHUNK = False
+    generator = torch.Generator().manual_seed(5)
+    leaves = [torch.randn(*shape, generator=generator).to(dtype) for shape in ((5, 4), (75, 4))]
+    results, held = [], []
+    make = fused_linear.empty_gradients
+
+    def noting(*args: Any, **options: Any) -> Any:
+        grads = make(*args, **options)
+        held.append(str(grads.weight.dtype))
+        return grads
+
+    fused_linear.empty_gradients = noting
+    for backend, kind in (("torch", torch.float64), ("triton", dtype)):
+        hidden, weight = (x.to(kind).requires_grad_() for x in leaves)
+        loss, _ = linear_sparse_loss(
+            hidden=hidden, weight=weight, targets=None, labels=torch.arange(5), alpha=0.0, backend=backend,
+            normalizer=torch.tensor(20.0),
+        )  # fmt: skip
+        results.append([g.double() for g in torch.autograd.grad(loss * 0.3, (hidden, weight))])
+    fused_linear.empty_gradients = make
+    errors = [float((a - b).norm() / a.norm()) for a, b in zip(*results, strict=True)]
+    return {"held": held[-1], "error": max(errors)}
 
 
 def main() -> None:
@@ -99,11 +128,11 @@ def main() -> None:
                 out[f"scale {count} {dtype} {kind} {factor}"] = compare_scale(
                     count=count, dtype=dtype, out=kind, factor=factor
                 )
-    for rows, chunk_rows in ((7, 7), (7, 64), (400, 256), (300, 256)):
-        for weighted in (False, True):
-            out[f"kept {rows} {chunk_rows} {weighted}"] = compare_kept(
-                rows=rows, chunk_rows=chunk_rows, weighted=weighted, upstream=3.0
-            )
+    chunks.ROW_MULTIPLE = 4
+    for rows, weighted in ((7, True), (10, False), (18, False), (12, True)):
+        out[f"kept {rows} {weighted}"] = compare_kept(rows=rows, weighted=weighted, upstream=3.0)
+    out["single bfloat16"] = compare_single(dtype=torch.bfloat16)
+    out["single float16"] = compare_single(dtype=torch.float16)
     json.dump(out, sys.stdout)
 
 

@@ -57,7 +57,7 @@ def compare(raw: Tensor, k: int, **options: Any) -> dict[str, Any]:
     if options.get("soft_cap"):
         z = options["soft_cap"] * torch.tanh(z / options["soft_cap"])
     wanted = sorted_ids(z[:, :vocab_size], k)
-    # A cap is rounded in two ways: then the values in order must agree, and ids may swap where they are as good as equal.
+    # A cap is rounded in two ways: then the values in order must agree, and ids may swap where they are nearly equal.
     values = [z.gather(1, ids.long()) for ids in (mine.ids, wanted)]
     distinct = all(len(set(row)) == k for row in mine.ids.tolist())
     return {
@@ -85,14 +85,16 @@ def shapes() -> dict[str, dict[str, Any]]:
 
 def dtypes() -> dict[str, dict[str, Any]]:
     out = {}
-    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        for k in (1, 64, 255):
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for k in (1, 64, 255) if dtype == torch.bfloat16 else (64,):
             out[f"{dtype} k={k}"] = compare(logits(2, 5000).to(dtype), k, vocab_size=4999, temperatures=(2.0,))
         wide = torch.zeros(3, 1100, dtype=dtype)
         wide[:, 13:1013] = logits(3, 1000)
         out[f"{dtype} rows of a wider tensor"] = compare(wide[:, 13:1013], 20, vocab_size=900)
         turned = logits(3, 500).to(dtype).t().contiguous().t()
         out[f"{dtype} columns apart"] = compare(turned, 20)
+        if dtype == torch.float16:
+            continue
         capped = {"soft_cap": 5.0, "logit_scale": 0.7, "temperatures": (2.0,)}
         out[f"{dtype} cap"] = compare(logits(2, 3000).to(dtype), 30, vocab_size=2900, **capped)
         out[f"{dtype} scale"] = compare(logits(2, 1000).to(dtype), 30, logit_scale=0.37)
@@ -119,7 +121,7 @@ def ties() -> dict[str, dict[str, Any]]:
             "across": across, "edge": edge, "level": level, "near": near, "tiny": tiny,
             "bf16": logits(2, 2000).bfloat16(), "edge bf16": edge.bfloat16(), "negative": -edge.abs(),
         }.items()
-        for k in (5, 64, 255)
+        for k in ((5, 255) if name in ("across", "edge") else (64,))
     }  # fmt: skip
 
 
@@ -141,7 +143,7 @@ def bad_rows() -> dict[str, dict[str, Any]]:
             teacher_topk(logits=bad, k=20, labels=labels, temperatures=(2.0,), vocab_size=960, backend=backend)
             for backend in ("triton", "torch")
         )
-        good = teacher_topk(logits=bad[3:], k=20, labels=labels[3:], temperatures=(2.0,), vocab_size=960, backend="torch")
+        good = teacher_topk(logits=bad[3:], k=20, labels=labels[3:], vocab_size=960, backend="torch")
         rows = torch.tensor([0, 2])
         out[name] = {
             "first": bool((found.ids[rows, 0] == torch.tensor([17, 500])).all()),

@@ -6,19 +6,23 @@ process into an interpreted one.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
 import warnings
+from collections.abc import Callable
 
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 
-from potstill.kernels import rows_triton
-from potstill.kernels.loss import linear_sparse_loss, sparse_loss
+from potstill.kernels import one_pass, rows_triton
+from potstill.kernels.divergences import DIVERGENCES
+from potstill.kernels.loss import SparseTargetTensors, linear_sparse_loss, sparse_loss
 from potstill.kernels.topk import teacher_topk
-from tests.kernels.reference import as_draws, make_targets
+from tests.kernels.reference import as_draws, as_weights, make_targets
+from tests.kernels.slab_worker import small_rows
 
 # Masked lanes that compute inf - inf warn in NumPy; on a GPU they would be NaN. Only this class: older
 # interpreters raise a deprecation warning on every loop.
@@ -26,12 +30,18 @@ warnings.simplefilter("error", RuntimeWarning)
 
 
 def compare_loss(
-    *, vocab_size: int, dtype: torch.dtype, divergence: str = "forward_kl", upstream: float = 1.0, **settings
+    *,
+    vocab_size: int,
+    dtype: torch.dtype,
+    divergence: str = "forward_kl",
+    upstream: float = 1.0,
+    draws: Callable[[SparseTargetTensors], SparseTargetTensors] = lambda targets: as_draws(targets, 20),
+    **settings,
 ) -> dict:
     """Errors of loss, gradient and sums: Triton in `dtype` against the torch passes in float64."""
     targets = make_targets(4, vocab_size, [min(vocab_size, n) for n in (3, 17, 0, 9)], seed=vocab_size)
     if divergence == "sampled":
-        targets = as_draws(targets, 20)
+        targets = draws(targets)
     generator = torch.Generator().manual_seed(vocab_size)
     labels = torch.randint(0, vocab_size, (4,), generator=generator)
     labels[1] = -100
@@ -90,17 +100,34 @@ def compare_topk(*, head: int, vocab_size: int, k: int, temperatures: tuple[floa
     return {"same_ids": same, "error": max(errors)}
 
 
-def main() -> None:
-    # Blocks of 256 columns make several whole ones and a ragged rest out of a small row.
-    rows_triton.MAX_BLOCK = rows_triton.HALF_BLOCK = 256
-    out: dict[str, dict] = {}
-    for vocab_size in (1, 2, 127, 256, 1000):
-        for temperature in (1.0, 2.0):
-            for soft_cap in (None, 8.0):
-                settings = {"temperature": temperature, "soft_cap": soft_cap, "logit_scale": 0.9, "z_loss": 0.01}
-                out[f"float32 V={vocab_size} T={temperature} cap={soft_cap}"] = compare_loss(
-                    vocab_size=vocab_size, dtype=torch.float32, **settings
-                )
+def one_pass_cases(every: bool) -> dict[str, dict]:
+    """Sizes of rows, temperatures, caps and dtypes of the row kernel, then each divergence with each of its modes; with
+    `every` at each temperature, else at one of them in turn."""
+    out = {}
+    temperatures = [{"temperature": 2.0}, {"temperature": 1.0}, {"temperature": 2.0, "temperature_side": "teacher"}]
+    sizes = (1, 2, 127, 256, 1000)
+    for number, vocab_size in enumerate(size for size in sizes for _ in range(2)):
+        settings = {"logit_scale": 0.9, "z_loss": 0.01, "soft_cap": (None, 8.0)[number % 2]} | temperatures[number % 3]
+        out[f"float32 V={vocab_size} {settings}"] = compare_loss(vocab_size=vocab_size, dtype=torch.float32, **settings)
+    pairs = [(name, mode) for name, entry in DIVERGENCES.items() for mode in entry.modes]
+    for number, (name, mode) in enumerate(pairs):
+        wanted = temperatures if every else [temperatures[number % 3]]
+        for settings in [{"temperature": 1.0}] if DIVERGENCES[name].needs_counts else wanted:
+            out[f"float32 {name} {mode} {settings}"] = compare_loss(
+                vocab_size=150, dtype=torch.float32, divergence=name, missing_mass=mode, z_loss=0.01, **settings
+            )
+    out["float32 log weights"] = compare_loss(
+        vocab_size=300, dtype=torch.float32, divergence="sampled", missing_mass="renorm", draws=as_weights
+    )
+    out["float32 argmax labels"] = compare_loss(
+        vocab_size=600, dtype=torch.float32, temperature=1e-20, temperature_side="teacher", missing_mass="renorm"
+    )
+    return out
+
+
+def dtype_cases() -> dict[str, dict]:
+    """Short dtypes, and what both ways to the gradient are to give alike."""
+    out = {}
     for temperature in (1.0, 2.0):
         for soft_cap in (None, 8.0):
             out[f"float16 V=600 T={temperature} cap={soft_cap}"] = compare_loss(
@@ -118,11 +145,19 @@ def main() -> None:
             out[f"{name} V=600 T=2.0 of the teacher cap={soft_cap}"] = compare_loss(
                 vocab_size=600, dtype=dtype, temperature=2.0, temperature_side="teacher", soft_cap=soft_cap
             )
-    out["float32 argmax labels"] = compare_loss(
-        vocab_size=600, dtype=torch.float32, temperature=1e-20, temperature_side="teacher", missing_mass="renorm"
-    )
-    for divergence in ("reverse_kl", "jsd", "mse_logprobs", "sampled"):
-        out[f"float32 {divergence}"] = compare_loss(vocab_size=300, dtype=torch.float32, divergence=divergence)
+    return out
+
+
+def main() -> None:
+    # Small tiles and blocks make several whole ones and a ragged rest out of a small row.
+    ordinary = rows_triton.TRITON
+    rows_triton.TRITON = dataclasses.replace(ordinary, slab_pass=small_rows())
+    rows_triton.MAX_BLOCK = rows_triton.HALF_BLOCK = 256
+    out: dict[str, dict] = {**one_pass_cases(every="every" in sys.argv), **dtype_cases()}
+    lanes, one_pass.MAX_LANES = one_pass.MAX_LANES, -1
+    out |= {f"{name} in two passes": found for name, found in dtype_cases().items()}
+    one_pass.MAX_LANES = lanes
+    rows_triton.TRITON = ordinary
     for dtype, name in ((torch.float32, "float32"), (torch.float16, "float16")):
         out[f"{name} upstream 4"] = compare_loss(vocab_size=20000, dtype=dtype, upstream=4.0)
     out["linear"] = compare_linear()

@@ -28,7 +28,17 @@ FREE = {
 PARTS = {"logsumexp": 5, "sort": 3, "topk": 2, "cumsum": 2, "index_put_": 1, "nonzero": 4, "var": 1}
 # Operators that need the host to know what is on the device.
 WAITS = {
-    *("_local_scalar_dense", "item", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "_unique", "_unique2"),
+    *(
+        "_local_scalar_dense",
+        "item",
+        "nonzero",
+        "masked_select",
+        "is_nonzero",
+        "equal",
+        "unique",
+        "_unique",
+        "_unique2",
+    ),
     *("unique_dim", "unique_consecutive", "argwhere", "bincount", "histc", "lift_fresh", "lift_fresh_copy"),
 }
 FUNCTION_WAITS = {

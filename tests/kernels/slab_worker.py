@@ -1,7 +1,7 @@
-"""Calls the slab passes by themselves, Triton's in the interpreter beside torch's in float64; prints JSON of what differs.
+"""Calls the slab passes by themselves, Triton's in the interpreter beside torch's in float64; prints JSON errors.
 
-A process of its own, as interpreted_worker.py says. Cases are what a whole loss does not reach one by one: rows in place
-and from a source, a list of rows, weight 0 on rows of NaN, ids and labels that are none, logits of -inf, a factor.
+A process of its own, as interpreted_worker.py says. Cases are what a whole loss does not reach one by one: rows in
+place and from a source, a list of rows, weight 0 on rows of NaN, ids and labels that are none, logits of -inf.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def made_up(log_p: Tensor, log_q: Tensor) -> Terms:
 
 
 def small_rows(backwards: bool = True) -> OnePass:
-    """The one pass with tiles of 128 columns, two loads at a time: whole pairs, a single tile and a ragged rest in 301."""
+    """The one pass with tiles of 64 columns, two at a time: 301 columns are whole pairs, a single one and a rest."""
     assert isinstance(TRITON.slab_pass, OnePass)
     shape = LaunchShape(num_warps=1, warp_size=16, loads=2, backwards=backwards)
     return replace(TRITON.slab_pass, shape=lambda *_: shape)
@@ -129,9 +129,7 @@ def compare(
             first=first,
         )
         values = raw.to(dtype)
-        results.append(
-            run(backend, values, tokens, use_source=use_source, with_gradient=with_gradient, factor=factor)
-        )
+        results.append(run(backend, values, tokens, use_source=use_source, with_gradient=with_gradient, factor=factor))
     truth, found = results
     figures, gradient = (found[name].double() - truth[name].double() for name in ("figures", "gradient"))
     same = [torch.equal(found[name].isnan(), truth[name].isnan()) for name in ("figures", "gradient")]
@@ -142,6 +140,15 @@ def compare(
         "nan_losses": int(found["figures"][0].isnan().sum()),
         "untouched": not bool(found["guards"].any()) and not bool(found["source"].any()),
     }
+
+
+def strided(targets: SparseTargetTensors) -> SparseTargetTensors:
+    """The same in tensors whose neighbours are not side by side."""
+
+    def spread(value: Tensor) -> Tensor:
+        return torch.stack([value, torch.zeros_like(value)], -1)[..., 0]
+
+    return targets.each(lambda axis, value: spread(value), offsets=spread(targets.offsets))
 
 
 def broken(targets: SparseTargetTensors, token: int, value: int) -> SparseTargetTensors:
@@ -166,6 +173,7 @@ def placement_cases(targets: SparseTargetTensors) -> dict[str, dict]:
             kl, targets=targets, weights=silent, raw=poisoned, use_source=from_source
         )
         out[f"no gradient {place}"] = compare(kl, targets=targets, use_source=from_source, with_gradient=False)
+    out["strided targets"] = compare(kl, targets=strided(targets))
     out["forwards"] = compare(kl, one=small_rows(backwards=False), targets=targets)
     out["labels alone"] = compare(kl.without_kd())
     out["cap"] = compare(kl.for_head(soft_cap=5.0, logit_scale=0.7), targets=targets, factor=3.0)

@@ -85,6 +85,7 @@ BAD = [
     ({"chunk_bytes": 0}, "chunk_bytes is 0"),
     ({"num_active": N + 1, "token_weights": torch.ones(N)}, "num_active is 5"),
     ({"backend": "cuda"}, "backend is 'cuda'"),
+    ({"backend": "triton"}, "asked for tensors on a CPU"),
     (replaced(offsets=torch.zeros(3, dtype=torch.int64)), "targets.offsets has shape"),
     (replaced(ids=torch.zeros(12, dtype=torch.int64)), "targets.ids has dtype int64"),
     (replaced(logprobs=torch.zeros(3)), "targets.logprobs has shape"),

@@ -222,7 +222,9 @@ def test_statistics_of_vocabulary_shards_merge_to_those_of_the_whole(temperature
     targets = make_targets(N, V, [5, 0, 2])
     options = read_options(None, {"alpha": 0.5, "temperature": temperature, "z_loss": 1e-3})
     call = LossCall.make(*options, targets=targets, labels=labels, sizes=(N, V), like=logits)
-    fix = build_fix_set(targets, labels, torch.arange(N), call.settings, width=call.width, vocab_size=V, dtype=torch.float64)
+    fix = build_fix_set(
+        targets, labels, torch.arange(N), call.settings, width=call.width, vocab_size=V, dtype=torch.float64
+    )
 
     def statistics(start: int, stop: int) -> RowStats:
         here = fix.used & (fix.ids >= start) & (fix.ids < stop)
@@ -355,3 +357,34 @@ def test_select_and_move_keep_the_rows() -> None:
     assert moved.max_entries == 4 and targets.width == 4
     again = SparseTargetTensors.from_arrays(targets)
     assert torch.equal(again.ids, targets.ids) and again.max_entries == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", ["whole", "padded rows", "columns apart"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_logits_of_any_layout_are_read_where_they_lie(dtype, form: str, weighted: bool, inplace: bool) -> None:
+    """Out of place they stay as they are; tokens of weight 0 may hold NaN."""
+    hidden, weight, labels = inputs()
+    plain = (hidden @ weight.T).detach().to(dtype)
+    weights = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.0, 0.5]) if weighted else None
+    if weighted:
+        plain[1] = math.nan
+    shared = {"targets": make_targets(N, V, [5, 0, 2]), "labels": labels, "token_weights": weights, "alpha": 0.5}
+    leaf = plain.double().requires_grad_()
+    wanted, _ = sparse_loss(logits=leaf, **shared)
+    (slope,) = torch.autograd.grad(wanted, leaf)
+    base = torch.full((N, 2 * V) if form != "columns apart" else (N, V, 2), 7.0, dtype=dtype)
+    place = base[:, :V] if form == "padded rows" else (base[..., 0] if form == "columns apart" else plain.clone())
+    place.copy_(plain)
+    given = place.requires_grad_()
+    loss, _ = sparse_loss(logits=given, inplace=inplace, chunk_bytes=4 * V * 2, **shared)
+    (found,) = torch.autograd.grad(loss, given)
+    tolerance = 1e-6 if dtype == torch.float32 else 4e-3
+    torch.testing.assert_close(loss.double(), wanted, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.double(), slope, rtol=tolerance, atol=tolerance)
+    if inplace:
+        assert found.data_ptr() == given.data_ptr()
+    else:
+        assert torch.equal(given.detach().nan_to_num(), plain.nan_to_num())
+    assert not found.isnan().any()

@@ -41,9 +41,7 @@ def run_worker(name: str, *arguments: str, cache: Path | None = None) -> dict:
     return json.loads(done.stdout)
 
 
-def test_kernels_equal_their_twins_in_the_interpreter() -> None:
-    errors = run_worker("interpreted_worker.py")
-    assert len(errors) > 30
+def check_errors(errors: dict) -> None:
     for case, found in errors.items():
         if case.startswith("topk"):
             assert found["same_ids"] and found["error"] < 5e-6, (case, found)
@@ -54,6 +52,33 @@ def test_kernels_equal_their_twins_in_the_interpreter() -> None:
             limit = 2e-6 if "float32" in case else (1.1e-3 if "float16" in case and "b" not in case else 0.016)
             assert found["finite"] and found["grad"] < limit, (case, found)
             assert found["loss"] < 3e-6 and found["sums"] < 5e-6, (case, found)
+
+
+def test_kernels_equal_their_twins_in_the_interpreter() -> None:
+    errors = run_worker("interpreted_worker.py")
+    assert len(errors) > 60
+    check_errors(errors)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_divergence_at_every_temperature_in_the_interpreter() -> None:
+    errors = run_worker("interpreted_worker.py", "every")
+    assert len(errors) > 120
+    check_errors(errors)
+
+
+def test_a_slab_by_itself_equals_its_twin_in_the_interpreter() -> None:
+    """Rows in place and from a source, weights of 0 on NaN, ids that are none, logits of -inf, two passes."""
+    cases = run_worker("slab_worker.py")
+    assert len(cases) > 30
+    for case, found in cases.items():
+        assert found["untouched"], f"{case}: written beside the slab or the figures, or into the source"
+        assert found["same_nan"], (case, found)
+        assert found["nan_losses"] == (
+            1 if any(word in case for word in ("NaN logit", "beyond", "below", "away")) else 0
+        )
+        assert found["figures"] < 5e-6 and found["gradient"] < 2e-6, (case, found)
 
 
 def instructions(case: str) -> float:
