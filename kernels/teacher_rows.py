@@ -147,7 +147,7 @@ class LogitSource:
         )
 
     def rows_as_given(self, bytes_beside: int) -> Iterator[tuple[int, TeacherRows]]:
-        """(first token, raw logits of it and some that follow), in order; given logits as views, those of hidden states in float32.
+        """(first token, raw logits of it and some that follow), in order: given ones as views, else float32 products.
 
         bytes_beside: what each row needs besides its logits, which bounds the rows where the logits exist already.
         """

@@ -1,4 +1,4 @@
-"""Small arrays from the host to the teacher's device, without a wait for what the device has to do."""
+"""Between the host and the teacher's device without a wait for what the device has to do."""
 
 from __future__ import annotations
 
@@ -17,3 +17,8 @@ def to_device(array: Any, device: torch.device) -> Tensor:
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def pinned_like(value: Tensor) -> Tensor:
+    """Empty host memory of the shape and dtype of `value` that a GPU can copy into behind its queue."""
+    return torch.empty(value.shape, dtype=value.dtype, pin_memory=True)

@@ -15,7 +15,7 @@ from potstill.kernels.types import SparseTargetTensors
 from potstill.teacher_dump.batches import TeacherBatch, target_places
 from potstill.teacher_dump.engines.base import FinishedTopK, HiddenStates, Logits, TeacherEngine, TopKWanted
 from potstill.teacher_dump.engines.finished import check_top_k
-from potstill.teacher_dump.host_copies import to_device
+from potstill.teacher_dump.host_copies import pinned_like, to_device
 from potstill.teacher_dump.selection import RULED_OUT_LOGIT
 
 Result = TypeVar("Result", TopK, Sampled)
@@ -118,8 +118,7 @@ def _to_host(result: Result, check: Callable[[Result], Result] | None = None) ->
 def _moved(value: Any) -> Any:
     """The same value with its tensors on their way into pinned memory."""
     if isinstance(value, Tensor):
-        pinned = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-        return pinned.copy_(value, non_blocking=True)
+        return pinned_like(value).copy_(value, non_blocking=True)
     if isinstance(value, dict):
         return {key: _moved(item) for key, item in value.items()}
     if isinstance(value, TopK | Sampled | SparseTargetTensors):
