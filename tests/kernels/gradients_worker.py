@@ -76,13 +76,30 @@ def compare_kept(*, rows: int, weighted: bool, upstream: float) -> dict[str, Any
         hidden, weight = (x.to(kind).requires_grad_() for x in leaves)
         loss, _ = linear_sparse_loss(
             hidden=hidden, weight=weight, targets=targets, labels=labels, alpha=0.5, backend=backend,
-            token_weights=weights, chunk_bytes=8 * 2 * vocab_size,
+            token_weights=weights if weighted else None, chunk_bytes=8 * 2 * vocab_size,
         )  # fmt: skip
         results.append([g.double() for g in torch.autograd.grad(loss * upstream, (hidden, weight))])
     fused_linear.plan_chunks = whole
     errors = [float((a - b).norm() / (a.norm() + 1e-30)) for a, b in zip(*results, strict=True)]
     plan = kept[-1]
     return {"kept": plan.kept, "chunks": len(plan.sizes), "error": max(errors)}
+
+
+def change_before_backward() -> str:
+    """What autograd says where the hidden states change between forward and the backward that still needs them."""
+    fused_linear.KEEPS_LAST_CHUNK = True
+    hidden, weight = (torch.ones(*shape).half().requires_grad_() for shape in ((3, 4), (75, 4)))
+    states = hidden * 1.0
+    loss, _ = linear_sparse_loss(
+        hidden=states, weight=weight, targets=None, labels=torch.arange(3), alpha=0.0, backend="triton"
+    )
+    with torch.no_grad():
+        states.add_(1.0)
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        return str(error)
+    return ""
 
 
 def compare_single(*, dtype: torch.dtype) -> dict[str, Any]:
@@ -131,6 +148,7 @@ def main() -> None:
     chunks.ROW_MULTIPLE = 4
     for rows, weighted in ((7, True), (10, False), (18, False), (12, True)):
         out[f"kept {rows} {weighted}"] = compare_kept(rows=rows, weighted=weighted, upstream=3.0)
+    out["change"] = {"error": change_before_backward()}
     out["single bfloat16"] = compare_single(dtype=torch.bfloat16)
     out["single float16"] = compare_single(dtype=torch.float16)
     json.dump(out, sys.stdout)
