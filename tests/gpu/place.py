@@ -3,6 +3,7 @@
 On a CUDA device, at sizes that show what small ones hide. With POTSTILL_GPU_TESTS_ON_CPU=1 in the environment on the
 CPU, through the torch path and at small sizes: that tests the tests (their arguments, references and bounds), since a
 machine with a GPU is rarely there to find a slip in them. tests/kernels/test_gpu_tests_on_cpu.py does it in the suite.
+With TRITON_INTERPRET=1 besides the kernels run, in Triton's interpreter: slowly, for a few tests at a time.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tests.kernels.reference import make_targets
 T = TypeVar("T")
 ON_CPU = os.environ.get("POTSTILL_GPU_TESTS_ON_CPU") == "1"
 DEVICE = torch.device("cpu" if ON_CPU else "cuda")
-BACKEND = "torch" if ON_CPU else "triton"
+BACKEND = "torch" if ON_CPU and os.environ.get("TRITON_INTERPRET") != "1" else "triton"
 
 marks = [
     pytest.mark.gpu,

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from potstill.kernels import backends, loss_call, one_pass, rows_triton
-from potstill.kernels.loss import LossSums, linear_sparse_loss, sparse_loss
+from potstill.kernels.loss import LossSums, SparseTargetTensors, linear_sparse_loss, sparse_loss
 from tests.kernels.battery_teacher import TEACHER_CHECKS
 from tests.kernels.fast_interpreter import patch_once_per_launch
 from tests.kernels.reference import as_draws, as_weights, make_targets, reference_loss
@@ -45,6 +45,7 @@ WEIGHTS = (1.0, 0.5, 2.0, 1.5, 0.25, 3.0)
 KD_WEIGHTS = (1.0, 2.0, 0.5, 0.75, 1.25, 1.5)
 # All weights differ from each other, so that none can stand for another.
 TERMS: dict[str, Any] = {"alpha": 0.7, "ce_weight": 0.4, "z_loss": 0.03}
+NORMALIZER = 0.5  # its inverse goes to the kernel with the gradient, and is divided out again
 BESIDE = 50.0  # in memory next to the logits: far above them, so that one of it that is read shows at once
 LIMIT = {torch.float32: 2e-6, torch.float16: 1.1e-3, torch.bfloat16: 0.016}
 
@@ -75,6 +76,15 @@ def labels_for(targets: Any, vocab_size: int) -> Tensor:
     labels[1] = targets.ids[int(targets.offsets[1])]
     labels[4] = vocab_size - 1 if int(targets.ids[int(targets.offsets[4])]) != vocab_size - 1 else vocab_size - 2
     return labels.clamp_max(vocab_size - 1)
+
+
+def on_the_grid(targets: SparseTargetTensors) -> SparseTargetTensors:
+    """As a store has them, in steps of 1/16: entries and tail then sum to 1 only nearly."""
+
+    def rounded(value: Tensor) -> Tensor:
+        return value.mul(16).round().div(16)
+
+    return targets.each(lambda axis, value: rounded(value) if value.is_floating_point() else value)
 
 
 def logits_for(vocab_size: int, seed: int = 0) -> Tensor:
@@ -150,11 +160,11 @@ def call(
         backend="triton",
         token_weights=None if weights is None else torch.tensor(weights),
         kd_weights=torch.tensor(kd_weights),
-        normalizer=torch.tensor(1.0),
+        normalizer=torch.tensor(NORMALIZER),
         **{**TERMS, **options},
     )
     (grad,) = torch.autograd.grad(loss * upstream, leaf)
-    return loss.detach().double(), grad.double() / upstream, sums.stack().double()
+    return loss.detach().double() * NORMALIZER, grad.double() * NORMALIZER / upstream, sums.stack().double()
 
 
 def compare(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...], limit: float) -> None:
@@ -178,11 +188,14 @@ def check(
     kind: str = "logprobs",
     shift: float = 0.0,
     limit: float | None = None,
+    least: float | None = None,
     layouts: tuple[str, ...] = ("copy",),
     **options: Any,
 ) -> None:
     """One setting, in each of the layouts: a copy, in place between other memory, with all rows alike or a list."""
-    targets = make_targets(TOKENS, vocab_size, [min(vocab_size, n) for n in COUNTS], seed=vocab_size)
+    targets = on_the_grid(make_targets(TOKENS, vocab_size, [min(vocab_size, n) for n in COUNTS], seed=vocab_size))
+    if least is not None:  # of each token's last entry
+        targets.logprobs[targets.offsets[1:][targets.offsets.diff() > 0] - 1] = least
     labels = labels_for(targets, vocab_size)
     made: dict[str, Callable[[Any], Any]] = {"draws": lambda t: as_draws(t, 40), "weights": as_weights}
     made |= {"logprobs": lambda t: t, "none": lambda t: None}
@@ -192,11 +205,19 @@ def check(
     limit = LIMIT[dtype] if limit is None else limit
     for layout in layouts:
         own = {**options, "upstream": 1.0 if layout == "copy" else 4.0}
+        if layout == "in place" and "weights" not in options:
+            # Without weights there is no list of rows, and the slab is the gradient itself.
+            own["weights"] = None
+            wanted = expected(raw, given, labels, **options, weights=(1.0,) * TOKENS)
         if layout == "copy":
             compare(call(raw, given, labels, **own), wanted, limit)
             continue
-        wide = torch.full((TOKENS + 2, vocab_size + 37), BESIDE, dtype=dtype)
-        view = wide[1:-1, 5 : 5 + vocab_size]
+        if layout == "in place":  # rows side by side, as the slab itself must have them to be the gradient too
+            wide = torch.full((TOKENS * vocab_size + 48,), BESIDE, dtype=dtype)
+            view = wide[16:-32].view(TOKENS, vocab_size)
+        else:
+            wide = torch.full((TOKENS + 2, vocab_size + 37), BESIDE, dtype=dtype)
+            view = wide[1:-1, 5 : 5 + vocab_size]
         view.copy_(raw)
         compare(call(view, given, labels, inplace=layout == "in place", **own), wanted, limit)
         view.fill_(BESIDE)
@@ -235,6 +256,7 @@ def loss_checks() -> Iterator[tuple[str, Callable[[], None]]]:
     for name in ("reverse_kl", "skew_forward", "skew_reverse", "jsd", "total_variation", "mse_logprobs"):
         own: dict[str, Any] = {"missing_mass": "raw"} if name == "mse_logprobs" else {}
         yield case(name, divergence=name, **own, **({"options": constants[name]} if name in constants else {}))
+    yield case("reverse_kl of next to nothing", divergence="reverse_kl", least=-40.0)
     yield case("label mode of jsd at 2", divergence="jsd", missing_mass="label", temperature=2.0, options={"beta": 0.3})
     for vocab_size, temperature in ((1, 2.0), (2, 1.0), (17, 2.0), (127, 1.0), (128, 2.0), (129, 1.0), (257, 2.0)):
         yield case(f"V = {vocab_size}", vocab_size=vocab_size, layouts=("in place",), temperature=temperature)

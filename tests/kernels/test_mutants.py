@@ -62,11 +62,12 @@ def test_a_planted_fault_is_noticed(mutant: Mutant, reports: dict[str | None, di
 def test_every_mutant_can_be_planted(tmp_path: Path) -> None:
     """Texts follow the kernels, in the suite of every day; and no two mutants are called the same."""
     assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS) >= 60
+    source = ROOT / "src" / "potstill" / "kernels"
     for number, mutant in enumerate(MUTANTS):
         kernels = tmp_path / str(number)
         kernels.mkdir()
-        source = ROOT / "src" / "potstill" / "kernels" / mutant.path
-        if source.exists():
-            shutil.copy(source, kernels / mutant.path)
+        for path in source.glob(mutant.path):
+            shutil.copy(path, kernels)
         mutant.plant(kernels)
-        compile((kernels / mutant.path).read_text(encoding="utf-8"), mutant.path, "exec")
+        for path in kernels.iterdir():
+            compile(path.read_text(encoding="utf-8"), path.name, "exec")
