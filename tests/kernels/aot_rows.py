@@ -42,9 +42,9 @@ def case(
     constants.update(dict.fromkeys(absent))
     out = {"kernel": row_kernel, "types": dict(TYPES, x_ptr=f"*{dtype}", source_ptr=f"*{dtype}")}
     for target, warp_size in WARP_SIZES.items():
-        loads = 4
-        if columns == 8:
-            loads //= (2 if cap else 1) * (2 if target == "sm_80" else 1)
+        loads = 2 if columns == 8 and cap else 4
+        if target == "sm_80" and (columns == 8 or cap):
+            loads //= 2
         out[target] = {
             "constants": {**constants, "U": loads},
             "warps": THREADS // warp_size,
