@@ -64,8 +64,7 @@ def cases() -> dict[str, dict]:
     out["row-bf16-figures"] = case("bf16", gradient=False)
     out["row-bf16-lanes"] = case("bf16", lanes=1024)
     out["row-bf16-draws"] = case("bf16", divergence="sampled", kind="log_weights", mode="renorm")
-    for divergence in TWINS:
-        if divergence != "sampled":
-            out[f"row-bf16-{divergence}"] = case("bf16", divergence=divergence, two=True, mode="support")
-            out[f"row-bf16-{divergence}-label"] = case("bf16", divergence=divergence, mode="label")
+    for number, divergence in enumerate(name for name in TWINS if name != "sampled"):
+        options = {"two": True, "mode": "support"} if number % 2 else {"mode": "label"}
+        out[f"row-bf16-{divergence}"] = case("bf16", divergence=divergence, **options)
     return out
