@@ -285,7 +285,8 @@ def _row_of_tiles(
 @triton.jit
 def _in_order(x, scratch, survivors, V, num_taken, scale, cap, BL: tl.constexpr, JB: tl.constexpr,
               WIDTH: tl.constexpr, SCALED: tl.constexpr, CAP: tl.constexpr):  # fmt: skip
-    """(ids, z, how many stand before it in the order (value down, id up)) of each survivor, [BL] each."""
+    """(ids, z, how many stand before it in the order (value down, id up)) of each survivor, [BL] each;
+    -1 of them where there is none."""
     i = tl.arange(0, BL)
     ids, key = _ids_and_keys(x, scratch, i, i < survivors, V, num_taken, scale, cap, WIDTH, SCALED, CAP)
     place = tl.zeros((BL,), tl.int32)
@@ -294,7 +295,7 @@ def _in_order(x, scratch, survivors, V, num_taken, scale, cap, BL: tl.constexpr,
         _other_ids, other = _ids_and_keys(x, scratch, j, j < survivors, V, num_taken, scale, cap, WIDTH, SCALED, CAP)
         before = (other[None, :] > key[:, None]) | ((other[None, :] == key[:, None]) & (j[None, :] < i[:, None]))
         place += tl.sum(before.to(tl.int32), 1)
-    return ids, _value_of(key), place
+    return ids, _value_of(key), tl.where(i < survivors, place, -1)
 
 
 @triton.jit
@@ -369,12 +370,11 @@ def select_kernel(
         x, scratch, inv_ptr, least, top, V, num_taken, k, scale, cap, NT, PT, BF, BL, WIDTH, SCALED, CAP, LOW
     )
     tl.debug_barrier()  # other threads wrote the survivors
-    i = tl.arange(0, BL)
     ids, z, place = _in_order(x, scratch, survivors, V, num_taken, scale, cap, BL, JB, WIDTH, SCALED, CAP)
-    rests += left + _mass(z - top, (i < survivors) & (place >= k), inv_ptr, NT, BF)
+    rests += left + _mass(z - top, place >= k, inv_ptr, NT, BF)
     out = figure_ptr + row
     lse = _store_sums(out, figure_stride, inv_ptr, top, totals, rests, moment, NT, BF)
-    kept = (i < survivors) & (place < k)
+    kept = (place >= 0) & (place < k)
     tl.store(id_ptr + row * k + place, ids, mask=kept)
     tl.store(logprob_ptr + row * k + place, tl.where(z <= _RULED_OUT, -float("inf"), z - lse), mask=kept)
     part = tl.arange(0, BP)
