@@ -72,8 +72,8 @@ def _best_tiles(keys, count, LOW: tl.constexpr):
 
 
 @triton.jit
-def _excluded_lse(x, V, head, scale, cap, SCALED: tl.constexpr, CAP: tl.constexpr, BX: tl.constexpr):
-    """log of the sum of exp(z) over the head's columns V .. head - 1; -inf without any."""
+def _excluded_mass(x, lse, V, head, scale, cap, SCALED: tl.constexpr, CAP: tl.constexpr, BX: tl.constexpr):
+    """Share of the head's columns V .. head - 1 in its softmax; lse: of the columns before them."""
     m = tl.full((), _FILL, tl.float32)
     s = tl.full((), 0.0, tl.float32)
     for start in range(V, head, BX):
@@ -84,12 +84,14 @@ def _excluded_lse(x, V, head, scale, cap, SCALED: tl.constexpr, CAP: tl.constexp
         s = s * tl.exp2((m - new) * _LOG2E) + tl.sum(e, 0)
         m = new
     log_sum = tl.where(s == 0.0, -float("inf"), m + tl.log2(tl.where(s == 0.0, 1.0, s)) * _LN2)
-    return tl.where(m == float("inf"), m, log_sum)
+    difference = tl.where(m == float("inf"), m, log_sum) - lse
+    return 1.0 / (1.0 + tl.exp2(-difference * _LOG2E))
 
 
 @triton.jit
-def _label_figures(x, label, above, lse, V, scale, cap, SCALED: tl.constexpr, CAP: tl.constexpr, WIDTH: tl.constexpr):
-    """(log-probability, rank) of the label: 0.0 and 255 without one, NaN and 255 for an id that is not below V."""
+def _store_label(logprob_out, rank_out, x, label, above, lse, V, scale, cap,
+                 SCALED: tl.constexpr, CAP: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """Log-probability and rank of the label: 0.0 and 255 without one, NaN and 255 for an id that is not below V."""
     valid = (label >= 0) & (label < V)
     column = tl.where(valid, label, 0).to(tl.int32)
     logit = _logits(x, column, column >= 0, scale, cap, SCALED, CAP, False)
@@ -97,8 +99,8 @@ def _label_figures(x, label, above, lse, V, scale, cap, SCALED: tl.constexpr, CA
     z = _logits(x, near, near < V, scale, cap, SCALED, CAP, True)
     ties = tl.sum(((z == logit) & (near < column)).to(tl.int32), 0)
     logprob = tl.where(logit <= _RULED_OUT, -float("inf"), logit - lse)
-    logprob = tl.where(valid, logprob, tl.where(label < 0, 0.0, float("nan")))
-    return logprob, tl.where(valid, above + ties, 255)
+    tl.store(logprob_out, tl.where(valid, logprob, tl.where(label < 0, 0.0, float("nan"))))
+    tl.store(rank_out, tl.where(valid, above + ties, 255))
 
 
 @triton.jit
@@ -159,6 +161,17 @@ def _number_above(x, scratch, upper, V, num_taken, scale, cap, PT: tl.constexpr,
 
 
 @triton.jit
+def _mass(z, included, inv_ptr, NT: tl.constexpr, BF: tl.constexpr):
+    """Sums of exp(z / T) over the included ones of z [C], for T = 1 and the further temperatures: float32 [BF]."""
+    lane = tl.arange(0, BF)
+    sums = tl.zeros((BF,), tl.float32)
+    for number in tl.static_range(NT + 1):
+        e = tl.exp2(z * (tl.load(inv_ptr + number) * _LOG2E))
+        sums = tl.where(lane == number, tl.sum(tl.where(included, e, 0.0), 0), sums)
+    return sums
+
+
+@triton.jit
 def _sweep(
     x,
     scratch,  # pointer to the row's taken tiles; behind them int32 [BL] for the survivors
@@ -181,18 +194,13 @@ def _sweep(
 ):
     """The taken candidates' places among all go to memory, the first BL of them, in ascending order of ids. Returns
     (mass of the others by temperature, float32 [BF]; how many are taken)."""
-    lane = tl.arange(0, BF)
     rests = tl.zeros((BF,), tl.float32)
     above = 0
     ties = 0
     for start in range(0, num_taken, PT):
         keys = _piece(x, scratch, start, V, num_taken, scale, cap, PT, WIDTH, SCALED, CAP)
         taken, place, above, ties = _take(keys, upper, bound, above, ties, room)
-        left = _value_of(keys) - top
-        for number in tl.static_range(NT + 1):
-            e = tl.exp2(left * (tl.load(inv_ptr + number) * _LOG2E))
-            rest = tl.sum(tl.where(taken | (keys == 0), 0.0, e), 0)
-            rests = tl.where(lane == number, rests + rest, rests)
+        rests += _mass(_value_of(keys) - top, (keys > 0) & (taken == 0), inv_ptr, NT, BF)
         candidate = start * WIDTH + tl.arange(0, PT * WIDTH)
         tl.store(scratch + num_taken + place, candidate, mask=taken & (place < BL))
     return rests, above + tl.minimum(ties, room)
@@ -240,13 +248,14 @@ def _row_of_tiles(
     stat_stride,
     num_tiles,
     num_taken,
+    k,
     NT: tl.constexpr,
     BN: tl.constexpr,
     BF: tl.constexpr,
     LOW: tl.constexpr,
 ):
     """The tiles that are looked at again, to memory in ascending order: those with the largest maxima; of equal maxima
-    the lower tile, which holds the lower ids. Returns (row maximum; least key of a taken tile's maximum; sums of
+    the lower tile, which holds the lower ids. Returns (row maximum; a key that k ids reach, or 0; sums of
     exp((z - top) / T) of all tiles and of those not taken, float32 [BF] each; sum of (z - top) exp(z - top))."""
     tile = tl.arange(0, BN)
     inside = tile < num_tiles
@@ -255,7 +264,9 @@ def _row_of_tiles(
     taken, place = _best_tiles(keys, num_taken, LOW)
     tl.store(scratch + place, tile, mask=taken)
     top = tl.max(tl.where(maxima == maxima, maxima, float("inf")), 0)
+    # As many ids as tiles are taken reach the least of their maxima: no bound where those are fewer than k.
     least = tl.min(tl.where(taken, keys, 0xFFFFFFFF).to(tl.uint32), 0)
+    least = tl.where(num_taken < k, least ^ least, least)
     # From each tile's own maximum to the row's, once for each temperature.
     gap = maxima - top
     lane = tl.arange(0, BF)
@@ -274,7 +285,8 @@ def _row_of_tiles(
 @triton.jit
 def _in_order(x, scratch, survivors, V, num_taken, scale, cap, BL: tl.constexpr, JB: tl.constexpr,
               WIDTH: tl.constexpr, SCALED: tl.constexpr, CAP: tl.constexpr):  # fmt: skip
-    """(ids, z, how many stand before it in the order (value down, id up)) of each survivor, [BL] each."""
+    """(ids, z, how many stand before it in the order (value down, id up)) of each survivor, [BL] each;
+    -1 of them where there is none."""
     i = tl.arange(0, BL)
     ids, key = _ids_and_keys(x, scratch, i, i < survivors, V, num_taken, scale, cap, WIDTH, SCALED, CAP)
     place = tl.zeros((BL,), tl.int32)
@@ -283,7 +295,7 @@ def _in_order(x, scratch, survivors, V, num_taken, scale, cap, BL: tl.constexpr,
         _other_ids, other = _ids_and_keys(x, scratch, j, j < survivors, V, num_taken, scale, cap, WIDTH, SCALED, CAP)
         before = (other[None, :] > key[:, None]) | ((other[None, :] == key[:, None]) & (j[None, :] < i[:, None]))
         place += tl.sum(before.to(tl.int32), 1)
-    return ids, _value_of(key), place
+    return ids, _value_of(key), tl.where(i < survivors, place, -1)
 
 
 @triton.jit
@@ -333,9 +345,9 @@ def select_kernel(
     scale,
     cap,
     NT: tl.constexpr,
-    BN: tl.constexpr,  # n, 1 + NT and parts, rounded up to powers of 2
+    BN: tl.constexpr,
     BF: tl.constexpr,
-    BP: tl.constexpr,
+    BP: tl.constexpr,  # n, 1 + NT and parts, rounded up to powers of 2
     PT: tl.constexpr,  # taken tiles that are looked at at a time, a power of 2
     BL: tl.constexpr,  # survivors at most: > k, a power of 2
     JB: tl.constexpr,  # survivors that are compared with all others at a time
@@ -350,34 +362,23 @@ def select_kernel(
     x = x_ptr + row * stride_x
     stats = stats_ptr + row * stat_stride * (3 + NT)
     scratch = scratch_ptr + row * (num_taken + BL)
-    lane = tl.arange(0, BF)
     top, least, totals, rests, moment = _row_of_tiles(
-        stats, scratch, inv_ptr, stat_stride, num_tiles, num_taken, NT, BN, BF, LOW
+        stats, scratch, inv_ptr, stat_stride, num_tiles, num_taken, k, NT, BN, BF, LOW
     )
-    # As many ids as tiles are taken reach the least of their maxima: no bound where those are fewer than k.
-    least = tl.where(num_taken < k, least ^ least, least)
     tl.debug_barrier()  # other threads wrote the list of tiles
     left, survivors = _survivors(
         x, scratch, inv_ptr, least, top, V, num_taken, k, scale, cap, NT, PT, BF, BL, WIDTH, SCALED, CAP, LOW
     )
     tl.debug_barrier()  # other threads wrote the survivors
-    i = tl.arange(0, BL)
     ids, z, place = _in_order(x, scratch, survivors, V, num_taken, scale, cap, BL, JB, WIDTH, SCALED, CAP)
-    rests += left
-    for number in tl.static_range(NT + 1):
-        e = tl.exp2((z - top) * (tl.load(inv_ptr + number) * _LOG2E))
-        rest = tl.sum(tl.where((i < survivors) & (place >= k), e, 0.0), 0)
-        rests = tl.where(lane == number, rests + rest, rests)
+    rests += left + _mass(z - top, place >= k, inv_ptr, NT, BF)
     out = figure_ptr + row
     lse = _store_sums(out, figure_stride, inv_ptr, top, totals, rests, moment, NT, BF)
-    kept = (i < survivors) & (place < k)
+    kept = (place >= 0) & (place < k)
     tl.store(id_ptr + row * k + place, ids, mask=kept)
     tl.store(logprob_ptr + row * k + place, tl.where(z <= _RULED_OUT, -float("inf"), z - lse), mask=kept)
     part = tl.arange(0, BP)
     above = tl.sum(tl.load(above_ptr + row * parts + part, mask=part < parts, other=0), 0)
     label = tl.load(label_ptr + row)
-    logprob, rank = _label_figures(x, label, above, lse, V, scale, cap, SCALED, CAP, WIDTH)
-    excluded = _excluded_lse(x, V, head, scale, cap, SCALED, CAP, BX) - lse
-    tl.store(out + 2 * figure_stride, logprob)
-    tl.store(out + 3 * figure_stride, 1.0 / (1.0 + tl.exp2(-excluded * _LOG2E)))
-    tl.store(rank_ptr + row, rank)
+    _store_label(out + 2 * figure_stride, rank_ptr + row, x, label, above, lse, V, scale, cap, SCALED, CAP, WIDTH)
+    tl.store(out + 3 * figure_stride, _excluded_mass(x, lse, V, head, scale, cap, SCALED, CAP, BX))
