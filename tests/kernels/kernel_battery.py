@@ -219,6 +219,7 @@ def check(
         else:
             wide = torch.full((TOKENS + 2, vocab_size + 37), BESIDE, dtype=dtype)
             view = wide[1:-1, 5 : 5 + vocab_size]
+            own["chunk_bytes"] = 2 * vocab_size * dtype.itemsize  # two rows at a time
         view.copy_(raw)
         compare(call(view, given, labels, inplace=layout == "in place", **own), here, limit)
         view.fill_(BESIDE)

@@ -174,7 +174,7 @@ ONE_LAUNCH = [
         ROW,
         "source_ptr + token * stride_source",
         "source_ptr + row * stride_source",
-        seen_by="a list of rows",
+        seen_by="plain",
     ),
     Mutant(
         "a row of no weight is read", ROW, "    if weight == 0.0:", "    if weight < 0.0:", seen_by="rows of no weight"
