@@ -52,9 +52,11 @@ def launch_shape(vocab_size: int, dtype: torch.dtype, settings: LossSettings, de
     warp_size = 64 if torch.version.hip else 32
     elements = LOAD_BYTES // dtype.itemsize * warp_size
     warps = min(1024 // warp_size, max(1, triton.next_power_of_2(-(-vocab_size // elements))))
-    loads = 4
-    if dtype.itemsize == 2:
-        loads //= (2 if settings.soft_cap is not None else 1) * (2 if _is_older(device) else 1)
+    loads, capped = 4, settings.soft_cap is not None
+    if dtype.itemsize == 2 and capped:
+        loads //= 2
+    if _is_older(device) and (dtype.itemsize == 2 or capped):
+        loads //= 2
     return LaunchShape(num_warps=warps, warp_size=warp_size, loads=loads)
 
 

@@ -90,21 +90,9 @@ def teacher_buckets(
 
 @triton.jit
 def kd_terms(
-    log_p,
-    rest_p,
-    hit,
-    own,
-    kept,
-    u,
-    label_u,
-    rest_u,
-    log_total,
-    kept_q,
-    option,
-    DIVERGENCE: tl.constexpr,
-    MODE: tl.constexpr,
-    DRAWS: tl.constexpr,
-):
+    log_p, rest_p, hit, own, kept, u, label_u, rest_u, log_total, kept_q, option,
+    DIVERGENCE: tl.constexpr, MODE: tl.constexpr, DRAWS: tl.constexpr,
+):  # fmt: skip
     """Twin of row_terms._kd_terms. log_p [BK], rest_p: of the teacher; u [BK], label_u, rest_u: log2 of what the
     student has on the entries, on a label that is none of them (`own`) and on the rest without it; log_total: of all;
     kept_q: the student's mass on the entries.

@@ -32,6 +32,7 @@ from potstill.kernels.row_streams import (
     copy_row,
     slope_of,
     special,
+    stream_rest,
     sums_of_rest,
     write_gradient,
 )
@@ -87,16 +88,14 @@ def _take_out(
 @triton.jit
 def _weigh(
     kd, kd_grad, kd_label_grad, kd_rest, student_mass, kept_mass, q, label_q, rest_q, lse, entropy, ce, hit,
-    has_target, has_label, agrees, correct, weight, kd_weight, factor_ptr, student_t, out, stride_out,
+    has_target, has_label, agrees, correct, weight, kd_weight, factors, student_t, out, stride_out,
 ):  # fmt: skip
     """Stores loss and figures of the row; twin of row_terms.row_terms.
 
     Returns d loss / dz at the entries [BK] and at a label that is none of them, and the weights of the two softmaxes of
     the rest, at T and at 1.
     """
-    alpha = tl.load(factor_ptr)
-    ce_weight = tl.load(factor_ptr + 1)
-    z_loss = tl.load(factor_ptr + 2)
+    alpha, ce_weight, z_loss = factors
     kd = tl.where(has_target, kd, 0.0)
     amount = tl.where(has_target, weight * kd_weight, 0.0)
     coefficient = amount * (alpha * student_t)
@@ -202,7 +201,16 @@ def _row(
     )
     c = _LOG2E if CAP else scale * _LOG2E
     inv_t = 1.0 / student_t
-    rest = sums_of_rest(x, V, scale, cap, c, inv_t, U, R, C, TWO, CAP, FILL)
+    state = stream_rest(x, V, scale, cap, c, inv_t, U, R, C, TWO, CAP, FILL)
+    # Not before the stream, which needs the registers, and not where they are needed, which would wait for each.
+    kd_weight = tl.load(kd_weight_ptr + token)
+    factors = tl.load(factor_ptr), tl.load(factor_ptr + 1), tl.load(factor_ptr + 2)
+    upstream = tl.load(upstream_ptr) if upstream_ptr is not None else 1.0
+    tail = not_below_none(tl.load(tail_ptr + token)) if tail_ptr is not None else NONE
+    values = z
+    if KIND != "none":
+        values = tl.load(value_ptr + start + tl.arange(0, BK), mask=kept, other=NONE).to(tl.float32)
+    rest = sums_of_rest(state, c, inv_t, TWO, FILL)
     best, u, label_u, gap = _relative(z, kept, label_z, own, top_z, rest, c)
     u_t, label_u_t, gap_t = _tempered(u, label_u, gap, inv_t, TWO)
     has_target = count > 0
@@ -211,7 +219,6 @@ def _row(
     entries = u
     amounts = u
     if KIND != "none":
-        values = tl.load(value_ptr + start + tl.arange(0, BK), mask=kept, other=NONE).to(tl.float32)
         entries, top_p = entries_of(values, kept, not_below_none(top_p), teacher_t, KIND, TEMPERED)
         amounts = entries if KIND == "counts" else exp(entries - top_p)
     kept_sum, kept_moment, kept_sum_t, kept_p = _sums_of_lanes(u, u_t, amounts, KIND)
@@ -220,7 +227,6 @@ def _row(
     kd, kd_label_grad, kd_rest, student_mass, kept_mass = 0.0, 0.0, 0.0, 0.0, 0.0
     kd_grad = tl.zeros((BK,), tl.float32)
     if KIND != "none":
-        tail = not_below_none(tl.load(tail_ptr + token)) if tail_ptr is not None else NONE
         log_p, rest_p = teacher_buckets(entries, kept, top_p, kept_p, tail, num_draws, KIND, MODE, TEMPERED)
         sum_t = rest[2]
         total_t = sum_t * tl.exp2(gap_t) + kept_sum_t + tl.exp2(label_u_t)
@@ -233,10 +239,9 @@ def _row(
     grad, label_grad, weight_t, weight_1 = _weigh(
         kd, kd_grad, kd_label_grad, kd_rest, student_mass, kept_mass, q, label_q, rest_q,
         (best * c + log_total) * _LN2, entropy, ce, hit, has_target, has_label, has_target & (first_z >= best),
-        has_label & (label_z >= best), weight, tl.load(kd_weight_ptr + token), factor_ptr, student_t, out, stride_out,
+        has_label & (label_z >= best), weight, kd_weight, factors, student_t, out, stride_out,
     )  # fmt: skip
     if GRADIENT:
-        upstream = tl.load(upstream_ptr) if upstream_ptr is not None else 1.0
         dense = _dense(weight_t, weight_1, rest, c, inv_t, upstream if CAP else upstream * scale, TWO)
         write_gradient(x, V, dense, scale, cap, U, R, C, TWO and PLAIN, CAP, FILL, BACKWARDS)
         tl.debug_barrier()  # the stream of other threads wrote these columns too

@@ -110,7 +110,7 @@ def _accumulate(z, state, c, inv_t, TWO: tl.constexpr):
 
 
 @triton.jit
-def sums_of_rest(
+def stream_rest(
     x,
     V,
     scale,
@@ -124,8 +124,7 @@ def sums_of_rest(
     CAP: tl.constexpr,
     FILL: tl.constexpr,
 ):
-    """The first stream. Scalars: the rest's best z, and relative to it sums of 2^u, of 2^(u / T) and of u 2^u; whether
-    there is no rest (the sums are 0 then)."""
+    """The first stream: each thread's state of `_accumulate`, for sums_of_rest."""
     zero = tl.zeros((R,), tl.float32)
     state = (zero + NONE, zero, zero, zero)
     large = (V // (U * R * C)) * (U * R * C)
@@ -141,21 +140,27 @@ def sums_of_rest(
     if whole < V:
         z = _load(x, whole + offsets, V, scale, cap, True, CAP, FILL, "evict_last")
         state = _accumulate(z, state, c, inv_t, TWO)
+    return state
+
+
+@triton.jit
+def sums_of_rest(state, c, inv_t, TWO: tl.constexpr, FILL: tl.constexpr):
+    """Scalars: the rest's best z, and relative to it sums of 2^u, of 2^(u / T) and of u 2^u; whether there is no rest.
+
+    The sums are 0 without one. A rest of NaN alone is one: maxima do not see it, sums do.
+    """
     best, s, s_t, moment = state
     top = tl.max(best, 0)
-    empty = top <= 0.5 * FILL  # nothing but columns that were taken out
     gap = tl.maximum((best - top) * c, FAR)
     share = tl.exp2(gap)
     moment = (moment + gap * s) * share
     if TWO:
         total, moment, total_t = tl.reduce((s * share, moment, s_t * tl.exp2(gap * inv_t)), 0, add3)
-        total_t = tl.where(empty, 0.0, total_t)
     else:
         total, moment = tl.reduce((s * share, moment), 0, add2)
         total_t = total
-    total = tl.where(empty, 0.0, total)
-    moment_sum = tl.where(empty, 0.0, moment)
-    return top, total, total_t, moment_sum, empty
+    empty = (top <= 0.5 * FILL) & (total == total)  # nothing but columns that were taken out
+    return top, tl.where(empty, 0.0, total), tl.where(empty, 0.0, total_t), tl.where(empty, 0.0, moment), empty
 
 
 @triton.jit

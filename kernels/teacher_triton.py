@@ -11,8 +11,9 @@ import triton
 from torch import Tensor
 
 from potstill.kernels.device_guard import on_device_of
-from potstill.kernels.teacher_kernels import select_kernel, tile_kernel
+from potstill.kernels.teacher_kernels import tile_kernel
 from potstill.kernels.teacher_pass import TeacherRows, TopKTable
+from potstill.kernels.teacher_select import select_kernel
 from potstill.kernels.tiles import TILE, TileStats, padded_width
 
 # Tiles per step and warps of tile_kernel: 16 logits a thread. Steps per program: few enough that the programs

@@ -113,8 +113,6 @@ def stats_kernel(
     used = tl.load(used_ptr + row * F + f, mask=f < F, other=0) != 0
     ids = tl.load(id_ptr + row * F + f, mask=used, other=0)
     raw = tl.load(x + ids, mask=used, other=0.0).to(tl.float32)
-    if not CAP:
-        raw = tl.where(raw < -1e30, -1e30, raw)  # as rows_torch does, for the same reason; NaN stays
     # All values are in registers before the columns leave the stream, and all are out before it starts. Several threads
     # may hold the same lane, and others stream over these columns: no step may overtake the one before.
     tl.debug_barrier()
@@ -122,7 +120,7 @@ def stats_kernel(
     tl.debug_barrier()
     c = _LOG2E if CAP else scale * _LOG2E
     fixed = _capped(raw, scale, cap) if CAP else raw * scale
-    fixed = tl.where(used, fixed, -float("inf"))
+    fixed = tl.where(used, tl.where(fixed < -1e30, -1e30, fixed), -float("inf"))  # NaN stays
     tl.store(fix_ptr + row * F + f, fixed, mask=f < F)
 
     m = tl.full((), -1e30, tl.float32)

@@ -42,9 +42,9 @@ def case(
     constants.update(dict.fromkeys(absent))
     out = {"kernel": row_kernel, "types": dict(TYPES, x_ptr=f"*{dtype}", source_ptr=f"*{dtype}")}
     for target, warp_size in WARP_SIZES.items():
-        loads = 4
-        if columns == 8:
-            loads //= (2 if cap else 1) * (2 if target == "sm_80" else 1)
+        loads = 2 if columns == 8 and cap else 4
+        if target == "sm_80" and (columns == 8 or cap):
+            loads //= 2
         out[target] = {
             "constants": {**constants, "U": loads},
             "warps": THREADS // warp_size,
@@ -64,8 +64,7 @@ def cases() -> dict[str, dict]:
     out["row-bf16-figures"] = case("bf16", gradient=False)
     out["row-bf16-lanes"] = case("bf16", lanes=1024)
     out["row-bf16-draws"] = case("bf16", divergence="sampled", kind="log_weights", mode="renorm")
-    for divergence in TWINS:
-        if divergence != "sampled":
-            out[f"row-bf16-{divergence}"] = case("bf16", divergence=divergence, two=True, mode="support")
-            out[f"row-bf16-{divergence}-label"] = case("bf16", divergence=divergence, mode="label")
+    for number, divergence in enumerate(name for name in TWINS if name != "sampled"):
+        options = {"two": True, "mode": "support"} if number % 2 else {"mode": "label"}
+        out[f"row-bf16-{divergence}"] = case("bf16", divergence=divergence, **options)
     return out

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from potstill.kernels import teacher_kernels
+from potstill.kernels import teacher_kernels, teacher_select
 
 POINTERS = {
     "label_ptr": "*i64",
@@ -69,7 +69,7 @@ def select_case(dtype: str, *, vocab_size: int, k: int, temperatures: int = 0, c
         **shape, "NT": temperatures, "WIDTH": 64, "SCALED": cap, "CAP": cap, "LOW": 0 if cap else SILENT_BITS[dtype],
     }  # fmt: skip
     return {
-        "kernel": teacher_kernels.select_kernel,
+        "kernel": teacher_select.select_kernel,
         "types": {**TYPES, "x_ptr": f"*{dtype}"},
         "constants": constants,
         "warps": warps,

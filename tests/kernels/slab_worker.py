@@ -197,6 +197,11 @@ def input_cases(targets: SparseTargetTensors) -> dict[str, dict]:
     nan = torch.randn(5, V, generator=torch.Generator().manual_seed(8))
     nan[2, 77] = float("nan")
     out["a NaN logit"] = compare(kl, targets=targets, raw=nan)
+    nothing = torch.full((5, V), float("nan"))
+    nothing[4, int(targets.ids[-1])] = 1.0
+    out["a NaN logit and no other in the rest"] = compare(
+        kl, targets=targets, raw=nothing, labels=[4, -100, 17, 300, int(targets.ids[-1])], first=4
+    )
     out["an id beyond V"] = compare(kl, targets=broken(targets, 1, V))
     out["an id below 0"] = compare(kl, targets=broken(targets, 3, -1))
     out["an id far away"] = compare(kl, targets=broken(targets, 1, 2**31 - 1))

@@ -60,9 +60,7 @@ def test_each_divergence_has_a_twin() -> None:
 
 def without_entries(max_entries: int | None) -> SparseTargetTensors:
     empty = make_targets(6, V, [0])
-    return SparseTargetTensors(
-        offsets=empty.offsets, columns=empty.columns, axes=empty.axes, max_entries=max_entries
-    )
+    return SparseTargetTensors(offsets=empty.offsets, columns=empty.columns, axes=empty.axes, max_entries=max_entries)
 
 
 def test_targets_without_any_entry_give_the_loss_of_the_labels_alone() -> None:
