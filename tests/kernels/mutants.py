@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROW, TABLE, LAUNCH = "row_[!t]*.py", "divergences_triton.py", "one_pass.py"
 TWO_PASSES, TWO_LAUNCH = "triton_kernels.py", "rows_triton.py"
-TEACHER = "teacher_kernels.py"
+TEACHER = "teacher_[ks]*.py"
 
 
 @dataclass(frozen=True)
@@ -462,6 +462,13 @@ TWO = [
 ]
 
 OF_THE_TEACHER = [
+    Mutant(
+        "teacher: a row's offset has 32 bits in the selection",
+        TEACHER,
+        "row = tl.program_id(0).to(tl.int64)",
+        "row = tl.program_id(0)",
+        seen_by="teacher: rows far apart",
+    ),
     Mutant(
         "teacher: a row's offset has 32 bits",
         TEACHER,
