@@ -34,7 +34,7 @@ def batch(num_tokens: int, vocab_size: int, dtype: torch.dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("soft_cap", [None, 15.0])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("vocab_size", [1, 127, 8192, 32000, 50257])
+@pytest.mark.parametrize("vocab_size", [1, 127, 8192, 50257])
 @pytest.mark.parametrize("dtype", list(ROUNDING))
 def test_loss_and_gradient_from_logits(dtype, vocab_size, temperature, soft_cap, backend) -> None:
     if backend == "triton_compiled" and (dtype != torch.bfloat16 or vocab_size < 8192):

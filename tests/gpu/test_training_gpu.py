@@ -80,7 +80,7 @@ def step_on(device: torch.device, dtype: torch.dtype, tree: dict[str, Any]) -> t
     return total, sums, grads
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-4), (torch.bfloat16, 6e-2)])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-4), (torch.bfloat16, 8e-2)])
 @pytest.mark.parametrize("name", list(CURRICULA))
 def test_a_step_beside_the_cpu(stores, tmp_path: Path, name: str, dtype: torch.dtype, limit: float) -> None:
     """Same weights, same batch: loss, sums and the gradient of each parameter are those of float64 on the CPU."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROW, TABLE, LAUNCH = "row_[!t]*.py", "divergences_triton.py", "one_pass.py"
 TWO_PASSES, TWO_LAUNCH = "triton_kernels.py", "rows_triton.py"
-TEACHER = "teacher_kernels.py"
+TEACHER = "teacher_[ks]*.py"
 
 
 @dataclass(frozen=True)
@@ -139,20 +139,20 @@ ONE_LAUNCH = [
         ROW,
         "tl.load(label_ptr + token)",
         "tl.load(label_ptr + row)",
-        seen_by="a list of rows",
+        seen_by="chunks from hidden states",
     ),
     Mutant(
-        "a row reads the tail of the slab's row",
+        "a row reads the tail of its neighbour",
         ROW,
         "tl.load(tail_ptr + token)",
-        "tl.load(tail_ptr + row)",
+        "tl.load(tail_ptr + (token ^ 1))",
         seen_by="a list of rows",
     ),
     Mutant(
-        "a row reads the KD weight of the slab's row",
+        "a row reads the KD weight of its neighbour",
         ROW,
         "tl.load(kd_weight_ptr + token)",
-        "tl.load(kd_weight_ptr + row)",
+        "tl.load(kd_weight_ptr + (token ^ 1))",
         seen_by="a list of rows",
     ),
     Mutant(
@@ -160,7 +160,7 @@ ONE_LAUNCH = [
         ROW,
         "weight = tl.load(weight_ptr + token)",
         "weight = tl.load(weight_ptr + row)",
-        seen_by="a list of rows",
+        seen_by="chunks from hidden states",
     ),
     Mutant(
         "the first token of a chunk is forgotten",
@@ -174,7 +174,7 @@ ONE_LAUNCH = [
         ROW,
         "source_ptr + token * stride_source",
         "source_ptr + row * stride_source",
-        seen_by="a list of rows",
+        seen_by="plain",
     ),
     Mutant(
         "a row of no weight is read", ROW, "    if weight == 0.0:", "    if weight < 0.0:", seen_by="rows of no weight"
@@ -462,6 +462,13 @@ TWO = [
 ]
 
 OF_THE_TEACHER = [
+    Mutant(
+        "teacher: a row's offset has 32 bits in the selection",
+        TEACHER,
+        "row = tl.program_id(0).to(tl.int64)",
+        "row = tl.program_id(0)",
+        seen_by="teacher: rows far apart",
+    ),
     Mutant(
         "teacher: a row's offset has 32 bits",
         TEACHER,
