@@ -402,8 +402,8 @@ ONE_LAUNCH = [
     Mutant(
         "the teacher's temperature is the student's",
         LAUNCH,
-        '"teacher_t": settings.temperature',
-        '"teacher_t": settings.student_temperature',
+        '"teacher_t": max(settings.temperature, ',
+        '"teacher_t": max(settings.student_temperature, ',
         seen_by="teacher's temperature",
     ),
     Mutant("rows are taken for contiguous", LAUNCH, "stride_x=slab.stride(0),", "stride_x=slab.shape[1],"),
