@@ -433,7 +433,7 @@ def check_two_passes() -> None:
     try:
         uneven = (1.0, 0.0, 2.0, 1.5, 0.0, 3.0)
         for options in (
-            {"weights": uneven}, {"temperature": 2.0}, {"soft_cap": 8.0, "logit_scale": 0.8},
+            {"weights": uneven, "logit_scale": 0.7}, {"temperature": 2.0}, {"soft_cap": 8.0, "logit_scale": 0.8},
             {"soft_cap": 8.0, "temperature": 2.0, "missing_mass": "label"},
         ):  # fmt: skip
             check(vocab_size=300, layouts=("in place",), **options)
