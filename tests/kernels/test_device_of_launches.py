@@ -63,7 +63,7 @@ def test_the_teacher_s_kernels_run_where_its_logits_are_and_wait_for_no_value(
 ) -> None:
     with FakeTensorMode():
         place: dict[str, Any] = {"device": f"cuda:{index}", "dtype": torch.bfloat16}
-        source = {"logits": torch.empty(33, 1000, **place)}
+        source: dict[str, Any] = {"logits": torch.empty(33, 1000, **place)}
         if given == "hidden":
             source = {"hidden": torch.empty(33, 16, **place), "weight": torch.empty(1000, 16, **place)}
         labels = torch.empty(33, dtype=torch.int64, device=f"cuda:{index}")
