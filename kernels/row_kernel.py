@@ -5,8 +5,9 @@ all that has the size of the kept ids in registers, streams a second time for th
 rows in flight fit it), and puts the special columns back. Formulas and their reference: row_terms.py (which see for why
 each form is taken) and rows_torch.py; divergences_triton.py has the divergences.
 
-Shapes: B rows of the slab, V logits each, BK lanes for the kept ids, tiles [U, R, C] of a row
-(row_streams.py; buckets: row_buckets.py). Arithmetic is float32 whatever the slab's dtype; only the gradient is rounded to it, once.
+Shapes: B rows of the slab, V logits each, BK lanes for the kept ids, tiles [U, R, C] of a row. The streams are in
+row_streams.py, the buckets in row_buckets.py. Arithmetic is float32 whatever the slab's dtype; only the gradient is
+rounded to it, once.
 
 Numbers. `z` are logits after scale and cap, but the scale rides on the multiply-add before each exp2 (factor c) where
 there is no cap. Logarithms to base 2 relative to the row's maximum are `u`; the rest's sums are those of an online
@@ -216,8 +217,7 @@ def _row(
     has_target = count > 0
     if MODE == "label":
         has_target = has_target & has_label
-    entries = u
-    amounts = u
+    entries, amounts = u, u
     if KIND != "none":
         entries, top_p = entries_of(values, kept, not_below_none(top_p), teacher_t, KIND, TEMPERED)
         amounts = entries if KIND == "counts" else exp(entries - top_p)
@@ -229,8 +229,7 @@ def _row(
     if KIND != "none":
         log_p, rest_p = teacher_buckets(entries, kept, top_p, kept_p, tail, num_draws, KIND, MODE, TEMPERED)
         sum_t = rest[2]
-        total_t = sum_t * tl.exp2(gap_t) + kept_sum_t + tl.exp2(label_u_t)
-        total_t = tl.where(bad, float("nan"), total_t)
+        total_t = tl.where(bad, float("nan"), sum_t * tl.exp2(gap_t) + kept_sum_t + tl.exp2(label_u_t))
         rest_u_t = gap_t + tl.log2(tl.where(rest[4], 1.0, sum_t))
         kd, kd_grad, kd_label_grad, kd_rest, student_mass, kept_mass = kd_terms(
             log_p, rest_p, hit, own, kept, u_t, label_u_t, rest_u_t, tl.log2(total_t), kept_sum_t / total_t,

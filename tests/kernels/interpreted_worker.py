@@ -12,6 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -103,11 +104,19 @@ def compare_topk(*, head: int, vocab_size: int, k: int, temperatures: tuple[floa
 def one_pass_cases(every: bool) -> dict[str, dict]:
     """Sizes of rows, temperatures, caps and dtypes of the row kernel, then each divergence with each of its modes; with
     `every` at each temperature, else at one of them in turn."""
-    out = {}
-    temperatures = [{"temperature": 2.0}, {"temperature": 1.0}, {"temperature": 2.0, "temperature_side": "teacher"}]
+    out: dict[str, dict] = {}
+    temperatures: list[dict[str, Any]] = [
+        {"temperature": 2.0},
+        {"temperature": 1.0},
+        {"temperature": 2.0, "temperature_side": "teacher"},
+    ]
     sizes = (1, 2, 127, 256, 1000)
     for number, vocab_size in enumerate(size for size in sizes for _ in range(2)):
-        settings = {"logit_scale": 0.9, "z_loss": 0.01, "soft_cap": (None, 8.0)[number % 2]} | temperatures[number % 3]
+        settings: dict[str, Any] = {
+            "logit_scale": 0.9,
+            "z_loss": 0.01,
+            "soft_cap": (None, 8.0)[number % 2],
+        } | temperatures[number % 3]
         out[f"float32 V={vocab_size} {settings}"] = compare_loss(vocab_size=vocab_size, dtype=torch.float32, **settings)
     pairs = [(name, mode) for name, entry in DIVERGENCES.items() for mode in entry.modes]
     for number, (name, mode) in enumerate(pairs):
@@ -155,12 +164,13 @@ def main() -> None:
     rows_triton.MAX_BLOCK = rows_triton.HALF_BLOCK = 256
     out: dict[str, dict] = {**one_pass_cases(every="every" in sys.argv), **dtype_cases()}
     lanes, one_pass.MAX_LANES = one_pass.MAX_LANES, -1
-    for dtype, settings in (
+    few: tuple[tuple[torch.dtype, dict[str, Any]], ...] = (
         (torch.float16, {"soft_cap": 8.0}),
         (torch.bfloat16, {"temperature": 2.0}),
         (torch.float32, {"temperature": 2.0, "alpha": 1.0, "ce_weight": 0.0}),
         (torch.float32, {"temperature": 2.0, "temperature_side": "teacher", "soft_cap": 8.0}),
-    ):
+    )
+    for dtype, settings in few:
         name = f"{str(dtype).removeprefix('torch.')} {settings} in two passes"
         out[name] = compare_loss(vocab_size=600, dtype=dtype, **settings)
     one_pass.MAX_LANES = lanes

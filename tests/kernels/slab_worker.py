@@ -182,6 +182,14 @@ def placement_cases(targets: SparseTargetTensors) -> dict[str, dict]:
     return out
 
 
+def peaked(targets: SparseTargetTensors) -> Tensor:
+    """Logits whose best is at an entry (tokens 0 and 1), at the label (2, 3), or in the rest (4)."""
+    raw = torch.randn(5, V, generator=torch.Generator().manual_seed(9)) * 3
+    for token, best in enumerate([int(targets.ids[0]), int(targets.ids[int(targets.offsets[1])]), 17, 300]):
+        raw[token, best] = 15.0
+    return raw
+
+
 def input_cases(targets: SparseTargetTensors) -> dict[str, dict]:
     """Inputs at the border of what makes sense."""
     kl = LossSettings(alpha=0.7, ce_weight=0.3, z_loss=0.01)
@@ -193,6 +201,9 @@ def input_cases(targets: SparseTargetTensors) -> dict[str, dict]:
         settings = LossSettings(alpha=0.0, ce_weight=0.3, temperature=temperature)
         out[f"-inf logits T={temperature}"] = compare(settings, targets=targets, raw=masked)
     capped = kl.for_head(soft_cap=5.0, logit_scale=1.0)
+    for temperature in (1.0, 2.0):
+        settings = LossSettings(alpha=0.7, ce_weight=0.3, z_loss=0.01, temperature=temperature)
+        out[f"the best outside the stream T={temperature}"] = compare(settings, targets=targets, raw=peaked(targets))
     out["-inf logits under a cap"] = compare(capped, targets=targets, raw=masked)
     nan = torch.randn(5, V, generator=torch.Generator().manual_seed(8))
     nan[2, 77] = float("nan")

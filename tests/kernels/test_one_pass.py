@@ -1,4 +1,4 @@
-"""Which way a slab goes, on which device, and that compiled code serves every number of entries. No kernel runs here."""
+"""Which way a slab goes, on which device; that compiled code serves every number of entries. No kernel runs here."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def between(compiler: Any) -> TwoPasses:
 
 
 def test_compiled_steps_are_compiled_once_for_every_number_of_entries() -> None:
-    """The number of entries changes at every step; past 8 variants torch would fall back in silence, or fail.
+    """The number of entries changes at every step; past 8 variants torch falls back in silence, or fails.
 
-    64 tokens: torch takes two sizes that are equal at first for one and the same, and compiles once more when they part.
+    64 tokens: torch takes two sizes that are equal at first for one, and compiles once more when they part.
     """
     torch.compiler.reset()
     counter = CompileCounter()
@@ -125,7 +125,7 @@ def fake_call(divergence: str, index: int) -> None:
 def test_launches_go_to_the_slab_s_device(index: int, divergence: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever device is current: a launch elsewhere would hand it pointers of another GPU."""
     launches = Launches()
-    monkeypatch.setitem(DIVERGENCES, "made_up", DIVERGENCES["jsd"])  # type: ignore[arg-type]
+    monkeypatch.setitem(DIVERGENCES, "made_up", DIVERGENCES["jsd"])
     monkeypatch.setattr(torch.cuda, "current_device", lambda: launches.index)
     monkeypatch.setattr(torch.cuda, "device", launches.device)
     monkeypatch.setattr(one_pass, "row_kernel", launches)

@@ -97,8 +97,8 @@ def check_budget(table: dict) -> None:
         for target, cost in targets.items() if case not in aot_teacher.cases() else ():
             limit = {**registers, "sm_80": 64, "gfx942": 128} if case.startswith("row-") else registers
             where = f"{case} on {target} (triton {table['triton']}): {cost}"
-            # With little to hold, the assembler aims at 32 registers, for two programs on a multiprocessor, and for that
-            # puts a few scalars aside once per row, outside the loops.
+            # With little to hold, the assembler aims at 32 registers, for two programs on a multiprocessor, and for
+            # that puts a few scalars aside once per row, outside the loops.
             is_small = case.startswith("row-") and cost["registers"] == 32
             assert cost["spilled"] <= (16 if is_small else 0), where
             assert cost["registers"] <= limit[target], where
