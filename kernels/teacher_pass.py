@@ -53,8 +53,8 @@ class TopKTable:
 
     def narrow(self, start: int, count: int) -> "TopKTable":
         """The same memory for some of the tokens."""
-        of_tokens = (column.narrow(0, start, count) for column in (self.ids, self.logprobs, self.label_rank))
-        return TopKTable(*of_tokens, self.figures.narrow(1, start, count))
+        ids, logprobs, rank = (part.narrow(0, start, count) for part in (self.ids, self.logprobs, self.label_rank))
+        return TopKTable(ids, logprobs, rank, self.figures.narrow(1, start, count))
 
     def columns(self, temperatures: tuple[float, ...]) -> dict[str, Tensor | Mapping[float, Tensor]]:
         """The fields of a TopK by name, all views."""

@@ -163,7 +163,7 @@ def other_ways() -> dict[str, Any]:
     bias[100:110] = -math.inf
     out: dict[str, Any] = {}
     for chunk_bytes in (None, 4 * 704 * 3, 1):
-        options = {
+        options: dict[str, Any] = {
             "hidden": hidden, "weight": weight, "bias": bias, "k": 12, "vocab_size": 650, "temperatures": (2.0,),
             "labels": torch.arange(7) * 90, "logit_scale": 1.5, "chunk_bytes": chunk_bytes,
         }  # fmt: skip
@@ -200,7 +200,7 @@ def wrong_labels() -> dict[str, Any]:
     rows = teacher_triton.TeacherRows(raw, labels, 400, (), None, 1.0)
     table = teacher_triton.TopKTable.empty(3, 5, 0, raw.device)
     teacher_triton.TOP_K(rows, 5, table)
-    found = table.columns(())["label_logprob"]
+    found = table.figures[2]
     return {"nan": found[:2].isnan().tolist(), "none": float(found[2]), "rank": table.label_rank.tolist()}
 
 

@@ -45,14 +45,14 @@ class Current:
 
 
 @pytest.fixture
-def current(monkeypatch: pytest.MonkeyPatch) -> Current:
+def current(monkeypatch: pytest.MonkeyPatch) -> Iterator[Current]:
     state = Current()
     monkeypatch.setattr(torch.cuda, "current_device", lambda: state.index)
     monkeypatch.setattr(torch.cuda, "device", state.device)
     for name in ("tile_kernel", "select_kernel"):
         monkeypatch.setattr(teacher_triton, name, state.kernel(name))
     teacher_triton.inverse_temperatures.cache_clear()
-    yield state  # type: ignore[misc]
+    yield state
     teacher_triton.inverse_temperatures.cache_clear()  # the fake ones must not be there for others
 
 
@@ -62,8 +62,8 @@ def test_the_teacher_s_kernels_run_where_its_logits_are_and_wait_for_no_value(
     current: Current, index: int, given: str
 ) -> None:
     with FakeTensorMode():
-        place = {"device": f"cuda:{index}", "dtype": torch.bfloat16}
-        source = {"logits": torch.empty(33, 1000, **place)}
+        place: dict[str, Any] = {"device": f"cuda:{index}", "dtype": torch.bfloat16}
+        source: dict[str, Any] = {"logits": torch.empty(33, 1000, **place)}
         if given == "hidden":
             source = {"hidden": torch.empty(33, 16, **place), "weight": torch.empty(1000, 16, **place)}
         labels = torch.empty(33, dtype=torch.int64, device=f"cuda:{index}")

@@ -45,6 +45,9 @@ class Engine:
     def __init__(self, output: Any) -> None:
         self._output = output
 
+    def idle_pass(self) -> None:
+        """No group."""
+
     def forward(self, batch: TeacherBatch) -> Any:
         return self._output
 
@@ -67,7 +70,7 @@ def current(monkeypatch: pytest.MonkeyPatch) -> Iterator[Current]:
 
 
 def outputs() -> dict[str, Any]:
-    place = {"device": DEVICE, "dtype": torch.bfloat16}
+    place: dict[str, Any] = {"device": DEVICE, "dtype": torch.bfloat16}
     head = Head(torch.empty(V, D, **place), torch.empty(V, **place))
     return {"hidden": HiddenStates(torch.empty(M, D, **place), head), "logits": Logits(torch.empty(M, V, **place))}
 
