@@ -3,7 +3,6 @@
 Importing this needs triton; calling it needs a GPU, or triton's interpreter.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -31,34 +30,23 @@ class LaunchShape:
     """How one row is spread over a program: its warps, threads per warp, loads of a thread at a time, and whether the
     second stream runs backwards.
 
-    The first two bound the registers: 65536 of a multiprocessor over 1024 threads are 64 each. As many threads as there
-    may be per row mean as few rows in flight as there may be, and the second stream finds them in the L2 cache.
+    As many threads per row as there may be mean as few rows in flight as there may be, and the second stream finds them
+    in the L2 cache: half the warps cost an H100 a quarter more time. More loads at a time, which a compiler can put
+    ahead of one another, cost 3 to 11 %, and a second stream from the row's end 2 to 6 % (docs/kernels.md).
     """
 
     num_warps: int = 32
     warp_size: int = 32
-    loads: int = 4
-    backwards: bool = True
+    loads: int = 1
+    backwards: bool = False
 
 
-@functools.cache
-def _is_older(device: torch.device) -> bool:
-    """Whether it is an NVIDIA GPU from before Hopper, whose compiler needs a few registers more for the same."""
-    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (9, 0)
-
-
-def launch_shape(vocab_size: int, dtype: torch.dtype, settings: LossSettings, device: torch.device) -> LaunchShape:
-    """For rows of V logits: no more threads than a row fills, and as many loads as spill no register
-    (tests/kernels/aot_rows.py compiles them all)."""
+def launch_shape(vocab_size: int, dtype: torch.dtype) -> LaunchShape:
+    """For rows of V logits: 1024 threads, or what a short row fills."""
     warp_size = 64 if torch.version.hip else 32
     elements = LOAD_BYTES // dtype.itemsize * warp_size
     warps = min(1024 // warp_size, max(1, triton.next_power_of_2(-(-vocab_size // elements))))
-    loads, capped = 4, settings.soft_cap is not None
-    if dtype.itemsize == 2 and capped:
-        loads //= 2
-    if _is_older(device) and (dtype.itemsize == 2 or capped):
-        loads //= 2
-    return LaunchShape(num_warps=warps, warp_size=warp_size, loads=loads)
+    return LaunchShape(num_warps=warps, warp_size=warp_size)
 
 
 def fill_of(dtype: torch.dtype) -> float:
@@ -121,7 +109,7 @@ class OnePass:
     """
 
     otherwise: SlabPass
-    shape: Callable[[int, torch.dtype, LossSettings, torch.device], LaunchShape] = launch_shape
+    shape: Callable[[int, torch.dtype], LaunchShape] = launch_shape
 
     def takes(self, tokens: SlabTokens) -> bool:
         """Whether the kernel has all that these tokens ask for."""
@@ -145,7 +133,7 @@ class OnePass:
                 return
             if source is not None and source.dtype != slab.dtype:
                 raise KernelInputError(f"source is {source.dtype}, its slab {slab.dtype}; the kernel wants one dtype")
-            shape = self.shape(slab.shape[1], slab.dtype, tokens.settings, slab.device)
+            shape = self.shape(slab.shape[1], slab.dtype)
             row_kernel[(tokens.count,)](
                 x_ptr=slab,
                 source_ptr=source,

@@ -22,7 +22,7 @@ TILES_PER_STEP = 32
 TILE_WARPS = 4
 STEPS_PER_PROGRAM = 16
 # Candidates or tiles a thread of select_kernel holds: more make its reductions cheaper, and need more registers.
-PER_THREAD = 8
+PER_THREAD = 16
 MIN_WARPS, MAX_WARPS = 4, 16
 PAIRS = 4096  # of survivors that are compared at a time when they are put in order
 PIECE = 32  # taken tiles that are looked at at a time

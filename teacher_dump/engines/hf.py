@@ -105,9 +105,10 @@ def choose_device(wanted: str) -> torch.device:
 def make_current(device: torch.device) -> None:
     """Make a worker's GPU the current one: kernels are launched, and events recorded, on the current device.
 
-    With several GPUs in sight of every worker (torchrun, SLURM) that is GPU 0 for all of them otherwise.
+    With several GPUs in sight of every worker (torchrun, SLURM) that is GPU 0 for all of them otherwise. A device
+    without an index is the current one by definition, and torch refuses to set it.
     """
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
 
 

@@ -25,7 +25,8 @@ STAGES: dict[str, dict[str, Any]] = {
     "all": {},
     "half": {"tokens": {"policy": "random", "share": 0.5}},
     "by_entropy": {"tokens": {"policy": "top_entropy", "share": 0.3}},
-    "kd_by_divergence": {"tokens": {"policy": "paced"}},
+    "by_divergence": {"tokens": {"policy": "soft_or", "share": 0.5}},
+    "weighed": {"tokens": {"policy": "paced", "floor": 0.1}},  # without a floor their number is asked for: known_active
     "warm_teacher": {"temperature": 2.0, "alpha": 0.5, "z_loss": 1e-4},
 }
 

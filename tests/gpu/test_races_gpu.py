@@ -216,7 +216,13 @@ def test_logits_with_strides(layout: str, inplace: bool) -> None:
         view.copy_(raw)
     want = place.from_logits(raw, backend=BACKEND, **options)
     assert torch.equal(view, raw) and not view.is_contiguous()
-    place.assert_same_bits(place.from_logits(view, backend=BACKEND, inplace=inplace, **options), want)
+    got = place.from_logits(view, backend=BACKEND, inplace=inplace, **options)
+    if layout == "one row for all":
+        # Rows of an odd length do not begin at 16 bytes, and a row for all does: compiled apart, they add up in another
+        # order.
+        place.assert_close(got, want, raw.dtype)
+    else:
+        place.assert_same_bits(got, want)
     if layout in ("wide rows", "not at 16 bytes"):
         beside = torch.cat([wide[:, :first], wide[:, first + raw.shape[1] :]], 1)
         assert bool((beside == 100.0).all()), "something was written beside the logits"

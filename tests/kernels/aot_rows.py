@@ -15,6 +15,7 @@ TYPES = {
 }
 WARP_SIZES = {"sm_80": 32, "sm_90": 32, "gfx942": 64}
 THREADS = 1024
+LOADS, BACKWARDS = 1, False  # those of one_pass.LaunchShape, which needs torch; test_one_pass.py compares them
 
 
 def case(
@@ -32,7 +33,7 @@ def case(
     """One variant; given: optional tensors that there are. What differs by target stands under the target's name."""
     columns = 4 if dtype == "fp32" else 8
     constants = {
-        "BK": lanes, "R": THREADS, "C": columns, "BACKWARDS": True, "KIND": kind, "MODE": mode,
+        "BK": lanes, "R": THREADS, "C": columns, "BACKWARDS": BACKWARDS, "KIND": kind, "MODE": mode,
         "DIVERGENCE": TWINS[divergence], "TEMPERED": two, "TWO": two, "PLAIN": True, "CAP": cap,
         "FILL": -65504.0 if dtype == "fp16" else -(2.0**100), "GRADIENT": gradient,
     }  # fmt: skip
@@ -42,13 +43,10 @@ def case(
     constants.update(dict.fromkeys(absent))
     out = {"kernel": row_kernel, "types": dict(TYPES, x_ptr=f"*{dtype}", source_ptr=f"*{dtype}")}
     for target, warp_size in WARP_SIZES.items():
-        loads = 2 if columns == 8 and cap else 4
-        if target == "sm_80" and (columns == 8 or cap):
-            loads //= 2
         out[target] = {
-            "constants": {**constants, "U": loads},
+            "constants": {**constants, "U": LOADS},
             "warps": THREADS // warp_size,
-            "elements": loads * columns * THREADS,
+            "elements": LOADS * columns * THREADS,
         }
     return out
 

@@ -18,8 +18,9 @@ from potstill.kernels.backend import SlabTokens
 from potstill.kernels.divergences import DIVERGENCES
 from potstill.kernels.divergences_triton import TWINS
 from potstill.kernels.loss import LossSettings, SparseTargetTensors, linear_sparse_loss, self_check
-from potstill.kernels.one_pass import OnePass, launch_shape
+from potstill.kernels.one_pass import LaunchShape, OnePass, launch_shape
 from potstill.kernels.two_passes import TwoPasses
+from tests.kernels import aot_rows
 from tests.kernels.reference import make_targets
 
 V = 60
@@ -116,7 +117,7 @@ def fake_call(divergence: str, index: int) -> None:
         tokens = SlabTokens(settings, None, torch.ones(3, dtype=torch.int64, device=device), vector, vector,
                             torch.ones(3, device=device), 0, None, 0, 3)  # fmt: skip
         one = OnePass(otherwise=lambda slab, tokens, **options: one_pass.row_kernel[0](), shape=lambda *_: shape)
-        shape = launch_shape(V, torch.bfloat16, settings, torch.device("cpu"))
+        shape = launch_shape(V, torch.bfloat16)
         one(slab, tokens, out=out, with_gradient=True)
 
 
@@ -131,3 +132,9 @@ def test_launches_go_to_the_slab_s_device(index: int, divergence: str, monkeypat
     monkeypatch.setattr(one_pass, "row_kernel", launches)
     fake_call(divergence, index)
     assert launches.devices == [index]
+
+
+def test_what_is_compiled_ahead_of_time_is_what_is_launched() -> None:
+    large = launch_shape(128256, torch.bfloat16)
+    assert large == LaunchShape() and large.num_warps * large.warp_size == aot_rows.THREADS
+    assert (large.loads, large.backwards) == (aot_rows.LOADS, aot_rows.BACKWARDS)

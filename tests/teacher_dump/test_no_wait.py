@@ -107,5 +107,6 @@ def test_a_worker_makes_its_gpu_the_current_one(monkeypatch: pytest.MonkeyPatch)
     made: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "set_device", made.append)
     hf.make_current(torch.device("cpu"))
+    hf.make_current(torch.device("cuda"))  # without an index torch refuses to set it
     hf.make_current(DEVICE)
     assert made == [DEVICE]
