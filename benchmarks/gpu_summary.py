@@ -40,7 +40,11 @@ class Outcome:
 
 
 def commit() -> str:
-    """The commit of the code, with a plus where files were changed; without git what the file COMMIT says, if any."""
+    """What the file COMMIT in the root says (who copies a tree to a machine writes it there: git's own folder, if that
+    comes along, may be of another day); else git's commit, with a plus where files were changed; else "unknown"."""
+    written = ROOT / "COMMIT"
+    if written.is_file():
+        return written.read_text(encoding="utf-8").strip()
     try:
         head, changes = (
             subprocess.run(
@@ -50,8 +54,7 @@ def commit() -> str:
         )
         return head + ("+" if changes else "")
     except (OSError, subprocess.SubprocessError):
-        written = ROOT / "COMMIT"
-        return written.read_text(encoding="utf-8").strip() if written.is_file() else "unknown"
+        return "unknown"
 
 
 def version(package: str) -> str:

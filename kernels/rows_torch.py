@@ -24,8 +24,9 @@ from potstill.kernels.row_terms import FixSet, RowStats, RowTerms
 from potstill.kernels.settings import LossSettings
 from potstill.kernels.soft_cap import cap_slope, scale_and_cap_
 
-# Finite, so that (z - max) * exp(z - max) is -0 and not NaN where a column was taken out.
-FILL = -1e30
+# Finite, so that (z - max) * exp(z - max) is -0 and not NaN where a column was taken out. The number that the Triton
+# kernels take (divergences_triton.NONE), so that a logit of -inf, which is read as this, costs the same on either way.
+FILL = -(2.0**100)
 BLOCK_BYTES = 2 << 20
 
 

@@ -22,6 +22,8 @@ import triton.language as tl
 
 _LN2 = tl.constexpr(0.6931471805599453)
 _LOG2E = tl.constexpr(1.4426950408889634)
+# Below every logit; a power of two, so that its products are exact and cancel also where a GPU fuses them.
+_NONE = tl.constexpr(-(2.0**100))
 
 
 @triton.jit
@@ -60,7 +62,7 @@ def _load(x, offsets, V, scale, cap, MASKED: tl.constexpr, CAP: tl.constexpr, FI
         raw = tl.load(x + offsets).to(tl.float32)
     if CAP:
         # A column taken out must stay out; the cap would bring it back to -cap.
-        return tl.where(raw == FILL, -1e30, _capped(raw, scale, cap))
+        return tl.where(raw == FILL, _NONE, _capped(raw, scale, cap))
     return raw
 
 
@@ -74,7 +76,7 @@ def _accumulate(z, m, s, s_t, x, c, inv_t, TWO: tl.constexpr):
     shrink = tl.exp2(m - new)
     e = tl.exp2(z * c - new)
     s = s * shrink + tl.sum(e, 0)
-    x = x * shrink + tl.sum(e * tl.maximum(z, -1e30), 0)  # 0 times a logit of -inf is to be 0
+    x = x * shrink + tl.sum(e * tl.maximum(z, _NONE), 0)  # 0 times a logit of -inf is to be 0
     if TWO:
         s_t = s_t * tl.exp2((m - new) * inv_t) + tl.sum(tl.exp2(z * (c * inv_t) - new * inv_t), 0)
     return new, s, s_t, x
@@ -120,10 +122,10 @@ def stats_kernel(
     tl.debug_barrier()
     c = _LOG2E if CAP else scale * _LOG2E
     fixed = _capped(raw, scale, cap) if CAP else raw * scale
-    fixed = tl.where(used, tl.where(fixed < -1e30, -1e30, fixed), -float("inf"))  # NaN stays
+    fixed = tl.where(used, tl.where(fixed < _NONE, _NONE, fixed), -float("inf"))  # NaN stays
     tl.store(fix_ptr + row * F + f, fixed, mask=f < F)
 
-    m = tl.full((), -1e30, tl.float32)
+    m = tl.full((), _NONE, tl.float32)
     s = tl.full((), 0.0, tl.float32)
     s_t = tl.full((), 0.0, tl.float32)
     moment = tl.full((), 0.0, tl.float32)

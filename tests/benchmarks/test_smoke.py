@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,9 @@ import torch
 from benchmarks.fused_ce import torch_best
 from benchmarks.gpu_goals import GOALS
 from benchmarks.gpu_parts import PARTS
-from benchmarks.step import run_config, synthetic_stores
-from benchmarks.step_rivals import label_loss_of, without_checkpoints
+from benchmarks.step_rivals import label_loss_of
 from potstill.kernels.loss import linear_sparse_loss
-from potstill.student_train import train
 from potstill.student_train.model import head
-from potstill.student_train.run.engine import stop_distributed
-from potstill.student_train.run.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = {
@@ -67,20 +62,15 @@ def test_one_command_measures_all_there_is(tmp_path: Path) -> None:
 
 
 def test_the_step_of_a_rival_trains_on_the_same_loss(tmp_path: Path) -> None:
-    size = {"batch_rows": 2, "micro_batch_rows": 1, "row_length": 32, "vocab_size": 96, "hidden_size": 64}
-    options = Namespace(**size, num_layers=1, steps=3, dtype="float32")
-    synthetic_stores(tmp_path, num_rows=6, row_length=32, vocab_size=96, top_k=8)
-    losses = []
-    for name, rival in (("ours", None), ("theirs", torch_best())):
-        config = run_config(options, tmp_path, name, {})
-        with label_loss_of(rival), without_checkpoints():
-            train(config)
-        records = [record for record in read_metrics(config.run.output_dir) if record["kind"] == "train"]
-        losses.append([(record["loss"], record["ce"]) for record in records])
-        assert not (tmp_path / name / "checkpoints").exists()
-    stop_distributed()
+    """In a process of its own: a run forms a process group, and says so in the environment."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "tests.benchmarks.rival_step_worker", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = json.loads(done.stdout.splitlines()[-1])
     assert len(losses[0]) == 3 and losses[0][0] != losses[0][2]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    assert not list(tmp_path.glob("*/checkpoints"))
 
 
 def test_a_rival_refuses_a_step_that_distils() -> None:

@@ -57,7 +57,7 @@ def select_shape(vocab_size: int, k: int, temperatures: int, parts: int) -> dict
         "BL": survivors,
         "JB": max(1, min(survivors, 4096 // survivors)),
         "BX": 256,
-        "num_warps": min(16, max(4, max(most, min(32, taken) * 64) // 256)),
+        "num_warps": min(16, max(4, max(most, min(32, taken) * 64) // 512)),
     }
 
 

@@ -46,7 +46,7 @@ def row_case(kernel, dtype: str, *, two: bool, cap: bool) -> dict:
     types = dict(ROW_ARGUMENTS, x_ptr=f"*{dtype}")
     types.update(dict.fromkeys(("fix_ptr", "out_ptr", "value_ptr", "row_ptr"), "*fp32"))
     block = 4096 if cap or (two and dtype == "fp32") else 8192
-    fill = -65504.0 if dtype == "fp16" else -1e30
+    fill = -65504.0 if dtype == "fp16" else -(2.0**100)
     constants = {"BV": block, "BF": 128, "TWO": two, "CAP": cap, "FILL": fill}
     return {"kernel": kernel, "types": types, "constants": constants, "warps": 8, "elements": block}
 
