@@ -18,6 +18,7 @@ import torch
 
 from potstill.kernels import chunks, fused_linear, gradients_triton, products
 from potstill.kernels.loss import linear_sparse_loss
+from tests.kernels.fast_interpreter import patch_once_per_launch
 from tests.kernels.reference import make_targets
 
 # Masked lanes hold 0, and 0 times a factor that is not finite warns in NumPy.
@@ -155,4 +156,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    patch_once_per_launch()
     main()

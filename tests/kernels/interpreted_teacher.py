@@ -18,6 +18,7 @@ from torch import Tensor
 
 from potstill.kernels import teacher_triton
 from potstill.kernels.topk import TopK, select_sample, teacher_topk
+from tests.kernels.fast_interpreter import patch_once_per_launch
 
 FIGURES = ("logprobs", "lse", "entropy", "label_logprob", "excluded_mass", "log_tail")
 
@@ -269,4 +270,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    patch_once_per_launch()
     main()

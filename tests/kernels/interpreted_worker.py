@@ -22,6 +22,7 @@ from potstill.kernels import one_pass, rows_triton
 from potstill.kernels.divergences import DIVERGENCES
 from potstill.kernels.loss import SparseTargetTensors, linear_sparse_loss, sparse_loss
 from potstill.kernels.topk import teacher_topk
+from tests.kernels.fast_interpreter import patch_once_per_launch
 from tests.kernels.reference import as_draws, as_weights, make_targets
 from tests.kernels.slab_worker import small_rows
 
@@ -185,4 +186,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    patch_once_per_launch()
     main()

@@ -19,6 +19,7 @@ import torch
 from potstill.kernels import checks, rows_triton
 from potstill.kernels.divergences import DIVERGENCES
 from potstill.kernels.loss import linear_sparse_loss, sparse_loss
+from tests.kernels.fast_interpreter import patch_once_per_launch
 from tests.kernels.launches import HostWaitError, count_launches, no_host_waits
 from tests.kernels.reference import as_draws, make_targets
 
@@ -150,4 +151,5 @@ def main(which: str) -> None:
 
 
 if __name__ == "__main__":
+    patch_once_per_launch()
     main(sys.argv[1] if len(sys.argv) > 1 else "common")

@@ -24,6 +24,7 @@ from potstill.kernels.loss import LossSettings
 from potstill.kernels.one_pass import LaunchShape, OnePass
 from potstill.kernels.rows_triton import TRITON
 from potstill.kernels.types import SparseTargetTensors
+from tests.kernels.fast_interpreter import patch_once_per_launch
 from tests.kernels.reference import make_targets
 
 V, GUARD = 301, 7.0
@@ -258,4 +259,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    patch_once_per_launch()
     main()
