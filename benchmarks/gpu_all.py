@@ -171,7 +171,9 @@ def run_parts(summary: Summary, budget: Budget) -> None:
     with tempfile.TemporaryDirectory(prefix="potstill_gpu_") as scratch:
         for outcome in summary.outcomes:
             outcome.bound = budget.bound(outcome.part)
-            if outcome.bound is None:
+            if summary.smoke and not outcome.part.smoke_words:
+                outcome.state, outcome.note = "not walked", "its script goes the way of an earlier part"
+            elif outcome.bound is None:
                 outcome.state = "not measured"
                 outcome.note = f"time: it wants {outcome.part.least:.0f} s, {budget.left():.0f} s were left"
             else:

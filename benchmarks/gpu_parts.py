@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 GPU_TESTS = ("tests/gpu", "tests/teacher_dump/test_gpu.py")
 SMOKE_TESTS = ("tests/gpu/test_device_batches_gpu.py",)
-SMOKE_COMPILED = ("tests/gpu/test_kernels_gpu.py",)
 TEST_PROCESSES = 8
 OTHER_SHAPES = "128256x4096,32000x2048,151936x2048,262144x2048,32000x4096,151936x4096,262144x4096"
 RESERVE_SECONDS = 4.0  # for the last summary
@@ -50,9 +49,9 @@ TINY_TEACHER = {"hidden": 64, "layers": 1, "vocab": 256, "rows": 4, "row-length"
 class Part:
     """A process of the run: what `python -m` runs on a GPU and in a smoke run, and its bound.
 
-    In words `{file}` is where the figures go and `{seconds}` what the script may take. The bound is `share` of what is
-    left when the part begins, not below `least` and not above `most` seconds; with less than `least` left it is not
-    run.
+    In words `{file}` is where the figures go and `{seconds}` what the script may take. Without smoke words a smoke run
+    leaves it out: an earlier part goes the same way. The bound is `share` of what is left when the part begins, not
+    below `least` and not above `most` seconds; with less than `least` left it is not run.
     """
 
     name: str
@@ -157,7 +156,7 @@ PARTS = (
         "step_in_two",
         "the same step in two micro-batches: twice the launches, which a slow host feels first",
         script("step", {**STUDENT, "micro-batch-rows": 4, "repeats": 2, "host-tokens": 1024}, *WATCHING),
-        script("step", {**TINY_STUDENT, "micro-batch-rows": 1, "host-tokens": 1024}, *WATCHING),
+        (),
         share=0.4,
         least=35,
         most=60,
@@ -166,7 +165,7 @@ PARTS = (
         "compiled",
         "correctness: the GPU tests of the compiled backend",
         tests("compiled", GPU_TESTS, processes=4),
-        tests("compiled and 8192", SMOKE_COMPILED, processes=0),
+        (),
         share=0.5,
         least=30,
         most=180,
@@ -185,7 +184,7 @@ PARTS = (
         "shapes",
         "the kernels at other shapes",
         script(KERNELS, {"shapes": OTHER_SHAPES, "worth": 1, "repeats": 7}, *WATCHING),
-        script(KERNELS, {"shapes": "513x16", "worth": 0}, "--smoke", *WATCHING),
+        (),
         share=1.0,
         least=30,
         most=600,

@@ -241,7 +241,7 @@ def test_pytest_says_what_is_counted(tmp_path: Path, scripts: Any) -> None:
     body += "@pytest.mark.skip(reason='why')\ndef test_not(): pass\n"
     test.write_text(body + "def test_slow(): time.sleep(100)\n")
     call = ("pytest", "-v", "-p", "no:cacheprovider", f"--rootdir={tmp_path}", "-n", "2", str(test))
-    summary = summary_of(tmp_path / "out", [Part("tests", "some", call, call, 1.0, 8.0, 12.0, "pytest")])
+    summary = summary_of(tmp_path / "out", [Part("tests", "some", call, call, 1.0, 5.0, 5.0, "pytest")])
     run_parts(summary, Budget(60.0))
     [outcome] = summary.outcomes
     assert outcome.state == "stopped" and outcome.figures is not None, outcome.told

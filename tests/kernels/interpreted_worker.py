@@ -21,7 +21,6 @@ import torch
 from potstill.kernels import one_pass, rows_triton
 from potstill.kernels.divergences import DIVERGENCES
 from potstill.kernels.loss import SparseTargetTensors, linear_sparse_loss, sparse_loss
-from potstill.kernels.topk import teacher_topk
 from tests.kernels.fast_interpreter import patch_once_per_launch
 from tests.kernels.reference import as_draws, as_weights, make_targets
 from tests.kernels.slab_worker import small_rows
@@ -88,18 +87,6 @@ def compare_linear() -> dict:
         results.append(torch.autograd.grad(loss, (hidden, weight, bias)))
     errors = [float((a - b).norm() / a.norm()) for a, b in zip(*results, strict=True)]
     return dict(zip(("hidden", "weight", "bias"), errors, strict=True))
-
-
-def compare_topk(*, head: int, vocab_size: int, k: int, temperatures: tuple[float, ...]) -> dict:
-    raw = torch.randn(3, head, generator=torch.Generator().manual_seed(head)).half().float()  # with ties
-    arguments = {"logits": raw, "k": k, "vocab_size": vocab_size, "temperatures": temperatures}
-    labels = torch.tensor([0, vocab_size - 1, -100])
-    mine, twin = (teacher_topk(**arguments, labels=labels, backend=name) for name in ("triton", "torch"))
-    names = ("logprobs", "lse", "entropy", "label_logprob", "excluded_mass", "log_tail")
-    errors = [float((getattr(mine, n) - getattr(twin, n)).nan_to_num().abs().max()) for n in names]
-    errors += [float((mine.log_tail_at[t] - twin.log_tail_at[t]).nan_to_num().abs().max()) for t in temperatures]
-    same = torch.equal(mine.ids, twin.ids) and torch.equal(mine.label_rank, twin.label_rank)
-    return {"same_ids": same, "error": max(errors)}
 
 
 def one_pass_cases(every: bool) -> dict[str, dict]:
@@ -179,9 +166,6 @@ def main() -> None:
     for dtype, name in ((torch.float32, "float32"), (torch.float16, "float16")):
         out[f"{name} upstream 4"] = compare_loss(vocab_size=20000, dtype=dtype, upstream=4.0)
     out["linear"] = compare_linear()
-    for case in ((1000, 900, 20, (2.0,)), (64, 64, 64, ()), (70, 66, 7, (0.5, 3.0)), (5000, 4990, 20, ())):
-        head, vocab_size, k, temperatures = case
-        out[f"topk {case}"] = compare_topk(head=head, vocab_size=vocab_size, k=k, temperatures=temperatures)
     json.dump(out, sys.stdout)
 
 

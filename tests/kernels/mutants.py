@@ -6,41 +6,11 @@ the kernel. Missing barriers are no mutants: the interpreter runs one program af
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from tests.kernels.mutant import Mutant
+from tests.kernels.mutants_teacher import OF_THE_TEACHER
 
 ROW, TABLE, LAUNCH = "row_[!t]*.py", "divergences_triton.py", "one_pass.py"
 TWO_PASSES, TWO_LAUNCH = "triton_kernels.py", "rows_triton.py"
-TEACHER = "teacher_[ks]*.py"
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """One fault. name: what is wrong; path: a pattern of files in the kernels room.
-
-    seen_by: the battery's check that runs first.
-
-    may_raise: the interpreter itself may refuse what the fault computes (an overflow, an address).
-    """
-
-    name: str
-    path: str
-    old: str
-    new: str
-    seen_by: str = "plain"
-    may_raise: bool = False
-
-    def plant(self, kernels: Path) -> None:
-        """The fault, in a copy of the kernels. AssertionError, with what to do, unless its text stands there once."""
-        files = {path: path.read_text(encoding="utf-8") for path in sorted(kernels.glob(self.path))}
-        counts = {path: source.count(self.old) for path, source in files.items()}
-        assert sum(counts.values()) == 1, (
-            f"mutant {self.name!r}: its text stands {sum(counts.values())} times in kernels/{self.path}, expected once;"
-            f" bring tests/kernels/mutants.py up to date with the kernel: {self.old!r}"
-        )
-        path = next(path for path, count in counts.items() if count)
-        path.write_text(files[path].replace(self.old, self.new), encoding="utf-8")
-
 
 ONE_LAUNCH = [
     # Columns
@@ -458,72 +428,6 @@ TWO = [
         "slope = scale if cap is None else 1.0",
         "slope = 1.0",
         seen_by="two passes",
-    ),
-]
-
-OF_THE_TEACHER = [
-    Mutant(
-        "teacher: a row's offset has 32 bits in the selection",
-        TEACHER,
-        "row = tl.program_id(0).to(tl.int64)",
-        "row = tl.program_id(0)",
-        seen_by="teacher: rows far apart",
-    ),
-    Mutant(
-        "teacher: a row's offset has 32 bits",
-        TEACHER,
-        "row = (program // parts).to(tl.int64)",
-        "row = program // parts",
-        seen_by="teacher: rows far apart",
-    ),
-    Mutant(
-        "teacher: equal ids from the highest down",
-        TEACHER,
-        "(j[None, :] < i[:, None])",
-        "(j[None, :] > i[:, None])",
-        seen_by="teacher: ids and figures",
-    ),
-    Mutant(
-        "teacher: -0.0 below 0.0",
-        TEACHER,
-        "bits = tl.where(z == 0.0, 0, bits)",
-        "bits = bits + 0",
-        seen_by="teacher: ids and figures",
-    ),
-    Mutant(
-        "teacher: no excluded mass",
-        TEACHER,
-        "for start in range(V, head, BX):",
-        "for start in range(V, V, BX):",
-        seen_by="teacher: ids and figures",
-    ),
-    Mutant(
-        "teacher: excluded mass from one id too low",
-        TEACHER,
-        "for start in range(V, head, BX):",
-        "for start in range(V - 1, head, BX):",
-        seen_by="teacher: ids and figures",
-    ),
-    Mutant(
-        "teacher: the moment is not shifted",
-        TEACHER,
-        "mask=inside, other=0.0) + gap * sums",
-        "mask=inside, other=0.0)",
-        seen_by="teacher: ids and figures",
-    ),
-    Mutant(
-        "teacher: a temperature of the one before",
-        TEACHER,
-        "factor = tl.load(inv_ptr + number) * _LOG2E",
-        "factor = tl.load(inv_ptr + number - 1) * _LOG2E",
-        seen_by="teacher: ids and figures",
-    ),
-    Mutant(
-        "teacher: the label is not counted in its own tile",
-        TEACHER,
-        "tl.where(valid, above + ties, 255)",
-        "tl.where(valid, above, 255)",
-        seen_by="teacher: ids and figures",
     ),
 ]
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests.kernels.mutants import MUTANTS, Mutant
+from tests.kernels.mutant import Mutant
+from tests.kernels.mutants import MUTANTS
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]

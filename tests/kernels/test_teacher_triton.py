@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 from tests.kernels import aot_teacher
 from tests.kernels.test_triton import run_worker
 
+pytestmark = pytest.mark.xdist_group("teacher_kernels")  # one run of the interpreter for all of them
 # nats, and shares of mass: float32 arithmetic, in another order than torch has.
 LIMIT = 5e-6
 

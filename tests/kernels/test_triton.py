@@ -43,9 +43,7 @@ def run_worker(name: str, *arguments: str, cache: Path | None = None) -> dict:
 
 def check_errors(errors: dict) -> None:
     for case, found in errors.items():
-        if case.startswith("topk"):
-            assert found["same_ids"] and found["error"] < 5e-6, (case, found)
-        elif case == "linear":
+        if case == "linear":
             assert max(found.values()) < 1e-6, (case, found)
         else:
             # Gradients reach 2 here: float16 rounds there by 5e-4 to 1e-3, truncated bf16 by up to 2^-6.
