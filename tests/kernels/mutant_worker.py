@@ -11,7 +11,7 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
-import importlib.util
+import importlib
 import json
 import runpy
 import shutil
@@ -32,13 +32,14 @@ LIMIT_SECONDS = 240  # of one child
 
 
 def load_mutants() -> list[Any]:
-    """The table, by its path: the name `tests` would be that of whatever folder is first on the path."""
-    spec = importlib.util.spec_from_file_location("mutants", FOLDER / "mutants.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["mutants"] = module
-    spec.loader.exec_module(module)
-    return list(module.MUTANTS)
+    """The table, of this checkout; each child then finds the name `tests` for itself."""
+    sys.path.insert(0, str(ROOT))
+    try:
+        return list(importlib.import_module("tests.kernels.mutants").MUTANTS)
+    finally:
+        sys.path.remove(str(ROOT))
+        for name in [name for name in sys.modules if name.split(".")[0] == "tests"]:
+            del sys.modules[name]
 
 
 def copy_of_package(folder: Path) -> Path:
