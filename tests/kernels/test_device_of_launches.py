@@ -7,7 +7,6 @@ torch.cuda are stood in for, as far as the current device goes.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -19,36 +18,13 @@ pytest.importorskip("triton")
 from potstill.kernels import teacher_triton
 from potstill.kernels.device_guard import on_device
 from potstill.kernels.topk import teacher_topk
-
-
-class Current:
-    """The current device, and what it was at each launch."""
-
-    def __init__(self) -> None:
-        self.index = 0
-        self.launches: list[tuple[str, int]] = []
-
-    @contextmanager
-    def device(self, device: Any) -> Iterator[None]:
-        before, self.index = self.index, torch.device(device).index
-        try:
-            yield
-        finally:
-            self.index = before
-
-    def kernel(self, name: str) -> Any:
-        class Kernel:
-            def __getitem__(_, grid: Any) -> Any:
-                return lambda *arguments, **options: self.launches.append((name, self.index))
-
-        return Kernel()
+from tests.kernels.current_device import Current
 
 
 @pytest.fixture
 def current(monkeypatch: pytest.MonkeyPatch) -> Iterator[Current]:
     state = Current()
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: state.index)
-    monkeypatch.setattr(torch.cuda, "device", state.device)
+    state.stands_in(monkeypatch)
     for name in ("tile_kernel", "select_kernel"):
         monkeypatch.setattr(teacher_triton, name, state.kernel(name))
     teacher_triton.inverse_temperatures.cache_clear()

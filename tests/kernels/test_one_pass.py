@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -21,6 +19,7 @@ from potstill.kernels.loss import LossSettings, SparseTargetTensors, linear_spar
 from potstill.kernels.one_pass import LaunchShape, OnePass, launch_shape
 from potstill.kernels.two_passes import TwoPasses
 from tests.kernels import aot_rows
+from tests.kernels.current_device import Current
 from tests.kernels.reference import make_targets
 
 V = 60
@@ -89,24 +88,6 @@ def test_the_self_check_may_choose_tokens_without_entries() -> None:
     assert max(errors.values()) < 1e-5
 
 
-class Launches:
-    """Stands in for torch.cuda's current device and for the kernel, which notes on which device it was launched."""
-
-    def __init__(self) -> None:
-        self.index, self.devices = 0, [0][:0]
-
-    @contextmanager
-    def device(self, device: Any) -> Iterator[None]:
-        before, self.index = self.index, torch.device(device).index
-        try:
-            yield
-        finally:
-            self.index = before
-
-    def __getitem__(self, grid: Any) -> Any:
-        return lambda **arguments: self.devices.append(self.index)
-
-
 def fake_call(divergence: str, index: int) -> None:
     """One slab of 3 tokens on a GPU that is not there."""
     settings = LossSettings(alpha=0.5, divergence=divergence)
@@ -125,13 +106,12 @@ def fake_call(divergence: str, index: int) -> None:
 @pytest.mark.parametrize("divergence", ["forward_kl", "made_up"])
 def test_launches_go_to_the_slab_s_device(index: int, divergence: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever device is current: a launch elsewhere would hand it pointers of another GPU."""
-    launches = Launches()
+    current = Current()
+    current.stands_in(monkeypatch)
     monkeypatch.setitem(DIVERGENCES, "made_up", DIVERGENCES["jsd"])
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: launches.index)
-    monkeypatch.setattr(torch.cuda, "device", launches.device)
-    monkeypatch.setattr(one_pass, "row_kernel", launches)
+    monkeypatch.setattr(one_pass, "row_kernel", current.kernel("row_kernel"))
     fake_call(divergence, index)
-    assert launches.devices == [index]
+    assert current.launches == [("row_kernel", index)]
 
 
 def test_what_is_compiled_ahead_of_time_is_what_is_launched() -> None:

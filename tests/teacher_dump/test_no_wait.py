@@ -21,7 +21,7 @@ from potstill.teacher_dump import on_device
 from potstill.teacher_dump.batches import TeacherBatch
 from potstill.teacher_dump.engines import hf
 from potstill.teacher_dump.engines.base import FinishedTopK, Head, HiddenStates, Logits
-from tests.kernels.test_device_of_launches import Current
+from tests.kernels.current_device import Current
 
 DEVICE = torch.device("cuda", 1)
 M, D, V = 9, 16, 500
@@ -55,8 +55,7 @@ class Engine:
 @pytest.fixture
 def current(monkeypatch: pytest.MonkeyPatch) -> Iterator[Current]:
     state = Current()
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: state.index)
-    monkeypatch.setattr(torch.cuda, "device", state.device)
+    state.stands_in(monkeypatch)
     for name in ("tile_kernel", "select_kernel"):
         monkeypatch.setattr(teacher_triton, name, state.kernel(name))
     monkeypatch.setattr(Event, "current", state, raising=False)
