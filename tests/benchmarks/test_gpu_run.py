@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -235,18 +236,34 @@ def test_tests_are_counted_as_they_end() -> None:
 
 
 def test_pytest_says_what_is_counted(tmp_path: Path, scripts: Any) -> None:
-    """The real pytest with processes of its own, one of whose tests never ends; the smoke run counts without them."""
-    test = tmp_path / "test_some.py"
-    body = "import pytest, time\ndef test_good(): pass\ndef test_bad(): assert 0\n"
+    """The real pytest with processes of its own: what its tests gave is in the summary while one of them still runs."""
+    output, test, seen = tmp_path / "out", tmp_path / "test_some.py", tmp_path / "seen"
+    body = "import pathlib, pytest, time\ndef test_good(): pass\ndef test_bad(): assert 0\n"
     body += "@pytest.mark.skip(reason='why')\ndef test_not(): pass\n"
-    test.write_text(body + "def test_slow(): time.sleep(100)\n")
+    test.write_text(f"{body}def test_slow():\n    while not pathlib.Path({str(seen)!r}).exists(): time.sleep(0.05)\n")
     call = ("pytest", "-v", "-p", "no:cacheprovider", f"--rootdir={tmp_path}", "-n", "2", str(test))
-    summary = summary_of(tmp_path / "out", [Part("tests", "some", call, call, 1.0, 5.0, 5.0, "pytest")])
-    run_parts(summary, Budget(60.0))
+    summary = summary_of(output, [Part("tests", "some", call, call, 1.0, 8.0, 120.0, "pytest")])
+    names, running = ("passed", "failed", "skipped"), []
+
+    def watch() -> None:
+        """Let the last test end once the three others are told of, or the run is over."""
+        while not summary.outcomes[0].state.startswith(("stopped", "failed", "done")):
+            figures = json.loads((output / "summary.json").read_text())["parts"]["tests"]["figures"] or {}
+            running[:] = [figures.get(name) for name in names]
+            if running == [1, 1, 1]:
+                break
+            time.sleep(0.1)
+        seen.touch()
+
+    summary.write()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    run_parts(summary, Budget(130.0))
+    watcher.join()
     [outcome] = summary.outcomes
-    assert outcome.state == "stopped" and outcome.figures is not None, outcome.told
-    counts = {name: outcome.figures[name] for name in ("passed", "failed", "skipped")}
-    assert counts == {"passed": 1, "failed": 1, "skipped": 1}
+    assert running == [1, 1, 1], "nothing was told while a test still ran"
+    assert outcome.state == "failed" and outcome.figures is not None, outcome.told
+    assert [outcome.figures[name] for name in names] == [2, 1, 1]
 
 
 def goal(what: str) -> Goal:
