@@ -23,12 +23,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class LoadedBatch:
-    """One rank's contiguous slice of a global batch; a rank may hold no rows when the world exceeds the batch."""
+    """One rank's contiguous slice of a global batch; a rank may hold no rows when the world exceeds the batch.
+
+    source int64 [rows]: number of the source that each row is of; None where there is one source only.
+    """
 
     batch: int
     rows: Int64
     tokens: list[TokensRow]
     joined: dict[str, list[JoinedRow]]
+    source: Int64 | None = None
 
     def targets(self, name: str) -> list[TargetsRow]:
         """The rows of the targets store `name`. Raises MismatchError where that is a store of scores."""

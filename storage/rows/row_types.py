@@ -17,11 +17,16 @@ NO_LABEL = -100  # what torch's cross_entropy ignores
 
 @dataclass(frozen=True, eq=False)
 class TokensRow:
-    """A packed sequence: tokens [n] int32 split in documents of lengths doc_lens [d] int32 (sum n)."""
+    """A packed sequence: tokens [n] int32 split in documents of lengths doc_lens [d] int32 (sum n).
+
+    mask bool [n]: whether a token is trained on, that is, whether it is a label (of the position before it) and gets a
+    target; None: every token is. It may be fewer than a store's row_length: nothing is stored of padding.
+    """
 
     row: int
     tokens: Int32
     doc_lens: Int32
+    mask: NDArray[np.bool_] | None = None
 
     def position_ids(self) -> NDArray[np.int64]:
         """0, 1, 2, ... from each document's first token on, [n] int64."""
@@ -29,11 +34,19 @@ class TokensRow:
         return np.arange(len(self.tokens), dtype=np.int64) - np.repeat(np.cumsum(lens) - lens, lens)
 
     def labels(self) -> NDArray[np.int64]:
-        """The next token of the same document, [n] int64; NO_LABEL (-100) at each document's last token."""
+        """The next token of the same document, [n] int64; NO_LABEL (-100) where `has_target` is not."""
         labels = np.empty(len(self.tokens), np.int64)
         labels[:-1] = self.tokens[1:]
-        labels[np.cumsum(self.doc_lens) - 1] = NO_LABEL
+        labels[~self.has_target()] = NO_LABEL
         return labels
+
+    def has_target(self) -> NDArray[np.bool_]:
+        """Whether position t predicts something, [n] bool: token t + 1 is of the same document and is trained on."""
+        found = np.ones(len(self.tokens), np.bool_)
+        if self.mask is not None:
+            found[:-1] = self.mask[1:]
+        found[np.cumsum(self.doc_lens) - 1] = False
+        return found
 
 
 @dataclass(frozen=True, eq=False)
