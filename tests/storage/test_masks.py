@@ -33,7 +33,7 @@ from potstill.storage import (
     token_digest,
     verify_store,
 )
-from potstill.storage.files.unit_file import encode_unit
+from potstill.storage.files.unit_file import DecodedBatch, encode_unit
 from potstill.storage.rows.tokens_columns import pack_mask
 from tests.storage.stores import (
     make_masked_row,
@@ -169,6 +169,29 @@ def test_bytes_that_no_writer_makes_are_damage(
     with pytest.raises(CorruptError, match=rf"u0000000-.*, row 0: {message}"):
         StoreReader(tmp_path / "t").row(0)
     assert any(message in problem for problem in verify_store(tmp_path / "t", deep=True).problems)
+
+
+def test_a_flipped_bit_never_changes_a_mask_in_silence(masked: StoreReader) -> None:
+    """Even behind a checksum of the message that fits: that of the plane does not."""
+    entry = masked._locate(0)
+    data = (Path(masked.url) / "units" / masked.manifest.units[0].file).read_bytes()
+    message = data[int(entry["offset"]) : int(entry["offset"]) + int(entry["length"])]
+    wanted = masked.tokens_rows(range(4))
+    noticed = 0
+    for place in range(0, len(message), 3):
+        damaged = bytearray(message)
+        damaged[place] ^= 1 << place % 8
+        try:
+            batch = DecodedBatch(bytes(damaged), spec=masked.spec, where="here")
+            found = [batch.decode(row, row=row, stats={}, id_map=None) for row in range(4)]
+        except CorruptError:
+            noticed += 1
+            continue
+        for row, given_row in zip(found, wanted, strict=True):
+            assert isinstance(row, TokensRow)
+            np.testing.assert_array_equal(row.mask, given_row.mask)
+            np.testing.assert_array_equal(row.tokens, given_row.tokens)
+    assert noticed > len(message) / 3 / 4
 
 
 def test_the_loader_hands_masks_out(masked: StoreReader) -> None:
