@@ -92,10 +92,10 @@ def test_prompts_and_conversations_are_those_of_json_lines(keys: dict[str, str],
     found = []
     for number, source in enumerate([*inputs, {"dataset": {"path": str(tmp_path / "saved")}}]):
         prepare(config(tmp_path / f"out{number}", tokenizer, **keys, **source, max_untrained_fraction=1.0))
-        found.append([row.mask.tolist() for row in token_rows(tmp_path / f"out{number}" / "train")])  # type: ignore[union-attr]
+        found.append([row.has_target().tolist() for row in token_rows(tmp_path / f"out{number}" / "train")])
         assert rows(tmp_path / f"out{number}") == rows(tmp_path / "out0") and found[number] == found[0]
+    wrong = {"prompt_field": "q", "response_field": "b", "dataset": {"path": str(tmp_path / "saved")}}
     with pytest.raises(UserError, match=r"no column 'b'; found .*set response_field \(--response-field\)"):
-        wrong = {"prompt_field": "q", "response_field": "b", "dataset": {"path": str(tmp_path / "saved")}}
         prepare(config(tmp_path / "other", tokenizer, **wrong))
 
 
