@@ -14,7 +14,7 @@ from potstill.storage.loading.joining import JoinedRow, as_targets, check_digest
 from potstill.storage.loading.order import ORDER_VERSION, Int64
 from potstill.storage.loading.prefetch import Prefetcher
 from potstill.storage.loading.row_plan import RowPlan
-from potstill.storage.rows.row_types import TargetsRow, TokensRow, token_digest
+from potstill.storage.rows.row_types import TargetsRow, TokensRow
 from potstill.storage.store.reader import StoreReader
 
 STATE_VERSION = 1
@@ -205,7 +205,10 @@ class Loader(Generic[T]):
     def _store_digests(self) -> dict[str, str]:
         readers = {"tokens": self._tokens} | {f"joined.{name}": r for name, r in self._joined.items()}
         # 96 bits pin a store and keep the state small.
-        return {name: reader.digest[:24] for name, reader in readers.items()}
+        found = {name: reader.digest[:24] for name, reader in readers.items()}
+        if self._tokens.vocabulary is not None:  # one for all stores: check_joined has seen to it
+            found["vocabulary"] = self._tokens.vocabulary.digest[:24]
+        return found
 
     def _rank_rows(self, batch: int) -> Int64:
         rows = self._plan.rows(batch)
@@ -249,7 +252,7 @@ class Loader(Generic[T]):
 
     def _load(self, rows: Int64, names: frozenset[str]) -> _Piece:
         tokens = self._tokens.tokens_rows(rows)
-        digests = [token_digest(row.tokens, row.doc_lens) for row in tokens]
+        digests = [row.digest() for row in tokens]
         joined: dict[str, list[JoinedRow]] = {}
         for name in sorted(names):
             joined[name] = cast("list[JoinedRow]", self._joined[name].rows([row.row for row in tokens]))

@@ -21,12 +21,18 @@ class TokensRow:
 
     mask bool [n]: whether a token is trained on, that is, whether it is a label (of the position before it) and gets a
     target; None: every token is. It may be fewer than a store's row_length: nothing is stored of padding.
+    stored_digest: digest of the tokens as their store holds them, where their ids were renamed since; else None.
     """
 
     row: int
     tokens: Int32
     doc_lens: Int32
     mask: NDArray[np.bool_] | None = None
+    stored_digest: int | None = None
+
+    def digest(self) -> int:
+        """What targets and scores of this row carry as token_digest: of the tokens as they are stored."""
+        return token_digest(self.tokens, self.doc_lens) if self.stored_digest is None else self.stored_digest
 
     def position_ids(self) -> NDArray[np.int64]:
         """0, 1, 2, ... from each document's first token on, [n] int64."""
