@@ -21,6 +21,7 @@ from potstill.storage.loading.joining import JoinedRow, RowDataset, RowSample, c
 from potstill.storage.loading.loader import LoadedBatch, Loader
 from potstill.storage.loading.order import ORDER_VERSION, RowOrder, permute
 from potstill.storage.loading.row_plan import EpochPlan, RowPlan
+from potstill.storage.loading.sources import Source, SourceRows
 from potstill.storage.rows.column import Column
 from potstill.storage.rows.columns import COLUMNS
 from potstill.storage.rows.id_map import IdMap
@@ -67,6 +68,8 @@ __all__ = [
     "RowSample",
     "RunSpec",
     "ScoresRow",
+    "Source",
+    "SourceRows",
     "SparseTargets",
     "StoreError",
     "StoreExistsError",

@@ -96,12 +96,13 @@ def first_difference(reader: StoreReader, tokens: StoreReader) -> tuple[str, obj
         "num_rows": (reader.num_rows, tokens.num_rows),
         "tokenizer_digest": (reader.spec.tokenizer_digest, tokens.spec.tokenizer_digest),
         "vocab_size": (reader.spec.vocab_size, tokens.spec.vocab_size),
-        "vocabulary map": (_map_digest(reader), _map_digest(tokens)),
+        "vocabulary map": (map_digest(reader), map_digest(tokens)),
     }
     return next(((key, found, wanted) for key, (found, wanted) in pairs.items() if found != wanted), None)
 
 
-def _map_digest(reader: StoreReader) -> str | None:
+def map_digest(reader: StoreReader) -> str | None:
+    """Beginning of the digest of what renames the ids of a reader's rows; None where nothing does."""
     return None if reader.vocabulary is None else reader.vocabulary.digest[:16]
 
 
