@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from potstill.common.errors import UserError
+from potstill.common.store_tokenizer import tokenizers_beside
 from potstill.storage import StoreReader
 from potstill.student_train.config.train import EvalConfig
 from potstill.student_train.data.stores import check_belongs, open_store
-from potstill.student_train.evaluation.bits_per_byte import TextBytes, heldout_bytes, tokenizers_beside
+from potstill.student_train.evaluation.bits_per_byte import TextBytes, heldout_bytes
 from potstill.student_train.evaluation.heldout import HeldoutEvaluation
 from potstill.student_train.hf_export.weights import Source, find_source, load_model
 from potstill.student_train.model.parameters import count_parameters
