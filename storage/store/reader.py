@@ -107,18 +107,18 @@ class StoreReader:
         self._num_tokens = sum(sum(r.num_tokens) for r in chosen)
         self._index = PartialIndex(build_columns(chosen, self._spec.stats))
 
-    def with_vocabulary(self, vocabulary: VocabularyMap) -> StoreReader:
-        """A reader of the same store whose rows come in the student's ids; this one stays as it is.
+    def with_vocabulary(self, vocabulary: VocabularyMap | None) -> StoreReader:
+        """A reader of the same store whose rows come in the student's ids, or as stored; this one stays as it is.
 
         `spec` and `digest` stay those of the stored rows. Raises MismatchError where the map is of another number of
         ids, and for a store of draws where it drops some.
         """
-        if len(vocabulary.new_id) != self._spec.vocab_size:
+        if vocabulary is not None and len(vocabulary.new_id) != self._spec.vocab_size:
             raise MismatchError(
                 f"{self.url}: the store has {self._spec.vocab_size} ids, the vocabulary map is one of "
                 f"{len(vocabulary.new_id)}; make it from the tokenizer that the store was made with"
             )
-        if vocabulary.num_dropped and self._spec.num_draws is not None:
+        if vocabulary is not None and vocabulary.num_dropped and self._spec.num_draws is not None:
             raise MismatchError(f"{self.url}: {DRAWS_NEED_ALL}")
         reader = copy.copy(self)
         reader._vocabulary = vocabulary

@@ -16,6 +16,7 @@ from potstill.common.config import LocalPath, StorePlace, StrictModel
 from potstill.student_train.config.lr_schedule import LrSchedule
 from potstill.student_train.config.optimizers import OptimizerConfig
 from potstill.student_train.config.stages import Objective, Stage
+from potstill.student_train.config.vocabulary import VocabularyConfig
 
 Dtype = Literal["float32", "bfloat16"]
 LossBackend = Literal["auto", "torch", "triton", "triton_compiled"]  # kernels.backends.BACKENDS, compared by a test
@@ -116,6 +117,9 @@ class DataConfig(StrictModel):
     )
     targets: dict[str, StorePlace] = Field(default_factory=dict, description="Name -> targets store over tokens")
     scores: dict[str, StorePlace] = Field(default_factory=dict, description="Name -> scores store over tokens")
+    vocabulary: VocabularyConfig | None = Field(
+        default=None, description="The student's own vocabulary, where it is not the one of the stores"
+    )
     global_batch_rows: int = Field(ge=1, description="Rows per optimizer step over all ranks")
     micro_batch_rows: int = Field(
         default=1, ge=1, description="Rows per forward on one rank; accumulation follows from it"
@@ -343,6 +347,9 @@ class EvalConfig(StrictModel):
     )
     tokenizer: Path | None = Field(
         default=None, description="Tokenizer folder, for bits per byte; null: the model's own or the one beside heldout"
+    )
+    vocabulary: VocabularyConfig | None = Field(
+        default=None, description="The model's own vocabulary, as in data.vocabulary; null takes that of its run"
     )
     max_rows: int | None = Field(default=None, ge=1, description="Rows to use; null takes all")
     batch_rows: int = Field(default=4, ge=1, description="Rows per forward")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 from potstill.common.errors import UserError
+from potstill.common.store_tokenizer import tokenizers_beside
 from potstill.kernels.checks import check_draws
 from potstill.kernels.settings import stored_temperature
 from potstill.kernels.types import KernelInputError
@@ -21,23 +22,37 @@ from potstill.student_train.curriculum.plan import CurriculumPlan, total_steps
 from potstill.student_train.curriculum.row_selector import needed_stats
 from potstill.student_train.curriculum.schedules import scalar_bounds
 from potstill.student_train.curriculum.step_objective import distillation_settings, stage_value
+from potstill.student_train.data.vocabulary import Vocabulary, vocabulary_of
 from potstill.student_train.model.loss_terms import term_stores
 
 log = logging.getLogger(__name__)
 
+VOCABULARY = "data.vocabulary"  # its name among the digests of a checkpoint; no store is called so
+
 
 @dataclass(frozen=True)
 class Stores:
-    """The readers of one run, by name."""
+    """The readers of one run, by name; with a `vocabulary` their rows are in the student's ids."""
 
     tokens: StoreReader
     joined: Mapping[str, StoreReader]
     heldout: StoreReader | None
     heldout_targets: StoreReader | None
+    vocabulary: Vocabulary | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that a student of this run needs."""
+        return self.tokens.vocab_size
 
     def digests(self) -> dict[str, str]:
-        """Digest of each training store, for the checkpoint."""
-        return {"tokens": self.tokens.digest, **{name: reader.digest for name, reader in self.joined.items()}}
+        """Digest of each training store, and of the vocabulary map if there is one, for the checkpoint."""
+        found = {"tokens": self.tokens.digest, **{name: reader.digest for name, reader in self.joined.items()}}
+        return found if self.vocabulary is None else {**found, VOCABULARY: self.vocabulary.mapping.digest}
+
+    def targets(self) -> dict[str, StoreReader]:
+        """The targets stores among the joined ones."""
+        return {name: reader for name, reader in self.joined.items() if reader.spec.kind == "targets"}
 
 
 _MAKERS = {"tokens": "prepare", "targets": "dump", "scores": "score"}  # the command that writes each kind
@@ -137,7 +152,30 @@ def open_stores(config: TrainConfig) -> Stores:
         heldout_targets = open_store(data.heldout_targets, "targets", "data.heldout_targets")
         check_belongs(heldout_targets, heldout, key="data.heldout_targets", tokens_key="data.heldout")
         check_targets(heldout_targets, heldout, key="data.heldout_targets")
-    return Stores(tokens, joined, heldout, heldout_targets)
+    stores = Stores(tokens, joined, heldout, heldout_targets)
+    return stores if data.vocabulary is None else in_vocabulary(stores, data)
+
+
+def in_vocabulary(stores: Stores, data: DataConfig) -> Stores:
+    """The stores with rows in the ids of data.vocabulary. Raises UserError."""
+    assert data.vocabulary is not None
+    beside = tokenizers_beside(data.tokens, stores.tokens.spec.info)
+    vocabulary = vocabulary_of(data.vocabulary, stores.tokens, beside)
+
+    def mapped(reader: StoreReader) -> StoreReader:
+        try:
+            return reader.with_vocabulary(vocabulary.mapping)
+        except StoreError as error:
+            raise UserError(f"data.vocabulary: {error}") from error
+
+    return replace(
+        stores,
+        tokens=mapped(stores.tokens),
+        joined={name: mapped(reader) for name, reader in stores.joined.items()},
+        heldout=None if stores.heldout is None else mapped(stores.heldout),
+        heldout_targets=None if stores.heldout_targets is None else mapped(stores.heldout_targets),
+        vocabulary=vocabulary,
+    )
 
 
 def _check_temperature(value: Scalar, targets: StoreReader, name: str, key: str) -> None:

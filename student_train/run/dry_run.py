@@ -21,6 +21,8 @@ from potstill.student_train.config.train import TrainConfig
 from potstill.student_train.curriculum.plan import CurriculumPlan, StageSpan
 from potstill.student_train.curriculum.schedules import scalar_value
 from potstill.student_train.curriculum.step_objective import stage_value, step_objective
+from potstill.student_train.data.stores import Stores
+from potstill.student_train.data.vocabulary import tail_line
 from potstill.student_train.model.parameters import DTYPES, count_parameters
 from potstill.student_train.run.parameter_groups import hidden_matrices
 from potstill.student_train.run.preflight import CheckedStart
@@ -86,6 +88,7 @@ class DryRun:
     tokens: int
     stores: tuple[StoreFigures, ...]
     reads_sampled: bool
+    vocabulary: str | None  # the student's beside the teacher's, where it is another one
     stages: tuple[StageFigures, ...]
     memory_bytes: Mapping[str, int]  # per rank, by part
     notes: tuple[str, ...]
@@ -124,6 +127,7 @@ def dry_run(start: CheckedStart) -> DryRun:
         tokens=round(rows * stores.tokens.num_tokens / stores.tokens.num_rows),
         stores=store_figures(start, first, sampled),
         reads_sampled=len(sampled) < plan.total_steps - first,
+        vocabulary=vocabulary_line(stores),
         stages=tuple(stage_figures(config, plan, span) for span in plan.spans),
         memory_bytes=memory_by_part(
             config,
@@ -185,6 +189,13 @@ def store_figures(start: CheckedStart, first: int, steps: list[int]) -> tuple[St
         if reader is not None:
             found.append(_figures(key, place, reader, None))
     return tuple(found)
+
+
+def vocabulary_line(stores: Stores) -> str | None:
+    """What data.vocabulary does, and what a subset costs on some rows."""
+    if stores.vocabulary is None:
+        return None
+    return ", ".join(filter(None, (stores.vocabulary.line(), tail_line(stores.vocabulary, stores.targets()))))
 
 
 def _figures(key: str, path: Path | str | None, reader: StoreReader, read_bytes: float | None) -> StoreFigures:
