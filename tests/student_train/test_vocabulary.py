@@ -14,7 +14,7 @@ from potstill.common.config import build_config
 from potstill.common.errors import UserError
 from potstill.kernels.loss import sparse_loss
 from potstill.kernels.types import IGNORE_LABEL, SparseTargetTensors
-from potstill.storage import StoreReader, TargetsRow
+from potstill.storage import StoreReader
 from potstill.student_train import evaluate, export
 from potstill.student_train.config.train import EvalConfig, ExportConfig
 from potstill.student_train.data.stores import Stores, open_stores
@@ -243,7 +243,7 @@ def test_its_export_is_measured_in_its_own_ids(places: Places, finished: Path, t
 
 def test_samples_are_written_in_its_own_ids(places: Places, finished: Path) -> None:
     """The prompt of a sample is the text of the held-out row, whatever its ids are."""
-    (sample,) = [line["samples"] for line in read_metrics(finished) if line["kind"] == "samples"][-1]
+    (sample,) = [line["samples"] for line in read_metrics(finished) if line["kind"] == "sample"][-1]
     row, tokenizer = StoreReader(places["heldout"]).tokens_rows([0])[0], places["source"]
     text_of = {number: text for text, number in vocabulary(tokenizer).items()}
     whole = "".join(text_of[int(number)] for number in row.tokens).replace("\u0120", " ")
