@@ -19,6 +19,14 @@ from potstill.storage.files.commit import CommitRecord
 from potstill.storage.files.folder import StorePath
 from potstill.storage.loading.joining import JoinedRow, RowDataset, RowSample, check_joined
 from potstill.storage.loading.loader import LoadedBatch, Loader
+from potstill.storage.loading.mixture import (
+    MIXTURE_VERSION,
+    Draw,
+    MixedOrder,
+    Mixture,
+    source_seed,
+    whole_weights,
+)
 from potstill.storage.loading.order import ORDER_VERSION, RowOrder, permute
 from potstill.storage.loading.row_plan import EpochPlan, RowPlan
 from potstill.storage.loading.sources import Source, SourceRows
@@ -43,6 +51,7 @@ from potstill.storage.store.writer import StoreWriter, check_output, discard_unu
 
 __all__ = [
     "COLUMNS",
+    "MIXTURE_VERSION",
     "NO_LABEL",
     "ORDER_VERSION",
     "TOKENS_COLUMNS",
@@ -51,6 +60,7 @@ __all__ = [
     "Column",
     "CommitRecord",
     "CorruptError",
+    "Draw",
     "EpochPlan",
     "GaveUpError",
     "GcReport",
@@ -61,6 +71,8 @@ __all__ = [
     "Loader",
     "Manifest",
     "MismatchError",
+    "MixedOrder",
+    "Mixture",
     "NotAStoreError",
     "ReadFailedError",
     "Row",
@@ -101,8 +113,10 @@ __all__ = [
     "format_row",
     "permute",
     "seal_store",
+    "source_seed",
     "store_stats",
     "store_status",
     "token_digest",
     "verify_store",
+    "whole_weights",
 ]

@@ -62,7 +62,7 @@ def student_part(arguments: argparse.Namespace, tokens: StoreReader, rows: Seque
     if config is not None:
         at = curriculum_step(config, tokens, step=step, default=_last_step(source, saved))
     if at is not None:
-        tokens = at.stores.tokens  # the same rows, in the ids of the run
+        tokens = at.stores.sources[at.source].tokens  # the same rows, in the ids of the run
     elif source is not None and (vocabulary := model_vocabulary(source, None)) is not None:
         beside = tokenizer_candidates(source, tokens.url if "://" in tokens.url else Path(tokens.url), tokens)
         tokens, _ = in_model_vocabulary(vocabulary, tokens, candidates=beside)
@@ -122,7 +122,7 @@ def _extras(found: RowFigures, at: CurriculumStep | None, source: Source | None)
 def kept_note(kept: KeptFigures, at: CurriculumStep, *, student: str | None) -> str:
     """One line: step, stage, whether the row is in the pool, and how much of its tokens is kept."""
     span = at.plan.segment(at.step).span
-    size, total = at.pool_size, at.stores.tokens.num_rows
+    size, total = at.pool_size, at.stores.num_rows
     if not kept.in_pool:
         pool = f"the row is not in the pool ({size:,} of {total:,} rows), nothing of it is trained on."
     elif size == total:

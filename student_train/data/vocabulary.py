@@ -50,15 +50,15 @@ class Vocabulary:
 
 
 def vocabulary_of(
-    config: VocabularyConfig, tokens: StoreReader, candidates: Iterable[Path | None], *, key: str = KEY
+    config: VocabularyConfig, texts: Sequence[StoreReader], candidates: Iterable[Path | None], *, key: str = KEY
 ) -> Vocabulary:
-    """The map from the ids of `tokens` to the student's, checked on some of its rows.
+    """The map from the ids of the tokens stores `texts`, which are of one tokenizer, to the student's.
 
-    The stores' tokenizer is config.teacher_tokenizer, or the first of the folders `candidates` that is it. Raises
-    UserError that names the key: a tokenizer that is not the stores', tokens that the student lacks without `subset`,
-    text that has such a token, or that the two tokenizers cut differently.
+    It is checked on some rows of each. The stores' tokenizer is config.teacher_tokenizer, or the first of the folders
+    `candidates` that is it. Raises UserError that names the key: a tokenizer that is not the stores', tokens that the
+    student lacks without `subset`, text that has such a token, or that the two tokenizers cut differently.
     """
-    teacher, student = _teacher(config, tokens, candidates, key), read_tokenizer(config.tokenizer)
+    teacher, student = _teacher(config, texts[0], candidates, key), read_tokenizer(config.tokenizer)
     _check_kinds(teacher, student, config, key)
     ids, own = teacher.get_vocab(), student.get_vocab()
     lacking = sorted(number for text, number in ids.items() if text not in own)
@@ -69,13 +69,16 @@ def vocabulary_of(
             f"declare the loss with {key}.subset: true, which moves the teacher's probability of these tokens into "
             "the tail"
         )
-    table = _table(ids, own, num_stored=tokens.spec.vocab_size)
+    table = _table(ids, own, num_stored=texts[0].spec.vocab_size)
     try:
         mapping = VocabularyMap.build(table, vocab_size=max(own.values()) + 1)
     except StoreError as error:
         raise UserError(f"{key}: {error}") from error
     found = Vocabulary(mapping, len(ids), len(own.keys() - ids.keys()), len(lacking))
-    _check_rows(tokens, mapping, teacher, student, num_rows=config.check_rows, key=key)
+    if not config.check_rows:
+        log.warning("%s.check_rows is 0: not looked at whether both tokenizers cut text alike", key)
+    for tokens in texts:
+        _check_rows(tokens, mapping, teacher, student, num_rows=config.check_rows, key=key)
     return found
 
 
@@ -147,9 +150,6 @@ def _check_rows(
     The same tokens do not make the same tokenizer: with other merges or another rule for words the student is trained
     on sequences that its own tokenizer never makes.
     """
-    if not num_rows:
-        log.warning("%s.check_rows is 0: not looked at whether both tokenizers cut text alike", key)
-        return
     for row in tokens.tokens_rows(spread(tokens.num_rows, num_rows)):
         try:
             mapping.map_tokens(row)

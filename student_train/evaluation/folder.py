@@ -142,7 +142,7 @@ def in_model_vocabulary(
     candidates: Sequence[Path | None],
 ) -> tuple[StoreReader, StoreReader | None]:
     """Readers of the same rows in the model's ids. Raises UserError."""
-    mapping = vocabulary_of(vocabulary, tokens, candidates, key="vocabulary").mapping
+    mapping = vocabulary_of(vocabulary, [tokens], candidates, key="vocabulary").mapping
     try:
         return tokens.with_vocabulary(mapping), None if targets is None else targets.with_vocabulary(mapping)
     except StoreError as error:

@@ -93,7 +93,7 @@ def text_sampler(config: TrainConfig, stores: Stores) -> TextSampler | None:
     options = config.eval
     if not options.samples and not options.sample_prompts:
         return None
-    spec = stores.tokens.spec
+    spec = stores.spec
     tokenizer = load_tokenizer(config, vocab_size=stores.vocab_size)
     begin, end = (_marks(stores, name) for name in ("prefix", "suffix"))
 
@@ -121,11 +121,11 @@ def text_sampler(config: TrainConfig, stores: Stores) -> TextSampler | None:
 
 def _marks(stores: Stores, name: str) -> list[int]:
     """Ids that prepare has put before or behind each document, as the student numbers them. Raises UserError."""
-    ids = list(stores.tokens.spec.info.get(name) or ())
+    ids = list(stores.spec.info.get(name) or ())
     if stores.vocabulary is None:
         return ids
     try:
-        return stores.vocabulary.mapping.map_ids(ids, what=f"{name} of each document of {stores.tokens.url}")
+        return stores.vocabulary.mapping.map_ids(ids, what=f"{name} of each document of {stores.sources[0].tokens.url}")
     except StoreError as error:
         raise UserError(f"data.vocabulary: {error}") from error
 
@@ -137,8 +137,9 @@ def load_tokenizer(config: TrainConfig, *, vocab_size: int) -> Any:
     folder = find_tokenizer(config.eval.tokenizer, config)
     file = None if folder is None else Path(folder) / "tokenizer.json"
     if file is None or not file.is_file():
+        tokens = config.data.named_sources()[0].config.tokens
         raise UserError(
-            f"eval.samples needs the tokenizer of {config.data.tokens}, and no tokenizer.json was found "
+            f"eval.samples needs the tokenizer of {tokens}, and no tokenizer.json was found "
             f"{'beside it' if folder is None else f'in {folder}'}; name its folder with eval.tokenizer"
         )
     tokenizer = Tokenizer.from_file(str(file))
