@@ -35,7 +35,7 @@ from potstill.storage.rows.columns import COLUMNS
 from potstill.storage.rows.id_map import IdMap
 from potstill.storage.rows.k_bound import KBound, bound_positions
 from potstill.storage.rows.row_types import NO_LABEL, Row, ScoresRow, TargetsRow, TokensRow, token_digest
-from potstill.storage.rows.sparse_targets import Candidates, SparseTargets, concatenate
+from potstill.storage.rows.sparse_targets import Candidates, SparseTargets, alike, concatenate
 from potstill.storage.store.gc import GcReport, collect_garbage
 from potstill.storage.store.inspect import format_row
 from potstill.storage.store.reader import StoreReader
@@ -95,6 +95,7 @@ __all__ = [
     "VerifyReport",
     "VersionError",
     "WriteFailedError",
+    "alike",
     "bound_positions",
     "check_alignment",
     "check_joined",

@@ -5,6 +5,8 @@ Rows of the sources stand one after the other: source i holds the global row ids
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar, cast
@@ -62,13 +64,17 @@ class SourceRows:
         return frozenset().union(*(source.joined for source in self.sources))
 
     def digests(self) -> dict[str, str]:
-        """Digest of every store: of `tokens`, `joined.NAME`, and with several sources `SOURCE.tokens` and so on."""
-        found: dict[str, str] = {}
-        for source in self.sources:
-            before = "" if self.has_one else f"{source.name}."
-            found[f"{before}tokens"] = source.tokens.digest
-            found |= {f"{before}joined.{name}": reader.digest for name, reader in source.joined.items()}
-        return found
+        """Hexadecimal digests that pin all stores: of `tokens` and each `joined.NAME`, or one per source of several.
+
+        A source's is sha256 over the names and digests of its stores, so that a saved state stays small.
+        """
+        found = [_digests(source) for source in self.sources]
+        if self.has_one:
+            return found[0]
+        return {
+            source.name: hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+            for source, digests in zip(self.sources, found, strict=True)
+        }
 
     def source_of(self, rows: Int64) -> Int64:
         """Number of the source of each global row id."""
@@ -109,6 +115,10 @@ def as_sources(tokens: StoreReader | Sequence[Source], joined: Mapping[str, Stor
     if joined is not None:
         raise StoreError("stores to join were given beside sources; each source names its own")
     return tuple(tokens)
+
+
+def _digests(source: Source) -> dict[str, str]:
+    return {"tokens": source.tokens.digest, **{f"joined.{name}": r.digest for name, r in source.joined.items()}}
 
 
 def _read(source: Source, rows: Int64, names: frozenset[str]) -> tuple[list[TokensRow], Joined]:

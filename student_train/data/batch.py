@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from potstill.kernels.types import IGNORE_LABEL, SparseTargetTensors
-from potstill.storage import LoadedBatch, ScoresRow, TargetsRow, TokensRow, concatenate
+from potstill.storage import LoadedBatch, ScoresRow, TargetsRow, TokensRow, alike, concatenate
 from potstill.student_train.curriculum.step_objective import StepObjective, TokenChoice
 from potstill.student_train.curriculum.token_selector import choose, known_active, known_weight_sum
 
@@ -156,7 +156,8 @@ def _micro_batch(batch: LoadedBatch, objective: StepObjective, part: slice, row_
     targets = None
     if objective.targets is not None:
         parts = [cast(TargetsRow, row).targets for row in batch.joined[objective.targets][part]]
-        targets = SparseTargetTensors.from_arrays(concatenate(parts))
+        # Teachers of several sources need not have stored the same; what the stage needs was checked at the start.
+        targets = SparseTargetTensors.from_arrays(concatenate(parts if batch.source is None else alike(parts)))
     micro = MicroBatch(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(positions),
