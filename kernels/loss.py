@@ -146,7 +146,9 @@ def token_statistics(
     for name in ("token_weights", "kd_weights", "normalizer"):
         if getattr(given, name) is not None:
             raise KernelInputError(f"{name} is given, but statistics are taken of every token alike")
-    settings = settings.without_kd() if targets is None else replace(settings, alpha=1.0, ce_weight=0.0, off_kd="nothing")
+    settings = (
+        settings.without_kd() if targets is None else replace(settings, alpha=1.0, ce_weight=0.0, off_kd="nothing")
+    )
     call = LossCall.make(settings, given, targets=targets, labels=labels, sizes=inputs.sizes, like=inputs.hidden)
     with torch.autocast(inputs.hidden.device.type, enabled=False):
         return run_statistics(inputs, call)

@@ -105,13 +105,13 @@ class LossSettings:
         return replace(self, soft_cap=soft_cap, logit_scale=logit_scale)
 
     def without_kd(self) -> "LossSettings":
-        """The label terms alone: alpha 0, and all that belongs to the divergence as it is by default.
+        """The label terms alone, of tokens without targets: alpha 0, and what belongs to the divergence by default.
 
         A student's logits are then streamed at T = 1 only, whatever the KD term that counts nothing would ask for.
         """
         return LossSettings(
             alpha=0.0,
-            ce_weight=self.label_weight,
+            ce_weight=self.label_weight + self.off_weight,
             z_loss=self.z_loss,
             soft_cap=self.soft_cap,
             logit_scale=self.logit_scale,

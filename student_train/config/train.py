@@ -328,6 +328,8 @@ class TrainConfig(StrictModel):
         wanted = {ref.store: "rows.score" for ref in (stage.rows.score.of if stage.rows else ())}
         if stage.tokens is not None:
             wanted |= dict.fromkeys(stage.tokens.stores(), "tokens")
+        if stage.weights is not None:
+            wanted[stage.weights.store] = "weights.store"
         for name, where in wanted.items():
             if name not in known:
                 raise ValueError(f"curriculum.{number}.{where} names store {name!r}; known: {sorted(known)}")

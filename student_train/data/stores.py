@@ -21,6 +21,7 @@ from potstill.student_train.curriculum.plan import CurriculumPlan, total_steps
 from potstill.student_train.curriculum.row_selector import needed_stats
 from potstill.student_train.curriculum.schedules import scalar_bounds
 from potstill.student_train.curriculum.step_objective import distillation_settings, stage_value
+from potstill.student_train.data.weights import check_weights
 from potstill.student_train.model.loss_terms import term_stores
 
 log = logging.getLogger(__name__)
@@ -93,7 +94,11 @@ def check_targets(targets: StoreReader, tokens: StoreReader, *, key: str) -> Non
 
 def unused_columns(config: TrainConfig, name: str) -> frozenset[str]:
     """Columns of targets store `name` that no stage looks at, so that they need not be decoded."""
-    selecting = any(name in stage.tokens.stores() for stage in config.curriculum if stage.tokens is not None)
+    selecting = any(
+        (stage.tokens is not None and name in stage.tokens.stores())
+        or (stage.weights is not None and stage.weights.of == "document" and stage.weights.store == name)
+        for stage in config.curriculum
+    )
     temperatures = [config.objective.temperature, *(stage.temperature for stage in config.curriculum)]
     is_plain = all(value is None or set(scalar_bounds(value)) == {1.0} for value in temperatures)
     side = frozenset() if selecting else frozenset({"entropy", "label", "label_rank"})
@@ -161,6 +166,8 @@ def check_objectives(config: TrainConfig, stores: Stores) -> None:
         key = f"curriculum.{number}"
         if stage.tokens is not None:
             _check_token_stores(stores, stage.tokens, key)
+        if stage.weights is not None:
+            check_weights(stage.weights, stores.joined[stage.weights.store], key=f"{key}.weights")
         if stage.targets is None:
             continue
         targets = stores.joined[stage.targets]

@@ -192,6 +192,7 @@ def open_loader(
             row_length=stores.tokens.spec.row_length,
             terms=student.terms,
             device=topology.device,
+            fixed_length=config.model.compile,
         ),
         rank=topology.rank,
         world=topology.world_size,
@@ -259,6 +260,7 @@ def heldout_evaluation(config: TrainConfig, stores: Stores, topology: Topology) 
         rank=topology.rank,
         world_size=topology.world_size,
         device=topology.device,
+        fixed_length=config.model.compile,
     )
 
 
