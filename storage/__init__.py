@@ -19,8 +19,17 @@ from potstill.storage.files.commit import CommitRecord
 from potstill.storage.files.folder import StorePath
 from potstill.storage.loading.joining import JoinedRow, RowDataset, RowSample, check_joined
 from potstill.storage.loading.loader import LoadedBatch, Loader
+from potstill.storage.loading.mixture import (
+    MIXTURE_VERSION,
+    Draw,
+    MixedOrder,
+    Mixture,
+    source_seed,
+    whole_weights,
+)
 from potstill.storage.loading.order import ORDER_VERSION, RowOrder, permute
 from potstill.storage.loading.row_plan import EpochPlan, RowPlan
+from potstill.storage.loading.sources import Source, SourceRows
 from potstill.storage.rows.column import Column
 from potstill.storage.rows.columns import COLUMNS
 from potstill.storage.rows.id_map import IdMap
@@ -41,6 +50,7 @@ from potstill.storage.store.writer import StoreWriter, check_output, discard_unu
 
 __all__ = [
     "COLUMNS",
+    "MIXTURE_VERSION",
     "NO_LABEL",
     "ORDER_VERSION",
     "TOKENS_COLUMNS",
@@ -49,6 +59,7 @@ __all__ = [
     "Column",
     "CommitRecord",
     "CorruptError",
+    "Draw",
     "EpochPlan",
     "GaveUpError",
     "GcReport",
@@ -59,6 +70,8 @@ __all__ = [
     "Loader",
     "Manifest",
     "MismatchError",
+    "MixedOrder",
+    "Mixture",
     "NotAStoreError",
     "ReadFailedError",
     "Row",
@@ -68,6 +81,8 @@ __all__ = [
     "RowSample",
     "RunSpec",
     "ScoresRow",
+    "Source",
+    "SourceRows",
     "SparseTargets",
     "StoreError",
     "StoreExistsError",
@@ -95,8 +110,10 @@ __all__ = [
     "format_row",
     "permute",
     "seal_store",
+    "source_seed",
     "store_stats",
     "store_status",
     "token_digest",
     "verify_store",
+    "whole_weights",
 ]

@@ -115,7 +115,7 @@ def _extras(found: RowFigures, at: CurriculumStep | None, source: Source | None)
 def kept_note(kept: KeptFigures, at: CurriculumStep, *, student: str | None) -> str:
     """One line: step, stage, whether the row is in the pool, and how much of its tokens is kept."""
     span = at.plan.segment(at.step).span
-    size, total = at.pool_size, at.stores.tokens.num_rows
+    size, total = at.pool_size, at.stores.num_rows
     if not kept.in_pool:
         pool = f"the row is not in the pool ({size:,} of {total:,} rows), nothing of it is trained on."
     elif size == total:

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from potstill.common.config import StrictModel
 from potstill.student_train.config.curves import Scalar, check_bounds
 from potstill.student_train.config.row_scores import RowScore
+from potstill.student_train.config.sources import check_mix
 from potstill.student_train.config.token_policies import TokenSelector
 from potstill.student_train.config.weights import Weights
 
@@ -94,7 +95,14 @@ class Stage(StrictModel):
     missing_mass: MissingMass | None = Field(default=None, description="Overrides objective.missing_mass")
     z_loss: Scalar | None = Field(default=None, description="Overrides objective.z_loss")
     options: dict[str, float] | None = Field(default=None, description="Overrides objective.options")
-    rows: RowSelector | None = Field(default=None, description="Which rows; null takes all")
+    mix: dict[str, float] | None = Field(
+        default=None,
+        description="Name of a source -> its share of the rows (of the sum); null: each by the number of its rows",
+    )
+    repeat: bool = Field(
+        default=True, description="Whether a row may come a second time in the run; false refuses a run where one would"
+    )
+    rows: RowSelector | None = Field(default=None, description="Which rows of each source; null takes all")
     tokens: TokenSelector | None = Field(default=None, description="Which token positions; null takes all")
     weights: Weights | None = Field(
         default=None, description="What a row or a document counts, mean 1 over each global batch; null: all alike"
@@ -103,6 +111,10 @@ class Stage(StrictModel):
     @model_validator(mode="after")
     def _bounds(self) -> Stage:
         _check_objective(self)
+        if self.mix is not None:
+            check_mix(self.mix)
+        if self.rows is not None and not self.repeat:
+            raise ValueError("repeat false does not go with rows: pools of rows overlap; remove one of the two")
         if self.targets is None and self.tokens is not None:
             if self.tokens.entry.needs_targets:
                 raise ValueError(f"tokens.policy {self.tokens.policy} needs the stage's targets")

@@ -15,6 +15,14 @@ from pydantic import BeforeValidator, Field, model_validator
 from potstill.common.config import LocalPath, StorePlace, StrictModel
 from potstill.student_train.config.lr_schedule import LrSchedule
 from potstill.student_train.config.optimizers import OptimizerConfig
+from potstill.student_train.config.sources import (
+    NamedSource,
+    SourceConfig,
+    check_sources,
+    check_store_names,
+    named_sources,
+    stage_sources,
+)
 from potstill.student_train.config.stages import Objective, Stage
 
 Dtype = Literal["float32", "bfloat16"]
@@ -109,7 +117,13 @@ class ModelConfig(StrictModel):
 class DataConfig(StrictModel):
     """Stores to read and the shape of a batch."""
 
-    tokens: StorePlace = Field(description="Sealed tokens store: folder or URL, as all stores here")
+    tokens: StorePlace | None = Field(
+        default=None, description="Sealed tokens store: folder or URL, as all stores here; this, or sources"
+    )
+    sources: dict[str, SourceConfig] = Field(
+        default_factory=dict,
+        description="Name -> tokens store with its targets and scores, in place of data.tokens, targets and scores",
+    )
     heldout: StorePlace | None = Field(default=None, description="Tokens store for evaluation")
     heldout_targets: StorePlace | None = Field(
         default=None, description="Targets store over heldout: adds agreement and KL"
@@ -132,14 +146,25 @@ class DataConfig(StrictModel):
 
     @model_validator(mode="after")
     def _names(self) -> DataConfig:
-        twice = sorted(set(self.targets) & set(self.scores))
-        if twice:
-            raise ValueError(f"data.targets and data.scores both name {twice}; names must differ")
-        if "student" in {*self.targets, *self.scores}:
-            raise ValueError("'student' cannot name a store: token selectors use it for the student itself")
+        if self.tokens is None and not self.sources:
+            raise ValueError(
+                "data.tokens is needed and missing: name a tokens store there, or several under data.sources"
+            )
+        beside = [key for key in ("tokens", "targets", "scores") if getattr(self, key)] if self.sources else []
+        if beside:
+            raise ValueError(
+                f"data.sources and data.{beside[0]} are both given; each source names its own tokens, targets and "
+                f"scores: move data.{beside[0]} into one, or remove data.sources"
+            )
+        check_store_names(self.targets, self.scores, key="data")
+        check_sources(self.sources)
         if self.heldout_targets is not None and self.heldout is None:
             raise ValueError("data.heldout_targets needs data.heldout")
         return self
+
+    def named_sources(self) -> tuple[NamedSource, ...]:
+        """Where rows come from, in the order of their ids: one source for data.tokens, or those of data.sources."""
+        return named_sources(self.tokens, self.targets, self.scores, self.sources)
 
 
 class CheckpointConfig(StrictModel):
@@ -320,19 +345,24 @@ class TrainConfig(StrictModel):
         return self
 
     def _check_names(self, number: int, stage: Stage) -> None:
-        known = {*self.data.targets, *self.data.scores}
-        if stage.targets is not None and stage.targets not in self.data.targets:
-            raise ValueError(
-                f"curriculum.{number}.targets names {stage.targets!r}; data.targets has {sorted(self.data.targets)}"
-            )
-        wanted = {ref.store: "rows.score" for ref in (stage.rows.score.of if stage.rows else ())}
+        """Every store that a stage reads must be one of each source that it draws from."""
+        key = f"curriculum.{number}"
+        sources = stage_sources(stage, self.data.named_sources(), key=key)
+        wanted = {ref.store: f"{key}.rows.score" for ref in (stage.rows.score.of if stage.rows else ())}
         if stage.tokens is not None:
-            wanted |= dict.fromkeys(stage.tokens.stores(), "tokens")
+            wanted |= dict.fromkeys(stage.tokens.stores(), f"{key}.tokens")
         if stage.weights is not None:
-            wanted[stage.weights.store] = "weights.store"
-        for name, where in wanted.items():
-            if name not in known:
-                raise ValueError(f"curriculum.{number}.{where} names store {name!r}; known: {sorted(known)}")
+            wanted[stage.weights.store] = f"{key}.weights.store"
+        for source in sources:
+            if stage.targets is not None and stage.targets not in source.config.targets:
+                raise ValueError(
+                    f"{key}.targets names {stage.targets!r}; {source.key}.targets has {sorted(source.config.targets)}"
+                )
+            for name, where in wanted.items():
+                if name not in source.store_names:
+                    known = f"; known: {sorted(source.store_names)}"
+                    of = "" if source.key == "data" else f", which {source.key} has not"
+                    raise ValueError(f"{where} names store {name!r}{of}{known}")
 
 
 class EvalConfig(StrictModel):

@@ -122,9 +122,9 @@ def _columns(choice: TokenChoice, batch: LoadedBatch, part: slice) -> dict[str, 
     if "key" in needs:
         columns["key"] = np.concatenate([_random_key(row) for row in batch.tokens[part]])
     if selector.entry.needs_source and selector.source != "student":
-        columns |= store_columns(batch.joined[selector.source][part])
+        columns |= store_columns(cast("Sequence[JoinedRow]", batch.joined[selector.source][part]))
     if selector.reference is not None:
-        columns |= store_columns(batch.joined[selector.reference][part], "reference_")
+        columns |= store_columns(cast("Sequence[JoinedRow]", batch.joined[selector.reference][part]), "reference_")
     return {name: torch.from_numpy(np.ascontiguousarray(columns[name])) for name in needs if name in columns}
 
 

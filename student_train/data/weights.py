@@ -46,25 +46,27 @@ def token_factors(
     return np.concatenate(found)
 
 
-def check_weights(weights: Weights, store: StoreReader, *, key: str) -> None:
+def check_weights(weights: Weights, store: StoreReader, *, key: str, of: str = "") -> None:
     """See that the store has the column, and that each row's statistic makes a weight. Raises UserError naming the key.
 
     Statistics of rows are looked at whole, in the index; the columns that documents are weighed by in the first row.
+    `of` says whose store it is, behind its name.
     """
+    name = f"{weights.store!r}{of}"
     if weights.of == "document":
         first = store.row(0)
         assert isinstance(first, TargetsRow | ScoresRow)
         if _column(first, DOCUMENT_COLUMNS[weights.column]) is None:
             raise UserError(
                 f"{key}.column: {weights.column} of a document needs the {DOCUMENT_COLUMNS[weights.column]} of its "
-                f"labels, which store {weights.store!r} does not hold; dump or score it with that column"
+                f"labels, which store {name} does not hold; dump or score it with that column"
             )
         return
     stats = store.row_stats
     needed = "mean_loss" if weights.column == PROBABILITY else weights.column
     if needed not in stats:
         raise UserError(
-            f"{key}.column: store {weights.store!r} has no row statistic {needed!r}; it has {sorted(stats)}. Score "
+            f"{key}.column: store {name} has no row statistic {needed!r}; it has {sorted(stats)}. Score "
             "again with that statistic, or name one of these"
         )
     values = np.asarray(stats[needed], np.float64)
@@ -72,19 +74,15 @@ def check_weights(weights: Weights, store: StoreReader, *, key: str) -> None:
     try:
         found = weights.weigh(np.exp(-values[known]) if weights.column == PROBABILITY else values[known])
     except ValueError as error:
-        raise UserError(
-            f"{key}.column: {weights.column} of store {weights.store!r} {error} (of its known rows)"
-        ) from None
+        raise UserError(f"{key}.column: {weights.column} of store {name} {error} (of its known rows)") from None
     if not found.any():
         raise UserError(
-            f"{key}: every row of store {weights.store!r} weighs 0, so there is nothing to train on; take another "
+            f"{key}: every row of store {name} weighs 0, so there is nothing to train on; take another "
             "form, or another column"
         )
     if not known.all():
         count = len(known) - int(known.sum())
-        log.warning(
-            "%s: %d of %d rows of store %r have no targets; they count 0", key, count, len(known), weights.store
-        )
+        log.warning("%s: %d of %d rows of store %s have no targets; they count 0", key, count, len(known), name)
 
 
 def _is_known(figures: Figures) -> bool:

@@ -93,7 +93,7 @@ def text_sampler(config: TrainConfig, stores: Stores) -> TextSampler | None:
     options = config.eval
     if not options.samples and not options.sample_prompts:
         return None
-    spec = stores.tokens.spec
+    spec = stores.spec
     tokenizer = load_tokenizer(config, vocab_size=spec.vocab_size)
 
     def decode(ids: Sequence[int]) -> str:
@@ -125,8 +125,9 @@ def load_tokenizer(config: TrainConfig, *, vocab_size: int) -> Any:
     folder = find_tokenizer(config.eval.tokenizer, config)
     file = None if folder is None else Path(folder) / "tokenizer.json"
     if file is None or not file.is_file():
+        tokens = config.data.named_sources()[0].config.tokens
         raise UserError(
-            f"eval.samples needs the tokenizer of {config.data.tokens}, and no tokenizer.json was found "
+            f"eval.samples needs the tokenizer of {tokens}, and no tokenizer.json was found "
             f"{'beside it' if folder is None else f'in {folder}'}; name its folder with eval.tokenizer"
         )
     tokenizer = Tokenizer.from_file(str(file))

@@ -144,11 +144,12 @@ def find_tokenizer(asked: Path | None, run: TrainConfig) -> Path | None:
             raise UserError(f"tokenizer {asked} holds no tokenizer files ({', '.join(TOKENIZER_FILES[:2])}, ...)")
         return asked
     info: Mapping[str, Any] = {}
+    tokens = run.data.named_sources()[0].config.tokens  # one tokenizer made the stores of all sources
     try:
-        info = StoreReader(run.data.tokens).spec.info
+        info = StoreReader(tokens).spec.info
     except StoreError as error:
         log.warning("the tokens store of the run cannot be read for its tokenizer: %s", error)
-    candidates = [run.model.path, *tokenizers_beside(run.data.tokens, info)]
+    candidates = [run.model.path, *tokenizers_beside(tokens, info)]
     for folder in candidates:
         if folder is not None and (folder / "tokenizer.json").is_file():
             return folder

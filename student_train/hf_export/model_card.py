@@ -84,7 +84,7 @@ def _teachers(facts: CardFacts) -> str:
     used = {stage.targets for stage in facts.config.curriculum}
     rows = []
     for record in facts.stores:
-        if record["kind"] == "targets" and record["name"] in used:
+        if record["kind"] == "targets" and record.get("key") in used:
             rows += _model_rows(record)
     return "## Teacher\n\n" + markdown_table(("targets store", "model", "sha256 of the weights", "dtype"), rows)
 
@@ -221,9 +221,10 @@ def _reproduce(facts: CardFacts) -> str:
 def _configuration(config: TrainConfig) -> str:
     tree = config.model_dump(mode="json")
     data = tree["data"]
-    places = [(tree["run"], ("output_dir",)), (data, ("tokens", "heldout", "heldout_targets"))]
+    places = [(tree["run"], ("output_dir",)), (data, ("heldout", "heldout_targets"))]
     places += [(tree["model"], ("path", "config")), (tree["checkpoint"], ("resume",))]
-    places += [(data[group], tuple(data[group])) for group in ("targets", "scores")]
+    for owner in (data, *data["sources"].values()):
+        places += [(owner, ("tokens",)), *((owner[group], tuple(owner[group])) for group in ("targets", "scores"))]
     for group, keys in places:
         group |= {key: last_name(group[key]) for key in keys if isinstance(group[key], str)}
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)

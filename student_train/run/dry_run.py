@@ -16,10 +16,11 @@ import torch
 
 from potstill.common.errors import UserError
 from potstill.kernels.loss import logits_chunk_bytes
-from potstill.storage import Loader, StoreReader
+from potstill.storage import Loader, SourceRows, StoreReader
 from potstill.student_train.config.train import TrainConfig
-from potstill.student_train.curriculum.plan import CurriculumPlan, StageSpan
+from potstill.student_train.curriculum.plan import CurriculumPlan
 from potstill.student_train.curriculum.schedules import scalar_value
+from potstill.student_train.curriculum.segments import StageSpan
 from potstill.student_train.curriculum.step_objective import stage_value, step_objective
 from potstill.student_train.model.parameters import DTYPES, count_parameters
 from potstill.student_train.run.parameter_groups import hidden_matrices
@@ -117,11 +118,11 @@ def dry_run(start: CheckedStart) -> DryRun:
         global_batch_rows=plan.global_batch,
         micro_batch_rows=config.data.micro_batch_rows,
         accumulation=start.run.accumulation,
-        row_length=stores.tokens.spec.row_length,
-        num_rows=stores.tokens.num_rows,
+        row_length=stores.spec.row_length,
+        num_rows=stores.num_rows,
         num_parameters=count_parameters(hf),
-        passes=rows / stores.tokens.num_rows,
-        tokens=round(rows * stores.tokens.num_tokens / stores.tokens.num_rows),
+        passes=rows / stores.num_rows,
+        tokens=round(rows * stores.num_tokens / stores.num_rows),
         stores=store_figures(start, first, sampled),
         reads_sampled=len(sampled) < plan.total_steps - first,
         stages=tuple(stage_figures(config, plan, span) for span in plan.spans),
@@ -162,22 +163,29 @@ def sampled_steps(plan: CurriculumPlan, first: int) -> list[int]:
 def store_figures(start: CheckedStart, first: int, steps: list[int]) -> tuple[StoreFigures, ...]:
     """Each store, with the bytes that all ranks read from it in the steps to do (estimated from `steps`)."""
     data, stores, plan = start.config.data, start.run.stores, start.run.plan
-    read = dict.fromkeys(("tokens", *stores.joined), 0.0)
+    rows_of = SourceRows(stores.sources)
+    read = [dict.fromkeys(("tokens", *source.joined), 0.0) for source in stores.sources]
     loaders = [
-        Loader(plan, stores.tokens, stores.joined, rank=rank, world=start.num_ranks, num_threads=data.num_threads)
+        Loader(plan, stores.sources, rank=rank, world=start.num_ranks, num_threads=data.num_threads)
         for rank in range(start.num_ranks)
     ]
     for step in steps:
-        for loader in loaders:
-            for rows in loader.reads(step):
-                read["tokens"] += stores.tokens.read_bytes(rows)
-                for name in plan.joined(step):
-                    read[name] += stores.joined[name].read_bytes(rows)
+        names = plan.joined(step)
+        parts = (part for loader in loaders for rows in loader.reads(step) for part in rows_of.split(rows))
+        for number, _, rows in parts:
+            source = stores.sources[number]
+            read[number]["tokens"] += source.tokens.read_bytes(rows)
+            for name in names & source.joined.keys():
+                read[number][name] += source.joined[name].read_bytes(rows)
     scale = (plan.total_steps - first) / max(len(steps), 1)
-    found = [_figures("data.tokens", data.tokens, stores.tokens, read["tokens"] * scale)]
-    for kind, group in (("targets", data.targets), ("scores", data.scores)):
-        for name, path in group.items():
-            found.append(_figures(f"data.{kind}.{name}", path, stores.joined[name], read[name] * scale))
+    found = []
+    for named, source, counted in zip(data.named_sources(), stores.sources, read, strict=True):
+        tokens = _figures(f"{named.key}.tokens", named.config.tokens, source.tokens, counted["tokens"] * scale)
+        found.append(tokens)
+        for kind, group in (("targets", named.config.targets), ("scores", named.config.scores)):
+            for name, path in group.items():
+                key = f"{named.key}.{kind}.{name}"
+                found.append(_figures(key, path, source.joined[name], counted[name] * scale))
     for key, place, reader in (
         ("data.heldout", data.heldout, stores.heldout),
         ("data.heldout_targets", data.heldout_targets, stores.heldout_targets),
@@ -248,7 +256,7 @@ def memory_by_part(
     zero = config.deepspeed.get("zero_optimization", {})
     has_bucket = stage > 0 and zero.get("contiguous_gradients", True)
     bucket = int(zero.get("reduce_bucket_size", REDUCE_BUCKET_ELEMENTS)) if has_bucket else 0
-    num_tokens = config.data.micro_batch_rows * start.run.stores.tokens.spec.row_length
+    num_tokens = config.data.micro_batch_rows * start.run.stores.spec.row_length
     vocab_size, hidden = head
     moments = 2 * num_parameters - num_muon
     optimizer = {"AdamW moments (float32)": -(-moments // share["optimizer"]) * 4}

@@ -119,7 +119,7 @@ def build_model(
         student = build_student(config.model, student_config, seed=config.run.seed)
         engine = build_engine(student, config, ds_config, topology)
     if config.run.self_check:
-        spec, rows = stores.tokens.spec, config.data.micro_batch_rows
+        spec, rows = stores.spec, config.data.micro_batch_rows
         check_model(engine, student, micro_batch_rows=rows, row_length=spec.row_length, vocab_size=spec.vocab_size)
     return student, engine
 
@@ -156,7 +156,7 @@ def open_run(
             watch = StepWatch(base, metrics=metrics, stop=stop, saves=saves)
             meter = Meter(topology.device, student.sum_names)
             batches = DeviceBatches(loader, device=topology.device, end=plan.total_steps)
-            cost = model_cost(student, student_config, stores.tokens.spec.row_length, topology)
+            cost = model_cost(student, student_config, stores.spec.row_length, topology)
             yield Run(
                 **vars(base),
                 loader=loader,
@@ -184,12 +184,11 @@ def open_loader(
     """This rank's loader, whose threads make finished micro-batches."""
     return Loader(
         plan,
-        stores.tokens,
-        dict(stores.joined),
+        stores.sources,
         finish=BatchFinisher(
             plan=plan,
             micro_batch_rows=config.data.micro_batch_rows,
-            row_length=stores.tokens.spec.row_length,
+            row_length=stores.spec.row_length,
             terms=student.terms,
             device=topology.device,
             fixed_length=config.model.compile,
