@@ -47,8 +47,9 @@ def _ones(values: tuple[float, ...], dtype: torch.dtype, device: torch.device, _
 
 
 def factors(settings: LossSettings, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """alpha, ce_weight, z_loss [3]."""
-    return on_stream(_row, (settings.alpha, settings.label_weight, settings.z_loss), dtype, device)
+    """alpha, ce_weight, z_loss, off_weight [4]."""
+    values = (settings.alpha, settings.label_weight, settings.z_loss, settings.off_weight)
+    return on_stream(_row, values, dtype, device)
 
 
 def vector(name: str, value: Tensor | None, num_tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -94,7 +94,7 @@ class LossCall:
     settings: LossSettings
     targets: SparseTargetTensors | None
     labels: Tensor  # int64 [N]
-    factors: Tensor  # [3] alpha, ce_weight, z_loss
+    factors: Tensor  # [4] alpha, ce_weight, z_loss, off_weight
     weights: Tensor  # [N], accumulation dtype
     kd_weights: Tensor  # [N]
     inverse_normalizer: Tensor  # 0-d

@@ -35,12 +35,13 @@ from potstill.storage.rows.columns import COLUMNS
 from potstill.storage.rows.id_map import IdMap
 from potstill.storage.rows.k_bound import KBound, bound_positions
 from potstill.storage.rows.row_types import NO_LABEL, Row, ScoresRow, TargetsRow, TokensRow, token_digest
-from potstill.storage.rows.sparse_targets import Candidates, SparseTargets, alike, concatenate
+from potstill.storage.rows.sparse_targets import Candidates, SparseTargets, concatenate
+from potstill.storage.rows.tokens_columns import TOKENS_COLUMNS, TokensColumn
 from potstill.storage.store.gc import GcReport, collect_garbage
 from potstill.storage.store.inspect import format_row
 from potstill.storage.store.reader import StoreReader
 from potstill.storage.store.seal import Manifest, seal_store
-from potstill.storage.store.self_check import AlignmentReport, check_alignment, check_student
+from potstill.storage.store.self_check import AlignmentReport, check_alignment, check_places, check_student
 from potstill.storage.store.spec import RunSpec
 from potstill.storage.store.stats import StoreStats, store_stats
 from potstill.storage.store.status import StoreStatus, store_status
@@ -52,6 +53,7 @@ __all__ = [
     "MIXTURE_VERSION",
     "NO_LABEL",
     "ORDER_VERSION",
+    "TOKENS_COLUMNS",
     "AlignmentReport",
     "Candidates",
     "Column",
@@ -90,16 +92,17 @@ __all__ = [
     "StoreStatus",
     "StoreWriter",
     "TargetsRow",
+    "TokensColumn",
     "TokensRow",
     "UnsealedError",
     "VerifyReport",
     "VersionError",
     "WriteFailedError",
-    "alike",
     "bound_positions",
     "check_alignment",
     "check_joined",
     "check_output",
+    "check_places",
     "check_student",
     "collect_garbage",
     "concatenate",

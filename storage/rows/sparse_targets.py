@@ -285,36 +285,6 @@ def concatenate(parts: Sequence[SparseTargets]) -> SparseTargets:
     )
 
 
-def alike(parts: Sequence[SparseTargets]) -> list[SparseTargets]:
-    """The parts without the columns and temperatures that not all of them have: of several teachers, say.
-
-    An optional column of entries that a part without entries lacks is one that it has (see `concatenate`).
-    """
-    names = set.union(*(set(part.columns) for part in parts))
-    dropped: dict[str, None] = {}
-    temperatures: dict[str, set[float]] = {}
-    for name in sorted(names):
-        column = COLUMNS[name]
-        lacking = [part for part in parts if name not in part.columns]
-        if any(part.num_entries or not (column.optional and column.axis == "entry") for part in lacking):
-            dropped[name] = None
-        elif column.per_temperature:
-            maps = [cast("Mapping[float, Array]", part.columns[name]) for part in parts]
-            common = set.intersection(*(set(at) for at in maps))
-            if any(set(at) != common for at in maps):
-                temperatures[name] = common
-    if not dropped and not temperatures:
-        return list(parts)
-    found = []
-    for part in parts:
-        cut: dict[str, Values | None] = dict(dropped)
-        for name, kept in temperatures.items():
-            values = cast("Mapping[float, Array]", part.columns[name])
-            cut[name] = {t: array for t, array in values.items() if t in kept}
-        found.append(SparseTargets(offsets=part.offsets, columns=part.columns, num_draws=part.num_draws, **cut))
-    return found
-
-
 def _filled(parts: Sequence[SparseTargets], values: list[Values | None], name: str) -> list[Values | None]:
     """`values` with no entries where a part without entries lacks them."""
     shape = next(cast("Array", value).shape[1:] for value in values if value is not None)

@@ -93,8 +93,7 @@ def check_mix(mix: Mapping[str, float]) -> None:
 
 def trains_without_targets(stage: Stage, objective: Objective) -> bool:
     """Whether rows that have no targets are trained on all the same: on their labels (off_kd ce)."""
-    own = getattr(stage, "off_kd", None)
-    return (getattr(objective, "off_kd", "nothing") if own is None else own) == "ce"
+    return (objective.off_kd if stage.off_kd is None else stage.off_kd) == "ce"
 
 
 def stage_sources(stage: Stage, sources: Sequence[NamedSource], *, key: str) -> tuple[NamedSource, ...]:
@@ -117,6 +116,8 @@ def check_stage_stores(stage: Stage, objective: Objective, sources: Sequence[Nam
     wanted = {ref.store: f"{key}.rows.score" for ref in (stage.rows.score.of if stage.rows else ())}
     if stage.tokens is not None:
         wanted |= dict.fromkeys(stage.tokens.stores(), f"{key}.tokens")
+    if stage.weights is not None:
+        wanted[stage.weights.store] = f"{key}.weights.store"
     for source in sources:
         for name, where in wanted.items():
             if name not in source.store_names:

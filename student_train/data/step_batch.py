@@ -23,6 +23,7 @@ class StepBatch:
 
     batch: number of the global batch, which is that of the step; micros: this rank's share on the CPU (page-locked if a
     GPU will take it); objective: the step's loss settings; weight_sum: sum of the token weights of `micros`;
+    kd_weight_sum: that of weights of KD alone (MicroBatch), 0 where there are none or no micro-batch;
     rows_digest: names the rows of the whole global batch.
     """
 
@@ -30,7 +31,13 @@ class StepBatch:
     micros: list[MicroBatch]
     objective: StepObjective
     weight_sum: float
+    kd_weight_sum: float
     rows_digest: str
+
+    @property
+    def weighs_kd(self) -> bool:
+        """Whether rows or documents have weights of KD alone, which their mean over the global batch divides."""
+        return self.objective.weights is not None and self.objective.weights.applies_to == "kd"
 
 
 @dataclass(frozen=True)
@@ -42,14 +49,21 @@ class BatchFinisher:
     row_length: int
     terms: Sequence[LossTerm]  # which may take columns of their own from the rows
     device: torch.device  # that will take the batches; for a GPU they are put into page-locked memory
+    fixed_length: bool = False  # of the micro-batches, for a compiled backbone
 
     def __call__(self, loaded: LoadedBatch) -> StepBatch:
         # Of this thread only. Each thread that calls torch would otherwise bring a team of one thread per core with
         # it; torch's DataLoader does the same in its own threads.
         torch.set_num_threads(1)
         objective = self.plan.objective(loaded.batch)
-        sizes = {"micro_batch_rows": self.micro_batch_rows, "row_length": self.row_length}
-        micros = collate(loaded, objective, terms=self.terms, **sizes)
+        micros = collate(
+            loaded,
+            objective,
+            terms=self.terms,
+            micro_batch_rows=self.micro_batch_rows,
+            row_length=self.row_length,
+            fixed_length=self.fixed_length,
+        )
         if self.device.type == "cuda":
             # Of this thread as well: without it, every rank would open a context of its own on the first GPU.
             torch.cuda.set_device(self.device)
@@ -59,5 +73,6 @@ class BatchFinisher:
             micros=micros,
             objective=objective,
             weight_sum=sum(micro.weight_sum for micro in micros),
+            kd_weight_sum=sum(micro.kd_weight_sum or 0.0 for micro in micros),
             rows_digest=rows_digest(self.plan.rows(loaded.batch)),
         )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from potstill.common.causal_lm import backbone, soft_cap_and_scale
 from potstill.common.errors import UserError
-from potstill.common.packed import as_lines
+from potstill.common.packed import as_lines, takes_one_line
 from potstill.student_train.config.train import ModelConfig
 from potstill.student_train.curriculum.step_objective import StepObjective
 from potstill.student_train.data.batch import MicroBatch
@@ -34,8 +34,18 @@ class StudentModel(nn.Module):
 
     hf: Any
 
-    def __init__(self, hf: Any, *, terms: tuple[LossTerm, ...] = (SparseLoss(),), loss_backend: str = "auto") -> None:
-        """`terms`: what TrainRequest adds up, in order; loss_backend: CallOptions.backend of the losses."""
+    def __init__(
+        self,
+        hf: Any,
+        *,
+        terms: tuple[LossTerm, ...] = (SparseLoss(),),
+        loss_backend: str = "auto",
+        fixed_shapes: bool = False,
+    ) -> None:
+        """`terms`: what TrainRequest adds up, in order; loss_backend: CallOptions.backend of the losses.
+
+        fixed_shapes: of the backbone's input, for a compiled one; else padding is left out where the attention allows.
+        """
         super().__init__()
         if not isinstance(getattr(hf, "lm_head", None), nn.Linear) or backbone(hf) is hf:
             raise UserError(
@@ -46,6 +56,7 @@ class StudentModel(nn.Module):
         hf.lm_head = DistillationHead(hf.lm_head, soft_cap=soft_cap, logit_scale=scale, loss_backend=loss_backend)
         self.hf = hf
         self.terms = terms
+        self._drops_padding = takes_one_line(hf.config) and not fixed_shapes
         self.sum_names = sum_names(terms)
         self.term_modules = nn.ModuleList(term for term in terms if isinstance(term, nn.Module))
 
@@ -58,12 +69,19 @@ class StudentModel(nn.Module):
         return self.run_backbone(micro, with_routers=False)[0]
 
     def run_backbone(self, micro: MicroBatch, *, with_routers: bool) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        """Hidden states [N, D] of the real tokens, and the router logits of each layer [B * L, experts] if wanted."""
+        """Hidden states [N, D] of the real tokens, and the router logits of each layer [B * L, experts] if wanted.
+
+        Where the attention takes one line of any length, padding does not pass the backbone: [N, experts] then.
+        """
         input_ids, position_ids = as_lines(self.hf.config, micro.input_ids, micro.position_ids)
+        index = micro.token_index
+        if index is not None and self._drops_padding:
+            # Each row still begins at position 0, so the rows stay apart.
+            input_ids, position_ids, index = input_ids[:, index], position_ids[:, index], None
         wanted = {"output_router_logits": True} if with_routers else {}
         out = backbone(self.hf)(input_ids=input_ids, position_ids=position_ids, use_cache=False, **wanted)
         hidden: Tensor = out.last_hidden_state.flatten(0, 1)  # [B * L, D]
-        hidden = hidden if micro.token_index is None else hidden[micro.token_index]
+        hidden = hidden if index is None else hidden[index]
         return hidden, out.router_logits if with_routers else None
 
 
@@ -73,7 +91,7 @@ class TrainRequest:
 
     normalizer: 0-d; what sums over tokens are divided by. num_micro_batches: how many of them this rank adds up to a
     step, which a term that is a mean over micro-batches is divided by. self_check: have terms compare themselves with
-    an exact path first (SelfCheckError on a mismatch).
+    an exact path first (SelfCheckError on a mismatch). kd_scale: 0-d, what KD weights are multiplied by, or None.
     """
 
     micro: MicroBatch
@@ -81,6 +99,7 @@ class TrainRequest:
     normalizer: Tensor
     num_micro_batches: int
     self_check: bool = False
+    kd_scale: Tensor | None = None
 
     def run(self, student: StudentModel) -> tuple[Tensor, Tensor]:
         """The loss, 0-d and differentiable, and the detached sums float32 [S], named by `student.sum_names`."""
@@ -95,6 +114,7 @@ class TrainRequest:
             router_logits=router_logits,
             head=student.hf.lm_head,
             self_check=self.self_check,
+            kd_scale=self.kd_scale,
         )
         losses, sums = zip(*(term.loss(given) for term in student.terms), strict=True)
         for term, found in zip(student.terms, sums, strict=True):
@@ -140,4 +160,4 @@ def build_student(model: ModelConfig, config: Any, *, seed: int) -> StudentModel
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # weights of terms too are those of the seed, at every stage
         terms = build_terms(model, config)
-    return StudentModel(hf, terms=terms, loss_backend=model.loss_backend)
+    return StudentModel(hf, terms=terms, loss_backend=model.loss_backend, fixed_shapes=model.compile)

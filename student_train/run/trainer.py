@@ -191,6 +191,7 @@ def open_loader(
             row_length=stores.spec.row_length,
             terms=student.terms,
             device=topology.device,
+            fixed_length=config.model.compile,
         ),
         rank=topology.rank,
         world=topology.world_size,
@@ -258,6 +259,7 @@ def heldout_evaluation(config: TrainConfig, stores: Stores, topology: Topology) 
         rank=topology.rank,
         world_size=topology.world_size,
         device=topology.device,
+        fixed_length=config.model.compile,
     )
 
 
