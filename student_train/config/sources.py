@@ -28,7 +28,7 @@ class SourceConfig(StrictModel):
 
     @model_validator(mode="after")
     def _names(self) -> SourceConfig:
-        check_store_names(self.targets, self.scores, key="data.sources.NAME")
+        check_store_names(self.targets, self.scores)
         return self
 
 
@@ -56,11 +56,11 @@ def named_sources(
     return (NamedSource(PLAIN_NAME, "data", config),)
 
 
-def check_store_names(targets: Mapping[str, Any], scores: Mapping[str, Any], *, key: str) -> None:
+def check_store_names(targets: Mapping[str, Any], scores: Mapping[str, Any], *, key: str = "") -> None:
     """Refuse names of joined stores that would be taken for something else. Raises ValueError."""
     twice = sorted(set(targets) & set(scores))
     if twice:
-        raise ValueError(f"{key}.targets and {key}.scores both name {twice}; names must differ")
+        raise ValueError(f"{key}targets and {key}scores both name {twice}; names must differ")
     if "student" in {*targets, *scores}:
         raise ValueError("'student' cannot name a store: token selectors use it for the student itself")
 

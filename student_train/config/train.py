@@ -24,6 +24,7 @@ from potstill.student_train.config.sources import (
     named_sources,
 )
 from potstill.student_train.config.stages import Objective, Stage
+from potstill.student_train.config.vocabulary import VocabularyConfig
 
 Dtype = Literal["float32", "bfloat16"]
 LossBackend = Literal["auto", "torch", "triton", "triton_compiled"]  # kernels.backends.BACKENDS, compared by a test
@@ -130,6 +131,9 @@ class DataConfig(StrictModel):
     )
     targets: dict[str, StorePlace] = Field(default_factory=dict, description="Name -> targets store over tokens")
     scores: dict[str, StorePlace] = Field(default_factory=dict, description="Name -> scores store over tokens")
+    vocabulary: VocabularyConfig | None = Field(
+        default=None, description="The student's own vocabulary, where it is not the one of the stores"
+    )
     global_batch_rows: int = Field(ge=1, description="Rows per optimizer step over all ranks")
     micro_batch_rows: int = Field(
         default=1, ge=1, description="Rows per forward on one rank; accumulation follows from it"
@@ -156,7 +160,7 @@ class DataConfig(StrictModel):
                 f"data.sources and data.{beside[0]} are both given; each source names its own tokens, targets and "
                 f"scores: move data.{beside[0]} into one, or remove data.sources"
             )
-        check_store_names(self.targets, self.scores, key="data")
+        check_store_names(self.targets, self.scores, key="data.")
         check_sources(self.sources)
         if self.heldout_targets is not None and self.heldout is None:
             raise ValueError("data.heldout_targets needs data.heldout")
@@ -355,6 +359,9 @@ class EvalConfig(StrictModel):
     )
     tokenizer: Path | None = Field(
         default=None, description="Tokenizer folder, for bits per byte; null: the model's own or the one beside heldout"
+    )
+    vocabulary: VocabularyConfig | None = Field(
+        default=None, description="The model's own vocabulary, as in data.vocabulary; null takes that of its run"
     )
     max_rows: int | None = Field(default=None, ge=1, description="Rows to use; null takes all")
     batch_rows: int = Field(default=4, ge=1, description="Rows per forward")

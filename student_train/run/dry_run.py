@@ -22,6 +22,8 @@ from potstill.student_train.curriculum.plan import CurriculumPlan
 from potstill.student_train.curriculum.schedules import scalar_value
 from potstill.student_train.curriculum.segments import StageSpan
 from potstill.student_train.curriculum.step_objective import stage_value, step_objective
+from potstill.student_train.data.stores import Stores
+from potstill.student_train.data.vocabulary import tail_line
 from potstill.student_train.model.parameters import DTYPES, count_parameters
 from potstill.student_train.run.parameter_groups import hidden_matrices
 from potstill.student_train.run.preflight import CheckedStart
@@ -99,6 +101,7 @@ class DryRun:
     sources: tuple[SourceFigures, ...]
     stores: tuple[StoreFigures, ...]
     reads_sampled: bool
+    vocabulary: str | None  # the student's beside the teacher's, where it is another one
     stages: tuple[StageFigures, ...]
     memory_bytes: Mapping[str, int]  # per rank, by part
     notes: tuple[str, ...]
@@ -146,6 +149,7 @@ def dry_run(start: CheckedStart) -> DryRun:
         sources=sources,
         stores=store_figures(start, first, sampled),
         reads_sampled=len(sampled) < plan.total_steps - first,
+        vocabulary=vocabulary_line(stores),
         stages=tuple(stage_figures(config, plan, span) for span in plan.spans),
         memory_bytes=memory_by_part(
             config,
@@ -214,6 +218,13 @@ def store_figures(start: CheckedStart, first: int, steps: list[int]) -> tuple[St
         if reader is not None:
             found.append(_figures(key, place, reader, None))
     return tuple(found)
+
+
+def vocabulary_line(stores: Stores) -> str | None:
+    """What data.vocabulary does, and what a subset costs on some rows."""
+    if stores.vocabulary is None:
+        return None
+    return ", ".join(filter(None, (stores.vocabulary.line(), tail_line(stores.vocabulary, stores.targets()))))
 
 
 def _figures(key: str, path: Path | str | None, reader: StoreReader, read_bytes: float | None) -> StoreFigures:

@@ -45,6 +45,8 @@ def _stores(run: DryRun) -> Iterator[str]:
         for store in run.stores
     ]
     yield from _columns(rows, right=(1, 2, 3))
+    if run.vocabulary is not None:
+        yield f"vocabulary: {run.vocabulary}"
     reads = {store.key: store.read_bytes for store in run.stores if store.read_bytes is not None}
     about = "about " if run.reads_sampled else ""
     parts = ", ".join(f"{key} {format_bytes(count)}" for key, count in reads.items())
