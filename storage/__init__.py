@@ -37,6 +37,7 @@ from potstill.storage.rows.k_bound import KBound, bound_positions
 from potstill.storage.rows.row_types import NO_LABEL, Row, ScoresRow, TargetsRow, TokensRow, token_digest
 from potstill.storage.rows.sparse_targets import Candidates, SparseTargets, concatenate
 from potstill.storage.rows.tokens_columns import TOKENS_COLUMNS, TokensColumn
+from potstill.storage.rows.vocabulary import VocabularyMap, dropped_mass
 from potstill.storage.store.gc import GcReport, collect_garbage
 from potstill.storage.store.inspect import format_row
 from potstill.storage.store.reader import StoreReader
@@ -97,6 +98,7 @@ __all__ = [
     "UnsealedError",
     "VerifyReport",
     "VersionError",
+    "VocabularyMap",
     "WriteFailedError",
     "bound_positions",
     "check_alignment",
@@ -107,6 +109,7 @@ __all__ = [
     "collect_garbage",
     "concatenate",
     "discard_unused",
+    "dropped_mass",
     "format_row",
     "permute",
     "seal_store",

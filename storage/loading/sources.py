@@ -5,6 +5,8 @@ Rows of the sources stand one after the other: source i holds the global row ids
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar, cast
@@ -12,9 +14,9 @@ from typing import TypeVar, cast
 import numpy as np
 
 from potstill.storage.errors import MismatchError, StoreError
-from potstill.storage.loading.joining import JoinedRow, check_digests, check_joined
+from potstill.storage.loading.joining import JoinedRow, check_digests, check_joined, map_digest
 from potstill.storage.loading.order import Int64
-from potstill.storage.rows.row_types import TokensRow, token_digest
+from potstill.storage.rows.row_types import TokensRow
 from potstill.storage.store.reader import StoreReader
 
 Joined = dict[str, list[JoinedRow | None]]
@@ -62,13 +64,20 @@ class SourceRows:
         return frozenset().union(*(source.joined for source in self.sources))
 
     def digests(self) -> dict[str, str]:
-        """Digest of every store: of `tokens`, `joined.NAME`, and with several sources `SOURCE.tokens` and so on."""
-        found: dict[str, str] = {}
-        for source in self.sources:
-            before = "" if self.has_one else f"{source.name}."
-            found[f"{before}tokens"] = source.tokens.digest
-            found |= {f"{before}joined.{name}": reader.digest for name, reader in source.joined.items()}
-        return found
+        """Hexadecimal digests that pin what is read: of `tokens` and each `joined.NAME`, or of each of several sources.
+
+        That of `sources.NAME` is sha256 over the names and digests of its stores, so that a saved state stays small. Of
+        `vocabulary` too, where the readers give their rows in the ids of another one.
+        """
+        found = [_digests(source) for source in self.sources]
+        pinned = found[0]
+        if not self.has_one:
+            pinned = {
+                f"sources.{source.name}": hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+                for source, digests in zip(self.sources, found, strict=True)
+            }
+        vocabulary = self.sources[0].tokens.vocabulary  # one for all stores: the checks have seen to it
+        return pinned if vocabulary is None else {**pinned, "vocabulary": vocabulary.digest}
 
     def source_of(self, rows: Int64) -> Int64:
         """Number of the source of each global row id."""
@@ -111,9 +120,13 @@ def as_sources(tokens: StoreReader | Sequence[Source], joined: Mapping[str, Stor
     return tuple(tokens)
 
 
+def _digests(source: Source) -> dict[str, str]:
+    return {"tokens": source.tokens.digest, **{f"joined.{name}": r.digest for name, r in source.joined.items()}}
+
+
 def _read(source: Source, rows: Int64, names: frozenset[str]) -> tuple[list[TokensRow], Joined]:
     tokens = source.tokens.tokens_rows(rows)
-    digests = [token_digest(row.tokens, row.doc_lens) for row in tokens]
+    digests = [row.digest() for row in tokens]
     joined: Joined = {}
     for name in sorted(names):
         found = cast("list[JoinedRow]", source.joined[name].rows(rows))
@@ -148,7 +161,8 @@ def tokens_difference(tokens: StoreReader, first: StoreReader) -> tuple[str, obj
         found, wanted = getattr(tokens.spec, field), getattr(first.spec, field)
         if found != wanted:
             return field, found, wanted
-    return None
+    found, wanted = map_digest(tokens), map_digest(first)
+    return None if found == wanted else ("vocabulary map", found, wanted)
 
 
 def _check_kinds(sources: Sequence[Source]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from potstill.common.errors import UserError
+from potstill.common.store_tokenizer import tokenizers_beside
 from potstill.kernels.checks import check_draws
 from potstill.kernels.settings import LossSettings, stored_temperature
 from potstill.kernels.types import KernelInputError
@@ -34,19 +35,31 @@ from potstill.student_train.curriculum.row_selector import needed_stats
 from potstill.student_train.curriculum.schedules import scalar_bounds
 from potstill.student_train.curriculum.segments import PlanSource
 from potstill.student_train.curriculum.step_objective import distillation_settings, stage_value
+from potstill.student_train.data.vocabulary import Vocabulary, vocabulary_of
 from potstill.student_train.data.weights import check_weights
 from potstill.student_train.model.loss_terms import term_stores
 
 log = logging.getLogger(__name__)
 
+VOCABULARY = "data.vocabulary"  # its name among the digests of a checkpoint; no store is called so
+
 
 @dataclass(frozen=True)
 class Stores:
-    """The readers of one run: its sources in the order of their row ids (at least one), and the held-out stores."""
+    """The readers of one run: its sources in the order of their row ids (at least one), and the held-out stores.
+
+    With a `vocabulary` their rows are in the student's ids.
+    """
 
     sources: tuple[Source, ...]
     heldout: StoreReader | None
     heldout_targets: StoreReader | None
+    vocabulary: Vocabulary | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that a student of this run needs."""
+        return self.sources[0].tokens.vocab_size
 
     @property
     def spec(self) -> RunSpec:
@@ -78,13 +91,25 @@ class Stores:
         return self.sources[0]
 
     def digests(self) -> dict[str, str]:
-        """Digest of each training store, for the checkpoint; with several sources by SOURCE.NAME."""
+        """Digest of each training store, for the checkpoint; with several sources by SOURCE.NAME.
+
+        Of the vocabulary map too, if there is one.
+        """
         found: dict[str, str] = {}
         for source in self.sources:
             before = "" if len(self.sources) == 1 else f"{source.name}."
             found[f"{before}tokens"] = source.tokens.digest
             found |= {f"{before}{name}": reader.digest for name, reader in source.joined.items()}
-        return found
+        return found if self.vocabulary is None else {**found, VOCABULARY: self.vocabulary.mapping.digest}
+
+    def targets(self) -> dict[str, StoreReader]:
+        """The targets stores among the joined ones; with several sources by SOURCE.NAME."""
+        return {
+            name if len(self.sources) == 1 else f"{source.name}.{name}": reader
+            for source in self.sources
+            for name, reader in source.joined.items()
+            if reader.spec.kind == "targets"
+        }
 
 
 _MAKERS = {"tokens": "prepare", "targets": "dump", "scores": "score"}  # the command that writes each kind
@@ -177,7 +202,32 @@ def open_stores(config: TrainConfig) -> Stores:
         heldout_targets = open_store(data.heldout_targets, "targets", "data.heldout_targets")
         check_belongs(heldout_targets, heldout, key="data.heldout_targets", tokens_key="data.heldout")
         check_targets(heldout_targets, heldout, key="data.heldout_targets")
-    return Stores(tuple(sources), heldout, heldout_targets)
+    stores = Stores(tuple(sources), heldout, heldout_targets)
+    return stores if data.vocabulary is None else in_vocabulary(stores, data)
+
+
+def in_vocabulary(stores: Stores, data: DataConfig) -> Stores:
+    """The stores with rows in the ids of data.vocabulary. Raises UserError."""
+    assert data.vocabulary is not None
+    texts = [source.tokens for source in stores.sources] + ([] if stores.heldout is None else [stores.heldout])
+    beside = [
+        folder for named in data.named_sources() for folder in tokenizers_beside(named.config.tokens, stores.spec.info)
+    ]
+    vocabulary = vocabulary_of(data.vocabulary, texts, beside)
+
+    def mapped(reader: StoreReader) -> StoreReader:
+        try:
+            return reader.with_vocabulary(vocabulary.mapping)
+        except StoreError as error:
+            raise UserError(f"data.vocabulary: {error}") from error
+
+    sources = tuple(
+        Source(source.name, mapped(source.tokens), {name: mapped(store) for name, store in source.joined.items()})
+        for source in stores.sources
+    )
+    heldout = None if stores.heldout is None else mapped(stores.heldout)
+    targets = None if stores.heldout_targets is None else mapped(stores.heldout_targets)
+    return Stores(sources, heldout, targets, vocabulary)
 
 
 def open_source(config: TrainConfig, named: NamedSource) -> Source:
@@ -303,11 +353,13 @@ def _selection(targets: StoreReader) -> dict[str, Any]:
 
 def _check_one_kind(name: str, sources: Sequence[Source], key: str) -> None:
     """The targets of a stage go into one batch: log-probabilities, or draws of one number and power."""
-    kinds: list[tuple[str, Any]] = []
+    kinds: list[tuple[str, str]] = []
     for source in sources:
         if name in source.joined:
-            chosen = _selection(source.joined[name])
-            kinds.append((source.name, chosen if chosen["mode"] == "sample" else "log-probabilities"))
+            chosen, kind = _selection(source.joined[name]), "log-probabilities"
+            if chosen["mode"] == "sample":
+                kind = f"{chosen['num_draws']} draws a token at power {chosen['power']}"
+            kinds.append((source.name, kind))
     for where, kind in kinds[1:]:
         first, expected = kinds[0]
         if kind != expected:

@@ -145,9 +145,9 @@ def load_student(source: Source, tokens: StoreReader) -> StudentModel:
     """The student of a run, a checkpoint or a Hugging Face folder, in float32. Raises UserError."""
     hf = load_model(source, dtype="float32")
     vocab_size = hf.config.get_text_config().vocab_size
-    if vocab_size < tokens.spec.vocab_size:
+    if vocab_size < tokens.vocab_size:
         raise UserError(
-            f"{source.folder} has vocab_size {vocab_size}, {tokens.url} stores ids below {tokens.spec.vocab_size}; "
+            f"{source.folder} has vocab_size {vocab_size}, the rows of {tokens.url} ids below {tokens.vocab_size}; "
             "they were not made with the same tokenizer"
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

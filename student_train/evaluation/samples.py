@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from potstill.common.errors import UserError
-from potstill.storage import StoreReader, TokensRow
+from potstill.storage import StoreError, StoreReader, TokensRow
 from potstill.student_train.config.train import HeldoutConfig, TrainConfig
 from potstill.student_train.data.stores import Stores
 from potstill.student_train.hf_export.hf_folder import find_tokenizer
@@ -94,7 +94,8 @@ def text_sampler(config: TrainConfig, stores: Stores) -> TextSampler | None:
     if not options.samples and not options.sample_prompts:
         return None
     spec = stores.spec
-    tokenizer = load_tokenizer(config, vocab_size=spec.vocab_size)
+    tokenizer = load_tokenizer(config, vocab_size=stores.vocab_size)
+    begin, end = (_marks(stores, name) for name in ("prefix", "suffix"))
 
     def decode(ids: Sequence[int]) -> str:
         return str(tokenizer.decode(list(ids), skip_special_tokens=False))
@@ -104,18 +105,29 @@ def text_sampler(config: TrainConfig, stores: Stores) -> TextSampler | None:
             f"eval.sample_tokens is {options.sample_tokens}, but a prompt and its text must fit in a row of "
             f"{spec.row_length} tokens; take a smaller number"
         )
-    prompts = given_prompts(options, tokenizer, prefix=spec.info.get("prefix") or (), row_length=spec.row_length)
+    prompts = given_prompts(options, tokenizer, prefix=begin, row_length=spec.row_length)
     if options.samples and stores.heldout is not None:
         prompts += heldout_prompts(options, stores.heldout, decode, row_length=spec.row_length)
     special = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     return TextSampler(
         prompts=tuple(prompts),
         decode=decode,
-        end_ids=frozenset(special | set(spec.info.get("suffix") or ())),
+        end_ids=frozenset(special | set(end)),
         num_tokens=options.sample_tokens,
         temperature=options.sample_temperature,
         seed=config.run.seed,
     )
+
+
+def _marks(stores: Stores, name: str) -> list[int]:
+    """Ids that prepare has put before or behind each document, as the student numbers them. Raises UserError."""
+    ids = list(stores.spec.info.get(name) or ())
+    if stores.vocabulary is None:
+        return ids
+    try:
+        return stores.vocabulary.mapping.map_ids(ids, what=f"{name} of each document of {stores.sources[0].tokens.url}")
+    except StoreError as error:
+        raise UserError(f"data.vocabulary: {error}") from error
 
 
 def load_tokenizer(config: TrainConfig, *, vocab_size: int) -> Any:

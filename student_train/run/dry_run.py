@@ -22,6 +22,8 @@ from potstill.student_train.curriculum.plan import CurriculumPlan
 from potstill.student_train.curriculum.schedules import scalar_value
 from potstill.student_train.curriculum.segments import StageSpan
 from potstill.student_train.curriculum.step_objective import stage_value, step_objective
+from potstill.student_train.data.stores import Stores
+from potstill.student_train.data.vocabulary import tail_line
 from potstill.student_train.model.parameters import DTYPES, count_parameters
 from potstill.student_train.run.parameter_groups import hidden_matrices
 from potstill.student_train.run.preflight import CheckedStart
@@ -46,6 +48,16 @@ class StoreFigures:
 
 
 @dataclass(frozen=True)
+class SourceFigures:
+    """A source of rows: what it holds, and how many of its rows the steps to do draw."""
+
+    name: str
+    num_rows: int
+    rows: int
+    tokens: int  # of those rows, by the source's mean
+
+
+@dataclass(frozen=True)
 class StageFigures:
     """One stage: its steps [first, end) and what it does, each scalar at its first and last step."""
 
@@ -57,6 +69,7 @@ class StageFigures:
     missing_mass: str
     alpha: tuple[float, float]
     temperature: tuple[float, float]
+    mix: Mapping[str, float]  # share of the rows by name of the source
     row_share: tuple[float, float]
     token_policy: str | None
     token_share: tuple[float, float]
@@ -85,8 +98,10 @@ class DryRun:
     num_parameters: int
     passes: float
     tokens: int
+    sources: tuple[SourceFigures, ...]
     stores: tuple[StoreFigures, ...]
     reads_sampled: bool
+    vocabulary: str | None  # the student's beside the teacher's, where it is another one
     stages: tuple[StageFigures, ...]
     memory_bytes: Mapping[str, int]  # per rank, by part
     notes: tuple[str, ...]
@@ -102,7 +117,15 @@ def dry_run(start: CheckedStart) -> DryRun:
     hf = meta_student(config, start.run.student_config)
     first = 0 if start.checkpoint is None else start.checkpoint.step
     sampled = sampled_steps(plan, first)
-    rows = (plan.total_steps - first) * plan.global_batch
+    sources = tuple(
+        SourceFigures(
+            name=source.name,
+            num_rows=source.tokens.num_rows,
+            rows=rows,
+            tokens=round(rows * source.tokens.num_tokens / max(source.tokens.num_rows, 1)),
+        )
+        for source, rows in zip(stores.sources, plan.rows_taken(first, plan.total_steps), strict=True)
+    )
     head = hf.get_output_embeddings().weight.shape
     return DryRun(
         output_dir=str(config.run.output_dir),
@@ -121,10 +144,12 @@ def dry_run(start: CheckedStart) -> DryRun:
         row_length=stores.spec.row_length,
         num_rows=stores.num_rows,
         num_parameters=count_parameters(hf),
-        passes=rows / stores.num_rows,
-        tokens=round(rows * stores.num_tokens / stores.num_rows),
+        passes=sum(source.rows for source in sources) / stores.num_rows,
+        tokens=sum(source.tokens for source in sources),
+        sources=sources,
         stores=store_figures(start, first, sampled),
         reads_sampled=len(sampled) < plan.total_steps - first,
+        vocabulary=vocabulary_line(stores),
         stages=tuple(stage_figures(config, plan, span) for span in plan.spans),
         memory_bytes=memory_by_part(
             config,
@@ -195,6 +220,13 @@ def store_figures(start: CheckedStart, first: int, steps: list[int]) -> tuple[St
     return tuple(found)
 
 
+def vocabulary_line(stores: Stores) -> str | None:
+    """What data.vocabulary does, and what a subset costs on some rows."""
+    if stores.vocabulary is None:
+        return None
+    return ", ".join(filter(None, (stores.vocabulary.line(), tail_line(stores.vocabulary, stores.targets()))))
+
+
 def _figures(key: str, path: Path | str | None, reader: StoreReader, read_bytes: float | None) -> StoreFigures:
     return StoreFigures(
         key=key,
@@ -227,6 +259,7 @@ def stage_figures(config: TrainConfig, plan: CurriculumPlan, span: StageSpan) ->
         missing_mass=missing_mass,
         alpha=(begin.settings.alpha, end.settings.alpha),
         temperature=(scalar_value(temperature, 0.0), scalar_value(temperature, 1.0)),
+        mix=plan.mix(span.first_step),
         row_share=(plan.row_share(span.first_step), plan.row_share(last)),
         token_policy=None if selector is None else selector.policy,
         token_share=(shares[0], shares[1]),

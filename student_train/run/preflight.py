@@ -71,8 +71,7 @@ def check_run(config: TrainConfig, *, world_size: int) -> CheckedRun:
     check_objectives(config, stores)
     plan = build_plan(config, stores)
     sampler = text_sampler(config, stores)
-    spec = stores.spec
-    student_config = hf_config(config.model, vocab_size=spec.vocab_size, row_length=spec.row_length)
+    student_config = hf_config(config.model, vocab_size=stores.vocab_size, row_length=stores.spec.row_length)
     return CheckedRun(stores, plan, student_config, accumulation, sampler)
 
 

@@ -120,8 +120,8 @@ def build_model(
         student = build_student(config.model, student_config, seed=config.run.seed)
         engine = build_engine(student, config, ds_config, topology)
     if config.run.self_check:
-        spec, rows = stores.spec, config.data.micro_batch_rows
-        check_model(engine, student, micro_batch_rows=rows, row_length=spec.row_length, vocab_size=spec.vocab_size)
+        rows, row_length = config.data.micro_batch_rows, stores.spec.row_length
+        check_model(engine, student, micro_batch_rows=rows, row_length=row_length, vocab_size=stores.vocab_size)
     return student, engine
 
 

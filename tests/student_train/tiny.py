@@ -105,7 +105,7 @@ def targets_row(row: TokensRow, table: np.ndarray, *, temperatures: tuple[float,
         logprobs=kept[mask].reshape(-1).astype(np.float32),
         log_tail=tail(1.0),
         log_tail_at={t: tail(t) for t in temperatures},
-        vocab_size=VOCAB,
+        vocab_size=table.shape[1],
         **columns,
     )
     stats = {name: row_statistics(row, columns)[name] for name in ("mean_loss", "mean_entropy")}
