@@ -38,7 +38,8 @@ class MicroBatch:
     row int64 [N] row of each token; columns: figures of stores for a choice that needs the student as well;
     extras: what loss terms take from the stores' rows, by names of their own;
     weight_sum: sum of the token weights, known before the forward; num_active: how many of them are not 0, where that
-    is known as well (a GPU need not be asked then); kd_weight_sum: sum of token weight times weight of row or document
+    is known as well (a GPU need not be asked then); source: int64 [N] number of the source of each token, None with one
+    source; kd_weight_sum: sum of token weight times weight of row or document
     where such weights are of KD alone, else None: all KD weights are then divided by their mean over the global batch.
 
     Where the student's own figures choose positions, token_weights and kd_weights hold the weights of rows and
@@ -58,6 +59,7 @@ class MicroBatch:
     weight_sum: float
     num_active: int | None
     kd_weight_sum: float | None = None
+    source: Tensor | None = None
 
     @property
     def num_rows(self) -> int:
@@ -190,6 +192,7 @@ def _micro_batch(
         extras={},
         weight_sum=float(num_labelled),
         num_active=num_labelled,
+        source=None if batch.source is None else torch.from_numpy(np.repeat(batch.source[part], lengths)),
     )
     columns = {} if objective.tokens is None else _columns(objective.tokens, batch, part)
     if objective.weights is not None:

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from potstill.storage import LoadedBatch
 from potstill.student_train.curriculum.plan import CurriculumPlan, rows_digest
@@ -24,7 +26,8 @@ class StepBatch:
     batch: number of the global batch, which is that of the step; micros: this rank's share on the CPU (page-locked if a
     GPU will take it); objective: the step's loss settings; weight_sum: sum of the token weights of `micros`;
     kd_weight_sum: that of weights of KD alone (MicroBatch), 0 where there are none or no micro-batch;
-    rows_digest: names the rows of the whole global batch.
+    rows_digest: names the rows of the whole global batch; source_counts [G, 2] float64: rows and tokens of each source
+    in `micros`, None with one source.
     """
 
     batch: int
@@ -33,6 +36,7 @@ class StepBatch:
     weight_sum: float
     kd_weight_sum: float
     rows_digest: str
+    source_counts: NDArray[np.float64] | None = None
 
     @property
     def weighs_kd(self) -> bool:
@@ -75,4 +79,15 @@ class BatchFinisher:
             weight_sum=sum(micro.weight_sum for micro in micros),
             kd_weight_sum=sum(micro.kd_weight_sum or 0.0 for micro in micros),
             rows_digest=rows_digest(self.plan.rows(loaded.batch)),
+            source_counts=source_counts(loaded, len(self.plan.source_names)),
         )
+
+
+def source_counts(loaded: LoadedBatch, num_sources: int) -> NDArray[np.float64] | None:
+    """Rows and tokens of each source [G, 2] in these rows; None with one source."""
+    if num_sources == 1:
+        return None
+    source = np.zeros(0, np.int64) if loaded.source is None else loaded.source
+    lengths = [len(row.tokens) for row in loaded.tokens]
+    counts = [np.bincount(source, weights, num_sources) for weights in (None, np.array(lengths, np.float64))]
+    return np.stack(counts, 1).astype(np.float64)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from potstill.kernels.types import SparseTargetTensors
 from potstill.storage import SparseTargets, TargetsRow, concatenate
+from potstill.storage.rows.columns import COLUMNS
 
 
 def row_targets(rows: Sequence[TargetsRow | None], lengths: Sequence[int]) -> SparseTargetTensors | None:
@@ -39,8 +40,8 @@ def _shared_columns(parts: Sequence[SparseTargets]) -> Sequence[SparseTargets]:
     found = []
     for part in parts:
         columns = dict(part.columns)
-        for name, (axis, values) in part.described().items():
-            if axis != "token":
+        for name, values in part.columns.items():
+            if COLUMNS[name].axis != "token":
                 continue
             if isinstance(values, Mapping):
                 columns[name] = {at: value for at, value in values.items() if (name, at) in shared}
@@ -55,7 +56,7 @@ def _shared_columns(parts: Sequence[SparseTargets]) -> Sequence[SparseTargets]:
 def _token_columns(part: SparseTargets) -> frozenset[tuple[str, float | None]]:
     """The columns of tokens as (name, None), or one (name, temperature) for each of its temperatures."""
     found: set[tuple[str, float | None]] = set()
-    for name, (axis, values) in part.described().items():
-        if axis == "token":
+    for name, values in part.columns.items():
+        if COLUMNS[name].axis == "token":
             found |= {(name, float(at)) for at in values} if isinstance(values, Mapping) else {(name, None)}
     return frozenset(found)

@@ -94,7 +94,8 @@ class SparseLossRequest:
     """The loss of the sparse targets and labels of this batch, divided by this number, inside the head.
 
     `self_check` first compares the loss path with float64 on this batch and raises SelfCheckError on a mismatch.
-    `kd_scale`, 0-d, multiplies the KD weights. A batch without targets (of sources that have none) has labels alone.
+    `kd_scale`, 0-d, multiplies the KD weights; `source_sums` [sources, 14] gets the figures by source. A batch without
+    targets (of sources that have none) has labels alone.
     """
 
     micro: MicroBatch
@@ -102,6 +103,7 @@ class SparseLossRequest:
     normalizer: Tensor
     self_check: bool = False
     kd_scale: Tensor | None = None
+    source_sums: Tensor | None = None
 
     def run(self, head: DistillationHead, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The loss 0-d, differentiable in hidden [N, D] and the head, and the sums float32 [S] of SparseLoss."""
@@ -124,6 +126,8 @@ class SparseLossRequest:
             check_num_active(micro.num_active, token_weights)
             detached = {name: None if value is None else value.detach() for name, value in tensors.items()}
             self_check(**detached, targets=targets, **options)
+        if self.source_sums is not None:
+            options |= {"groups": micro.source, "group_sums": self.source_sums}
         loss, sums = linear_sparse_loss(**tensors, targets=targets, **options)
         measured = hidden.shape[0] if objective.tokens is not None and objective.tokens.uses_student else 0
         selection = selection_figures(micro, token_weights, kd_weights, measured=measured)
@@ -144,7 +148,12 @@ class SparseLoss(LossTerm):
     def loss(self, given: TermInput) -> tuple[Tensor, Tensor]:
         """alpha T^2 KD + ce_weight CE + z_loss lse^2, summed over the chosen positions."""
         request = SparseLossRequest(
-            given.micro, given.objective, given.normalizer, given.self_check, kd_scale=given.kd_scale
+            given.micro,
+            given.objective,
+            given.normalizer,
+            given.self_check,
+            kd_scale=given.kd_scale,
+            source_sums=given.source_sums,
         )
         loss: Tensor
         sums: Tensor

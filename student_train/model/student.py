@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from potstill.common.causal_lm import backbone, soft_cap_and_scale
 from potstill.common.errors import UserError
 from potstill.common.packed import as_lines, takes_one_line
+from potstill.kernels.types import LossSums
 from potstill.student_train.config.train import ModelConfig
 from potstill.student_train.curriculum.step_objective import StepObjective
 from potstill.student_train.data.batch import MicroBatch
@@ -92,6 +93,7 @@ class TrainRequest:
     normalizer: 0-d; what sums over tokens are divided by. num_micro_batches: how many of them this rank adds up to a
     step, which a term that is a mean over micro-batches is divided by. self_check: have terms compare themselves with
     an exact path first (SelfCheckError on a mismatch). kd_scale: 0-d, what KD weights are multiplied by, or None.
+    num_sources: of the run.
     """
 
     micro: MicroBatch
@@ -100,9 +102,13 @@ class TrainRequest:
     num_micro_batches: int
     self_check: bool = False
     kd_scale: Tensor | None = None
+    num_sources: int = 1
 
     def run(self, student: StudentModel) -> tuple[Tensor, Tensor]:
-        """The loss, 0-d and differentiable, and the detached sums float32 [S], named by `student.sum_names`."""
+        """The loss, 0-d and differentiable, and the detached sums float32 [S], named by `student.sum_names`.
+
+        With several sources, the figures of LossSums of each source follow, [S + sources * 14].
+        """
         with_routers = any(term.needs_router_logits for term in student.terms)
         hidden, router_logits = student.run_backbone(self.micro, with_routers=with_routers)
         given = TermInput(
@@ -115,6 +121,7 @@ class TrainRequest:
             head=student.hf.lm_head,
             self_check=self.self_check,
             kd_scale=self.kd_scale,
+            source_sums=self._source_sums(hidden),
         )
         losses, sums = zip(*(term.loss(given) for term in student.terms), strict=True)
         for term, found in zip(student.terms, sums, strict=True):
@@ -126,7 +133,15 @@ class TrainRequest:
         loss = losses[0]
         for part in losses[1:]:
             loss = loss + part
-        return loss, torch.cat([found.float() for found in sums])
+        by_source = [] if given.source_sums is None else [given.source_sums.flatten()]
+        return loss, torch.cat([found.float() for found in (*sums, *by_source)])
+
+    def _source_sums(self, hidden: Tensor) -> Tensor | None:
+        """Zeros [sources, 14] for the figures of each source, in the dtype that the loss adds up in."""
+        if self.num_sources == 1:
+            return None
+        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        return torch.zeros(self.num_sources, len(LossSums.names()), dtype=dtype, device=hidden.device)
 
 
 def build_student(model: ModelConfig, config: Any, *, seed: int) -> StudentModel:

@@ -31,6 +31,7 @@ class TermInput:
         did not pass the backbone (flash attention)
     head: the output projection; its weight may be read in a HeadRequest only (ZeRO-3)
     self_check: compare the term with a slow and exact path first, and raise on a mismatch
+    source_sums: [sources, 14], where the figures of LossSums of each source go (micro.source); None with one source
     kd_scale: 0-d, what the micro-batch's KD weights are multiplied by to have mean 1 over the global batch; None: 1
     """
 
@@ -43,6 +44,7 @@ class TermInput:
     head: DistillationHead
     self_check: bool
     kd_scale: Tensor | None = None
+    source_sums: Tensor | None = None
 
 
 class LossTerm:

@@ -35,7 +35,15 @@ def train_steps(run: Run, progress: Progress) -> str:
         set_learning_rate(run.engine, run.lines.lr)
         for micro in run.batches.on_device(batch):
             count, check = len(batch.micros), check_due(run, micro, batch)
-            request = TrainRequest(micro, batch.objective, normalizer, count, self_check=check, kd_scale=kd_scale)
+            request = TrainRequest(
+                micro,
+                batch.objective,
+                normalizer,
+                count,
+                self_check=check,
+                kd_scale=kd_scale,
+                num_sources=len(run.plan.source_names),
+            )
             loss, sums = run.engine(request)
             # Times 1: DeepSpeed 0.19 divides by the accumulation after all when it gets the module's own output.
             run.engine.backward(loss * 1.0, scale_wrt_gas=False)
@@ -89,7 +97,7 @@ def after_step(run: Run, batch: StepBatch) -> None:
     """Count the step; write metrics, evaluate and save where they are due."""
     config = run.config
     run.state.step = step = batch.batch + 1
-    run.meter.end_step(batch.rows_digest)
+    run.meter.end_step(batch.rows_digest, batch.source_counts)
     last = step == run.plan.total_steps
     save_due = last or (config.checkpoint.every_steps is not None and step % config.checkpoint.every_steps == 0)
     if step % config.logging.every_steps == 0:
