@@ -25,8 +25,8 @@ def _load_decode(tokenizer: Path | None, tokens: StoreReader) -> Callable[[Seque
     """How to show token ids: as text if there is a tokenizer, else as numbers. Raises UserError."""
     if tokenizer is None:
         return lambda ids: " ".join(map(str, ids))
-    from potstill.common.store_tokenizer import check_tokenizer
     from potstill.common.token_table import tokenizer_file
+    from potstill.launch.store_tokenizer import check_tokenizer
 
     check_tokenizer(tokenizer, digest=tokens.spec.tokenizer_digest, store=tokens.url)
     from tokenizers import Tokenizer
@@ -84,9 +84,9 @@ def _page_rows(arguments: argparse.Namespace, num_rows: int) -> list[int]:
 
 def _page_sources(arguments: argparse.Namespace, reader: StoreReader) -> Sources:
     """The stores by kind, as they were given. Raises UserError."""
-    from potstill.common.store_tokenizer import check_tokenizer
     from potstill.common.token_table import read_token_table
     from potstill.launch.inspect.data import Sources
+    from potstill.launch.store_tokenizer import check_tokenizer
     from potstill.storage import StoreReader
 
     kind = reader.spec.kind

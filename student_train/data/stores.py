@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from potstill.common.errors import UserError
-from potstill.common.store_tokenizer import tokenizers_beside
 from potstill.kernels.checks import check_draws
 from potstill.kernels.settings import LossSettings, stored_temperature
 from potstill.kernels.types import KernelInputError
@@ -35,6 +34,7 @@ from potstill.student_train.curriculum.row_selector import needed_stats
 from potstill.student_train.curriculum.schedules import scalar_bounds
 from potstill.student_train.curriculum.segments import PlanSource
 from potstill.student_train.curriculum.step_objective import distillation_settings, stage_value
+from potstill.student_train.data.store_tokenizer import tokenizers_beside
 from potstill.student_train.data.vocabulary import Vocabulary, vocabulary_of
 from potstill.student_train.data.weights import check_weights
 from potstill.student_train.model.loss_terms import term_stores

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potstill.common.errors import UserError
-from potstill.common.store_tokenizer import find_tokenizer_of, named_tokenizer, read_tokenizer
 from potstill.common.token_table import token_table
 from potstill.storage import StoreError, StoreReader, TargetsRow, TokensRow, VocabularyMap, dropped_mass
 from potstill.student_train.config.vocabulary import VocabularyConfig
+from potstill.student_train.data.store_tokenizer import find_tokenizer_of, named_tokenizer, read_tokenizer
 
 log = logging.getLogger(__name__)
 KEY = "data.vocabulary"
