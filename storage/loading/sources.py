@@ -5,6 +5,8 @@ Rows of the sources stand one after the other: source i holds the global row ids
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar, cast
@@ -62,17 +64,22 @@ class SourceRows:
         return frozenset().union(*(source.joined for source in self.sources))
 
     def digests(self) -> dict[str, str]:
-        """Digest of every store: of `tokens`, `joined.NAME`, and with several sources `SOURCE.tokens` and so on.
+        """Hexadecimal digests that pin what is read: of `tokens` and each `joined.NAME`, or of each of several sources.
 
-        Of `vocabulary` too, where the readers give their rows in the ids of another one.
+        That of `sources.NAME` is sha256 over its number and the names and digests of its stores, so that a saved state
+        stays small. Of `vocabulary` too, where the readers give their rows in the ids of another one.
         """
-        found: dict[str, str] = {}
-        for source in self.sources:
-            before = "" if self.has_one else f"{source.name}."
-            found[f"{before}tokens"] = source.tokens.digest
-            found |= {f"{before}joined.{name}": reader.digest for name, reader in source.joined.items()}
+        found = [_digests(source) for source in self.sources]
+        pinned = found[0]
+        if not self.has_one:
+            pinned = {
+                f"sources.{self.sources[number].name}": hashlib.sha256(
+                    json.dumps([number, digests], sort_keys=True).encode()
+                ).hexdigest()
+                for number, digests in enumerate(found)
+            }
         vocabulary = self.sources[0].tokens.vocabulary  # one for all stores: the checks have seen to it
-        return found if vocabulary is None else {**found, "vocabulary": vocabulary.digest}
+        return pinned if vocabulary is None else {**pinned, "vocabulary": vocabulary.digest}
 
     def source_of(self, rows: Int64) -> Int64:
         """Number of the source of each global row id."""
@@ -113,6 +120,10 @@ def as_sources(tokens: StoreReader | Sequence[Source], joined: Mapping[str, Stor
     if joined is not None:
         raise StoreError("stores to join were given beside sources; each source names its own")
     return tuple(tokens)
+
+
+def _digests(source: Source) -> dict[str, str]:
+    return {"tokens": source.tokens.digest, **{f"joined.{name}": r.digest for name, r in source.joined.items()}}
 
 
 def _read(source: Source, rows: Int64, names: frozenset[str]) -> tuple[list[TokensRow], Joined]:

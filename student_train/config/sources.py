@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from potstill.common.config import StorePlace, StrictModel
 
 if TYPE_CHECKING:
-    from potstill.student_train.config.stages import Stage
+    from potstill.student_train.config.stages import Objective, Stage
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # of a source: a part of names of metrics and of keys
 PLAIN_NAME = "tokens"  # the only source of a run that names none
@@ -28,7 +28,7 @@ class SourceConfig(StrictModel):
 
     @model_validator(mode="after")
     def _names(self) -> SourceConfig:
-        check_store_names(self.targets, self.scores, key="data.sources.NAME")
+        check_store_names(self.targets, self.scores)
         return self
 
 
@@ -56,11 +56,11 @@ def named_sources(
     return (NamedSource(PLAIN_NAME, "data", config),)
 
 
-def check_store_names(targets: Mapping[str, Any], scores: Mapping[str, Any], *, key: str) -> None:
+def check_store_names(targets: Mapping[str, Any], scores: Mapping[str, Any], *, key: str = "") -> None:
     """Refuse names of joined stores that would be taken for something else. Raises ValueError."""
     twice = sorted(set(targets) & set(scores))
     if twice:
-        raise ValueError(f"{key}.targets and {key}.scores both name {twice}; names must differ")
+        raise ValueError(f"{key}targets and {key}scores both name {twice}; names must differ")
     if "student" in {*targets, *scores}:
         raise ValueError("'student' cannot name a store: token selectors use it for the student itself")
 
@@ -91,6 +91,11 @@ def check_mix(mix: Mapping[str, float]) -> None:
         raise ValueError("mix gives no source a share above 0; name at least one")
 
 
+def trains_without_targets(stage: Stage, objective: Objective) -> bool:
+    """Whether rows that have no targets are trained on all the same: on their labels (off_kd ce)."""
+    return (objective.off_kd if stage.off_kd is None else stage.off_kd) == "ce"
+
+
 def stage_sources(stage: Stage, sources: Sequence[NamedSource], *, key: str) -> tuple[NamedSource, ...]:
     """The sources that a stage draws from, in the order of their row ids. Raises ValueError that names the key."""
     if stage.mix is None:
@@ -102,3 +107,37 @@ def stage_sources(stage: Stage, sources: Sequence[NamedSource], *, key: str) -> 
         if name not in names:
             raise ValueError(f"{key}.mix names {name!r}; data.sources has {names}")
     return tuple(source for source in sources if stage.mix.get(source.name, 0.0) > 0)
+
+
+def check_stage_stores(stage: Stage, objective: Objective, sources: Sequence[NamedSource], *, key: str) -> None:
+    """Every store that a stage reads must be one of each source that it draws from. Raises ValueError naming both."""
+    sources = stage_sources(stage, sources, key=key)
+    _check_targets(stage, objective, sources, key)
+    wanted = {ref.store: f"{key}.rows.score" for ref in (stage.rows.score.of if stage.rows else ())}
+    if stage.tokens is not None:
+        wanted |= dict.fromkeys(stage.tokens.stores(), f"{key}.tokens")
+    if stage.weights is not None:
+        wanted[stage.weights.store] = f"{key}.weights.store"
+    for source in sources:
+        for name, where in wanted.items():
+            if name not in source.store_names:
+                of = "" if source.key == "data" else f", which {source.key} has not"
+                raise ValueError(f"{where} names store {name!r}{of}; known: {sorted(source.store_names)}")
+
+
+def _check_targets(stage: Stage, objective: Objective, sources: Sequence[NamedSource], key: str) -> None:
+    """Each source of a stage names its own store under the stage's targets, or its rows can do without."""
+    lacking = [source for source in sources if stage.targets not in source.config.targets]
+    if stage.targets is None or not lacking:
+        return
+    first = lacking[0]
+    message = f"{key}.targets names {stage.targets!r}; {first.key}.targets has {sorted(first.config.targets)}"
+    if len(lacking) == len(sources):
+        raise ValueError(message)
+    if not trains_without_targets(stage, objective):
+        raise ValueError(
+            f"{message}: give that source a store of this name, leave it out of the mix, or let its rows be trained on "
+            "their labels alone (off_kd: ce)"
+        )
+    if stage.tokens is not None and stage.tokens.entry.needs_targets:
+        raise ValueError(f"{message}, but tokens.policy {stage.tokens.policy} needs the targets of every row")

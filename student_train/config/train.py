@@ -19,9 +19,9 @@ from potstill.student_train.config.sources import (
     NamedSource,
     SourceConfig,
     check_sources,
+    check_stage_stores,
     check_store_names,
     named_sources,
-    stage_sources,
 )
 from potstill.student_train.config.stages import Objective, Stage
 from potstill.student_train.config.vocabulary import VocabularyConfig
@@ -160,7 +160,7 @@ class DataConfig(StrictModel):
                 f"data.sources and data.{beside[0]} are both given; each source names its own tokens, targets and "
                 f"scores: move data.{beside[0]} into one, or remove data.sources"
             )
-        check_store_names(self.targets, self.scores, key="data")
+        check_store_names(self.targets, self.scores, key="data.")
         check_sources(self.sources)
         if self.heldout_targets is not None and self.heldout is None:
             raise ValueError("data.heldout_targets needs data.heldout")
@@ -342,29 +342,11 @@ class TrainConfig(StrictModel):
                 )
             if not last and stage.until is None:
                 raise ValueError(f"curriculum.{number}.until is missing: only the last stage may go to the end")
-            self._check_names(number, stage)
+            check_stage_stores(stage, self.objective, self.data.named_sources(), key=f"curriculum.{number}")
         shares = [stage.until for stage in self.curriculum if isinstance(stage.until, float)]
         if any(after <= before for before, after in pairwise(shares)):
             raise ValueError(f"curriculum: the stages' until {shares} must rise, else stages overlap")
         return self
-
-    def _check_names(self, number: int, stage: Stage) -> None:
-        """Every store that a stage reads must be one of each source that it draws from."""
-        key = f"curriculum.{number}"
-        sources = stage_sources(stage, self.data.named_sources(), key=key)
-        wanted = {ref.store: f"{key}.rows.score" for ref in (stage.rows.score.of if stage.rows else ())}
-        if stage.tokens is not None:
-            wanted |= dict.fromkeys(stage.tokens.stores(), f"{key}.tokens")
-        for source in sources:
-            if stage.targets is not None and stage.targets not in source.config.targets:
-                raise ValueError(
-                    f"{key}.targets names {stage.targets!r}; {source.key}.targets has {sorted(source.config.targets)}"
-                )
-            for name, where in wanted.items():
-                if name not in source.store_names:
-                    known = f"; known: {sorted(source.store_names)}"
-                    of = "" if source.key == "data" else f", which {source.key} has not"
-                    raise ValueError(f"{where} names store {name!r}{of}{known}")
 
 
 class EvalConfig(StrictModel):

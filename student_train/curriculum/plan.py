@@ -91,6 +91,17 @@ class CurriculumPlan:
         segment = self.segment(batch)
         return segment.pool_size / sum(self._sources[number].num_rows for number in segment.order.used())
 
+    def rows_taken(self, first_step: int, end_step: int) -> tuple[int, ...]:
+        """How many rows of each source the steps [first_step, end_step) draw."""
+        ends = [*self._starts[1:], max(self.total_steps, end_step)]
+        taken = np.zeros(len(self._sources), np.int64)
+        for segment, end in zip(self.segments, ends, strict=True):
+            low, high = (min(max(step, segment.first_batch), end) for step in (first_step, end_step))
+            places = [(step - segment.first_batch) * self.global_batch for step in (low, high)]
+            before, after = (segment.order.mixture.counts(place) for place in places)
+            taken += after - before
+        return tuple(taken.tolist())
+
     def mix(self, batch: int) -> dict[str, float]:
         """Share of the rows by name of the source, of those that batch `batch` draws from."""
         weights = self.segment(batch).order.mixture.weights
@@ -132,7 +143,7 @@ class CurriculumPlan:
         }
         if len(self._sources) == 1:
             return found
-        rows = {source.name: source.num_rows for source in self._sources}
+        rows = [[source.name, source.num_rows] for source in self._sources]  # their order is that of row ids
         return {**found, "mixture_version": MIXTURE_VERSION, "sources": rows}
 
 

@@ -10,9 +10,18 @@ from typing import Any, cast
 
 from potstill.common.errors import UserError
 from potstill.kernels.checks import check_draws
-from potstill.kernels.settings import stored_temperature
+from potstill.kernels.settings import LossSettings, stored_temperature
 from potstill.kernels.types import KernelInputError
-from potstill.storage import RunSpec, Source, StoreError, StoreReader, TargetsRow, UnsealedError, check_alignment
+from potstill.storage import (
+    RunSpec,
+    Source,
+    StoreError,
+    StoreReader,
+    TargetsRow,
+    UnsealedError,
+    check_alignment,
+    check_places,
+)
 from potstill.storage.loading.joining import first_difference
 from potstill.storage.loading.sources import tokens_difference
 from potstill.student_train.config.curves import Scalar
@@ -27,6 +36,7 @@ from potstill.student_train.curriculum.segments import PlanSource
 from potstill.student_train.curriculum.step_objective import distillation_settings, stage_value
 from potstill.student_train.data.store_tokenizer import tokenizers_beside
 from potstill.student_train.data.vocabulary import Vocabulary, vocabulary_of
+from potstill.student_train.data.weights import check_weights
 from potstill.student_train.model.loss_terms import term_stores
 
 log = logging.getLogger(__name__)
@@ -140,22 +150,28 @@ def check_belongs(reader: StoreReader, tokens: StoreReader, *, key: str, tokens_
 def check_targets(targets: StoreReader, tokens: StoreReader, *, key: str) -> None:
     """See on some rows that the targets stand at the tokens they are for. Raises UserError; a shift by one trains.
 
-    Stores of draws, or without the label column, hold nothing to compare with, which is said.
+    None may stand where no token is trained on. Whether they are the right ones cannot be seen in stores of draws, or
+    without the label column, which is said.
     """
     first = targets.row(0)
     assert isinstance(first, TargetsRow)
-    if first.targets.logprobs is None or first.targets.label_logprob is None:
+    has_labels = first.targets.logprobs is not None and first.targets.label_logprob is not None
+    if not has_labels:
         log.info("%s holds no log-probabilities of labels: its alignment with the tokens cannot be checked", key)
-        return
     try:
-        check_alignment(tokens, targets)
+        check = check_alignment if has_labels else check_places
+        check(tokens, targets)
     except StoreError as error:
         raise UserError(f"{key}: {error}; dump it again from the tokens store that you train on") from error
 
 
 def unused_columns(config: TrainConfig, name: str) -> frozenset[str]:
     """Columns of targets store `name` that no stage looks at, so that they need not be decoded."""
-    selecting = any(name in stage.tokens.stores() for stage in config.curriculum if stage.tokens is not None)
+    selecting = any(
+        (stage.tokens is not None and name in stage.tokens.stores())
+        or (stage.weights is not None and stage.weights.of == "document" and stage.weights.store == name)
+        for stage in config.curriculum
+    )
     temperatures = [config.objective.temperature, *(stage.temperature for stage in config.curriculum)]
     is_plain = all(value is None or set(scalar_bounds(value)) == {1.0} for value in temperatures)
     side = frozenset() if selecting else frozenset({"entropy", "label", "label_rank"})
@@ -256,6 +272,15 @@ def _check_heldout(heldout: StoreReader, sources: Sequence[Source], data: DataCo
             raise UserError(f"data.heldout has {field} {found}, {key} {expected}; prepare both alike")
 
 
+def _check_has_tail(targets: StoreReader, name: str, key: str, settings: LossSettings) -> None:
+    if targets.spec.normaliser == "kept":
+        raise UserError(
+            f"{key} is {settings.missing_mass}, which needs the mass outside of the kept entries; store {name} "
+            f"({targets.url}) holds log-probabilities relative to the kept entries alone (normaliser kept): use "
+            "missing_mass renorm or support"
+        )
+
+
 def _check_temperature(value: Scalar, targets: StoreReader, name: str, key: str) -> None:
     stored = (1.0, *targets.spec.temperatures)
     for bound in set(scalar_bounds(value)):
@@ -279,6 +304,10 @@ def check_objectives(config: TrainConfig, stores: Stores) -> None:
         if stage.tokens is not None:
             for source in sources:
                 _check_token_stores(source, stage.tokens, key, _of(source, stores))
+        if stage.weights is not None:
+            for source in sources:
+                store = source.joined[stage.weights.store]
+                check_weights(stage.weights, store, key=f"{key}.weights", of=_of(source, stores))
         if stage.targets is None:
             continue
         _check_one_kind(stage.targets, sources, key)
@@ -299,6 +328,7 @@ def check_objectives(config: TrainConfig, stores: Stores) -> None:
                 raise UserError(f"{key}.divergence, store {name} of selection {mode}: {error}") from error
             # Whichever side is tempered, the teacher is: the tails that are needed are the same.
             if settings.needs_tail:
+                _check_has_tail(targets, name, f"{key if stage.missing_mass else 'objective'}.missing_mass", settings)
                 _check_temperature(temperature, targets, name, key)
 
 
@@ -323,11 +353,13 @@ def _selection(targets: StoreReader) -> dict[str, Any]:
 
 def _check_one_kind(name: str, sources: Sequence[Source], key: str) -> None:
     """The targets of a stage go into one batch: log-probabilities, or draws of one number and power."""
-    kinds: list[tuple[str, Any]] = []
+    kinds: list[tuple[str, str]] = []
     for source in sources:
         if name in source.joined:
-            chosen = _selection(source.joined[name])
-            kinds.append((source.name, chosen if chosen["mode"] == "sample" else "log-probabilities"))
+            chosen, kind = _selection(source.joined[name]), "log-probabilities"
+            if chosen["mode"] == "sample":
+                kind = f"{chosen['num_draws']} draws a token at power {chosen['power']}"
+            kinds.append((source.name, kind))
     for where, kind in kinds[1:]:
         first, expected = kinds[0]
         if kind != expected:

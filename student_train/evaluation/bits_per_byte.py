@@ -40,7 +40,7 @@ def heldout_bytes(
 
     With the tokenizer in `asked`, which must be that of the store (UserError otherwise), else with the first of
     `candidates` that is. Exact for byte-level tokenizers; one too many for a document that begins with a bos token in
-    sentencepiece; with any other kind, the bytes of the documents as the tokenizer writes them.
+    sentencepiece; with any other kind, the bytes that the labels add to the documents as the tokenizer writes them.
     """
     wanted = tokens.spec.tokenizer_digest
     if asked is not None:
@@ -72,14 +72,18 @@ def _counted(tokens: StoreReader, tokenizer: Any, num_rows: int) -> TextBytes:
 
 
 def _written_bytes(row: TokensRow, tokenizer: Any) -> int:
-    """Bytes of a row's documents as the tokenizer writes them, less those of each first token."""
+    """Bytes of the labels in a row as the tokenizer writes its documents: what each run of labels adds to the text."""
     total, start = 0, 0
     for size in row.doc_lens.tolist():
         ids = row.tokens[start : start + size].tolist()
+        is_label = row.has_target()[start : start + size - 1]  # of the tokens behind the first
         start += size
-        whole, head = (
-            tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            for part in (ids, ids[:1])
-        )
-        total += len(whole.encode()) - len(head.encode())
+        # Where labels begin and end; without a mask that is one run from the second token to the last.
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], is_label, [False]]).astype(np.int8))) + 1
+        for first, last in edges.reshape(-1, 2).tolist():
+            whole, head = (
+                tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+                for part in (ids[:last], ids[:first])
+            )
+            total += len(whole.encode()) - len(head.encode())
     return total

@@ -169,7 +169,11 @@ def given_prompts(options: HeldoutConfig, tokenizer: Any, *, prefix: Sequence[in
 def heldout_prompts(
     options: HeldoutConfig, heldout: StoreReader, decode: Callable[[Sequence[int]], str], *, row_length: int
 ) -> list[Prompt]:
-    """Beginnings of documents in `eval.samples` held-out rows, spread evenly over the store."""
+    """Beginnings of documents in `eval.samples` held-out rows, spread evenly over the store.
+
+    Where a mask says what is trained on, a prompt is what comes before it (its last tokens, if it is too long), so that
+    the student writes what it is trained to write.
+    """
     num_rows = min(options.samples, heldout.num_rows)
     if num_rows == 0:
         raise UserError("eval.samples: the held-out store holds no rows; prepare a larger held-out split")
@@ -181,10 +185,25 @@ def heldout_prompts(
         # The first document that continues behind the prompt, else the longest one.
         longer = np.flatnonzero(row.doc_lens > most)
         document = int(longer[0]) if len(longer) else int(row.doc_lens.argmax())
-        start, length = int(starts[document]), int(row.doc_lens[document])
-        ids = row.tokens[start : start + max(1, min(most, length - 1))].tolist()
+        asked = None if row.mask is None or row.mask.all() else _before_the_answer(row)
+        if asked is not None:
+            first, last = max(asked[0], asked[1] - most), asked[1]
+        else:
+            first, length = int(starts[document]), int(row.doc_lens[document])
+            last = first + max(1, min(most, length - 1))
+        ids = row.tokens[first:last].tolist()
         prompts.append(Prompt(f"held-out row {row.row}", decode(ids), tuple(ids)))
     return prompts
+
+
+def _before_the_answer(row: TokensRow) -> tuple[int, int] | None:
+    """First and last place (exclusive) of the tokens before the first trained one of a document; None without any."""
+    trained = np.flatnonzero(row.has_target())  # position t says that token t + 1 is trained on
+    if not len(trained):
+        return None
+    ends = np.cumsum(row.doc_lens)
+    document = int(np.searchsorted(ends, trained[0], side="right"))
+    return int(ends[document] - row.doc_lens[document]), int(trained[0]) + 1
 
 
 def sample_line(sample: dict[str, Any]) -> str:

@@ -48,6 +48,16 @@ class StoreFigures:
 
 
 @dataclass(frozen=True)
+class SourceFigures:
+    """A source of rows: what it holds, and how many of its rows the steps to do draw."""
+
+    name: str
+    num_rows: int
+    rows: int
+    tokens: int  # of those rows, by the source's mean
+
+
+@dataclass(frozen=True)
 class StageFigures:
     """One stage: its steps [first, end) and what it does, each scalar at its first and last step."""
 
@@ -59,6 +69,7 @@ class StageFigures:
     missing_mass: str
     alpha: tuple[float, float]
     temperature: tuple[float, float]
+    mix: Mapping[str, float]  # share of the rows by name of the source
     row_share: tuple[float, float]
     token_policy: str | None
     token_share: tuple[float, float]
@@ -87,6 +98,7 @@ class DryRun:
     num_parameters: int
     passes: float
     tokens: int
+    sources: tuple[SourceFigures, ...]
     stores: tuple[StoreFigures, ...]
     reads_sampled: bool
     vocabulary: str | None  # the student's beside the teacher's, where it is another one
@@ -105,7 +117,15 @@ def dry_run(start: CheckedStart) -> DryRun:
     hf = meta_student(config, start.run.student_config)
     first = 0 if start.checkpoint is None else start.checkpoint.step
     sampled = sampled_steps(plan, first)
-    rows = (plan.total_steps - first) * plan.global_batch
+    sources = tuple(
+        SourceFigures(
+            name=source.name,
+            num_rows=source.tokens.num_rows,
+            rows=rows,
+            tokens=round(rows * source.tokens.num_tokens / max(source.tokens.num_rows, 1)),
+        )
+        for source, rows in zip(stores.sources, plan.rows_taken(first, plan.total_steps), strict=True)
+    )
     head = hf.get_output_embeddings().weight.shape
     return DryRun(
         output_dir=str(config.run.output_dir),
@@ -124,8 +144,9 @@ def dry_run(start: CheckedStart) -> DryRun:
         row_length=stores.spec.row_length,
         num_rows=stores.num_rows,
         num_parameters=count_parameters(hf),
-        passes=rows / stores.num_rows,
-        tokens=round(rows * stores.num_tokens / stores.num_rows),
+        passes=sum(source.rows for source in sources) / stores.num_rows,
+        tokens=sum(source.tokens for source in sources),
+        sources=sources,
         stores=store_figures(start, first, sampled),
         reads_sampled=len(sampled) < plan.total_steps - first,
         vocabulary=vocabulary_line(stores),
@@ -238,6 +259,7 @@ def stage_figures(config: TrainConfig, plan: CurriculumPlan, span: StageSpan) ->
         missing_mass=missing_mass,
         alpha=(begin.settings.alpha, end.settings.alpha),
         temperature=(scalar_value(temperature, 0.0), scalar_value(temperature, 1.0)),
+        mix=plan.mix(span.first_step),
         row_share=(plan.row_share(span.first_step), plan.row_share(last)),
         token_policy=None if selector is None else selector.policy,
         token_share=(shares[0], shares[1]),
