@@ -200,6 +200,17 @@ def test_other_tokenizers_are_refused(places: Places, student: str, data: dict[s
         opened(places, student, **data)
 
 
+def test_another_way_of_writing_bytes_is_refused(places: Places, tmp_path: Path) -> None:
+    """A sentencepiece tokenizer writes the same piece of text in another way: nothing could be matched."""
+
+    def metaspace(whole: dict[str, Any]) -> None:
+        whole["decoder"] = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": True}
+
+    made.changed_tokenizer(places["source"], tmp_path / "pieces", metaspace)
+    with pytest.raises(UserError, match="is of kind sentencepiece, the tokenizer of the stores byte_level"):
+        opened({**places, "pieces": tmp_path / "pieces"}, "pieces")
+
+
 def test_another_way_of_cutting_may_be_meant(places: Places) -> None:
     found = opened(places, "other_merges", check_rows=0)
     assert found.vocabulary is not None and found.vocabulary.mapping.is_identity
