@@ -28,10 +28,17 @@ def as_lines(config: Any, input_ids: Ids, position_ids: Ids) -> tuple[Ids, Ids]:
     other without a word (`_is_packed_sequence` in its modeling_flash_attention_utils). As one line the rows stay
     apart, since each begins at position 0, and flash attention costs no more for it. `config` is the model's.
     """
-    name = getattr(config.get_text_config(), "_attn_implementation", None)
-    if "flash" in str(name):
+    if takes_one_line(config):
         return input_ids.reshape(1, -1), position_ids.reshape(1, -1)
     return input_ids, position_ids
+
+
+def takes_one_line(config: Any) -> bool:
+    """Whether the attention of the model of this `config` tells documents apart in a batch of one line only.
+
+    Such a line may be of any length: padding between the rows can be left out of it.
+    """
+    return "flash" in str(getattr(config.get_text_config(), "_attn_implementation", None))
 
 
 def probe_ids(places: Ids, vocab_size: int) -> Ids:

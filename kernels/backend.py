@@ -21,8 +21,8 @@ class SlabTokens:
 
     targets: CSR of the N tokens, or None; labels: int64 [N], -100 none; weights, kd_weights: [N] in the accumulation
         dtype (float32, float64 for float64 logits).
-    factors: [3] alpha, ce_weight, z_loss in that dtype. On the device, although settings hold the same numbers:
-        schedules change them at every step, and compiled code would be compiled anew for each value.
+    factors: [4] alpha, ce_weight, z_loss, off_weight in that dtype. On the device, although settings hold the same
+        numbers: schedules change them at every step, and compiled code would be compiled anew for each value.
     width: a bound of the entries per token, known without a look at the device.
     rows: int64 [B], which of the N; None: first .. first + count - 1. count: B.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from potstill.kernels.checks import check_tensor
 from potstill.kernels.settings import LossSettings
-from potstill.kernels.types import KernelInputError
+from potstill.kernels.types import KernelInputError, LossSums
 
 
 def on_stream(
@@ -47,8 +47,9 @@ def _ones(values: tuple[float, ...], dtype: torch.dtype, device: torch.device, _
 
 
 def factors(settings: LossSettings, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """alpha, ce_weight, z_loss [3]."""
-    return on_stream(_row, (settings.alpha, settings.label_weight, settings.z_loss), dtype, device)
+    """alpha, ce_weight, z_loss, off_weight [4]."""
+    values = (settings.alpha, settings.label_weight, settings.z_loss, settings.off_weight)
+    return on_stream(_row, values, dtype, device)
 
 
 def vector(name: str, value: Tensor | None, num_tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -57,6 +58,22 @@ def vector(name: str, value: Tensor | None, num_tokens: int, dtype: torch.dtype,
         return on_stream(_ones, (num_tokens,), dtype, device)
     check_tensor(name, value, shape=(num_tokens,), dtypes=(torch.float32, torch.float64), device=device)
     return value.detach().to(dtype)
+
+
+def groups(
+    value: Tensor | None, sums: Tensor | None, num_tokens: int, dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
+    """`value` int64 [N], checked along with the sums [G, 14] that go with it. Raises KernelInputError."""
+    if value is None and sums is None:
+        return None
+    if value is None or sums is None:
+        raise KernelInputError("groups and group_sums go together, and one of them is None; give both, or neither")
+    check_tensor("groups", value, shape=(num_tokens,), dtypes=(torch.int64,), device=device)
+    num_figures = len(LossSums.names())
+    if sums.dim() != 2 or sums.shape[1] != num_figures:
+        raise KernelInputError(f"group_sums has shape {list(sums.shape)}; expected [groups, {num_figures}]")
+    check_tensor("group_sums", sums, shape=tuple(sums.shape), dtypes=(dtype,), device=device)
+    return value
 
 
 def inverse_normalizer(

@@ -126,7 +126,7 @@ def run_chunks(
             products.add_weight_gradient(grads.weight, slab, states, first=first)
         if grads.bias is not None:
             products.add_bias_gradient(grads.bias, slab, first=first)
-    return table.sum(1), grads
+    return call.sums(table), grads
 
 
 def add_hidden_gradient(grad: Tensor, slab: Tensor, weight: Tensor, tokens: SlabTokens) -> None:
@@ -223,7 +223,7 @@ def run_logits(
                 factor=factor,
                 source=None if inplace else source,
             )
-        return table.sum(1), grad
+        return call.sums(table), grad
     buffer = torch.empty(call.largest_chunk, logits.shape[1], dtype=wanted, device=logits.device)
     for part, tokens in call.chunks():
         slab = buffer[: tokens.count]
@@ -234,7 +234,7 @@ def run_logits(
         unused = torch.ones(logits.shape[0], dtype=torch.bool, device=logits.device)
         unused[call.rows] = False
         grad.masked_fill_(unused[:, None], 0)
-    return table.sum(1), grad
+    return call.sums(table), grad
 
 
 class FusedLoss(torch.autograd.Function):

@@ -1,8 +1,9 @@
 """The distillation loss: sparse teacher targets against logits, or against hidden states and a head.
 
-    loss = 1 / normalizer * sum_n w_n [ alpha T^2 kd_n KD_n + ce_weight CE_n + z_loss lse_n^2 ]
+    loss = 1 / normalizer * sum_n w_n [ alpha T^2 kd_n KD_n + ce_n CE_n + z_loss lse_n^2 ]
 
-T is the student's temperature: 1 where the teacher alone is tempered.
+T is the student's temperature: 1 where the teacher alone is tempered. ce_n is ce_weight; with off_kd "ce" it is
+ce_weight + alpha for a token whose KD is off (kd_n = 0, or no target).
 This is the room's door for losses. Formulas: row_terms.py and divergences.py; tour: docs/kernels.md.
 
 Every function takes the same options: the fields of LossSettings, one by one or as `settings` whole, and those of
@@ -145,7 +146,9 @@ def token_statistics(
     for name in ("token_weights", "kd_weights", "normalizer"):
         if getattr(given, name) is not None:
             raise KernelInputError(f"{name} is given, but statistics are taken of every token alike")
-    settings = settings.without_kd() if targets is None else replace(settings, alpha=1.0, ce_weight=0.0)
+    settings = (
+        settings.without_kd() if targets is None else replace(settings, alpha=1.0, ce_weight=0.0, off_kd="nothing")
+    )
     call = LossCall.make(settings, given, targets=targets, labels=labels, sizes=inputs.sizes, like=inputs.hidden)
     with torch.autocast(inputs.hidden.device.type, enabled=False):
         return run_statistics(inputs, call)

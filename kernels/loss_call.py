@@ -27,6 +27,8 @@ class CallOptions:
     num_active (None): number of tokens with a weight, if the host knows it; saves the one wait for the GPU
         that counting them takes.
     chunk_bytes (None: 704 MiB on a GPU, 32 MiB on a CPU): bound of the logits kept at a time.
+    groups, group_sums (None): int64 [N] in 0 .. G - 1, which group each token is of, and [G, 14] in the accumulation
+        dtype (float32, float64 for float64 inputs), which the call fills with the figures of LossSums of each group.
     backend ("auto", by device and dtype): "torch", "triton", or "triton_compiled" (docs/kernels.md).
     validate (False): also check every entry (distinct ids, range, mass); waits for a GPU.
     """
@@ -36,6 +38,8 @@ class CallOptions:
     normalizer: Tensor | None = None
     num_active: int | None = None
     chunk_bytes: int | None = None
+    groups: Tensor | None = None
+    group_sums: Tensor | None = None
     backend: str = "auto"
     validate: bool = False
 
@@ -94,7 +98,7 @@ class LossCall:
     settings: LossSettings
     targets: SparseTargetTensors | None
     labels: Tensor  # int64 [N]
-    factors: Tensor  # [3] alpha, ce_weight, z_loss
+    factors: Tensor  # [4] alpha, ce_weight, z_loss, off_weight
     weights: Tensor  # [N], accumulation dtype
     kd_weights: Tensor  # [N]
     inverse_normalizer: Tensor  # 0-d
@@ -102,6 +106,8 @@ class LossCall:
     chunk_rows: int  # at most
     backend: Backend
     width: int  # a bound of the entries per token
+    groups: Tensor | None = None  # int64 [N]
+    group_sums: Tensor | None = None  # [G, 14], filled by `sums`
 
     @classmethod
     def make(
@@ -142,6 +148,8 @@ class LossCall:
             chunk_rows=_chunk_rows(vocab_size, like.dtype, backend, device, options.chunk_bytes),
             backend=backend,
             width=0 if targets is None else targets.width,
+            groups=call_tensors.groups(options.groups, options.group_sums, num_tokens, dtype, device),
+            group_sums=options.group_sums,
         )
 
     @property
@@ -182,6 +190,19 @@ class LossCall:
         """An empty [15, M] for what the slab passes say of each token: its loss, then the figures of LossSums."""
         num_figures = 1 + len(LossSums.names())
         return torch.empty(num_figures, self.num_rows, dtype=self.weights.dtype, device=self.weights.device)
+
+    def sums(self, table: Tensor) -> Tensor:
+        """[15]: the sums over a filled table [15, M]; those of the groups go where the caller wants them.
+
+        Sums of masked copies: no float is added by an atomic, so they come out the same at every run, and nothing waits
+        for the device. A NaN stays in its own group.
+        """
+        if self.groups is not None and self.group_sums is not None:
+            own = self.groups if self.rows is None else self.groups.index_select(0, self.rows)
+            numbers = torch.arange(self.group_sums.shape[0], device=own.device)
+            chosen = torch.where((own == numbers[:, None])[:, None], table[1:], 0.0)  # [G, 14, M]
+            torch.sum(chosen, 2, out=self.group_sums)
+        return table.sum(1)
 
 
 def logits_chunk_bytes(

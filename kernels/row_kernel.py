@@ -96,7 +96,9 @@ def _weigh(
     Returns d loss / dz at the entries [BK] and at a label that is none of them, and the weights of the two softmaxes of
     the rest, at T and at 1.
     """
-    alpha, ce_weight, z_loss = factors
+    alpha, ce_weight, z_loss, off_weight = factors
+    has_kd = has_target & (kd_weight != 0.0)
+    ce_weight = tl.where(has_kd, ce_weight, ce_weight + off_weight)
     kd = tl.where(has_target, kd, 0.0)
     amount = tl.where(has_target, weight * kd_weight, 0.0)
     coefficient = amount * (alpha * student_t)
@@ -205,7 +207,7 @@ def _row(
     state = stream_rest(x, V, scale, cap, c, inv_t, U, R, C, TWO, CAP, FILL)
     # Not before the stream, which needs the registers, and not where they are needed, which would wait for each.
     kd_weight = tl.load(kd_weight_ptr + token)
-    factors = tl.load(factor_ptr), tl.load(factor_ptr + 1), tl.load(factor_ptr + 2)
+    factors = tl.load(factor_ptr), tl.load(factor_ptr + 1), tl.load(factor_ptr + 2), tl.load(factor_ptr + 3)
     upstream = tl.load(upstream_ptr) if upstream_ptr is not None else 1.0
     tail = not_below_none(tl.load(tail_ptr + token)) if tail_ptr is not None else NONE
     values = z
@@ -260,7 +262,7 @@ def row_kernel(
     label_ptr,  # int64 [N]
     weight_ptr,  # float32 [N]
     kd_weight_ptr,  # float32 [N]
-    factor_ptr,  # float32 [3] alpha, ce_weight, z_loss
+    factor_ptr,  # float32 [4] alpha, ce_weight, z_loss, off_weight
     upstream_ptr,  # float32 [] times the gradient, or None
     out_ptr,  # float32 [15, B], row stride stride_out: loss, then the figures of LossSums
     stride_x, stride_source, stride_out, first, V,
@@ -276,7 +278,7 @@ def row_kernel(
     MODE: tl.constexpr,  # of missing mass
     DIVERGENCE: tl.constexpr,  # one of divergences_triton.TWINS
     TEMPERED: tl.constexpr, TWO: tl.constexpr,  # whether the teacher's, the student's temperature is not 1
-    PLAIN: tl.constexpr,  # whether CE or z-loss count: a second softmax in the gradient, with TWO
+    PLAIN: tl.constexpr,  # whether CE or z-loss count for any row: a second softmax in the gradient, with TWO
     CAP: tl.constexpr, FILL: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
     """One row; a row of weight 0 gets zeros and is not read."""

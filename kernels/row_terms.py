@@ -212,10 +212,12 @@ def row_terms(
 ) -> RowTerms:
     """Loss, sums and gradient of each row from its statistics (weights, kd_weights [B]).
 
-    factors [3]: alpha, ce_weight, z_loss. They are tensors because schedules change them at every step, and
-    a compiled function would be compiled anew for each value.
+    factors [4]: alpha, ce_weight, z_loss, off_weight. They are tensors because schedules change them at every step,
+    and a compiled function would be compiled anew for each value.
     """
-    alpha, ce_weight, z_loss = factors.unbind(0)
+    alpha, ce_weight, z_loss, off_weight = factors.unbind(0)
+    has_kd = fix.has_target & (kd_weights != 0)
+    ce_weight = torch.where(has_kd, ce_weight, ce_weight + off_weight)  # [B]
     poisoned = {name: torch.where(fix.outside, math.nan, getattr(stats, name)) for name in ("log_rest", "log_rest_t")}
     stats = replace(stats, **poisoned)
     lse = torch.logaddexp(stats.log_rest, _safe_lse(stats.fix))

@@ -12,18 +12,22 @@ from potstill.kernels.divergences import DIVERGENCES, Divergence
 from potstill.kernels.types import MISSING_MASS_MODES, KernelInputError
 
 TEMPERATURE_SIDES = ("both", "teacher")
+OFF_KD = ("nothing", "ce")  # what a token counts whose KD is off, beside ce_weight
 LOWEST_OF_BOTH = 1e-3
 MODES_WITH_TAIL = ("tail", "label", "raw")  # they read the stored tail; renorm and support need none
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossSettings:
-    """w * (alpha T^2 kd_weight KD + ce_weight CE + z_loss lse^2), T the student's temperature.
+    """w * (alpha T^2 kd_weight KD + ce CE + z_loss lse^2), T the student's temperature.
 
     Made once per optimizer step and carried whole. Numbers become floats. Raises KernelInputError that names the field.
 
     alpha: weight of the divergence KD, >= 0.
     ce_weight: weight of the cross-entropy with the label, >= 0; None: 1 - alpha.
+    off_kd: a token whose KD is off (kd_weight 0, or no target is stored for it) has CE with ce_weight all the same
+        ("nothing"), or with ce_weight + alpha ("ce"): with ce_weight 1 - alpha it then counts as in plain next-token
+        training. Weights of KD between 0 and 1 change nothing of CE.
     temperature: of the targets, and of the student's logits: T^2 then multiplies the KD term's loss and gradient alike.
     temperature_side: "both", or "teacher" to temper the targets alone; the student stays at 1, and so there is no T^2.
         Near 0 the target is the teacher's argmax (1e-20 will do; equals share).
@@ -36,6 +40,7 @@ class LossSettings:
 
     alpha: float = 1.0
     ce_weight: float | None = None
+    off_kd: str = "nothing"
     temperature: float = 1.0
     temperature_side: str = "both"
     divergence: str = "forward_kl"
@@ -53,6 +58,8 @@ class LossSettings:
         for name, weight in (("alpha", self.alpha), ("ce_weight", self.label_weight), ("z_loss", self.z_loss)):
             if not (math.isfinite(weight) and weight >= 0):
                 raise KernelInputError(f"{name} is {weight}; expected a finite number >= 0")
+        if self.off_kd not in OFF_KD:
+            raise KernelInputError(f"off_kd is {self.off_kd!r}; expected one of {OFF_KD}")
         check_temperature(self.temperature, self.temperature_side, self.divergence)
         check_scale_and_cap(logit_scale=self.logit_scale, soft_cap=self.soft_cap)
         _check_options(self.divergence, self.constants)
@@ -61,6 +68,11 @@ class LossSettings:
     def label_weight(self) -> float:
         """The weight of the cross-entropy, with 1 - alpha for None."""
         return 1.0 - self.alpha if self.ce_weight is None else self.ce_weight
+
+    @property
+    def off_weight(self) -> float:
+        """What the cross-entropy of a token whose KD is off weighs beyond `label_weight`."""
+        return self.alpha if self.off_kd == "ce" else 0.0
 
     @property
     def student_temperature(self) -> float:
@@ -80,8 +92,8 @@ class LossSettings:
 
     @property
     def plain_gradient(self) -> bool:
-        """Whether the gradient has a part in the softmax at T = 1 (CE, z-loss)."""
-        return self.label_weight != 0.0 or self.z_loss != 0.0
+        """Whether the gradient has a part in the softmax at T = 1 (CE, z-loss), for any token."""
+        return self.label_weight != 0.0 or self.off_weight != 0.0 or self.z_loss != 0.0
 
     @property
     def needs_tail(self) -> bool:
@@ -93,13 +105,13 @@ class LossSettings:
         return replace(self, soft_cap=soft_cap, logit_scale=logit_scale)
 
     def without_kd(self) -> "LossSettings":
-        """The label terms alone: alpha 0, and all that belongs to the divergence as it is by default.
+        """The label terms alone, of tokens without targets: alpha 0, and what belongs to the divergence by default.
 
         A student's logits are then streamed at T = 1 only, whatever the KD term that counts nothing would ask for.
         """
         return LossSettings(
             alpha=0.0,
-            ce_weight=self.label_weight,
+            ce_weight=self.label_weight + self.off_weight,
             z_loss=self.z_loss,
             soft_cap=self.soft_cap,
             logit_scale=self.logit_scale,

@@ -19,8 +19,17 @@ from potstill.storage.files.commit import CommitRecord
 from potstill.storage.files.folder import StorePath
 from potstill.storage.loading.joining import JoinedRow, RowDataset, RowSample, check_joined
 from potstill.storage.loading.loader import LoadedBatch, Loader
+from potstill.storage.loading.mixture import (
+    MIXTURE_VERSION,
+    Draw,
+    MixedOrder,
+    Mixture,
+    source_seed,
+    whole_weights,
+)
 from potstill.storage.loading.order import ORDER_VERSION, RowOrder, permute
 from potstill.storage.loading.row_plan import EpochPlan, RowPlan
+from potstill.storage.loading.sources import Source, SourceRows
 from potstill.storage.rows.column import Column
 from potstill.storage.rows.columns import COLUMNS
 from potstill.storage.rows.id_map import IdMap
@@ -28,6 +37,7 @@ from potstill.storage.rows.k_bound import KBound, bound_positions
 from potstill.storage.rows.row_types import NO_LABEL, Row, ScoresRow, TargetsRow, TokensRow, token_digest
 from potstill.storage.rows.sparse_targets import Candidates, SparseTargets, concatenate
 from potstill.storage.rows.tokens_columns import TOKENS_COLUMNS, TokensColumn
+from potstill.storage.rows.vocabulary import VocabularyMap, dropped_mass
 from potstill.storage.store.gc import GcReport, collect_garbage
 from potstill.storage.store.inspect import format_row
 from potstill.storage.store.reader import StoreReader
@@ -41,6 +51,7 @@ from potstill.storage.store.writer import StoreWriter, check_output, discard_unu
 
 __all__ = [
     "COLUMNS",
+    "MIXTURE_VERSION",
     "NO_LABEL",
     "ORDER_VERSION",
     "TOKENS_COLUMNS",
@@ -49,6 +60,7 @@ __all__ = [
     "Column",
     "CommitRecord",
     "CorruptError",
+    "Draw",
     "EpochPlan",
     "GaveUpError",
     "GcReport",
@@ -59,6 +71,8 @@ __all__ = [
     "Loader",
     "Manifest",
     "MismatchError",
+    "MixedOrder",
+    "Mixture",
     "NotAStoreError",
     "ReadFailedError",
     "Row",
@@ -68,6 +82,8 @@ __all__ = [
     "RowSample",
     "RunSpec",
     "ScoresRow",
+    "Source",
+    "SourceRows",
     "SparseTargets",
     "StoreError",
     "StoreExistsError",
@@ -82,6 +98,7 @@ __all__ = [
     "UnsealedError",
     "VerifyReport",
     "VersionError",
+    "VocabularyMap",
     "WriteFailedError",
     "bound_positions",
     "check_alignment",
@@ -92,11 +109,14 @@ __all__ = [
     "collect_garbage",
     "concatenate",
     "discard_unused",
+    "dropped_mass",
     "format_row",
     "permute",
     "seal_store",
+    "source_seed",
     "store_stats",
     "store_status",
     "token_digest",
     "verify_store",
+    "whole_weights",
 ]

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from potstill.common.errors import UserError
 from potstill.common.token_table import TokenTable
 from potstill.launch.inspect.text import piece_text, row_texts
-from potstill.storage import MismatchError, ScoresRow, SparseTargets, StoreReader, TargetsRow, TokensRow, token_digest
+from potstill.storage import MismatchError, ScoresRow, SparseTargets, StoreReader, TargetsRow, TokensRow
 
 Values = NDArray[Any]
 QUANTILE = 0.97  # where a scale ends: a few outliers would leave all other tokens pale
@@ -167,7 +167,7 @@ def _row_data(sources: Sources, row: int, extra: RowExtras, *, max_candidates: i
     tokens = sources.tokens.row(row)
     if not isinstance(tokens, TokensRow):
         raise UserError(f"{sources.tokens.url} is of kind {sources.tokens.spec.kind}, expected tokens")
-    digest = token_digest(tokens.tokens, tokens.doc_lens)
+    digest = tokens.digest()
     taught: TargetsRow | None = _joined(sources.targets, row, digest, TargetsRow)
     scored: ScoresRow | None = _joined(sources.scores, row, digest, ScoresRow)
     ids = tokens.tokens.tolist()

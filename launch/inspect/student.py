@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,6 +39,7 @@ def student_part(arguments: argparse.Namespace, tokens: StoreReader, rows: Seque
     step = _step(arguments.step)
     from potstill.common.config import load_config
     from potstill.student_train.config.train import TrainConfig
+    from potstill.student_train.evaluation.folder import in_model_vocabulary, model_vocabulary, tokenizer_candidates
     from potstill.student_train.evaluation.row_figures import curriculum_step, load_student, row_figures
     from potstill.student_train.hf_export.weights import find_source
     from potstill.student_train.run.checkpoint import list_checkpoints
@@ -59,6 +61,11 @@ def student_part(arguments: argparse.Namespace, tokens: StoreReader, rows: Seque
     at = None
     if config is not None:
         at = curriculum_step(config, tokens, step=step, default=_last_step(source, saved))
+    if at is not None:
+        tokens = at.stores.sources[at.source].tokens  # the same rows, in the ids of the run
+    elif source is not None and (vocabulary := model_vocabulary(source, None)) is not None:
+        beside = tokenizer_candidates(source, tokens.url if "://" in tokens.url else Path(tokens.url), tokens)
+        tokens, _ = in_model_vocabulary(vocabulary, tokens, candidates=beside)
     student = None if source is None else load_student(source, tokens)
     found = row_figures(rows, tokens, at=at, student=student)
     return StudentPart([_extras(one, at, source) for one in found], _about(arguments, at, source))
@@ -115,7 +122,7 @@ def _extras(found: RowFigures, at: CurriculumStep | None, source: Source | None)
 def kept_note(kept: KeptFigures, at: CurriculumStep, *, student: str | None) -> str:
     """One line: step, stage, whether the row is in the pool, and how much of its tokens is kept."""
     span = at.plan.segment(at.step).span
-    size, total = at.pool_size, at.stores.tokens.num_rows
+    size, total = at.pool_size, at.stores.num_rows
     if not kept.in_pool:
         pool = f"the row is not in the pool ({size:,} of {total:,} rows), nothing of it is trained on."
     elif size == total:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import SupportsIndex, cast
 
 from potstill.storage.errors import MismatchError
-from potstill.storage.rows.row_types import ScoresRow, TargetsRow, TokensRow, token_digest
+from potstill.storage.rows.row_types import ScoresRow, TargetsRow, TokensRow
 from potstill.storage.store.reader import StoreReader
 
 JoinedRow = TargetsRow | ScoresRow
@@ -54,7 +54,7 @@ class RowDataset:
     def __getitems__(self, rows: Sequence[int]) -> list[RowSample]:
         """Several rows at once (torch's DataLoader calls this): rows of one record batch cost one read."""
         tokens = self._tokens.tokens_rows(rows)
-        digests = [token_digest(row.tokens, row.doc_lens) for row in tokens]
+        digests = [row.digest() for row in tokens]
         joined = {}
         for name, reader in self._joined.items():
             joined[name] = cast("list[JoinedRow]", reader.rows(rows))
@@ -96,8 +96,14 @@ def first_difference(reader: StoreReader, tokens: StoreReader) -> tuple[str, obj
         "num_rows": (reader.num_rows, tokens.num_rows),
         "tokenizer_digest": (reader.spec.tokenizer_digest, tokens.spec.tokenizer_digest),
         "vocab_size": (reader.spec.vocab_size, tokens.spec.vocab_size),
+        "vocabulary map": (map_digest(reader), map_digest(tokens)),
     }
     return next(((key, found, wanted) for key, (found, wanted) in pairs.items() if found != wanted), None)
+
+
+def map_digest(reader: StoreReader) -> str | None:
+    """Beginning of the digest of what renames the ids of a reader's rows; None where nothing does."""
+    return None if reader.vocabulary is None else reader.vocabulary.digest[:16]
 
 
 def check_digests(reader: StoreReader, rows: Sequence[JoinedRow], digests: Sequence[int]) -> None:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Generic, TypeVar, cast, overload
+from typing import Any, Generic, TypeVar, overload
 
 from potstill.storage.errors import MismatchError, StoreError
-from potstill.storage.loading.joining import JoinedRow, as_targets, check_digests, check_joined
+from potstill.storage.loading.joining import JoinedRow, as_targets
 from potstill.storage.loading.order import ORDER_VERSION, Int64
 from potstill.storage.loading.prefetch import Prefetcher
 from potstill.storage.loading.row_plan import RowPlan
-from potstill.storage.rows.row_types import TargetsRow, TokensRow, token_digest
+from potstill.storage.loading.sources import Joined, Source, SourceRows, as_sources
+from potstill.storage.rows.row_types import TargetsRow, TokensRow
 from potstill.storage.store.reader import StoreReader
 
 STATE_VERSION = 1
@@ -25,24 +26,32 @@ T = TypeVar("T")
 class LoadedBatch:
     """One rank's contiguous slice of a global batch; a rank may hold no rows when the world exceeds the batch.
 
-    source int64 [rows]: number of the source that each row is of; None where there is one source only.
+    Row ids (rows int64 [rows], and `.row` of all rows) are global where there are several sources. joined: by name, one
+    entry per row, None for a row whose source has no store of that name. source int64 [rows]: number of the source that
+    each row is of; None where there is one source only.
     """
 
     batch: int
     rows: Int64
     tokens: list[TokensRow]
-    joined: dict[str, list[JoinedRow]]
+    joined: Mapping[str, Sequence[JoinedRow | None]]
     source: Int64 | None = None
 
     def targets(self, name: str) -> list[TargetsRow]:
-        """The rows of the targets store `name`. Raises MismatchError where that is a store of scores."""
-        return [as_targets(name, row) for row in self.joined[name]]
+        """The rows of the targets store `name`.
+
+        Raises MismatchError where that is a store of scores, or a row's source has no such store.
+        """
+        for number, row in enumerate(self.joined[name]):
+            if row is None:
+                raise MismatchError(f"row {self.rows[number]} is of a source that has no store {name}")
+        return [as_targets(name, row) for row in self.joined[name] if row is not None]
 
 
 @dataclass(frozen=True, eq=False)
 class _Piece:
     tokens: list[TokensRow]
-    joined: dict[str, list[JoinedRow]]
+    joined: Joined
 
 
 class _Share:
@@ -70,8 +79,8 @@ class Loader(Generic[T]):
     def __init__(
         self: Loader[LoadedBatch],
         plan: RowPlan,
-        tokens: StoreReader,
-        joined: Mapping[str, StoreReader],
+        tokens: StoreReader | Sequence[Source],
+        joined: Mapping[str, StoreReader] | None = None,
         *,
         rank: int = 0,
         world: int = 1,
@@ -83,8 +92,8 @@ class Loader(Generic[T]):
     def __init__(
         self,
         plan: RowPlan,
-        tokens: StoreReader,
-        joined: Mapping[str, StoreReader],
+        tokens: StoreReader | Sequence[Source],
+        joined: Mapping[str, StoreReader] | None = None,
         *,
         finish: Callable[[LoadedBatch], T],
         rank: int = 0,
@@ -96,8 +105,8 @@ class Loader(Generic[T]):
     def __init__(
         self,
         plan: RowPlan,
-        tokens: StoreReader,
-        joined: Mapping[str, StoreReader],
+        tokens: StoreReader | Sequence[Source],
+        joined: Mapping[str, StoreReader] | None = None,
         *,
         finish: Callable[[LoadedBatch], Any] | None = None,
         rank: int = 0,
@@ -105,7 +114,10 @@ class Loader(Generic[T]):
         prefetch_batches: int = 2,
         num_threads: int = 2,
     ) -> None:
-        """`joined` stores must have been made from `tokens`; MismatchError names the field otherwise.
+        """`tokens` and the stores `joined` by name, or several sources, each with its own; the plan counts rows of all.
+
+        Stores must have been made from the tokens that they are joined to, and sources must agree in row length,
+        tokenizer and vocabulary; MismatchError names the field otherwise.
 
         `prefetch_batches` batches are read and finished ahead of the one in use, by `num_threads` threads (take more
         for stores on object storage, where a read mostly waits). `finish` must be a pure function of the batch: it runs
@@ -116,11 +128,7 @@ class Loader(Generic[T]):
             raise StoreError(
                 f"loader: rank {rank} of {world}, {prefetch_batches} batches ahead, {num_threads} threads is no setting"
             )
-        if tokens.spec.kind != "tokens":
-            raise MismatchError(f"{tokens.url} is a store of kind {tokens.spec.kind}, expected tokens")
-        for name, reader in joined.items():
-            check_joined(name, reader, tokens)
-        self._plan, self._tokens, self._joined = plan, tokens, dict(joined)
+        self._plan, self._sources = plan, SourceRows(as_sources(tokens, joined))
         self._rank, self._world = rank, world
         self._finish: Callable[[LoadedBatch], T] = finish or _as_loaded
         self._prefetch_batches, self._num_threads = prefetch_batches, num_threads
@@ -160,7 +168,8 @@ class Loader(Generic[T]):
         return {
             "version": STATE_VERSION,
             "order_version": ORDER_VERSION,
-            "stores": self._store_digests(),
+            # 96 bits pin a store and keep the state small.
+            "stores": {name: digest[:24] for name, digest in self._sources.digests().items()},
             "plan": self._plan.identity(),
             "batches": self._committed,
             "position": self._plan.position(self._committed),
@@ -202,11 +211,6 @@ class Loader(Generic[T]):
     ) -> None:
         self.close()
 
-    def _store_digests(self) -> dict[str, str]:
-        readers = {"tokens": self._tokens} | {f"joined.{name}": r for name, r in self._joined.items()}
-        # 96 bits pin a store and keep the state small.
-        return {name: reader.digest[:24] for name, reader in readers.items()}
-
     def _rank_rows(self, batch: int) -> Int64:
         rows = self._plan.rows(batch)
         size = self._plan.global_batch
@@ -220,7 +224,7 @@ class Loader(Generic[T]):
         return slice(size * self._rank // self._world, size * (self._rank + 1) // self._world)
 
     def reads(self, batch: int) -> list[Int64]:
-        """Row ids of each read that this rank makes of a store for global batch `batch`; nothing is read."""
+        """Row ids of each read that this rank makes of the stores for global batch `batch`; nothing is read."""
         rows = self._rank_rows(batch)
         return [rows[cut] for cut in self._cuts(len(rows))]
 
@@ -238,7 +242,7 @@ class Loader(Generic[T]):
     def _plan_share(self, batch: int) -> tuple[Int64, frozenset[str]]:
         """This rank's rows of a batch, and the joined stores that it needs."""
         names = self._plan.joined(batch)
-        unknown = names - self._joined.keys()
+        unknown = names - self._sources.joined_names
         if unknown:
             raise StoreError(f"plan: batch {batch} needs the stores {sorted(unknown)}, which were not given")
         return self._rank_rows(batch), names
@@ -248,19 +252,14 @@ class Loader(Generic[T]):
         return self._load(rows[cut], names)
 
     def _load(self, rows: Int64, names: frozenset[str]) -> _Piece:
-        tokens = self._tokens.tokens_rows(rows)
-        digests = [token_digest(row.tokens, row.doc_lens) for row in tokens]
-        joined: dict[str, list[JoinedRow]] = {}
-        for name in sorted(names):
-            joined[name] = cast("list[JoinedRow]", self._joined[name].rows([row.row for row in tokens]))
-            check_digests(self._joined[name], joined[name], digests)
-        return _Piece(tokens, joined)
+        return _Piece(*self._sources.read(rows, names))
 
     def _join(self, batch: int, share: _Share, pieces: list[_Piece]) -> T:
         rows, names = share.get()
         joined = {name: [row for piece in pieces for row in piece.joined[name]] for name in sorted(names)}
         tokens = [row for piece in pieces for row in piece.tokens]
-        return self._finish(LoadedBatch(batch=batch, rows=rows, tokens=tokens, joined=joined))
+        source = None if self._sources.has_one else self._sources.source_of(rows)
+        return self._finish(LoadedBatch(batch=batch, rows=rows, tokens=tokens, joined=joined, source=source))
 
 
 def _as_loaded(batch: LoadedBatch) -> Any:

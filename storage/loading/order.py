@@ -92,6 +92,15 @@ class RowOrder:
         """Row numbers at `positions` of `epoch`; same shape as `positions`."""
         return _MODES[self.mode](self, epoch, np.asarray(positions, np.int64))
 
+    def endless(self, positions: Int64) -> Int64:
+        """Row numbers at positions [n] that run on through the epochs."""
+        epochs = positions // self.num_rows
+        found = np.empty_like(positions)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            found[here] = self.rows(int(epoch), positions[here] % self.num_rows)
+        return found
+
 
 def _sequential(order: RowOrder, epoch: int, positions: Int64) -> Int64:
     if positions.size and (int(positions.min()) < 0 or int(positions.max()) >= order.num_rows):

@@ -62,11 +62,8 @@ class EpochPlan:
     def rows(self, batch: int) -> Int64:
         if batch < 0:
             raise StoreError(f"plan: batch {batch} is negative")
-        n = self._order.num_rows
         positions = np.arange(batch * self.global_batch, (batch + 1) * self.global_batch, dtype=np.int64)
-        epochs = positions // n
-        parts = [self._order.rows(int(e), positions[epochs == e] % n) for e in np.unique(epochs)]
-        found = np.concatenate(parts)
+        found = self._order.endless(positions)
         return found if self._chosen is None else self._chosen[found]
 
     def joined(self, batch: int) -> frozenset[str]:

@@ -23,6 +23,7 @@ class TokensRow:
     mask bool [n]: whether a token is trained on, that is, whether it is a label (of the position before it) and gets a
     target; None: every token is. A row may have fewer tokens than its store's row_length: nothing is stored of padding.
     more: arrays of further columns by name (storage/rows/tokens_columns.py).
+    stored_digest: digest of the tokens as their store holds them, where their ids were renamed since; else None.
     """
 
     row: int
@@ -30,10 +31,15 @@ class TokensRow:
     doc_lens: Int32
     mask: NDArray[np.bool_] | None = None
     more: Mapping[str, Array] = field(default_factory=dict)
+    stored_digest: int | None = None
 
     def column(self, name: str) -> Array | None:
         """The array of a column besides tokens and documents, None where the row has none."""
         return self.mask if name == "mask" else self.more.get(name)
+
+    def digest(self) -> int:
+        """What targets and scores of this row carry as token_digest: of the tokens as they are stored."""
+        return token_digest(self.tokens, self.doc_lens) if self.stored_digest is None else self.stored_digest
 
     def position_ids(self) -> NDArray[np.int64]:
         """0, 1, 2, ... from each document's first token on, [n] int64."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from potstill.storage.errors import MismatchError, StoreError
-from potstill.storage.rows.row_types import NO_LABEL, ScoresRow, TargetsRow, TokensRow, token_digest
+from potstill.storage.rows.row_types import NO_LABEL, ScoresRow, TargetsRow, TokensRow
 from potstill.storage.rows.sparse_targets import SparseTargets
 from potstill.storage.store.reader import StoreReader
 
@@ -37,7 +37,7 @@ def format_row(
     if joined is not None:
         if isinstance(joined, TokensRow):
             raise StoreError("the second store is of kind tokens, expected targets or scores")
-        digest = token_digest(tokens.tokens, tokens.doc_lens)
+        digest = tokens.digest()
         if joined.token_digest != digest:
             raise MismatchError(f"row {row}: the stores hold different tokens ({digest:#x}, {joined.token_digest:#x})")
         lines += [f"  {name} {value:.4f}" for name, value in joined.stats.items()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 import zlib
@@ -27,6 +28,7 @@ from potstill.storage.files.unit_file import DecodedBatch
 from potstill.storage.rows.array_types import Float32, Int32
 from potstill.storage.rows.columns import skippable_names
 from potstill.storage.rows.row_types import Row, ScoresRow, TargetsRow, TokensRow
+from potstill.storage.rows.vocabulary import DRAWS_NEED_ALL, VocabularyMap
 from potstill.storage.store.index import PartialIndex, RowIndex, StatColumns, build_columns
 from potstill.storage.store.seal import Manifest, load_manifest, open_index, store_digest
 from potstill.storage.store.spec import RunSpec
@@ -67,6 +69,7 @@ class StoreReader:
         self._id_map = load_id_map(self._folder, self._spec)
         self._manifest = load_manifest(self._folder, self._spec)
         self._cache = None if cache_dir is None else NodeCache(cache_dir, max_bytes=cache_bytes)
+        self._vocabulary: VocabularyMap | None = None
         self._files: Sequence[str]
         self._index: RowIndex | PartialIndex
         if self._manifest is not None and num_units is None:
@@ -103,6 +106,42 @@ class StoreReader:
         self._num_rows = sum(len(r.num_tokens) for r in chosen)
         self._num_tokens = sum(sum(r.num_tokens) for r in chosen)
         self._index = PartialIndex(build_columns(chosen, self._spec.stats))
+
+    def with_vocabulary(self, vocabulary: VocabularyMap | None) -> StoreReader:
+        """A reader of the same store whose rows come in the student's ids, or as stored; this one stays as it is.
+
+        `spec` and `digest` stay those of the stored rows. Raises MismatchError where the map is of another number of
+        ids, or drops some that the store cannot do without.
+        """
+        if vocabulary is not None:
+            self._check_vocabulary(vocabulary)
+        reader = copy.copy(self)
+        reader._vocabulary = vocabulary
+        return reader
+
+    def _check_vocabulary(self, vocabulary: VocabularyMap) -> None:
+        if len(vocabulary.new_id) != self._spec.vocab_size:
+            raise MismatchError(
+                f"{self.url}: the store has {self._spec.vocab_size} ids, the vocabulary map is one of "
+                f"{len(vocabulary.new_id)}; make it from the tokenizer that the store was made with"
+            )
+        if vocabulary.num_dropped and self._spec.num_draws is not None:
+            raise MismatchError(f"{self.url}: {DRAWS_NEED_ALL}")
+        if vocabulary.num_dropped and self._spec.max_entries >= vocabulary.vocab_size:
+            raise MismatchError(
+                f"{self.url}: a token may keep {self._spec.max_entries} entries, as many as the student has ids "
+                f"({vocabulary.vocab_size}): the tail of what it lacks would be a bucket in which it has nothing"
+            )
+
+    @property
+    def vocabulary(self) -> VocabularyMap | None:
+        """What renames the ids of the rows; None: they come as they are stored."""
+        return self._vocabulary
+
+    @property
+    def vocab_size(self) -> int:
+        """The ids of the rows that this reader serves lie below it: of the store, or of its vocabulary map."""
+        return self._spec.vocab_size if self._vocabulary is None else self._vocabulary.vocab_size
 
     @property
     def url(self) -> str:
@@ -277,4 +316,10 @@ class StoreReader:
         found = (int(batch.num_tokens[position]), int(batch.num_entries[position]))
         if found != (int(entry["num_tokens"]), int(entry["num_entries"])):
             raise CorruptError(f"{batch.where}: batch says {found} tokens and entries, the index says otherwise")
-        return out
+        return out if self._vocabulary is None else self._mapped(self._vocabulary, out)
+
+    def _mapped(self, vocabulary: VocabularyMap, row: Row) -> Row:
+        try:
+            return vocabulary.map_row(row)
+        except StoreError as error:
+            raise type(error)(f"{self.url}: {error}") from error

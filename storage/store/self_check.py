@@ -27,15 +27,19 @@ class AlignmentReport:
 
 
 def check_student(reader: StoreReader, *, vocab_size: int, tokenizer_digest: str, context_length: int) -> None:
-    """Raise MismatchError unless a student can train on the store; a larger (padded) head is fine."""
+    """Raise MismatchError unless a student can train on the store; a larger (padded) head is fine.
+
+    tokenizer_digest: of the tokenizer that the student takes the rows to be made with, also where the reader renames
+    their ids since.
+    """
     spec = reader.spec
     if tokenizer_digest != spec.tokenizer_digest:
         raise MismatchError(
             f"{reader.url}: tokenizer digest {spec.tokenizer_digest} is not the student's {tokenizer_digest}; "
             "the same vocabulary size does not make the ids mean the same"
         )
-    if vocab_size < spec.vocab_size:
-        raise MismatchError(f"{reader.url}: ids go to {spec.vocab_size - 1}, the student has {vocab_size} outputs")
+    if vocab_size < reader.vocab_size:
+        raise MismatchError(f"{reader.url}: ids go to {reader.vocab_size - 1}, the student has {vocab_size} outputs")
     if context_length < spec.row_length:
         raise MismatchError(f"{reader.url}: rows of {spec.row_length} tokens, the student reads {context_length}")
 

@@ -9,7 +9,9 @@ from pydantic import Field, model_validator
 from potstill.common.config import StrictModel
 from potstill.student_train.config.curves import Scalar, check_bounds
 from potstill.student_train.config.row_scores import RowScore
+from potstill.student_train.config.sources import check_mix
 from potstill.student_train.config.token_policies import TokenSelector
+from potstill.student_train.config.weights import Weights
 
 # The keys of potstill.kernels.divergences.DIVERGENCES; a test compares the two.
 Divergence = Literal[
@@ -17,6 +19,7 @@ Divergence = Literal[
 ]
 MissingMass = Literal["tail", "renorm", "support", "label", "raw"]
 TemperatureSide = Literal["both", "teacher"]  # kernels.settings.TEMPERATURE_SIDES, compared too
+OffKd = Literal["nothing", "ce"]  # kernels.settings.OFF_KD, compared too
 
 
 class Objective(StrictModel):
@@ -24,6 +27,11 @@ class Objective(StrictModel):
 
     alpha: Scalar = Field(default=1.0, description="Weight of the distillation term, in [0, 1]")
     ce_weight: Scalar | None = Field(default=None, description="Weight of the label term; null takes 1 - alpha")
+    off_kd: OffKd = Field(
+        default="nothing",
+        description="Positions whose KD is off (not selected for it, no target): ce adds alpha to their ce_weight, so "
+        "that with 1 - alpha the label counts fully there; nothing adds nothing",
+    )
     temperature: Scalar = Field(
         default=1.0,
         description="Softmax temperature; other than 1 its tail must be stored (missing_mass tail, label, raw)",
@@ -80,21 +88,49 @@ class Stage(StrictModel):
     )
     alpha: Scalar | None = Field(default=None, description="Overrides objective.alpha")
     ce_weight: Scalar | None = Field(default=None, description="Overrides objective.ce_weight")
+    off_kd: OffKd | None = Field(default=None, description="Overrides objective.off_kd")
     temperature: Scalar | None = Field(default=None, description="Overrides objective.temperature")
     temperature_side: TemperatureSide | None = Field(default=None, description="Overrides objective.temperature_side")
     divergence: Divergence | None = Field(default=None, description="Overrides objective.divergence")
     missing_mass: MissingMass | None = Field(default=None, description="Overrides objective.missing_mass")
     z_loss: Scalar | None = Field(default=None, description="Overrides objective.z_loss")
     options: dict[str, float] | None = Field(default=None, description="Overrides objective.options")
-    rows: RowSelector | None = Field(default=None, description="Which rows; null takes all")
+    mix: dict[str, float] | None = Field(
+        default=None,
+        description="Name of a source -> its share of the rows (of the sum); null: each by the number of its rows",
+    )
+    repeat: bool = Field(
+        default=True, description="Whether a row may come a second time in the run; false refuses a run where one would"
+    )
+    rows: RowSelector | None = Field(default=None, description="Which rows of each source; null takes all")
     tokens: TokenSelector | None = Field(default=None, description="Which token positions; null takes all")
+    weights: Weights | None = Field(
+        default=None, description="What a row or a document counts, mean 1 over each global batch; null: all alike"
+    )
 
     @model_validator(mode="after")
     def _bounds(self) -> Stage:
         _check_objective(self)
+        if self.mix is not None:
+            check_mix(self.mix)
+        if self.rows is not None and not self.repeat:
+            raise ValueError("repeat false does not go with rows: pools of rows overlap; remove one of the two")
         if self.targets is None and self.tokens is not None:
             if self.tokens.entry.needs_targets:
                 raise ValueError(f"tokens.policy {self.tokens.policy} needs the stage's targets")
             if self.tokens.applies_to == "kd":
                 raise ValueError("tokens.applies_to kd has no effect in a stage without targets; remove the selector")
+        self._check_weights()
         return self
+
+    def _check_weights(self) -> None:
+        if self.weights is None:
+            return
+        if self.targets is None and self.weights.applies_to == "kd":
+            raise ValueError("weights.applies_to kd has no effect in a stage without targets; remove the weights")
+        tokens = self.tokens
+        if self.weights.of == "document" and tokens is not None and tokens.uses_student and tokens.applies_to == "all":
+            raise ValueError(
+                "weights.of document beside tokens of the student with applies_to all would make the step's weight "
+                "unknown before the forward pass; use weights.of row, tokens.applies_to kd, or a store as tokens.source"
+            )

@@ -15,7 +15,16 @@ from pydantic import BeforeValidator, Field, model_validator
 from potstill.common.config import LocalPath, StorePlace, StrictModel
 from potstill.student_train.config.lr_schedule import LrSchedule
 from potstill.student_train.config.optimizers import OptimizerConfig
+from potstill.student_train.config.sources import (
+    NamedSource,
+    SourceConfig,
+    check_sources,
+    check_stage_stores,
+    check_store_names,
+    named_sources,
+)
 from potstill.student_train.config.stages import Objective, Stage
+from potstill.student_train.config.vocabulary import VocabularyConfig
 
 Dtype = Literal["float32", "bfloat16"]
 LossBackend = Literal["auto", "torch", "triton", "triton_compiled"]  # kernels.backends.BACKENDS, compared by a test
@@ -109,13 +118,22 @@ class ModelConfig(StrictModel):
 class DataConfig(StrictModel):
     """Stores to read and the shape of a batch."""
 
-    tokens: StorePlace = Field(description="Sealed tokens store: folder or URL, as all stores here")
+    tokens: StorePlace | None = Field(
+        default=None, description="Sealed tokens store: folder or URL, as all stores here; this, or sources"
+    )
+    sources: dict[str, SourceConfig] = Field(
+        default_factory=dict,
+        description="Name -> tokens store with its targets and scores, in place of data.tokens, targets and scores",
+    )
     heldout: StorePlace | None = Field(default=None, description="Tokens store for evaluation")
     heldout_targets: StorePlace | None = Field(
         default=None, description="Targets store over heldout: adds agreement and KL"
     )
     targets: dict[str, StorePlace] = Field(default_factory=dict, description="Name -> targets store over tokens")
     scores: dict[str, StorePlace] = Field(default_factory=dict, description="Name -> scores store over tokens")
+    vocabulary: VocabularyConfig | None = Field(
+        default=None, description="The student's own vocabulary, where it is not the one of the stores"
+    )
     global_batch_rows: int = Field(ge=1, description="Rows per optimizer step over all ranks")
     micro_batch_rows: int = Field(
         default=1, ge=1, description="Rows per forward on one rank; accumulation follows from it"
@@ -132,14 +150,25 @@ class DataConfig(StrictModel):
 
     @model_validator(mode="after")
     def _names(self) -> DataConfig:
-        twice = sorted(set(self.targets) & set(self.scores))
-        if twice:
-            raise ValueError(f"data.targets and data.scores both name {twice}; names must differ")
-        if "student" in {*self.targets, *self.scores}:
-            raise ValueError("'student' cannot name a store: token selectors use it for the student itself")
+        if self.tokens is None and not self.sources:
+            raise ValueError(
+                "data.tokens is needed and missing: name a tokens store there, or several under data.sources"
+            )
+        beside = [key for key in ("tokens", "targets", "scores") if getattr(self, key)] if self.sources else []
+        if beside:
+            raise ValueError(
+                f"data.sources and data.{beside[0]} are both given; each source names its own tokens, targets and "
+                f"scores: move data.{beside[0]} into one, or remove data.sources"
+            )
+        check_store_names(self.targets, self.scores, key="data.")
+        check_sources(self.sources)
         if self.heldout_targets is not None and self.heldout is None:
             raise ValueError("data.heldout_targets needs data.heldout")
         return self
+
+    def named_sources(self) -> tuple[NamedSource, ...]:
+        """Where rows come from, in the order of their ids: one source for data.tokens, or those of data.sources."""
+        return named_sources(self.tokens, self.targets, self.scores, self.sources)
 
 
 class CheckpointConfig(StrictModel):
@@ -313,24 +342,11 @@ class TrainConfig(StrictModel):
                 )
             if not last and stage.until is None:
                 raise ValueError(f"curriculum.{number}.until is missing: only the last stage may go to the end")
-            self._check_names(number, stage)
+            check_stage_stores(stage, self.objective, self.data.named_sources(), key=f"curriculum.{number}")
         shares = [stage.until for stage in self.curriculum if isinstance(stage.until, float)]
         if any(after <= before for before, after in pairwise(shares)):
             raise ValueError(f"curriculum: the stages' until {shares} must rise, else stages overlap")
         return self
-
-    def _check_names(self, number: int, stage: Stage) -> None:
-        known = {*self.data.targets, *self.data.scores}
-        if stage.targets is not None and stage.targets not in self.data.targets:
-            raise ValueError(
-                f"curriculum.{number}.targets names {stage.targets!r}; data.targets has {sorted(self.data.targets)}"
-            )
-        wanted = {ref.store: "rows.score" for ref in (stage.rows.score.of if stage.rows else ())}
-        if stage.tokens is not None:
-            wanted |= dict.fromkeys(stage.tokens.stores(), "tokens")
-        for name, where in wanted.items():
-            if name not in known:
-                raise ValueError(f"curriculum.{number}.{where} names store {name!r}; known: {sorted(known)}")
 
 
 class EvalConfig(StrictModel):
@@ -343,6 +359,9 @@ class EvalConfig(StrictModel):
     )
     tokenizer: Path | None = Field(
         default=None, description="Tokenizer folder, for bits per byte; null: the model's own or the one beside heldout"
+    )
+    vocabulary: VocabularyConfig | None = Field(
+        default=None, description="The model's own vocabulary, as in data.vocabulary; null takes that of its run"
     )
     max_rows: int | None = Field(default=None, ge=1, description="Rows to use; null takes all")
     batch_rows: int = Field(default=4, ge=1, description="Rows per forward")

@@ -8,6 +8,7 @@ from typing import Any
 from potstill.kernels.settings import LossSettings
 from potstill.student_train.config.stages import Objective, Stage
 from potstill.student_train.config.token_policies import TokenSelector
+from potstill.student_train.config.weights import Weights
 from potstill.student_train.curriculum.schedules import scalar_value
 
 
@@ -32,21 +33,23 @@ class TokenChoice:
 
 @dataclass(frozen=True)
 class StepObjective:
-    """What a step trains on: alpha * T^2 * KD + ce_weight * CE + z_loss * lse^2, and the choice of positions.
+    """What a step trains on: alpha * T^2 * KD + ce_weight * CE + z_loss * lse^2, the choice of positions, weights.
 
     targets: name of the store that the step learns from; None where it reads none.
     settings: of the loss, without a head's cap and scale. A stage without targets has label terms only.
-    tokens: the choice of positions; None takes all.
+    tokens: the choice of positions; None takes all. weights: of rows or documents; None: all alike.
     """
 
     targets: str | None
     settings: LossSettings
     tokens: TokenChoice | None
+    weights: Weights | None = None
 
     @property
     def stores(self) -> frozenset[str]:
         """Names of the stores that this step reads."""
         names = frozenset({self.targets} if self.targets is not None else ())
+        names |= frozenset({self.weights.store} if self.weights is not None else ())
         return names | (self.tokens.selector.stores() if self.tokens is not None else frozenset())
 
 
@@ -63,6 +66,7 @@ def distillation_settings(defaults: Objective, stage: Stage, *, temperature: flo
     """
     return LossSettings(
         temperature=temperature,
+        off_kd=stage_value(defaults, stage, "off_kd"),
         temperature_side=stage_value(defaults, stage, "temperature_side"),
         divergence=stage_value(defaults, stage, "divergence"),
         divergence_options=stage_value(defaults, stage, "options"),
@@ -83,18 +87,22 @@ def step_objective(defaults: Objective, stage: Stage, x: float) -> StepObjective
 
     alpha = 0.0 if stage.targets is None else value("alpha")
     ce_weight = stage_value(defaults, stage, "ce_weight") if stage.targets is not None else stage.ce_weight
-    weights: dict[str, Any] = {
+    factors: dict[str, Any] = {
         "alpha": alpha,
         "ce_weight": None if ce_weight is None else scalar_value(ce_weight, x),
         "z_loss": value("z_loss"),
     }
     if stage.targets is None:
-        settings = LossSettings(**weights)
+        settings = LossSettings(**factors)
     else:
-        settings = distillation_settings(defaults, stage, temperature=value("temperature"), **weights)
+        settings = distillation_settings(defaults, stage, temperature=value("temperature"), **factors)
     tokens = None
     if stage.tokens is not None:
         choice = TokenChoice(stage.tokens, scalar_value(stage.tokens.share, x), scalar_value(stage.tokens.floor, x))
         tokens = None if choice.is_uniform or (alpha == 0.0 and stage.tokens.applies_to == "kd") else choice
+    weights = stage.weights
+    if weights is not None and weights.applies_to == "kd" and alpha == 0.0:
+        weights = None
     needs_targets = alpha > 0.0 or (tokens is not None and tokens.selector.entry.needs_targets)
-    return StepObjective(targets=stage.targets if needs_targets else None, settings=settings, tokens=tokens)
+    targets = stage.targets if needs_targets else None
+    return StepObjective(targets=targets, settings=settings, tokens=tokens, weights=weights)

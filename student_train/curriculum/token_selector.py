@@ -81,14 +81,17 @@ def choose(choice: TokenChoice, columns: Columns, *, labelled: Tensor, row: Tens
     return (choice.floor + (1.0 - choice.floor) * chosen.float()) * labelled
 
 
-def known_weight_sum(choice: TokenChoice, num_labelled: list[int]) -> float:
-    """Sum of the weights before the scores are known; `num_labelled` holds the labelled positions of each row."""
+def known_weight_sum(choice: TokenChoice, num_labelled: list[int], row_weights: list[float] | None = None) -> float:
+    """Sum of the weights before the scores are known; `num_labelled` holds the labelled positions of each row.
+
+    row_weights: what each row counts beside its positions' own weights; None: all 1.
+    """
     policy = choice.selector.entry
     assert policy.kind != "mask", "a mask of the student has no known sum; the configuration refuses it"
     total = 0.0
-    for count in num_labelled:
+    for row, count in enumerate(num_labelled):
         kept = kept_count(count, choice.share) if policy.kind == "share" else count
-        total += kept + choice.floor * (count - kept)
+        total += (kept + choice.floor * (count - kept)) * (1.0 if row_weights is None else row_weights[row])
     return total
 
 

@@ -1,7 +1,7 @@
 """From loaded rows to the tensors of one micro-batch: ids, restarting positions, labels, targets, weights.
 
-Legend: B rows of length L in a micro-batch, N = their real tokens (rows shorter than L are padded for the backbone,
-and their padding never reaches the head).
+Legend: B rows in a micro-batch, L = tokens of its grid, N = its real tokens (rows shorter than L are padded for the
+backbone, and their padding never reaches the head). L is the row length of the store, or less where no row is as long.
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ import torch
 from torch import Tensor
 
 from potstill.kernels.types import IGNORE_LABEL, SparseTargetTensors
-from potstill.storage import LoadedBatch, ScoresRow, TargetsRow, TokensRow, concatenate
+from potstill.storage import LoadedBatch, ScoresRow, TargetsRow, TokensRow
 from potstill.student_train.curriculum.step_objective import StepObjective, TokenChoice
 from potstill.student_train.curriculum.token_selector import choose, known_active, known_weight_sum
+from potstill.student_train.data.targets import row_targets
+from potstill.student_train.data.weights import token_factors
 
 if TYPE_CHECKING:
     from potstill.student_train.model.term import LossTerm
 
 JoinedRow = TargetsRow | ScoresRow
 T = TypeVar("T")
+GRID_STEP = 64  # a grid's length is a multiple: few shapes for the allocator of a GPU, whole tiles for its products
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,12 @@ class MicroBatch:
     row int64 [N] row of each token; columns: figures of stores for a choice that needs the student as well;
     extras: what loss terms take from the stores' rows, by names of their own;
     weight_sum: sum of the token weights, known before the forward; num_active: how many of them are not 0, where that
-    is known as well (a GPU need not be asked then).
+    is known as well (a GPU need not be asked then); source: int64 [N] number of the source of each token, None with one
+    source; kd_weight_sum: sum of token weight times weight of row or document
+    where such weights are of KD alone, else None: all KD weights are then divided by their mean over the global batch.
+
+    Where the student's own figures choose positions, token_weights and kd_weights hold the weights of rows and
+    documents, which the choice is multiplied by.
     """
 
     input_ids: Tensor
@@ -50,6 +58,8 @@ class MicroBatch:
     extras: Mapping[str, Tensor]
     weight_sum: float
     num_active: int | None
+    kd_weight_sum: float | None = None
+    source: Tensor | None = None
 
     @property
     def num_rows(self) -> int:
@@ -114,9 +124,9 @@ def _columns(choice: TokenChoice, batch: LoadedBatch, part: slice) -> dict[str, 
     if "key" in needs:
         columns["key"] = np.concatenate([_random_key(row) for row in batch.tokens[part]])
     if selector.entry.needs_source and selector.source != "student":
-        columns |= store_columns(batch.joined[selector.source][part])
+        columns |= store_columns(cast("Sequence[JoinedRow]", batch.joined[selector.source][part]))
     if selector.reference is not None:
-        columns |= store_columns(batch.joined[selector.reference][part], "reference_")
+        columns |= store_columns(cast("Sequence[JoinedRow]", batch.joined[selector.reference][part]), "reference_")
     return {name: torch.from_numpy(np.ascontiguousarray(columns[name])) for name in needs if name in columns}
 
 
@@ -127,10 +137,14 @@ def collate(
     micro_batch_rows: int,
     row_length: int,
     terms: Sequence[LossTerm] = (),
+    fixed_length: bool = False,
 ) -> list[MicroBatch]:
-    """Cut this rank's rows into micro-batches, on the CPU, with what these loss terms take from the rows."""
+    """Cut this rank's rows into micro-batches, on the CPU, with what these loss terms take from the rows.
+
+    fixed_length: lay every micro-batch out to row_length, for a compiled backbone; else to its longest row.
+    """
     parts = [slice(first, first + micro_batch_rows) for first in range(0, len(batch.tokens), micro_batch_rows)]
-    micros = [_micro_batch(batch, objective, part, row_length) for part in parts]
+    micros = [_micro_batch(batch, objective, part, row_length=row_length, fixed_length=fixed_length) for part in parts]
     if not terms:
         return micros
     return [
@@ -139,24 +153,32 @@ def collate(
     ]
 
 
-def _micro_batch(batch: LoadedBatch, objective: StepObjective, part: slice, row_length: int) -> MicroBatch:
+def grid_length(longest: int, row_length: int) -> int:
+    """Tokens of a grid whose longest row has `longest`: a multiple of GRID_STEP, or the row length of the store."""
+    return min(row_length, -(-longest // GRID_STEP) * GRID_STEP)
+
+
+def _micro_batch(
+    batch: LoadedBatch, objective: StepObjective, part: slice, *, row_length: int, fixed_length: bool
+) -> MicroBatch:
     rows = batch.tokens[part]
     lengths = [len(row.tokens) for row in rows]
-    input_ids = np.zeros((len(rows), row_length), np.int64)
+    length = row_length if fixed_length else grid_length(max(lengths), row_length)
+    input_ids = np.zeros((len(rows), length), np.int64)
     positions = np.empty_like(input_ids)
     for number, row in enumerate(rows):
         input_ids[number, : lengths[number]] = row.tokens
-        positions[number] = position_ids(row.doc_lens, row_length)
+        positions[number] = position_ids(row.doc_lens, length)
     labels = torch.from_numpy(np.concatenate([row.labels() for row in rows]))
     index = None
-    if min(lengths) < row_length:
-        grid = np.concatenate([np.arange(n) + number * row_length for number, n in enumerate(lengths)])
+    if min(lengths) < length:
+        grid = np.concatenate([np.arange(n) + number * length for number, n in enumerate(lengths)])
         index = torch.from_numpy(grid)
     num_labelled = int((labels != IGNORE_LABEL).sum())
     targets = None
     if objective.targets is not None:
-        parts = [cast(TargetsRow, row).targets for row in batch.joined[objective.targets][part]]
-        targets = SparseTargetTensors.from_arrays(concatenate(parts))
+        joined = cast("list[TargetsRow | None]", batch.joined[objective.targets][part])
+        targets = row_targets(joined, lengths)
     micro = MicroBatch(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(positions),
@@ -170,32 +192,67 @@ def _micro_batch(batch: LoadedBatch, objective: StepObjective, part: slice, row_
         extras={},
         weight_sum=float(num_labelled),
         num_active=num_labelled,
+        source=None if batch.source is None else torch.from_numpy(np.repeat(batch.source[part], lengths)),
     )
-    return (
-        micro if objective.tokens is None else _chosen(micro, objective.tokens, _columns(objective.tokens, batch, part))
-    )
+    columns = {} if objective.tokens is None else _columns(objective.tokens, batch, part)
+    if objective.weights is not None:
+        figures = cast("list[JoinedRow | None]", batch.joined[objective.weights.store][part])
+        factors = torch.from_numpy(token_factors(objective.weights, rows, figures))
+        micro = _weighed(micro, factors, of_kd=objective.weights.applies_to == "kd")
+    return micro if objective.tokens is None else _chosen(micro, objective.tokens, columns)
+
+
+def _weighed(micro: MicroBatch, factors: Tensor, *, of_kd: bool) -> MicroBatch:
+    """The micro-batch with what its rows or documents count, factors float32 [N], at its labelled positions."""
+    factors = torch.where(micro.labels != IGNORE_LABEL, factors, 0.0)
+    total = float(factors.double().sum())
+    if of_kd:
+        return replace(micro, kd_weights=factors, kd_weight_sum=total)
+    return replace(micro, token_weights=factors, weight_sum=total, num_active=int((factors != 0).sum()))
 
 
 def _chosen(micro: MicroBatch, choice: TokenChoice, columns: dict[str, Tensor]) -> MicroBatch:
-    """Weights from figures that are known now, or the columns for a choice inside the forward pass."""
+    """Weights from figures that are known now, or the columns for a choice inside the forward pass.
+
+    What rows and documents count, if the micro-batch has such weights, is multiplied with the choice.
+    """
     labelled = micro.labels != IGNORE_LABEL
     if choice.uses_student:
-        if choice.selector.applies_to == "kd":
-            return replace(micro, columns=columns)
-        counts = torch.bincount(micro.row[labelled], minlength=micro.num_rows)
-        num_labelled = counts.tolist()
-        return replace(
-            micro,
-            columns=columns,
-            weight_sum=known_weight_sum(choice, num_labelled),
-            num_active=known_active(choice, num_labelled),
-        )
+        micro = replace(micro, columns=columns)
+        return micro if choice.selector.applies_to == "kd" else _known_sums(micro, choice, labelled)
     weights = choose(choice, columns, labelled=labelled, row=micro.row, num_rows=micro.num_rows)
     if choice.selector.applies_to == "kd":
-        return replace(micro, kd_weights=weights)
+        return replace(micro, kd_weights=weights if micro.kd_weights is None else weights * micro.kd_weights)
+    if micro.token_weights is not None:
+        weights = weights * micro.token_weights
+    kd_weight_sum = micro.kd_weight_sum
+    if micro.kd_weights is not None:
+        kd_weight_sum = float((weights.double() * micro.kd_weights.double()).sum())
     return replace(
         micro,
         token_weights=weights,
         weight_sum=float(weights.double().sum()),
         num_active=int((weights != 0).sum()),
+        kd_weight_sum=kd_weight_sum,
+    )
+
+
+def _known_sums(micro: MicroBatch, choice: TokenChoice, labelled: Tensor) -> MicroBatch:
+    """The sums before the student has chosen; weights beside its choice are then of whole rows (config/stages.py)."""
+    num_labelled = torch.bincount(micro.row[labelled], minlength=micro.num_rows).tolist()
+
+    def of_rows(factors: Tensor | None) -> list[float] | None:
+        if factors is None:
+            return None
+        return factors.new_zeros(micro.num_rows).scatter_reduce(0, micro.row, factors, "amax").tolist()
+
+    weights, kd_weights = of_rows(micro.token_weights), of_rows(micro.kd_weights)
+    counted = (
+        num_labelled if weights is None else [n if w > 0 else 0 for n, w in zip(num_labelled, weights, strict=True)]
+    )
+    return replace(
+        micro,
+        weight_sum=known_weight_sum(choice, num_labelled, weights),
+        num_active=known_active(choice, counted),
+        kd_weight_sum=None if kd_weights is None else known_weight_sum(choice, num_labelled, kd_weights),
     )

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from potstill.storage import LoadedBatch
 from potstill.student_train.curriculum.plan import CurriculumPlan, rows_digest
@@ -23,14 +25,23 @@ class StepBatch:
 
     batch: number of the global batch, which is that of the step; micros: this rank's share on the CPU (page-locked if a
     GPU will take it); objective: the step's loss settings; weight_sum: sum of the token weights of `micros`;
-    rows_digest: names the rows of the whole global batch.
+    kd_weight_sum: that of weights of KD alone (MicroBatch), 0 where there are none or no micro-batch;
+    rows_digest: names the rows of the whole global batch; source_counts [G, 2] float64: rows and tokens of each source
+    in `micros`, None with one source.
     """
 
     batch: int
     micros: list[MicroBatch]
     objective: StepObjective
     weight_sum: float
+    kd_weight_sum: float
     rows_digest: str
+    source_counts: NDArray[np.float64] | None = None
+
+    @property
+    def weighs_kd(self) -> bool:
+        """Whether rows or documents have weights of KD alone, which their mean over the global batch divides."""
+        return self.objective.weights is not None and self.objective.weights.applies_to == "kd"
 
 
 @dataclass(frozen=True)
@@ -42,14 +53,21 @@ class BatchFinisher:
     row_length: int
     terms: Sequence[LossTerm]  # which may take columns of their own from the rows
     device: torch.device  # that will take the batches; for a GPU they are put into page-locked memory
+    fixed_length: bool = False  # of the micro-batches, for a compiled backbone
 
     def __call__(self, loaded: LoadedBatch) -> StepBatch:
         # Of this thread only. Each thread that calls torch would otherwise bring a team of one thread per core with
         # it; torch's DataLoader does the same in its own threads.
         torch.set_num_threads(1)
         objective = self.plan.objective(loaded.batch)
-        sizes = {"micro_batch_rows": self.micro_batch_rows, "row_length": self.row_length}
-        micros = collate(loaded, objective, terms=self.terms, **sizes)
+        micros = collate(
+            loaded,
+            objective,
+            terms=self.terms,
+            micro_batch_rows=self.micro_batch_rows,
+            row_length=self.row_length,
+            fixed_length=self.fixed_length,
+        )
         if self.device.type == "cuda":
             # Of this thread as well: without it, every rank would open a context of its own on the first GPU.
             torch.cuda.set_device(self.device)
@@ -59,5 +77,17 @@ class BatchFinisher:
             micros=micros,
             objective=objective,
             weight_sum=sum(micro.weight_sum for micro in micros),
+            kd_weight_sum=sum(micro.kd_weight_sum or 0.0 for micro in micros),
             rows_digest=rows_digest(self.plan.rows(loaded.batch)),
+            source_counts=source_counts(loaded, len(self.plan.source_names)),
         )
+
+
+def source_counts(loaded: LoadedBatch, num_sources: int) -> NDArray[np.float64] | None:
+    """Rows and tokens of each source [G, 2] in these rows; None with one source."""
+    if num_sources == 1:
+        return None
+    source = np.zeros(0, np.int64) if loaded.source is None else loaded.source
+    lengths = [len(row.tokens) for row in loaded.tokens]
+    counts = [np.bincount(source, weights, num_sources) for weights in (None, np.array(lengths, np.float64))]
+    return np.stack(counts, 1).astype(np.float64)

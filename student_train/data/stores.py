@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -12,32 +12,104 @@ from potstill.common.errors import UserError
 from potstill.kernels.checks import check_draws
 from potstill.kernels.settings import LossSettings, stored_temperature
 from potstill.kernels.types import KernelInputError
-from potstill.storage import StoreError, StoreReader, TargetsRow, UnsealedError, check_alignment, check_places
+from potstill.storage import (
+    RunSpec,
+    Source,
+    StoreError,
+    StoreReader,
+    TargetsRow,
+    UnsealedError,
+    check_alignment,
+    check_places,
+)
 from potstill.storage.loading.joining import first_difference
+from potstill.storage.loading.sources import tokens_difference
 from potstill.student_train.config.curves import Scalar
+from potstill.student_train.config.sources import NamedSource, stage_sources
+from potstill.student_train.config.stages import Stage
 from potstill.student_train.config.token_policies import TokenSelector
 from potstill.student_train.config.train import DataConfig, TrainConfig
 from potstill.student_train.curriculum.plan import CurriculumPlan, total_steps
 from potstill.student_train.curriculum.row_selector import needed_stats
 from potstill.student_train.curriculum.schedules import scalar_bounds
+from potstill.student_train.curriculum.segments import PlanSource
 from potstill.student_train.curriculum.step_objective import distillation_settings, stage_value
+from potstill.student_train.data.store_tokenizer import tokenizers_beside
+from potstill.student_train.data.vocabulary import Vocabulary, vocabulary_of
+from potstill.student_train.data.weights import check_weights
 from potstill.student_train.model.loss_terms import term_stores
 
 log = logging.getLogger(__name__)
 
+VOCABULARY = "data.vocabulary"  # its name among the digests of a checkpoint; no store is called so
+
 
 @dataclass(frozen=True)
 class Stores:
-    """The readers of one run, by name."""
+    """The readers of one run: its sources in the order of their row ids (at least one), and the held-out stores.
 
-    tokens: StoreReader
-    joined: Mapping[str, StoreReader]
+    With a `vocabulary` their rows are in the student's ids.
+    """
+
+    sources: tuple[Source, ...]
     heldout: StoreReader | None
     heldout_targets: StoreReader | None
+    vocabulary: Vocabulary | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that a student of this run needs."""
+        return self.sources[0].tokens.vocab_size
+
+    @property
+    def spec(self) -> RunSpec:
+        """What the tokens stores of all sources have in common: row length, tokenizer, vocabulary."""
+        return self.sources[0].tokens.spec
+
+    @property
+    def num_rows(self) -> int:
+        return sum(source.tokens.num_rows for source in self.sources)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(source.tokens.num_tokens for source in self.sources)
+
+    @property
+    def tokens(self) -> StoreReader:
+        """The tokens store of a run with one source; ValueError of others."""
+        return self._only.tokens
+
+    @property
+    def joined(self) -> Mapping[str, StoreReader]:
+        """The targets and scores of a run with one source; ValueError of others."""
+        return self._only.joined
+
+    @property
+    def _only(self) -> Source:
+        if len(self.sources) > 1:
+            raise ValueError(f"the run has the sources {[source.name for source in self.sources]}; take one of them")
+        return self.sources[0]
 
     def digests(self) -> dict[str, str]:
-        """Digest of each training store, for the checkpoint."""
-        return {"tokens": self.tokens.digest, **{name: reader.digest for name, reader in self.joined.items()}}
+        """Digest of each training store, for the checkpoint; with several sources by SOURCE.NAME.
+
+        Of the vocabulary map too, if there is one.
+        """
+        found: dict[str, str] = {}
+        for source in self.sources:
+            before = "" if len(self.sources) == 1 else f"{source.name}."
+            found[f"{before}tokens"] = source.tokens.digest
+            found |= {f"{before}{name}": reader.digest for name, reader in source.joined.items()}
+        return found if self.vocabulary is None else {**found, VOCABULARY: self.vocabulary.mapping.digest}
+
+    def targets(self) -> dict[str, StoreReader]:
+        """The targets stores among the joined ones; with several sources by SOURCE.NAME."""
+        return {
+            name if len(self.sources) == 1 else f"{source.name}.{name}": reader
+            for source in self.sources
+            for name, reader in source.joined.items()
+            if reader.spec.kind == "targets"
+        }
 
 
 _MAKERS = {"tokens": "prepare", "targets": "dump", "scores": "score"}  # the command that writes each kind
@@ -95,7 +167,11 @@ def check_targets(targets: StoreReader, tokens: StoreReader, *, key: str) -> Non
 
 def unused_columns(config: TrainConfig, name: str) -> frozenset[str]:
     """Columns of targets store `name` that no stage looks at, so that they need not be decoded."""
-    selecting = any(name in stage.tokens.stores() for stage in config.curriculum if stage.tokens is not None)
+    selecting = any(
+        (stage.tokens is not None and name in stage.tokens.stores())
+        or (stage.weights is not None and stage.weights.of == "document" and stage.weights.store == name)
+        for stage in config.curriculum
+    )
     temperatures = [config.objective.temperature, *(stage.temperature for stage in config.curriculum)]
     is_plain = all(value is None or set(scalar_bounds(value)) == {1.0} for value in temperatures)
     side = frozenset() if selecting else frozenset({"entropy", "label", "label_rank"})
@@ -112,40 +188,94 @@ def cache_options(data: DataConfig, place: Path | str) -> dict[str, Any]:
 def open_stores(config: TrainConfig) -> Stores:
     """Open and cross-check every store of a run. Raises UserError."""
     data = config.data
-    tokens = open_store(data.tokens, "tokens", "data.tokens", **cache_options(data, data.tokens))
-    joined: dict[str, StoreReader] = {}
-    for kind, group in (("targets", data.targets), ("scores", data.scores)):
-        for name, path in group.items():
-            key = f"data.{kind}.{name}"
-            cached = cache_options(data, path)
-            joined[name] = open_store(path, kind, key, **cached)
-            check_belongs(joined[name], tokens, key=key, tokens_key="data.tokens")
-            if kind == "targets":
-                check_targets(joined[name], tokens, key=key)
-                joined[name] = StoreReader(path, skip=unused_columns(config, name), **cached)
+    sources: list[Source] = []
+    for named in data.named_sources():
+        source = open_source(config, named)
+        if sources:
+            _check_alike(source, named, sources[0], data.named_sources()[0])
+        sources.append(source)
     heldout = heldout_targets = None
     if data.heldout is not None:
         heldout = open_store(data.heldout, "tokens", "data.heldout")
-        if heldout.digest == tokens.digest:
-            raise UserError(
-                f"data.heldout = {data.heldout} holds the same rows of data.tokens (digest {tokens.digest[:16]}...), "
-                "so nothing would be held out; name the heldout store that prepare wrote beside it, or remove the key"
-            )
-        for field in ("tokenizer_digest", "vocab_size"):
-            found, expected = getattr(heldout.spec, field), getattr(tokens.spec, field)
-            if found != expected:
-                raise UserError(f"data.heldout has {field} {found}, data.tokens {expected}; prepare both alike")
+        _check_heldout(heldout, sources, data)
     if data.heldout_targets is not None and heldout is not None:
         heldout_targets = open_store(data.heldout_targets, "targets", "data.heldout_targets")
         check_belongs(heldout_targets, heldout, key="data.heldout_targets", tokens_key="data.heldout")
         check_targets(heldout_targets, heldout, key="data.heldout_targets")
-    return Stores(tokens, joined, heldout, heldout_targets)
+    stores = Stores(tuple(sources), heldout, heldout_targets)
+    return stores if data.vocabulary is None else in_vocabulary(stores, data)
+
+
+def in_vocabulary(stores: Stores, data: DataConfig) -> Stores:
+    """The stores with rows in the ids of data.vocabulary. Raises UserError."""
+    assert data.vocabulary is not None
+    texts = [source.tokens for source in stores.sources] + ([] if stores.heldout is None else [stores.heldout])
+    beside = [
+        folder for named in data.named_sources() for folder in tokenizers_beside(named.config.tokens, stores.spec.info)
+    ]
+    vocabulary = vocabulary_of(data.vocabulary, texts, beside)
+
+    def mapped(reader: StoreReader) -> StoreReader:
+        try:
+            return reader.with_vocabulary(vocabulary.mapping)
+        except StoreError as error:
+            raise UserError(f"data.vocabulary: {error}") from error
+
+    sources = tuple(
+        Source(source.name, mapped(source.tokens), {name: mapped(store) for name, store in source.joined.items()})
+        for source in stores.sources
+    )
+    heldout = None if stores.heldout is None else mapped(stores.heldout)
+    targets = None if stores.heldout_targets is None else mapped(stores.heldout_targets)
+    return Stores(sources, heldout, targets, vocabulary)
+
+
+def open_source(config: TrainConfig, named: NamedSource) -> Source:
+    """Open the stores of one source and check them against each other. Raises UserError that names the key."""
+    data, place = config.data, named.config.tokens
+    tokens = open_store(place, "tokens", f"{named.key}.tokens", **cache_options(data, place))
+    joined: dict[str, StoreReader] = {}
+    for kind, group in (("targets", named.config.targets), ("scores", named.config.scores)):
+        for name, path in group.items():
+            key = f"{named.key}.{kind}.{name}"
+            cached = cache_options(data, path)
+            joined[name] = open_store(path, kind, key, **cached)
+            check_belongs(joined[name], tokens, key=key, tokens_key=f"{named.key}.tokens")
+            if kind == "targets":
+                check_targets(joined[name], tokens, key=key)
+                joined[name] = StoreReader(path, skip=unused_columns(config, name), **cached)
+    return Source(named.name, tokens, joined)
+
+
+def _check_alike(source: Source, named: NamedSource, first: Source, first_named: NamedSource) -> None:
+    difference = tokens_difference(source.tokens, first.tokens)
+    if difference is not None:
+        field, found, expected = difference
+        raise UserError(
+            f"{named.key}.tokens has {field} {found}, {first_named.key}.tokens {expected}; prepare all sources with "
+            "one tokenizer and one row length"
+        )
+
+
+def _check_heldout(heldout: StoreReader, sources: Sequence[Source], data: DataConfig) -> None:
+    for source, named in zip(sources, data.named_sources(), strict=True):
+        if heldout.digest == source.tokens.digest:
+            raise UserError(
+                f"data.heldout = {data.heldout} holds the same rows of {named.key}.tokens (digest "
+                f"{source.tokens.digest[:16]}...), so nothing would be held out; name the heldout store that prepare "
+                "wrote beside it, or remove the key"
+            )
+    for field in ("tokenizer_digest", "vocab_size"):
+        found, expected = getattr(heldout.spec, field), getattr(sources[0].tokens.spec, field)
+        if found != expected:
+            key = f"{data.named_sources()[0].key}.tokens"
+            raise UserError(f"data.heldout has {field} {found}, {key} {expected}; prepare both alike")
 
 
 def _check_has_tail(targets: StoreReader, name: str, key: str, settings: LossSettings) -> None:
     if targets.spec.normaliser == "kept":
         raise UserError(
-            f"{key} is {settings.missing_mass}, which needs the mass outside of the kept entries; store {name!r} "
+            f"{key} is {settings.missing_mass}, which needs the mass outside of the kept entries; store {name} "
             f"({targets.url}) holds log-probabilities relative to the kept entries alone (normaliser kept): use "
             "missing_mass renorm or support"
         )
@@ -156,7 +286,7 @@ def _check_temperature(value: Scalar, targets: StoreReader, name: str, key: str)
     for bound in set(scalar_bounds(value)):
         if stored_temperature(bound, stored) is None:
             raise UserError(
-                f"{key}.temperature takes the value {bound}, but store {name!r} holds tails for {sorted(stored)} only; "
+                f"{key}.temperature takes the value {bound}, but store {name} holds tails for {sorted(stored)} only; "
                 "dump with dump temperatures that include it, or use missing_mass renorm or support"
             )
     if len(set(scalar_bounds(value))) > 1:
@@ -167,34 +297,79 @@ def _check_temperature(value: Scalar, targets: StoreReader, name: str, key: str)
 
 
 def check_objectives(config: TrainConfig, stores: Stores) -> None:
-    """Check each stage's loss settings against its targets store. Raises UserError naming the key."""
+    """Check each stage's loss settings against the targets stores of its sources. Raises UserError naming the key."""
     for number, stage in enumerate(config.curriculum):
         key = f"curriculum.{number}"
+        sources = _stage_sources(config, stores, stage, key)
         if stage.tokens is not None:
-            _check_token_stores(stores, stage.tokens, key)
+            for source in sources:
+                _check_token_stores(source, stage.tokens, key, _of(source, stores))
+        if stage.weights is not None:
+            for source in sources:
+                store = source.joined[stage.weights.store]
+                check_weights(stage.weights, store, key=f"{key}.weights", of=_of(source, stores))
         if stage.targets is None:
             continue
-        targets = stores.joined[stage.targets]
-        mode = str((targets.spec.selection or {}).get("mode"))
+        _check_one_kind(stage.targets, sources, key)
         temperature = stage_value(config.objective, stage, "temperature")
         try:
             for bound in scalar_bounds(temperature):
                 settings = distillation_settings(config.objective, stage, temperature=bound)
         except KernelInputError as error:
             raise UserError(f"{key}: {error}") from error
-        try:
-            check_draws(settings.divergence, holds_draws=mode == "sample")
-        except KernelInputError as error:
-            raise UserError(f"{key}.divergence, store {stage.targets!r} of selection {mode}: {error}") from error
-        # Whichever side is tempered, the teacher is: the tails that are needed are the same.
-        if settings.needs_tail:
-            _check_has_tail(
-                targets, stage.targets, f"{key if stage.missing_mass else 'objective'}.missing_mass", settings
+        for source in sources:
+            if (targets := source.joined.get(stage.targets)) is None:
+                continue  # its rows have no teacher, which the configuration allowed
+            mode = _selection(targets)["mode"]
+            name = f"{stage.targets!r}{_of(source, stores)}"
+            try:
+                check_draws(settings.divergence, holds_draws=mode == "sample")
+            except KernelInputError as error:
+                raise UserError(f"{key}.divergence, store {name} of selection {mode}: {error}") from error
+            # Whichever side is tempered, the teacher is: the tails that are needed are the same.
+            if settings.needs_tail:
+                _check_has_tail(targets, name, f"{key if stage.missing_mass else 'objective'}.missing_mass", settings)
+                _check_temperature(temperature, targets, name, key)
+
+
+def _stage_sources(config: TrainConfig, stores: Stores, stage: Stage, key: str) -> list[Source]:
+    names = {named.name for named in stage_sources(stage, config.data.named_sources(), key=key)}
+    return [source for source in stores.sources if source.name in names]
+
+
+def _of(source: Source, stores: Stores) -> str:
+    """Which source's store is spoken of; nothing where there is one."""
+    return "" if len(stores.sources) == 1 else f" of data.sources.{source.name}"
+
+
+def _selection(targets: StoreReader) -> dict[str, Any]:
+    """What two targets stores must have in common to be read in one stage: mode, and of draws number and power."""
+    chosen = targets.spec.selection or {}
+    mode = str(chosen.get("mode"))
+    if mode != "sample":
+        return {"mode": mode}
+    return {"mode": mode, "num_draws": chosen.get("num_draws"), "power": chosen.get("power", 1.0)}
+
+
+def _check_one_kind(name: str, sources: Sequence[Source], key: str) -> None:
+    """The targets of a stage go into one batch: log-probabilities, or draws of one number and power."""
+    kinds: list[tuple[str, str]] = []
+    for source in sources:
+        if name in source.joined:
+            chosen, kind = _selection(source.joined[name]), "log-probabilities"
+            if chosen["mode"] == "sample":
+                kind = f"{chosen['num_draws']} draws a token at power {chosen['power']}"
+            kinds.append((source.name, kind))
+    for where, kind in kinds[1:]:
+        first, expected = kinds[0]
+        if kind != expected:
+            raise UserError(
+                f"{key}.targets: store {name!r} of data.sources.{where} holds {kind}, that of data.sources.{first} "
+                f"{expected}; one stage reads one kind: dump both alike, or draw from them in stages of their own (mix)"
             )
-            _check_temperature(temperature, targets, stage.targets, key)
 
 
-def _check_token_stores(stores: Stores, selector: TokenSelector, key: str) -> None:
+def _check_token_stores(source: Source, selector: TokenSelector, key: str, of: str) -> None:
     """A targets store may lack a side column; look at the first row of the source and of the reference."""
     from potstill.student_train.data.batch import JoinedRow, store_columns
 
@@ -203,31 +378,38 @@ def _check_token_stores(stores: Stores, selector: TokenSelector, key: str) -> No
     if selector.reference is not None:
         wanted["reference"] = (selector.reference, {"loss"} if "reference_loss" in needs else set())
     for field, (name, columns) in wanted.items():
-        if name not in stores.joined:  # the student itself
+        if name not in source.joined:  # the student itself
             continue
-        held = store_columns([cast(JoinedRow, stores.joined[name].row(0))])
+        held = store_columns([cast(JoinedRow, source.joined[name].row(0))])
         missing = sorted(columns - set(held))
         if missing:
             raise UserError(
-                f"{key}.tokens.{field} is store {name!r}, but policy {selector.policy} needs {missing} of it, which it "
-                f"does not hold (it has {sorted(held)}); dump or score it with that column, or name another store"
+                f"{key}.tokens.{field} is store {name!r}{of}, but policy {selector.policy} needs {missing} of it, "
+                f"which it does not hold (it has {sorted(held)}); dump or score it with that column, or name another "
+                "store"
             )
 
 
 def build_plan(config: TrainConfig, stores: Stores) -> CurriculumPlan:
     """The run's plan: which rows, stores and loss settings each global batch has. Raises UserError."""
     names = frozenset().union(*(needed_stats(stage.rows) for stage in config.curriculum))
-    steps = total_steps(config, row_length=stores.tokens.spec.row_length)
     wanted = term_stores(config.model)
-    if not wanted <= set(stores.joined):
-        raise UserError(
-            f"loss terms of the model read the stores {sorted(wanted)}; data.targets and data.scores name "
-            f"{sorted(stores.joined)}: add the missing ones there"
-        )
+    for source, named in zip(stores.sources, config.data.named_sources(), strict=True):
+        if not wanted <= set(source.joined):
+            raise UserError(
+                f"loss terms of the model read the stores {sorted(wanted)}; {named.key}.targets and {named.key}.scores "
+                f"name {sorted(source.joined)}: add the missing ones there"
+            )
     return CurriculumPlan(
         config,
-        total_steps=steps,
-        num_rows=stores.tokens.num_rows,
-        stats={name: stores.joined[name].row_stats for name in names},
+        total_steps=total_steps(config, row_length=stores.spec.row_length),
+        sources=[
+            PlanSource(
+                source.name,
+                source.tokens.num_rows,
+                {name: source.joined[name].row_stats for name in names if name in source.joined},
+            )
+            for source in stores.sources
+        ],
         term_stores=wanted,
     )

@@ -14,9 +14,9 @@ from typing import Any, cast
 
 import numpy as np
 
-from potstill.common.errors import UserError
-from potstill.common.token_table import token_table, tokenizer_digest
+from potstill.common.token_table import token_table
 from potstill.storage import StoreReader, TokensRow
+from potstill.student_train.data.store_tokenizer import find_tokenizer_of, named_tokenizer
 
 ROWS_AT_ONCE = 64
 
@@ -33,13 +33,6 @@ class TextBytes:
         return loss * positions / (math.log(2.0) * self.num_bytes) if self.num_bytes else None
 
 
-def tokenizers_beside(store: Path | str, info: Any) -> list[Path]:
-    """Where the tokenizer of a tokens store may lie: where its run.json says, in the store, and beside it."""
-    named = info.get("tokenizer")
-    found = [Path(named)] if isinstance(named, str) else []
-    return found + ([store / "tokenizer", store.parent / "tokenizer"] if isinstance(store, Path) else [])
-
-
 def heldout_bytes(
     tokens: StoreReader, *, num_rows: int, asked: Path | None, candidates: Sequence[Path | None]
 ) -> TextBytes:
@@ -47,43 +40,16 @@ def heldout_bytes(
 
     With the tokenizer in `asked`, which must be that of the store (UserError otherwise), else with the first of
     `candidates` that is. Exact for byte-level tokenizers; one too many for a document that begins with a bos token in
-    sentencepiece; with any other kind, the bytes of the documents as the tokenizer writes them.
+    sentencepiece; with any other kind, the bytes that the labels add to the documents as the tokenizer writes them.
     """
     wanted = tokens.spec.tokenizer_digest
     if asked is not None:
-        tokenizer = _load(asked)
-        digest = tokenizer_digest(tokenizer)
-        if digest != wanted:
-            raise UserError(
-                f"tokenizer {asked} has the digest {digest[:16]}, but the rows of {tokens.url} were made with "
-                f"{wanted[:16]}; name the tokenizer that prepare used (it keeps a copy beside the stores)"
-            )
+        return _counted(tokens, named_tokenizer(asked, digest=wanted, store=tokens.url), num_rows)
+    tokenizer, others = find_tokenizer_of(wanted, candidates)
+    if tokenizer is not None:
         return _counted(tokens, tokenizer, num_rows)
-    others = []
-    for folder in dict.fromkeys(candidates):
-        if folder is None or not (folder / "tokenizer.json").is_file():
-            continue
-        try:
-            tokenizer = _load(folder)
-        except UserError as error:
-            others.append(str(error))
-            continue
-        if tokenizer_digest(tokenizer) == wanted:
-            return _counted(tokens, tokenizer, num_rows)
-        others.append(f"{folder} is another one")
     told = f" ({'; '.join(others)})" if others else ""
     return TextBytes(None, f"no tokenizer of the rows beside the model or the store{told}; name it with tokenizer")
-
-
-def _load(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    if not folder.is_dir():
-        raise UserError(f"tokenizer {folder} is no folder; name the folder that holds tokenizer.json")
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"tokenizer {folder} cannot be loaded: {error}") from error
 
 
 def _counted(tokens: StoreReader, tokenizer: Any, num_rows: int) -> TextBytes:
@@ -106,14 +72,18 @@ def _counted(tokens: StoreReader, tokenizer: Any, num_rows: int) -> TextBytes:
 
 
 def _written_bytes(row: TokensRow, tokenizer: Any) -> int:
-    """Bytes of a row's documents as the tokenizer writes them, less those of each first token."""
+    """Bytes of the labels in a row as the tokenizer writes its documents: what each run of labels adds to the text."""
     total, start = 0, 0
     for size in row.doc_lens.tolist():
         ids = row.tokens[start : start + size].tolist()
+        is_label = row.has_target()[start : start + size - 1]  # of the tokens behind the first
         start += size
-        whole, head = (
-            tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            for part in (ids, ids[:1])
-        )
-        total += len(whole.encode()) - len(head.encode())
+        # Where labels begin and end; without a mask that is one run from the second token to the last.
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], is_label, [False]]).astype(np.int8))) + 1
+        for first, last in edges.reshape(-1, 2).tolist():
+            whole, head = (
+                tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+                for part in (ids[:last], ids[:first])
+            )
+            total += len(whole.encode()) - len(head.encode())
     return total

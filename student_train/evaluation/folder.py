@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,12 +11,15 @@ from typing import Any
 import torch
 
 from potstill.common.errors import UserError
-from potstill.storage import StoreReader
+from potstill.storage import StoreError, StoreReader
 from potstill.student_train.config.train import EvalConfig
+from potstill.student_train.config.vocabulary import VocabularyConfig
+from potstill.student_train.data.store_tokenizer import tokenizers_beside
 from potstill.student_train.data.stores import check_belongs, open_store
-from potstill.student_train.evaluation.bits_per_byte import TextBytes, heldout_bytes, tokenizers_beside
+from potstill.student_train.data.vocabulary import vocabulary_of
+from potstill.student_train.evaluation.bits_per_byte import TextBytes, heldout_bytes
 from potstill.student_train.evaluation.heldout import HeldoutEvaluation
-from potstill.student_train.hf_export.weights import Source, find_source, load_model
+from potstill.student_train.hf_export.weights import EXPORT_FILE, Source, find_source, load_model
 from potstill.student_train.model.parameters import count_parameters
 from potstill.student_train.model.student import StudentModel
 from potstill.student_train.run.checkpoint import write_json_atomically
@@ -74,12 +79,16 @@ def evaluate(config: EvalConfig) -> EvalSummary:
     if config.targets is not None:
         targets = open_store(config.targets, "targets", "targets")
         check_belongs(targets, tokens, key="targets", tokens_key="heldout")
-    source = find_source(config.model)
+    source, stored = find_source(config.model), tokens
+    vocabulary = model_vocabulary(source, config.vocabulary)
+    candidates = tokenizer_candidates(source, config.heldout, tokens)
+    if vocabulary is not None:
+        tokens, targets = in_model_vocabulary(vocabulary, tokens, targets, candidates=candidates)
     hf = load_model(source, dtype=config.dtype)
     vocab_size = hf.config.get_text_config().vocab_size
-    if vocab_size < tokens.spec.vocab_size:
+    if vocab_size < tokens.vocab_size:
         raise UserError(
-            f"{config.model} has vocab_size {vocab_size}, the held-out store ids below {tokens.spec.vocab_size}; they "
+            f"{config.model} has vocab_size {vocab_size}, the held-out rows ids below {tokens.vocab_size}; they "
             "were not made with the same tokenizer"
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -94,18 +103,50 @@ def evaluate(config: EvalConfig) -> EvalSummary:
         device=device,
     )
     step = None if source.checkpoint is None else source.checkpoint.step
-    # Before the forwards: a wrong tokenizer is an error, and a quick one.
+    # Before the forwards: a wrong tokenizer is an error, and a quick one. The text is the same under any ids.
     text = heldout_bytes(
-        tokens,
+        stored,
         num_rows=evaluation.num_rows,
-        asked=config.tokenizer,
-        candidates=tokenizer_candidates(source, config.heldout, tokens),
+        asked=config.tokenizer or (None if vocabulary is None else vocabulary.teacher_tokenizer),
+        candidates=candidates,
     )
     summary = EvalSummary(config.model, step, count_parameters(student), evaluation.measure(student), text)
     if config.output is not None:
         config.output.parent.mkdir(parents=True, exist_ok=True)
         write_json_atomically(config.output, summary.to_json())
     return summary
+
+
+def model_vocabulary(source: Source, asked: VocabularyConfig | None) -> VocabularyConfig | None:
+    """The vocabulary of a model: as asked, else that of its run.
+
+    Raises UserError for an export of a run that had one: rows in the ids of the stores would be other text to it.
+    """
+    if asked is not None or source.checkpoint is not None:
+        return asked or read_run_config(source.run).data.vocabulary
+    record = source.folder / EXPORT_FILE
+    if record.is_file() and "vocabulary_map" in json.loads(record.read_text(encoding="utf-8")):
+        raise UserError(
+            f"{source.folder} was trained in a vocabulary of its own (data.vocabulary of its run), so that ids of "
+            f"stores are other tokens to it; set vocabulary.tokenizer={source.folder}, and vocabulary.subset=true if "
+            "its run said so (potstill eval), or name the run in place of the export"
+        )
+    return None
+
+
+def in_model_vocabulary(
+    vocabulary: VocabularyConfig,
+    tokens: StoreReader,
+    targets: StoreReader | None = None,
+    *,
+    candidates: Sequence[Path | None],
+) -> tuple[StoreReader, StoreReader | None]:
+    """Readers of the same rows in the model's ids. Raises UserError."""
+    mapping = vocabulary_of(vocabulary, [tokens], candidates, key="vocabulary").mapping
+    try:
+        return tokens.with_vocabulary(mapping), None if targets is None else targets.with_vocabulary(mapping)
+    except StoreError as error:
+        raise UserError(f"vocabulary: {error}") from error
 
 
 def tokenizer_candidates(source: Source, heldout: Path | str, tokens: StoreReader) -> list[Path | None]:

@@ -48,6 +48,7 @@ class HeldoutEvaluation:
     rank: int
     world_size: int
     device: torch.device
+    fixed_length: bool = False  # of the micro-batches, for a compiled backbone
 
     @classmethod
     def create(
@@ -74,7 +75,13 @@ class HeldoutEvaluation:
         joined = {} if self.targets is None else {TARGETS: cast("list[JoinedRow]", self.targets.rows(ids))}
         tokens = cast("list[TokensRow]", self.tokens.rows(ids))
         batch = LoadedBatch(batch=0, rows=rows.astype(np.int64), tokens=tokens, joined=joined)
-        return collate(batch, objective, micro_batch_rows=len(ids), row_length=self.tokens.spec.row_length)[0]
+        return collate(
+            batch,
+            objective,
+            micro_batch_rows=len(ids),
+            row_length=self.tokens.spec.row_length,
+            fixed_length=self.fixed_length,
+        )[0]
 
     @torch.no_grad()
     def measure(self, model: RunsRequests) -> dict[str, float | None]:
@@ -105,7 +112,12 @@ class HeldoutEvaluation:
 
 
 def heldout_figures(sums: dict[str, float], num_rows: int) -> dict[str, float | None]:
-    """Means in nats per labelled position, and perplexity = exp(loss)."""
+    """Means in nats per labelled position, and perplexity = exp(loss). Raises UserError where there is none."""
+    if sums["label_weight"] <= 0:
+        raise UserError(
+            f"the {num_rows} held-out rows have no trained position: their masks leave nothing to measure; hold out "
+            "other rows, or prepare them with a mask that is on somewhere"
+        )
     loss = sums["ce"] / sums["label_weight"]
     has_targets = sums["target_weight"] > 0
     return {

@@ -5,7 +5,7 @@ All of it by the functions that training uses: `open_stores`, `build_plan`, `col
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from potstill.common.errors import UserError
 from potstill.kernels.types import IGNORE_LABEL
-from potstill.storage import LoadedBatch, StoreReader, TokensRow
+from potstill.storage import LoadedBatch, SourceRows, StoreReader, TokensRow
 from potstill.student_train.config.lr_schedule import span_steps
 from potstill.student_train.config.train import TrainConfig
 from potstill.student_train.curriculum.plan import CurriculumPlan
@@ -64,11 +64,12 @@ class RowFigures:
 
 @dataclass(frozen=True)
 class CurriculumStep:
-    """One optimizer step of a plan with the stores that it reads."""
+    """One optimizer step of a plan with the stores that it reads, for rows of one source (its number)."""
 
     stores: Stores
     plan: CurriculumPlan
     step: int
+    source: int = 0
 
     @property
     def objective(self) -> StepObjective:
@@ -84,20 +85,20 @@ class CurriculumStep:
     @property
     def pool_size(self) -> int:
         """Rows that the step may draw."""
-        pool = self.plan.segment(self.step).pool
-        return self.stores.tokens.num_rows if pool is None else len(pool)
+        return self.plan.segment(self.step).pool_size
 
     def has_in_pool(self, row: int) -> bool:
-        """Whether the step may draw this row."""
-        pool = self.plan.segment(self.step).pool
-        return pool is None or bool(np.isin(row, pool))
+        """Whether the step may draw this row of the source."""
+        return self.plan.segment(self.step).has_in_pool(self._global(row))
 
     def micro_batch(self, row: int) -> MicroBatch:
-        """The row alone, as training collates it at this step."""
-        joined = {
-            name: [cast(JoinedRow, self.stores.joined[name].row(row))] for name in sorted(self.plan.joined(self.step))
-        }
-        return _collated(self.stores.tokens, row, joined, self.objective, step=self.step)
+        """The row of the source alone, as training collates it at this step."""
+        rows = SourceRows(self.stores.sources)
+        tokens, joined = rows.read(np.array([self._global(row)], np.int64), self.plan.joined(self.step))
+        return _collated(tokens[0], joined, self.objective, row_length=self.stores.spec.row_length, step=self.step)
+
+    def _global(self, row: int) -> int:
+        return row + sum(source.tokens.num_rows for source in self.stores.sources[: self.source])
 
 
 def curriculum_step(
@@ -108,12 +109,7 @@ def curriculum_step(
     Raises UserError (also StoreError) where the stores do not fit, are not over `tokens`, or the run has no such step.
     """
     stores = open_stores(config)
-    if stores.tokens.digest != tokens.digest:
-        raise UserError(
-            f"the run trains on other tokens: data.tokens = {config.data.tokens} has the digest "
-            f"{stores.tokens.digest[:16]}, {tokens.url} has {tokens.digest[:16]}; show rows of the store that it "
-            "trains on"
-        )
+    source = _source_number(config, stores, tokens)
     check_objectives(config, stores)
     plan = build_plan(config, stores)
     last = plan.total_steps - 1
@@ -127,16 +123,31 @@ def curriculum_step(
         raise UserError(
             f"step {step}: the run has the steps 0 to {last}; name one of them, or a share of the run such as 0.5"
         )
-    return CurriculumStep(stores, plan, found)
+    return CurriculumStep(stores, plan, found, source)
+
+
+def _source_number(config: TrainConfig, stores: Stores, tokens: StoreReader) -> int:
+    """Number of the source that holds the rows of `tokens`; the first one where several do. Raises UserError."""
+    for number, source in enumerate(stores.sources):
+        if source.tokens.digest == tokens.digest:
+            return number
+    places = ", ".join(
+        f"{named.key}.tokens = {named.config.tokens} has the digest {source.tokens.digest[:16]}"
+        for named, source in zip(config.data.named_sources(), stores.sources, strict=True)
+    )
+    raise UserError(
+        f"the run trains on other tokens: {places}, {tokens.url} has {tokens.digest[:16]}; show rows of a store that "
+        "it trains on"
+    )
 
 
 def load_student(source: Source, tokens: StoreReader) -> StudentModel:
     """The student of a run, a checkpoint or a Hugging Face folder, in float32. Raises UserError."""
     hf = load_model(source, dtype="float32")
     vocab_size = hf.config.get_text_config().vocab_size
-    if vocab_size < tokens.spec.vocab_size:
+    if vocab_size < tokens.vocab_size:
         raise UserError(
-            f"{source.folder} has vocab_size {vocab_size}, {tokens.url} stores ids below {tokens.spec.vocab_size}; "
+            f"{source.folder} has vocab_size {vocab_size}, the rows of {tokens.url} ids below {tokens.vocab_size}; "
             "they were not made with the same tokenizer"
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -163,7 +174,11 @@ def row_figures(
 @torch.no_grad()
 def _figures_of(row: int, tokens: StoreReader, at: CurriculumStep | None, student: StudentModel | None) -> RowFigures:
     objective = measuring_objective(with_targets=False) if at is None else at.objective
-    micro = _collated(tokens, row, {}, objective, step=0) if at is None else at.micro_batch(row)
+    if at is None:
+        found = tokens.tokens_rows([row])[0]
+        micro = _collated(found, {}, objective, row_length=tokens.spec.row_length, step=0)
+    else:
+        micro = at.micro_batch(row)
     labelled = micro.labels != IGNORE_LABEL
     said, hidden = None, None
     if student is not None:
@@ -208,8 +223,12 @@ def _array(values: Tensor) -> Figures:
 
 
 def _collated(
-    tokens: StoreReader, row: int, joined: dict[str, list[JoinedRow]], objective: StepObjective, *, step: int
+    row: TokensRow,
+    joined: Mapping[str, Sequence[JoinedRow | None]],
+    objective: StepObjective,
+    *,
+    row_length: int,
+    step: int,
 ) -> MicroBatch:
-    found = cast(TokensRow, tokens.row(row))
-    batch = LoadedBatch(batch=step, rows=np.array([row], np.int64), tokens=[found], joined=joined)
-    return collate(batch, objective, micro_batch_rows=1, row_length=tokens.spec.row_length)[0]
+    batch = LoadedBatch(batch=step, rows=np.array([row.row], np.int64), tokens=[row], joined=joined)
+    return collate(batch, objective, micro_batch_rows=1, row_length=row_length)[0]

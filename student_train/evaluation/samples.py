@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from potstill.common.errors import UserError
-from potstill.storage import StoreReader, TokensRow
+from potstill.storage import StoreError, StoreReader, TokensRow
 from potstill.student_train.config.train import HeldoutConfig, TrainConfig
 from potstill.student_train.data.stores import Stores
 from potstill.student_train.hf_export.hf_folder import find_tokenizer
@@ -93,8 +93,9 @@ def text_sampler(config: TrainConfig, stores: Stores) -> TextSampler | None:
     options = config.eval
     if not options.samples and not options.sample_prompts:
         return None
-    spec = stores.tokens.spec
-    tokenizer = load_tokenizer(config, vocab_size=spec.vocab_size)
+    spec = stores.spec
+    tokenizer = load_tokenizer(config, vocab_size=stores.vocab_size)
+    begin, end = (_marks(stores, name) for name in ("prefix", "suffix"))
 
     def decode(ids: Sequence[int]) -> str:
         return str(tokenizer.decode(list(ids), skip_special_tokens=False))
@@ -104,18 +105,29 @@ def text_sampler(config: TrainConfig, stores: Stores) -> TextSampler | None:
             f"eval.sample_tokens is {options.sample_tokens}, but a prompt and its text must fit in a row of "
             f"{spec.row_length} tokens; take a smaller number"
         )
-    prompts = given_prompts(options, tokenizer, prefix=spec.info.get("prefix") or (), row_length=spec.row_length)
+    prompts = given_prompts(options, tokenizer, prefix=begin, row_length=spec.row_length)
     if options.samples and stores.heldout is not None:
         prompts += heldout_prompts(options, stores.heldout, decode, row_length=spec.row_length)
     special = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     return TextSampler(
         prompts=tuple(prompts),
         decode=decode,
-        end_ids=frozenset(special | set(spec.info.get("suffix") or ())),
+        end_ids=frozenset(special | set(end)),
         num_tokens=options.sample_tokens,
         temperature=options.sample_temperature,
         seed=config.run.seed,
     )
+
+
+def _marks(stores: Stores, name: str) -> list[int]:
+    """Ids that prepare has put before or behind each document, as the student numbers them. Raises UserError."""
+    ids = list(stores.spec.info.get(name) or ())
+    if stores.vocabulary is None:
+        return ids
+    try:
+        return stores.vocabulary.mapping.map_ids(ids, what=f"{name} of each document of {stores.sources[0].tokens.url}")
+    except StoreError as error:
+        raise UserError(f"data.vocabulary: {error}") from error
 
 
 def load_tokenizer(config: TrainConfig, *, vocab_size: int) -> Any:
@@ -125,8 +137,9 @@ def load_tokenizer(config: TrainConfig, *, vocab_size: int) -> Any:
     folder = find_tokenizer(config.eval.tokenizer, config)
     file = None if folder is None else Path(folder) / "tokenizer.json"
     if file is None or not file.is_file():
+        tokens = config.data.named_sources()[0].config.tokens
         raise UserError(
-            f"eval.samples needs the tokenizer of {config.data.tokens}, and no tokenizer.json was found "
+            f"eval.samples needs the tokenizer of {tokens}, and no tokenizer.json was found "
             f"{'beside it' if folder is None else f'in {folder}'}; name its folder with eval.tokenizer"
         )
     tokenizer = Tokenizer.from_file(str(file))
@@ -156,7 +169,11 @@ def given_prompts(options: HeldoutConfig, tokenizer: Any, *, prefix: Sequence[in
 def heldout_prompts(
     options: HeldoutConfig, heldout: StoreReader, decode: Callable[[Sequence[int]], str], *, row_length: int
 ) -> list[Prompt]:
-    """Beginnings of documents in `eval.samples` held-out rows, spread evenly over the store."""
+    """Beginnings of documents in `eval.samples` held-out rows, spread evenly over the store.
+
+    Where a mask says what is trained on, a prompt is what comes before it (its last tokens, if it is too long), so that
+    the student writes what it is trained to write.
+    """
     num_rows = min(options.samples, heldout.num_rows)
     if num_rows == 0:
         raise UserError("eval.samples: the held-out store holds no rows; prepare a larger held-out split")
@@ -168,10 +185,25 @@ def heldout_prompts(
         # The first document that continues behind the prompt, else the longest one.
         longer = np.flatnonzero(row.doc_lens > most)
         document = int(longer[0]) if len(longer) else int(row.doc_lens.argmax())
-        start, length = int(starts[document]), int(row.doc_lens[document])
-        ids = row.tokens[start : start + max(1, min(most, length - 1))].tolist()
+        asked = None if row.mask is None or row.mask.all() else _before_the_answer(row)
+        if asked is not None:
+            first, last = max(asked[0], asked[1] - most), asked[1]
+        else:
+            first, length = int(starts[document]), int(row.doc_lens[document])
+            last = first + max(1, min(most, length - 1))
+        ids = row.tokens[first:last].tolist()
         prompts.append(Prompt(f"held-out row {row.row}", decode(ids), tuple(ids)))
     return prompts
+
+
+def _before_the_answer(row: TokensRow) -> tuple[int, int] | None:
+    """First and last place (exclusive) of the tokens before the first trained one of a document; None without any."""
+    trained = np.flatnonzero(row.has_target())  # position t says that token t + 1 is trained on
+    if not len(trained):
+        return None
+    ends = np.cumsum(row.doc_lens)
+    document = int(np.searchsorted(ends, trained[0], side="right"))
+    return int(ends[document] - row.doc_lens[document]), int(trained[0]) + 1
 
 
 def sample_line(sample: dict[str, Any]) -> str:

@@ -97,12 +97,14 @@ def _heldout_figures(run: Path, step: int) -> tuple[int | None, dict[str, Any] |
 def _store_records(config: TrainConfig, pinned: Mapping[str, str]) -> Iterable[dict[str, Any]]:
     """One record per store of the run: its name, kind, pinned digest, and what its run.json says if it is still it."""
     data = config.data
-    places: list[tuple[str, str, Path | str]] = [("tokens", "tokens", data.tokens)]
-    places += [(name, "targets", place) for name, place in data.targets.items()]
-    places += [(name, "scores", place) for name, place in data.scores.items()]
+    for source in data.named_sources():
+        before = f"{source.name}." if len(data.sources) > 1 else ""
+        places: list[tuple[str, str, Path | str]] = [("tokens", "tokens", source.config.tokens)]
+        places += [(name, "targets", place) for name, place in source.config.targets.items()]
+        places += [(name, "scores", place) for name, place in source.config.scores.items()]
+        for name, kind, place in places:
+            yield {**_store_record(f"{before}{name}", kind, place, pinned.get(f"{before}{name}")), "key": name}
     heldout = {"heldout": data.heldout, "heldout_targets": data.heldout_targets}
-    for name, kind, place in places:
-        yield _store_record(name, kind, place, pinned.get(name))
     for name, kind in (("heldout", "tokens"), ("heldout_targets", "targets")):
         if (named := heldout[name]) is not None:
             yield _store_record(name, kind, named, None)

@@ -19,10 +19,11 @@ from potstill.common.errors import UserError
 from potstill.common.packed import probe_ids
 from potstill.storage import StoreError, StoreReader
 from potstill.student_train.config.train import ExportConfig, ModelConfig, TrainConfig
-from potstill.student_train.evaluation.bits_per_byte import tokenizers_beside
+from potstill.student_train.data.store_tokenizer import tokenizers_beside
+from potstill.student_train.data.stores import VOCABULARY
 from potstill.student_train.hf_export.card_facts import gather_facts
 from potstill.student_train.hf_export.model_card import model_card
-from potstill.student_train.hf_export.weights import find_source, load_model
+from potstill.student_train.hf_export.weights import EXPORT_FILE, find_source, load_model
 from potstill.student_train.run.checkpoint import write_json_atomically, write_text_atomically
 from potstill.student_train.run.run_folder import read_run_config
 
@@ -86,7 +87,10 @@ def export(config: ExportConfig) -> ExportSummary:
     if tokenizer is not None:
         copy_tokenizer(tokenizer, part)
     record = {"step": source.checkpoint.step, "checkpoint": str(source.checkpoint.folder), "dtype": dtype}
-    write_json_atomically(part / "potstill_export.json", record)
+    own = source.checkpoint.manifest.get("stores", {}).get(VOCABULARY)
+    if own is not None:
+        record["vocabulary_map"] = own
+    write_json_atomically(part / EXPORT_FILE, record)
     num_parameters = sum(p.numel() for p in model.parameters())
     title = config.output_dir.name if run_config.run.name == "run" else run_config.run.name
     facts = gather_facts(
@@ -138,17 +142,24 @@ def source_use_cache(config: ModelConfig) -> bool:
 
 
 def find_tokenizer(asked: Path | None, run: TrainConfig) -> Path | None:
-    """The tokenizer folder: as asked, else of the starting weights, else what the tokens store remembers."""
+    """The tokenizer folder: as asked, else the student's own (data.vocabulary), else of the starting weights, else
+    what the tokens store remembers."""
     if asked is not None:
         if not any((asked / name).is_file() for name in TOKENIZER_FILES):
             raise UserError(f"tokenizer {asked} holds no tokenizer files ({', '.join(TOKENIZER_FILES[:2])}, ...)")
         return asked
+    if run.data.vocabulary is not None:
+        place = run.data.vocabulary.tokenizer
+        if not (place / "tokenizer.json").is_file():
+            raise UserError(f"data.vocabulary.tokenizer {place} of the run holds no tokenizer.json; name a copy of it")
+        return place
     info: Mapping[str, Any] = {}
+    tokens = run.data.named_sources()[0].config.tokens  # one tokenizer made the stores of all sources
     try:
-        info = StoreReader(run.data.tokens).spec.info
+        info = StoreReader(tokens).spec.info
     except StoreError as error:
         log.warning("the tokens store of the run cannot be read for its tokenizer: %s", error)
-    candidates = [run.model.path, *tokenizers_beside(run.data.tokens, info)]
+    candidates = [run.model.path, *tokenizers_beside(tokens, info)]
     for folder in candidates:
         if folder is not None and (folder / "tokenizer.json").is_file():
             return folder

@@ -13,6 +13,8 @@ import yaml
 from potstill.student_train.config.stages import Stage
 from potstill.student_train.config.token_policies import TokenSelector
 from potstill.student_train.config.train import TrainConfig
+from potstill.student_train.config.vocabulary import VocabularyConfig
+from potstill.student_train.config.weights import Weights
 from potstill.student_train.hf_export.card_facts import CardFacts, last_name
 
 UNKNOWN = "not recorded"
@@ -83,7 +85,7 @@ def _teachers(facts: CardFacts) -> str:
     used = {stage.targets for stage in facts.config.curriculum}
     rows = []
     for record in facts.stores:
-        if record["kind"] == "targets" and record["name"] in used:
+        if record["kind"] == "targets" and record.get("key") in used:
             rows += _model_rows(record)
     return "## Teacher\n\n" + markdown_table(("targets store", "model", "sha256 of the weights", "dtype"), rows)
 
@@ -112,6 +114,7 @@ def _training(facts: CardFacts) -> str:
         names = f"Muon (lr {muon_lr:g}) for the backbone's matrices, AdamW for the rest"
     rows = [
         ("started from", start),
+        *_vocabulary_row(config.data.vocabulary),
         ("optimizer steps", f"{facts.step:,}"),
         ("tokens", _count(facts.tokens)),
         ("rows", _count(facts.rows) + epoch),
@@ -131,6 +134,14 @@ def _training(facts: CardFacts) -> str:
     )
 
 
+def _vocabulary_row(own: VocabularyConfig | None) -> list[tuple[str, str]]:
+    """Nothing for a student that has the teacher's vocabulary."""
+    if own is None:
+        return []
+    lacking = "; what it lacks of the teacher's joined the tail" if own.subset else ""
+    return [("vocabulary", f"its own, of the tokenizer {last_name(own.tokenizer)}: rows came in its ids{lacking}")]
+
+
 def _stage_row(config: TrainConfig, number: int, stage: Stage) -> tuple[str, ...]:
     def value(name: str) -> Any:
         own = getattr(stage, name)
@@ -144,14 +155,25 @@ def _stage_row(config: TrainConfig, number: int, stage: Stage) -> tuple[str, ...
         of = ", ".join(f"{ref.stat} of {ref.store}" for ref in stage.rows.score.of) or "a keyed hash"
         rows = f"{stage.rows.keep} {scalar_text(stage.rows.share)} by {stage.rows.score.kind} ({of})"
     positions = "all" if stage.tokens is None else _positions_text(stage.tokens)
+    if stage.weights is not None:
+        positions += f", {_weights_text(stage.weights)}"
     if stage.targets is None:
         return (name, until, "none (labels)", "0", scalar_text(1.0 if stage.ce_weight is None else stage.ce_weight),
                 "-", "-", rows, positions)  # fmt: skip
     weight = value("ce_weight")
     label = "1 - alpha" if weight is None else scalar_text(weight)
+    if value("off_kd") == "ce":
+        label += ", + alpha where KD is off"
     temperature = f"{scalar_text(value('temperature'))} ({value('temperature_side')})"
     divergence = f"{value('divergence')}, missing mass {value('missing_mass')}"
     return (name, until, stage.targets, scalar_text(value("alpha")), label, temperature, divergence, rows, positions)
+
+
+def _weights_text(weights: Weights) -> str:
+    of = f"{weights.column} of {weights.store}"
+    return (
+        f"{weights.of}s weighted by {weights.form} of {of}, a {weights.a:g}, b {weights.b:g}, for {weights.applies_to}"
+    )
 
 
 def _positions_text(tokens: TokenSelector) -> str:
@@ -209,9 +231,10 @@ def _reproduce(facts: CardFacts) -> str:
 def _configuration(config: TrainConfig) -> str:
     tree = config.model_dump(mode="json")
     data = tree["data"]
-    places = [(tree["run"], ("output_dir",)), (data, ("tokens", "heldout", "heldout_targets"))]
+    places = [(tree["run"], ("output_dir",)), (data, ("heldout", "heldout_targets"))]
     places += [(tree["model"], ("path", "config")), (tree["checkpoint"], ("resume",))]
-    places += [(data[group], tuple(data[group])) for group in ("targets", "scores")]
+    for owner in (data, *data["sources"].values()):
+        places += [(owner, ("tokens",)), *((owner[group], tuple(owner[group])) for group in ("targets", "scores"))]
     for group, keys in places:
         group |= {key: last_name(group[key]) for key in keys if isinstance(group[key], str)}
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)

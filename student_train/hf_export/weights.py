@@ -15,6 +15,7 @@ from potstill.student_train.run.checkpoint import MANIFEST, Checkpoint, list_che
 from potstill.student_train.run.run_folder import CONFIG_FILE, STUDENT_FOLDER
 
 PREFIX = "hf."
+EXPORT_FILE = "potstill_export.json"  # what an export says of where its weights come from
 
 
 @dataclass(frozen=True)

@@ -74,17 +74,19 @@ class DistillationHead(nn.Module):
     def choice(self, hidden: Tensor, micro: MicroBatch, objective: StepObjective) -> tuple[Tensor, Tensor | None]:
         """Weights [N] of the positions for the whole loss and for its KD term; unlabelled positions weigh 0."""
         labelled = micro.labels != IGNORE_LABEL
-        everywhere = labelled.float()
+        token_weights = labelled.float() if micro.token_weights is None else micro.token_weights
         choice = objective.tokens
         if choice is None or not choice.uses_student:
-            return (everywhere if micro.token_weights is None else micro.token_weights), micro.kd_weights
+            return token_weights, micro.kd_weights
         needs_targets = choice.selector.entry.needs_targets
         figures = self.statistics(hidden, micro, objective if needs_targets else None)
         columns = {"loss": -figures.label_logprob, "entropy": figures.entropy, **micro.columns}
         if needs_targets:
             columns["divergence"] = figures.divergence
         weights = choose(choice, columns, labelled=labelled, row=micro.row, num_rows=micro.num_rows)
-        return (everywhere, weights) if choice.selector.applies_to == "kd" else (weights, None)
+        if choice.selector.applies_to == "kd":
+            return token_weights, weights if micro.kd_weights is None else weights * micro.kd_weights
+        return (weights if micro.token_weights is None else weights * token_weights), micro.kd_weights
 
 
 @dataclass(frozen=True)
@@ -92,18 +94,24 @@ class SparseLossRequest:
     """The loss of the sparse targets and labels of this batch, divided by this number, inside the head.
 
     `self_check` first compares the loss path with float64 on this batch and raises SelfCheckError on a mismatch.
+    `kd_scale`, 0-d, multiplies the KD weights; `source_sums` [sources, 14] gets the figures by source. A batch without
+    targets (of sources that have none) has labels alone.
     """
 
     micro: MicroBatch
     objective: StepObjective
     normalizer: Tensor
     self_check: bool = False
+    kd_scale: Tensor | None = None
+    source_sums: Tensor | None = None
 
     def run(self, head: DistillationHead, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The loss 0-d, differentiable in hidden [N, D] and the head, and the sums float32 [S] of SparseLoss."""
         micro, objective = self.micro, self.objective
         token_weights, kd_weights = head.choice(hidden, micro, objective)
-        distils = objective.settings.alpha > 0.0
+        if kd_weights is not None and self.kd_scale is not None:
+            kd_weights = kd_weights * self.kd_scale
+        distils = objective.settings.alpha > 0.0 and micro.targets is not None
         options: dict[str, Any] = {
             "settings": head.settings(objective.settings if distils else objective.settings.without_kd()),
             "token_weights": token_weights,
@@ -118,6 +126,8 @@ class SparseLossRequest:
             check_num_active(micro.num_active, token_weights)
             detached = {name: None if value is None else value.detach() for name, value in tensors.items()}
             self_check(**detached, targets=targets, **options)
+        if self.source_sums is not None:
+            options |= {"groups": micro.source, "group_sums": self.source_sums}
         loss, sums = linear_sparse_loss(**tensors, targets=targets, **options)
         measured = hidden.shape[0] if objective.tokens is not None and objective.tokens.uses_student else 0
         selection = selection_figures(micro, token_weights, kd_weights, measured=measured)
@@ -137,7 +147,14 @@ class SparseLoss(LossTerm):
 
     def loss(self, given: TermInput) -> tuple[Tensor, Tensor]:
         """alpha T^2 KD + ce_weight CE + z_loss lse^2, summed over the chosen positions."""
-        request = SparseLossRequest(given.micro, given.objective, given.normalizer, given.self_check)
+        request = SparseLossRequest(
+            given.micro,
+            given.objective,
+            given.normalizer,
+            given.self_check,
+            kd_scale=given.kd_scale,
+            source_sums=given.source_sums,
+        )
         loss: Tensor
         sums: Tensor
         loss, sums = given.head(given.hidden, request)

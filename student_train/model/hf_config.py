@@ -106,8 +106,9 @@ def _check_size(config: Any, key: str, *, vocab_size: int, row_length: int | Non
     text = config.get_text_config()
     if text.vocab_size < vocab_size:
         raise UserError(
-            f"{key}: the student's vocab_size is {text.vocab_size}, but the tokens store holds ids below {vocab_size}; "
-            f"set vocab_size to {vocab_size} or more, or prepare the text with the student's tokenizer"
+            f"{key}: the student's vocab_size is {text.vocab_size}, but its rows hold ids below {vocab_size} (of "
+            f"the tokens store, or of data.vocabulary); set vocab_size to {vocab_size} or more, or prepare the text "
+            "with the student's tokenizer"
         )
     limit = getattr(text, "max_position_embeddings", None)
     if row_length is not None and limit is not None and limit < row_length:

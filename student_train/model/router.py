@@ -73,9 +73,9 @@ class RouterBalance(LossTerm):
         """aux of one micro-batch, 0-d float32: experts * sum over experts e of f_e * P_e; `top_k` when balanced.
 
         f_e is the mean count of tokens that chose e, P_e the mean router probability of e, both over the real tokens
-        of all layers. router_logits: per layer [B * L, experts]; token_index int64 [N]: places of the real tokens in
-        the B * L grid, None when all are real (padding passes the router too and must not count). Raises UserError
-        when no layer has a router.
+        of all layers. router_logits: per layer [B * L, experts], or [N, experts] where no padding passed the routers;
+        token_index int64 [N]: places of the real tokens in the B * L grid, None when all are real (padding that passes
+        the router must not count). Raises UserError when no layer has a router.
         """
         if not router_logits:
             raise UserError(
@@ -83,7 +83,7 @@ class RouterBalance(LossTerm):
                 "set model.router_aux_loss to 0, or correct the configuration (mlp_only_layers, decoder_sparse_step)"
             )
         mask = None
-        if token_index is not None:
+        if token_index is not None and len(token_index) < router_logits[0].shape[0]:
             mask = torch.zeros(router_logits[0].shape[0], device=token_index.device)  # [B * L]
             mask[token_index] = 1.0
         # The routers choose by float32 probabilities; bfloat16 ones have ties, and would count other experts.

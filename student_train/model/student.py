@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from potstill.common.causal_lm import backbone, soft_cap_and_scale
 from potstill.common.errors import UserError
-from potstill.common.packed import as_lines
+from potstill.common.packed import as_lines, takes_one_line
+from potstill.kernels.types import LossSums
 from potstill.student_train.config.train import ModelConfig
 from potstill.student_train.curriculum.step_objective import StepObjective
 from potstill.student_train.data.batch import MicroBatch
@@ -34,8 +35,18 @@ class StudentModel(nn.Module):
 
     hf: Any
 
-    def __init__(self, hf: Any, *, terms: tuple[LossTerm, ...] = (SparseLoss(),), loss_backend: str = "auto") -> None:
-        """`terms`: what TrainRequest adds up, in order; loss_backend: CallOptions.backend of the losses."""
+    def __init__(
+        self,
+        hf: Any,
+        *,
+        terms: tuple[LossTerm, ...] = (SparseLoss(),),
+        loss_backend: str = "auto",
+        fixed_shapes: bool = False,
+    ) -> None:
+        """`terms`: what TrainRequest adds up, in order; loss_backend: CallOptions.backend of the losses.
+
+        fixed_shapes: of the backbone's input, for a compiled one; else padding is left out where the attention allows.
+        """
         super().__init__()
         if not isinstance(getattr(hf, "lm_head", None), nn.Linear) or backbone(hf) is hf:
             raise UserError(
@@ -46,6 +57,7 @@ class StudentModel(nn.Module):
         hf.lm_head = DistillationHead(hf.lm_head, soft_cap=soft_cap, logit_scale=scale, loss_backend=loss_backend)
         self.hf = hf
         self.terms = terms
+        self._drops_padding = takes_one_line(hf.config) and not fixed_shapes
         self.sum_names = sum_names(terms)
         self.term_modules = nn.ModuleList(term for term in terms if isinstance(term, nn.Module))
 
@@ -58,12 +70,19 @@ class StudentModel(nn.Module):
         return self.run_backbone(micro, with_routers=False)[0]
 
     def run_backbone(self, micro: MicroBatch, *, with_routers: bool) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        """Hidden states [N, D] of the real tokens, and the router logits of each layer [B * L, experts] if wanted."""
+        """Hidden states [N, D] of the real tokens, and the router logits of each layer [B * L, experts] if wanted.
+
+        Where the attention takes one line of any length, padding does not pass the backbone: [N, experts] then.
+        """
         input_ids, position_ids = as_lines(self.hf.config, micro.input_ids, micro.position_ids)
+        index = micro.token_index
+        if index is not None and self._drops_padding:
+            # Each row still begins at position 0, so the rows stay apart.
+            input_ids, position_ids, index = input_ids[:, index], position_ids[:, index], None
         wanted = {"output_router_logits": True} if with_routers else {}
         out = backbone(self.hf)(input_ids=input_ids, position_ids=position_ids, use_cache=False, **wanted)
         hidden: Tensor = out.last_hidden_state.flatten(0, 1)  # [B * L, D]
-        hidden = hidden if micro.token_index is None else hidden[micro.token_index]
+        hidden = hidden if index is None else hidden[index]
         return hidden, out.router_logits if with_routers else None
 
 
@@ -73,7 +92,8 @@ class TrainRequest:
 
     normalizer: 0-d; what sums over tokens are divided by. num_micro_batches: how many of them this rank adds up to a
     step, which a term that is a mean over micro-batches is divided by. self_check: have terms compare themselves with
-    an exact path first (SelfCheckError on a mismatch).
+    an exact path first (SelfCheckError on a mismatch). kd_scale: 0-d, what KD weights are multiplied by, or None.
+    num_sources: of the run.
     """
 
     micro: MicroBatch
@@ -81,9 +101,14 @@ class TrainRequest:
     normalizer: Tensor
     num_micro_batches: int
     self_check: bool = False
+    kd_scale: Tensor | None = None
+    num_sources: int = 1
 
     def run(self, student: StudentModel) -> tuple[Tensor, Tensor]:
-        """The loss, 0-d and differentiable, and the detached sums float32 [S], named by `student.sum_names`."""
+        """The loss, 0-d and differentiable, and the detached sums float32 [S], named by `student.sum_names`.
+
+        With several sources, the figures of LossSums of each source follow, [S + sources * 14].
+        """
         with_routers = any(term.needs_router_logits for term in student.terms)
         hidden, router_logits = student.run_backbone(self.micro, with_routers=with_routers)
         given = TermInput(
@@ -95,6 +120,8 @@ class TrainRequest:
             router_logits=router_logits,
             head=student.hf.lm_head,
             self_check=self.self_check,
+            kd_scale=self.kd_scale,
+            source_sums=self._source_sums(hidden),
         )
         losses, sums = zip(*(term.loss(given) for term in student.terms), strict=True)
         for term, found in zip(student.terms, sums, strict=True):
@@ -106,7 +133,15 @@ class TrainRequest:
         loss = losses[0]
         for part in losses[1:]:
             loss = loss + part
-        return loss, torch.cat([found.float() for found in sums])
+        by_source = [] if given.source_sums is None else [given.source_sums.flatten()]
+        return loss, torch.cat([found.float() for found in (*sums, *by_source)])
+
+    def _source_sums(self, hidden: Tensor) -> Tensor | None:
+        """Zeros [sources, 14] for the figures of each source, in the dtype that the loss adds up in."""
+        if self.num_sources == 1:
+            return None
+        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        return torch.zeros(self.num_sources, len(LossSums.names()), dtype=dtype, device=hidden.device)
 
 
 def build_student(model: ModelConfig, config: Any, *, seed: int) -> StudentModel:
@@ -140,4 +175,4 @@ def build_student(model: ModelConfig, config: Any, *, seed: int) -> StudentModel
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # weights of terms too are those of the seed, at every stage
         terms = build_terms(model, config)
-    return StudentModel(hf, terms=terms, loss_backend=model.loss_backend)
+    return StudentModel(hf, terms=terms, loss_backend=model.loss_backend, fixed_shapes=model.compile)

@@ -27,9 +27,12 @@ class TermInput:
     normalizer: 0-d; sums over tokens are divided by it, so that a step is a mean over its global batch
     num_micro_batches: micro-batches of this rank and step; a mean over micro-batches is divided by it
     hidden: [N, D] hidden states of the last layer, after its norm, before the head
-    router_logits: per layer [B * L, experts] where a term `needs_router_logits`, else None
+    router_logits: per layer [B * L, experts] where a term `needs_router_logits`, else None; [N, experts] where padding
+        did not pass the backbone (flash attention)
     head: the output projection; its weight may be read in a HeadRequest only (ZeRO-3)
     self_check: compare the term with a slow and exact path first, and raise on a mismatch
+    source_sums: [sources, 14], where the figures of LossSums of each source go (micro.source); None with one source
+    kd_scale: 0-d, what the micro-batch's KD weights are multiplied by to have mean 1 over the global batch; None: 1
     """
 
     micro: MicroBatch
@@ -40,6 +43,8 @@ class TermInput:
     router_logits: tuple[Tensor, ...] | None
     head: DistillationHead
     self_check: bool
+    kd_scale: Tensor | None = None
+    source_sums: Tensor | None = None
 
 
 class LossTerm:

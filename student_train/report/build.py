@@ -17,6 +17,7 @@ from potstill.student_train.report.charts import AXES, RunRecords, colour, dash,
 from potstill.student_train.report.page import SCRIPT, STYLE
 from potstill.student_train.run.metrics import read_metrics
 from potstill.student_train.run.run_folder import read_done, read_run_config
+from potstill.student_train.run.source_figures import source_totals
 
 # Title, kind of record, figure.
 HELDOUT = (
@@ -42,6 +43,15 @@ TRAINING = (
     ("peak memory (bytes)", "train", "peak_memory_bytes"),
     ("skipped steps", "train", "skipped_steps"),
     ("loss spikes", "train", "loss_spikes"),
+)
+# Of a source: title, figure of source_totals ("share": of the run's tokens).
+SOURCES = (
+    ("rows", "rows"),
+    ("tokens", "tokens"),
+    ("share of the tokens", "share"),
+    ("positions trained on", "positions"),
+    ("last cross-entropy (nats)", "ce"),
+    ("last KD term (nats)", "kd"),
 )
 FIGURE = ' class="figure"'
 NOT_COMPARED = ("run.name", "run.output_dir")  # they differ always and stand in the page anyway
@@ -103,14 +113,15 @@ def key(index: int) -> str:
     )
 
 
-def table(names: Sequence[str], rows: Sequence[Sequence[str]], *, corner: str = "") -> str:
-    """An HTML table with a column for each run; cells are escaped here."""
+def table(names: Sequence[str], rows: Sequence[Sequence[str]], *, corner: str = "", of_runs: bool = True) -> str:
+    """An HTML table with a column for each run, or (of_runs off) of one run's own; cells are escaped here."""
+
+    def cell(tag: str, place: int, text: str) -> str:
+        of = f' data-run="{place}"' if of_runs else ""
+        return f"<{tag}{of}{FIGURE if is_figure(text) else ''}>{html.escape(text)}</{tag}>"
 
     def line(tag: str, cells: Sequence[str]) -> str:
-        rest = (
-            f'<{tag} data-run="{run}"{FIGURE if is_figure(cell) else ""}>{html.escape(cell)}</{tag}>'
-            for run, cell in enumerate(cells[1:])
-        )
+        rest = (cell(tag, place, text) for place, text in enumerate(cells[1:]))
         return f"<tr><{tag}>{html.escape(cells[0])}</{tag}>{''.join(rest)}</tr>"
 
     body = "".join(line("td", row) for row in rows)
@@ -129,6 +140,22 @@ def differences(runs: Sequence[RunRecords]) -> list[list[str]]:
     values = {name: [str(tree.get(name, "-")) for tree in flat] for tree in flat for name in tree}
     values = {name: ["-" if value == "None" else value for value in cells] for name, cells in values.items()}
     return [[name, *values[name]] for name in sorted(values) if len(set(values[name])) > 1 and name not in NOT_COMPARED]
+
+
+def sources(runs: Sequence[RunRecords], names: Sequence[str]) -> str:
+    """What each source had of a run, a table for each run that has several; nothing where none has."""
+    blocks = []
+    for run, one in enumerate(runs):
+        totals = source_totals(one.of_kind("train"))
+        whole = sum(own["tokens"] or 0.0 for own in totals.values()) or 1.0
+        shares: dict[str, Any] = {
+            name: {**own, "share": (own["tokens"] or 0.0) / whole} for name, own in totals.items()
+        }
+        rows = [[title, *(number(own[figure]) for own in shares.values())] for title, figure in SOURCES]
+        if totals:
+            head = f"<h3>{key(run)}{html.escape(names[run])}</h3>"
+            blocks.append(f'<div data-run="{run}">{head}{table(list(totals), rows, of_runs=False)}</div>')
+    return f"<h2>Sources</h2>{''.join(blocks)}" if blocks else ""
 
 
 def sample_text(sample: dict[str, Any]) -> str:
@@ -222,7 +249,7 @@ def render(runs: Sequence[RunRecords]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>potstill report: {title}</title><style>{STYLE}</style></head><body><h1>{title}</h1>{bar(names)}"
         f"<h2>Held-out figures</h2>{table(names, heldout) if heldout else '<p>No evaluation yet.</p>'}"
-        f"<h2>Curves</h2>{curves(charts)}{samples(runs, names)}"
+        f"<h2>Curves</h2>{curves(charts)}{sources(runs, names)}{samples(runs, names)}"
         f"<h2>Runs</h2>{table(names, [*states, *figures(runs, TRAINING)])}<h2>Differences of configuration</h2>"
         f"{table(names, differing, corner='key') if differing else '<p>None.</p>'}{scripts(charts)}</body></html>\n"
     )

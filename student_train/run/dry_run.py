@@ -16,11 +16,14 @@ import torch
 
 from potstill.common.errors import UserError
 from potstill.kernels.loss import logits_chunk_bytes
-from potstill.storage import Loader, StoreReader
+from potstill.storage import Loader, SourceRows, StoreReader
 from potstill.student_train.config.train import TrainConfig
-from potstill.student_train.curriculum.plan import CurriculumPlan, StageSpan
+from potstill.student_train.curriculum.plan import CurriculumPlan
 from potstill.student_train.curriculum.schedules import scalar_value
+from potstill.student_train.curriculum.segments import StageSpan
 from potstill.student_train.curriculum.step_objective import stage_value, step_objective
+from potstill.student_train.data.stores import Stores
+from potstill.student_train.data.vocabulary import tail_line
 from potstill.student_train.model.parameters import DTYPES, count_parameters
 from potstill.student_train.run.parameter_groups import hidden_matrices
 from potstill.student_train.run.preflight import CheckedStart
@@ -45,6 +48,16 @@ class StoreFigures:
 
 
 @dataclass(frozen=True)
+class SourceFigures:
+    """A source of rows: what it holds, and how many of its rows the steps to do draw."""
+
+    name: str
+    num_rows: int
+    rows: int
+    tokens: int  # of those rows, by the source's mean
+
+
+@dataclass(frozen=True)
 class StageFigures:
     """One stage: its steps [first, end) and what it does, each scalar at its first and last step."""
 
@@ -56,6 +69,7 @@ class StageFigures:
     missing_mass: str
     alpha: tuple[float, float]
     temperature: tuple[float, float]
+    mix: Mapping[str, float]  # share of the rows by name of the source
     row_share: tuple[float, float]
     token_policy: str | None
     token_share: tuple[float, float]
@@ -84,8 +98,10 @@ class DryRun:
     num_parameters: int
     passes: float
     tokens: int
+    sources: tuple[SourceFigures, ...]
     stores: tuple[StoreFigures, ...]
     reads_sampled: bool
+    vocabulary: str | None  # the student's beside the teacher's, where it is another one
     stages: tuple[StageFigures, ...]
     memory_bytes: Mapping[str, int]  # per rank, by part
     notes: tuple[str, ...]
@@ -101,7 +117,15 @@ def dry_run(start: CheckedStart) -> DryRun:
     hf = meta_student(config, start.run.student_config)
     first = 0 if start.checkpoint is None else start.checkpoint.step
     sampled = sampled_steps(plan, first)
-    rows = (plan.total_steps - first) * plan.global_batch
+    sources = tuple(
+        SourceFigures(
+            name=source.name,
+            num_rows=source.tokens.num_rows,
+            rows=rows,
+            tokens=round(rows * source.tokens.num_tokens / max(source.tokens.num_rows, 1)),
+        )
+        for source, rows in zip(stores.sources, plan.rows_taken(first, plan.total_steps), strict=True)
+    )
     head = hf.get_output_embeddings().weight.shape
     return DryRun(
         output_dir=str(config.run.output_dir),
@@ -117,13 +141,15 @@ def dry_run(start: CheckedStart) -> DryRun:
         global_batch_rows=plan.global_batch,
         micro_batch_rows=config.data.micro_batch_rows,
         accumulation=start.run.accumulation,
-        row_length=stores.tokens.spec.row_length,
-        num_rows=stores.tokens.num_rows,
+        row_length=stores.spec.row_length,
+        num_rows=stores.num_rows,
         num_parameters=count_parameters(hf),
-        passes=rows / stores.tokens.num_rows,
-        tokens=round(rows * stores.tokens.num_tokens / stores.tokens.num_rows),
+        passes=sum(source.rows for source in sources) / stores.num_rows,
+        tokens=sum(source.tokens for source in sources),
+        sources=sources,
         stores=store_figures(start, first, sampled),
         reads_sampled=len(sampled) < plan.total_steps - first,
+        vocabulary=vocabulary_line(stores),
         stages=tuple(stage_figures(config, plan, span) for span in plan.spans),
         memory_bytes=memory_by_part(
             config,
@@ -162,22 +188,29 @@ def sampled_steps(plan: CurriculumPlan, first: int) -> list[int]:
 def store_figures(start: CheckedStart, first: int, steps: list[int]) -> tuple[StoreFigures, ...]:
     """Each store, with the bytes that all ranks read from it in the steps to do (estimated from `steps`)."""
     data, stores, plan = start.config.data, start.run.stores, start.run.plan
-    read = dict.fromkeys(("tokens", *stores.joined), 0.0)
+    rows_of = SourceRows(stores.sources)
+    read = [dict.fromkeys(("tokens", *source.joined), 0.0) for source in stores.sources]
     loaders = [
-        Loader(plan, stores.tokens, stores.joined, rank=rank, world=start.num_ranks, num_threads=data.num_threads)
+        Loader(plan, stores.sources, rank=rank, world=start.num_ranks, num_threads=data.num_threads)
         for rank in range(start.num_ranks)
     ]
     for step in steps:
-        for loader in loaders:
-            for rows in loader.reads(step):
-                read["tokens"] += stores.tokens.read_bytes(rows)
-                for name in plan.joined(step):
-                    read[name] += stores.joined[name].read_bytes(rows)
+        names = plan.joined(step)
+        parts = (part for loader in loaders for rows in loader.reads(step) for part in rows_of.split(rows))
+        for number, _, rows in parts:
+            source = stores.sources[number]
+            read[number]["tokens"] += source.tokens.read_bytes(rows)
+            for name in names & source.joined.keys():
+                read[number][name] += source.joined[name].read_bytes(rows)
     scale = (plan.total_steps - first) / max(len(steps), 1)
-    found = [_figures("data.tokens", data.tokens, stores.tokens, read["tokens"] * scale)]
-    for kind, group in (("targets", data.targets), ("scores", data.scores)):
-        for name, path in group.items():
-            found.append(_figures(f"data.{kind}.{name}", path, stores.joined[name], read[name] * scale))
+    found = []
+    for named, source, counted in zip(data.named_sources(), stores.sources, read, strict=True):
+        tokens = _figures(f"{named.key}.tokens", named.config.tokens, source.tokens, counted["tokens"] * scale)
+        found.append(tokens)
+        for kind, group in (("targets", named.config.targets), ("scores", named.config.scores)):
+            for name, path in group.items():
+                key = f"{named.key}.{kind}.{name}"
+                found.append(_figures(key, path, source.joined[name], counted[name] * scale))
     for key, place, reader in (
         ("data.heldout", data.heldout, stores.heldout),
         ("data.heldout_targets", data.heldout_targets, stores.heldout_targets),
@@ -185,6 +218,13 @@ def store_figures(start: CheckedStart, first: int, steps: list[int]) -> tuple[St
         if reader is not None:
             found.append(_figures(key, place, reader, None))
     return tuple(found)
+
+
+def vocabulary_line(stores: Stores) -> str | None:
+    """What data.vocabulary does, and what a subset costs on some rows."""
+    if stores.vocabulary is None:
+        return None
+    return ", ".join(filter(None, (stores.vocabulary.line(), tail_line(stores.vocabulary, stores.targets()))))
 
 
 def _figures(key: str, path: Path | str | None, reader: StoreReader, read_bytes: float | None) -> StoreFigures:
@@ -219,6 +259,7 @@ def stage_figures(config: TrainConfig, plan: CurriculumPlan, span: StageSpan) ->
         missing_mass=missing_mass,
         alpha=(begin.settings.alpha, end.settings.alpha),
         temperature=(scalar_value(temperature, 0.0), scalar_value(temperature, 1.0)),
+        mix=plan.mix(span.first_step),
         row_share=(plan.row_share(span.first_step), plan.row_share(last)),
         token_policy=None if selector is None else selector.policy,
         token_share=(shares[0], shares[1]),
@@ -248,7 +289,7 @@ def memory_by_part(
     zero = config.deepspeed.get("zero_optimization", {})
     has_bucket = stage > 0 and zero.get("contiguous_gradients", True)
     bucket = int(zero.get("reduce_bucket_size", REDUCE_BUCKET_ELEMENTS)) if has_bucket else 0
-    num_tokens = config.data.micro_batch_rows * start.run.stores.tokens.spec.row_length
+    num_tokens = config.data.micro_batch_rows * start.run.stores.spec.row_length
     vocab_size, hidden = head
     moments = 2 * num_parameters - num_muon
     optimizer = {"AdamW moments (float32)": -(-moments // share["optimizer"]) * 4}

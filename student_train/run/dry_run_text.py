@@ -45,6 +45,8 @@ def _stores(run: DryRun) -> Iterator[str]:
         for store in run.stores
     ]
     yield from _columns(rows, right=(1, 2, 3))
+    if run.vocabulary is not None:
+        yield f"vocabulary: {run.vocabulary}"
     reads = {store.key: store.read_bytes for store in run.stores if store.read_bytes is not None}
     about = "about " if run.reads_sampled else ""
     parts = ", ".join(f"{key} {format_bytes(count)}" for key, count in reads.items())
@@ -56,7 +58,14 @@ def _steps(run: DryRun) -> Iterator[str]:
     left = run.total_steps - run.first_step
     done = f" ({run.first_step:,} of {run.total_steps:,} are done)" if run.first_step else ""
     yield f"{left:,} steps{done} of {run.global_batch_rows:,} rows; {left * run.global_batch_rows:,} rows"
-    yield f"about {run.tokens:,} tokens, {run.passes:.3g} passes over the {run.num_rows:,} rows of data.tokens"
+    where = "data.tokens" if len(run.sources) == 1 else "data.sources"
+    yield f"about {run.tokens:,} tokens, {run.passes:.3g} passes over the {run.num_rows:,} rows of {where}"
+    for source in run.sources if len(run.sources) > 1 else ():
+        passes = source.rows / max(source.num_rows, 1)
+        yield (
+            f"{source.name}: {source.rows:,} rows, about {source.tokens:,} tokens, {passes:.3g} passes over its "
+            f"{source.num_rows:,} rows"
+        )
     yield (
         f"{run.global_batch_rows:,} rows = {run.micro_batch_rows} per forward x {run.accumulation} accumulation x "
         f"{run.num_ranks} rank(s); up to {run.global_batch_rows * run.row_length:,} tokens a step"
@@ -73,6 +82,8 @@ def _stage(stage: StageFigures, run: DryRun) -> Iterator[str]:
             f"  targets {stage.targets}, {stage.divergence} with missing mass {stage.missing_mass}; "
             f"alpha {_curve(stage.alpha)}, temperature {_curve(stage.temperature)}"
         )
+    if len(run.sources) > 1:
+        yield f"  mix of rows: {', '.join(f'{name} {100 * share:.4g} %' for name, share in stage.mix.items())}"
     rows = "all rows" if stage.row_share == (1.0, 1.0) else f"rows: share {_curve(stage.row_share)} of all"
     tokens = "all positions"
     if stage.token_policy is not None:

@@ -27,15 +27,24 @@ def train_steps(run: Run, progress: Progress) -> str:
         return "done"
     run.watch.settle()  # who was asked to stop before the first step trains none
     for batch in run.batches:
-        normalizer, reason = agree(run, batch)
+        normalizer, kd_scale, reason = agree(run, batch)
         if reason is not None:
             save(run)
             return reason
         run.lines.lr = run.config.optimizer.lr * run.plan.lr_factor(batch.batch)
         set_learning_rate(run.engine, run.lines.lr)
         for micro in run.batches.on_device(batch):
-            count, check = len(batch.micros), check_due(run)
-            loss, sums = run.engine(TrainRequest(micro, batch.objective, normalizer, count, self_check=check))
+            count, check = len(batch.micros), check_due(run, micro, batch)
+            request = TrainRequest(
+                micro,
+                batch.objective,
+                normalizer,
+                count,
+                self_check=check,
+                kd_scale=kd_scale,
+                num_sources=len(run.plan.source_names),
+            )
+            loss, sums = run.engine(request)
             # Times 1: DeepSpeed 0.19 divides by the accumulation after all when it gets the module's own output.
             run.engine.backward(loss * 1.0, scale_wrt_gas=False)
             run.lines.plain_norm = plain_gradient_norm(run.engine)
@@ -49,26 +58,33 @@ def train_steps(run: Run, progress: Progress) -> str:
     raise AssertionError("the loader of a plan without end has ended")
 
 
-def agree(run: Run, batch: StepBatch) -> tuple[torch.Tensor, str | None]:
-    """The step's normalizer (float32 [], on the device), and the reason to stop before the step, if any rank has one.
+def agree(run: Run, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor | None, str | None]:
+    """The step's normalizer and the factor of its KD weights (float32 [], on the device), and the reason to stop.
 
     The normalizer is the global weight sum over the number of ranks, because DeepSpeed then averages gradients over
-    ranks. Raises what StepWatch.read raises of an earlier step, and UserError when the token selector left nothing to
-    train on.
+    ranks. The factor, None where rows and documents have no weights of KD alone, makes the mean of these 1 over the
+    global batch; where they are all 0 there is no KD. The reason is given if any rank has one to stop before the step.
+    Raises what StepWatch.read raises of an earlier step, and UserError when there is nothing to train on.
     """
-    weight, reason = run.watch.begin_step(batch.weight_sum)
+    weight, kd_weight, reason = run.watch.begin_step(batch.weight_sum, batch.kd_weight_sum)
     # A rank with a position of its own knows, without asking the device, that the sum of all ranks is not 0.
     if reason is None and batch.weight_sum <= 0 and float(weight) <= 0:
         raise UserError(
             f"step {run.state.step}: no position of the global batch is selected, so there is nothing to train on; "
-            "widen the token selector (share, floor, max_rank) of this stage"
+            "widen the token selector (share, floor, max_rank) of this stage, or the form of its weights, and see that "
+            "its rows have trained positions (masks)"
         )
-    return (weight / run.topology.world_size).float(), reason
+    kd_scale = torch.where(kd_weight > 0, weight / kd_weight, 0.0).float() if batch.weighs_kd else None
+    return (weight / run.topology.world_size).float(), kd_scale, reason
 
 
-def check_due(run: Run) -> bool:
-    """True once per stage and process: the stage's loss path is then compared with float64 before it is trusted."""
-    return run.self_checks.due(run.plan.segment(run.state.step).span.index)
+def check_due(run: Run, micro: MicroBatch, batch: StepBatch) -> bool:
+    """True once per stage and process: the stage's loss path is then compared with float64 before it is trusted.
+
+    A micro-batch of sources without targets is not the one to look at where others have them.
+    """
+    whole = micro.targets is not None or batch.objective.targets is None
+    return whole and run.self_checks.due(run.plan.segment(run.state.step).span.index)
 
 
 def note_micro_batch(run: Run, micro: MicroBatch, loss: torch.Tensor, sums: torch.Tensor) -> None:
@@ -81,7 +97,7 @@ def after_step(run: Run, batch: StepBatch) -> None:
     """Count the step; write metrics, evaluate and save where they are due."""
     config = run.config
     run.state.step = step = batch.batch + 1
-    run.meter.end_step(batch.rows_digest)
+    run.meter.end_step(batch.rows_digest, batch.source_counts)
     last = step == run.plan.total_steps
     save_due = last or (config.checkpoint.every_steps is not None and step % config.checkpoint.every_steps == 0)
     if step % config.logging.every_steps == 0:

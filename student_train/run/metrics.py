@@ -15,12 +15,15 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from potstill.student_train.config.train import LoggingConfig
 from potstill.student_train.model.loss_terms import term_parts
 from potstill.student_train.run.engine import all_reduce_sum
+from potstill.student_train.run.source_figures import source_count_names, source_sum_names
 from potstill.student_train.run.trackers import Tracker, open_trackers
 
 log = logging.getLogger(__name__)
@@ -110,15 +113,17 @@ def peak_memory_bytes(device: torch.device) -> int:
 class Meter:
     """Adds up the sums of micro-batches between two lines of metrics."""
 
-    def __init__(self, device: torch.device, sum_names: tuple[str, ...]) -> None:
-        """`sum_names`: those of the student's loss terms, in the order of the sums."""
+    def __init__(self, device: torch.device, sum_names: tuple[str, ...], *, sources: tuple[str, ...] = ()) -> None:
+        """`sum_names`: those of the student's loss terms, in the order of the sums; `sources`: names, if several."""
         self._device = device
-        self._names = (*sum_names, "tokens")
+        self._names = (*sum_names, *source_sum_names(sources), "tokens")
+        self._count_names = source_count_names(sources)
         self.reset()
 
     def reset(self) -> None:
         """Start a new line."""
         self._sums = torch.zeros(len(self._names), dtype=torch.float64, device=self._device)
+        self._counts = np.zeros(len(self._count_names))  # of the host, by source
         self._losses: list[Tensor] = []
         self._step_loss = torch.zeros((), dtype=torch.float64, device=self._device)
         self.digests: list[str] = []
@@ -143,17 +148,20 @@ class Meter:
         self._sums[-1] += num_tokens
         self._step_loss += loss.detach()
 
-    def end_step(self, digest: str) -> None:
-        """Close the step; `digest` names the rows of its global batch."""
+    def end_step(self, digest: str, source_counts: NDArray[np.float64] | None = None) -> None:
+        """Close the step; `digest` names the rows of its global batch, `source_counts` [G, 2] are StepBatch's."""
+        if source_counts is not None:
+            self._counts += source_counts.flatten()
         self._losses.append(self._step_loss.clone())
         self._step_loss.zero_()
         self.digests.append(digest)
 
     def reduce(self) -> tuple[dict[str, float], list[float]]:
         """Sums over all ranks by name (and `tokens`), and the loss of each step. One all-reduce, one sync."""
-        values = all_reduce_sum(torch.cat([self._sums, torch.stack(self._losses)])).tolist()
-        count = len(self._names)
-        return dict(zip(self._names, values[:count], strict=True)), values[count:]
+        counts = torch.from_numpy(self._counts).to(self._device)
+        values = all_reduce_sum(torch.cat([self._sums, counts, torch.stack(self._losses)])).tolist()
+        names = (*self._names, *self._count_names)
+        return dict(zip(names, values[: len(names)], strict=True)), values[len(names) :]
 
 
 def loss_figures(sums: dict[str, float]) -> dict[str, float | None]:
@@ -225,6 +233,8 @@ class MetricsLog:
 def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(part) for part in value]
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

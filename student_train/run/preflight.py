@@ -71,8 +71,7 @@ def check_run(config: TrainConfig, *, world_size: int) -> CheckedRun:
     check_objectives(config, stores)
     plan = build_plan(config, stores)
     sampler = text_sampler(config, stores)
-    spec = stores.tokens.spec
-    student_config = hf_config(config.model, vocab_size=spec.vocab_size, row_length=spec.row_length)
+    student_config = hf_config(config.model, vocab_size=stores.vocab_size, row_length=stores.spec.row_length)
     return CheckedRun(stores, plan, student_config, accumulation, sampler)
 
 
@@ -152,8 +151,7 @@ def check_continuable(checkpoint: Checkpoint, config: TrainConfig, plan: Curricu
 
 def check_data(checkpoint: Checkpoint, checked: CheckedRun) -> None:
     """Refuse a checkpoint that was trained on other stores or in another order. Raises ResumeError."""
-    stores = checked.stores
-    with Loader(checked.plan, stores.tokens, dict(stores.joined)) as loader:
+    with Loader(checked.plan, checked.stores.sources) as loader:
         try:
             loader.load_state_dict(checkpoint.manifest["data"])
         except StoreError as error:

@@ -1,6 +1,6 @@
 """How the last step went, asked of all ranks at once and judged one step late, so that no step waits for the device.
 
-Before step s all ranks add up a few figures on the device: the weight sum of the batch of s, which is needed at once
+Before step s all ranks add up a few figures on the device: the weight sums of the batch of s, which are needed at once
 but only on the device, and what the host wants to know: whether step s - 1 was finite, its loss, whether a line of
 metrics could be written, whether a rank was asked to stop. The host reads these before step s + 1, when they have long
 arrived. So a bad step is found one step late, and a request to stop takes effect one step late, on all ranks alike.
@@ -26,7 +26,7 @@ from potstill.student_train.run.stop import StopRequest
 from potstill.student_train.run.write_failures import ROOM
 
 log = logging.getLogger(__name__)
-_WEIGHT, _BAD, _LOSS, _UNWRITTEN, _STOP = range(5)
+_WEIGHT, _KD_WEIGHT, _BAD, _LOSS, _UNWRITTEN, _STOP = range(6)
 
 
 class MetricsWriteError(UserError):
@@ -56,7 +56,7 @@ class StepWatch:
         self._loss: Tensor | None = None  # float64 []: this rank's share of the step's global loss
         self._skipped_steps = base.state.skipped  # that a question has told of
         self._question: _Question | None = None
-        self._answer = LateRead(5, base.topology.device)
+        self._answer = LateRead(6, base.topology.device)
         self._stop_reason: str | None = None
 
     def note(self, loss: Tensor) -> None:
@@ -66,15 +66,15 @@ class StepWatch:
         self._bad = bad if self._bad is None else self._bad + bad
         self._loss = share if self._loss is None else self._loss + share
 
-    def begin_step(self, weight_sum: float) -> tuple[Tensor, str | None]:
+    def begin_step(self, weight_sum: float, kd_weight_sum: float = 0.0) -> tuple[Tensor, Tensor, str | None]:
         """Judge by the answers that are there, and ask anew. One small all-reduce, no wait for the device.
 
-        `weight_sum` is that of this rank's part of the batch. Returns the global one (float64 [], on the device), and
+        The sums are those of this rank's part of the batch. Returns the global ones (float64 [], on the device), and
         why to stop before this step, the same on all ranks but for the words. Raises what `read` raises.
         """
         self.read()
-        values = self._ask(weight_sum)
-        return values[_WEIGHT], self._stop_reason
+        values = self._ask(weight_sum, kd_weight_sum)
+        return values[_WEIGHT], values[_KD_WEIGHT], self._stop_reason
 
     def settle(self) -> None:
         """Let all ranks judge the last step and line of metrics now, before anything is built on them.
@@ -82,7 +82,7 @@ class StepWatch:
         Raises what `read` raises.
         """
         self.read()
-        self._ask(0.0)
+        self._ask(0.0, 0.0)
         self.read()
 
     def read(self) -> None:
@@ -104,17 +104,19 @@ class StepWatch:
         if answer[_UNWRITTEN]:
             self._raise_unwritten(question.step)
 
-    def _ask(self, weight_sum: float) -> Tensor:
-        """Add up this rank's figures with those of the others. Returns the sums, float64 [5] on the device."""
+    def _ask(self, weight_sum: float, kd_weight_sum: float) -> Tensor:
+        """Add up this rank's figures with those of the others. Returns the sums, float64 [6] on the device."""
         question = _Question(
             step=self._base.state.step,
             judges_step=self._loss is not None,
             skipped_steps=int(self._base.engine.skipped_steps),
             reason=self._stop.reason(),
         )
-        values = torch.zeros(5, dtype=torch.float64, device=self._base.topology.device)
+        values = torch.zeros(6, dtype=torch.float64, device=self._base.topology.device)
         # Numbers of the host are filled in, as a copy from it would wait for the device.
         values[_WEIGHT].fill_(weight_sum)
+        if kd_weight_sum:
+            values[_KD_WEIGHT].fill_(kd_weight_sum)
         values[_BAD].fill_(float(question.skipped_steps - self._skipped_steps))
         values[_UNWRITTEN].fill_(float(self._metrics.failure is not None))
         values[_STOP].fill_(float(question.reason is not None))

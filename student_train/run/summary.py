@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 COUNTS = ("positions", "rows")  # held-out figures that are whole numbers
+
+
+def _source_text(own: dict[str, float | None]) -> str:
+    counts = ", ".join(f"{own[name] or 0:,.0f} {name}" for name in ("rows", "tokens", "positions"))
+    return counts + "".join(f", last {name} {own[name]:.4f}" for name in ("ce", "kd") if own[name] is not None)
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,7 @@ class TrainSummary:
     seconds: float
     last: dict[str, Any]
     heldout: dict[str, Any]
+    sources: dict[str, dict[str, float | None]] = field(default_factory=dict)  # totals by source, if there are several
 
     @property
     def is_done(self) -> bool:
@@ -36,6 +42,7 @@ class TrainSummary:
         if self.last:
             loss, ce = ("not finite" if self.last[key] is None else f"{self.last[key]:.4f}" for key in ("loss", "ce"))
             lines.append(f"  last loss {loss} (ce {ce})")
+        lines += [f"  source {name}: {_source_text(own)}" for name, own in self.sources.items()]
         if self.heldout:
             figures = {name: value for name, value in self.heldout.items() if isinstance(value, float)}
             lines.append(

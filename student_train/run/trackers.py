@@ -23,12 +23,20 @@ class Tracker(Protocol):
 
 
 def flat_numbers(record: dict[str, Any]) -> dict[str, float]:
-    """The numeric figures of a record, named kind/figure."""
-    return {
-        f"{record['kind']}/{name}": float(value)
-        for name, value in record.items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and name != "step"
-    }
+    """The numeric figures of a record, named kind/figure, those of a group inside kind/group/name/figure."""
+    found: dict[str, float] = {}
+
+    def add(place: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for name, part in value.items():
+                add(f"{place}/{name}", part)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found[place] = float(value)
+
+    for name, value in record.items():
+        if name != "step":
+            add(f"{record['kind']}/{name}", value)
+    return found
 
 
 class TensorBoardTracker:

@@ -10,6 +10,7 @@ from torch import Tensor
 from potstill.student_train.run.device_batches import DeviceBatches
 from potstill.student_train.run.metrics import Meter, MetricsLog, ModelCost, loss_figures, peak_memory_bytes
 from potstill.student_train.run.run_base import RunBase
+from potstill.student_train.run.source_figures import source_figures, source_text
 from potstill.student_train.run.step_watch import StepWatch
 
 log = logging.getLogger(__name__)
@@ -53,12 +54,14 @@ class TrainLines:
         self._metrics.write(record)
         if self._base.topology.is_main:
             step, total = self._base.state.step, self._base.plan.total_steps
-            log.info("step %d/%d loss %.4f lr %.3g", step, total, record["loss"], self.lr)
+            sources = f" ({source_text(record['sources'])})" if "sources" in record else ""
+            log.info("step %d/%d loss %.4f lr %.3g%s", step, total, record["loss"], self.lr, sources)
         self._meter.reset()
 
     def _record(self, sums: dict[str, float], losses: list[float], seconds: float) -> dict[str, Any]:
         base, state, num_steps = self._base, self._base.state, len(losses)
         norm = base.engine.get_global_grad_norm() if self.plain_norm is None else self.plain_norm
+        sources = source_figures(sums, base.plan.source_names)
         waited, self._waited_seconds = self._batches.wait_seconds - self._waited_seconds, self._batches.wait_seconds
         return {
             "kind": "train",
@@ -67,6 +70,7 @@ class TrainLines:
             "stage": base.plan.segment(state.step - 1).span.name,
             "loss": sum(losses) / num_steps,
             **loss_figures(sums),
+            **({"sources": sources} if sources else {}),
             "lr": self.lr,
             "grad_norm": None if norm is None else float(norm),
             "skipped_steps": int(base.engine.skipped_steps),

@@ -59,6 +59,7 @@ from potstill.student_train.run.run_folder import (
 )
 from potstill.student_train.run.run_parts import Run, SelfChecks
 from potstill.student_train.run.saves import Saves
+from potstill.student_train.run.source_figures import source_totals
 from potstill.student_train.run.step_watch import StepWatch
 from potstill.student_train.run.stop import StopRequest
 from potstill.student_train.run.summary import TrainSummary
@@ -119,8 +120,8 @@ def build_model(
         student = build_student(config.model, student_config, seed=config.run.seed)
         engine = build_engine(student, config, ds_config, topology)
     if config.run.self_check:
-        spec, rows = stores.tokens.spec, config.data.micro_batch_rows
-        check_model(engine, student, micro_batch_rows=rows, row_length=spec.row_length, vocab_size=spec.vocab_size)
+        rows, row_length = config.data.micro_batch_rows, stores.spec.row_length
+        check_model(engine, student, micro_batch_rows=rows, row_length=row_length, vocab_size=stores.vocab_size)
     return student, engine
 
 
@@ -154,9 +155,9 @@ def open_run(
                 last=None if checkpoint is None else str(checkpoint.folder),
             )
             watch = StepWatch(base, metrics=metrics, stop=stop, saves=saves)
-            meter = Meter(topology.device, student.sum_names)
+            meter = Meter(topology.device, student.sum_names, sources=plan.source_names)
             batches = DeviceBatches(loader, device=topology.device, end=plan.total_steps)
-            cost = model_cost(student, student_config, stores.tokens.spec.row_length, topology)
+            cost = model_cost(student, student_config, stores.spec.row_length, topology)
             yield Run(
                 **vars(base),
                 loader=loader,
@@ -184,14 +185,14 @@ def open_loader(
     """This rank's loader, whose threads make finished micro-batches."""
     return Loader(
         plan,
-        stores.tokens,
-        dict(stores.joined),
+        stores.sources,
         finish=BatchFinisher(
             plan=plan,
             micro_batch_rows=config.data.micro_batch_rows,
-            row_length=stores.tokens.spec.row_length,
+            row_length=stores.spec.row_length,
             terms=student.terms,
             device=topology.device,
+            fixed_length=config.model.compile,
         ),
         rank=topology.rank,
         world=topology.world_size,
@@ -259,6 +260,7 @@ def heldout_evaluation(config: TrainConfig, stores: Stores, topology: Topology) 
         rank=topology.rank,
         world_size=topology.world_size,
         device=topology.device,
+        fixed_length=config.model.compile,
     )
 
 
@@ -295,4 +297,5 @@ def summarise(run: Run, status: str, *, seconds: float) -> TrainSummary:
         seconds=seconds,
         last=last.get("train", {}),
         heldout={name: value for name, value in last.get("eval", {}).items() if name not in EVAL_PLACE},
+        sources=source_totals(record for record in records if record["kind"] == "train"),
     )

@@ -116,6 +116,11 @@ def one_pass_cases(every: bool) -> dict[str, dict]:
     out["float32 log weights"] = compare_loss(
         vocab_size=300, dtype=torch.float32, divergence="sampled", missing_mass="renorm", draws=as_weights
     )
+    off: dict[str, Any] = {"off_kd": "ce", "kd_weights": torch.tensor([0.0, 0.5, 1.0, 1.0])}
+    for temperature in (1.0, 2.0):
+        out[f"float32 KD off T={temperature}"] = compare_loss(
+            vocab_size=300, dtype=torch.float32, temperature=temperature, alpha=1.0, ce_weight=0.0, **off
+        )
     out["float32 argmax labels"] = compare_loss(
         vocab_size=600, dtype=torch.float32, temperature=1e-20, temperature_side="teacher", missing_mass="renorm"
     )

@@ -43,6 +43,7 @@ COUNTS = (3, 17, 0, 9, 1, 17)
 TOKENS, VOCAB = 6, 200
 WEIGHTS = (1.0, 0.5, 2.0, 1.5, 0.25, 3.0)
 KD_WEIGHTS = (1.0, 2.0, 0.5, 0.75, 1.25, 1.5)
+KD_OFF = (1.0, 0.0, 0.5, 0.75, 0.0, 1.5)  # off at tokens with a target; the token of no entry is off by itself
 # All weights differ from each other, so that none can stand for another.
 TERMS: dict[str, Any] = {"alpha": 0.7, "ce_weight": 0.4, "z_loss": 0.03}
 NORMALIZER = 0.5  # its inverse goes to the kernel with the gradient, and is divided out again
@@ -249,6 +250,9 @@ def loss_checks() -> Iterator[tuple[str, Callable[[], None]]]:
     for mode, temperature in modes:
         yield case(f"{mode} at {temperature}", missing_mass=mode, temperature=temperature)
     yield case("KD alone at 2", temperature=2.0, ce_weight=0.0, z_loss=0.0)
+    off: dict[str, Any] = {"off_kd": "ce", "kd_weights": KD_OFF}
+    yield case("KD off", **off, layouts=LAYOUTS)
+    yield case("KD off at 2, nothing beside KD", **off, temperature=2.0, ce_weight=0.0, z_loss=0.0)
     for kind in ("draws", "weights"):
         yield case(kind, kind=kind, divergence="sampled")
     yield case("weights that sum to 1", kind="weights", divergence="sampled", missing_mass="renorm")
@@ -435,6 +439,7 @@ def check_two_passes() -> None:
         for options in (
             {"weights": uneven, "logit_scale": 0.7}, {"temperature": 2.0}, {"soft_cap": 8.0, "logit_scale": 0.8},
             {"soft_cap": 8.0, "temperature": 2.0, "missing_mass": "label"},
+            {"off_kd": "ce", "kd_weights": KD_OFF, "temperature": 2.0, "ce_weight": 0.0, "z_loss": 0.0},
         ):  # fmt: skip
             check(vocab_size=300, layouts=("in place",), **options)
         for vocab_size in (1, 256, 257):

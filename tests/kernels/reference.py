@@ -167,6 +167,7 @@ def reference_loss(
     kd_weights: Tensor | None = None,
     alpha: float = 1.0,
     ce_weight: float = 0.0,
+    off_kd: str = "nothing",
     temperature: float = 1.0,
     temperature_side: str = "both",
     divergence: str = "forward_kl",
@@ -190,12 +191,14 @@ def reference_loss(
         log_q1 = z.log_softmax(0)
         total = total + weight * z_loss * z.logsumexp(0).square()
         sums["entropy"] -= weight * float((log_q1.exp() * log_q1).sum().detach())
+        distils = targets is not None and int(targets.offsets[n]) < int(targets.offsets[n + 1])
+        distils = distils and not (missing_mass == "label" and label < 0)
         if label >= 0:
-            total = total - weight * ce_weight * log_q1[label]
+            is_off = kd_weight == 0 or not distils
+            factor = ce_weight + alpha if off_kd == "ce" and is_off else ce_weight
+            total = total - weight * factor * log_q1[label]
             sums["ce"] -= weight * float(log_q1[label].detach())
-        if targets is None or int(targets.offsets[n]) == int(targets.offsets[n + 1]):
-            continue
-        if missing_mass == "label" and label < 0:
+        if not distils:
             continue
         ids, p, p_rest = teacher_of(targets, n, temperature, missing_mass, label)
         q_all = (z / student_temperature).softmax(0)

@@ -63,7 +63,9 @@ def tokens_of(
         labels=labels,
         weights=vector,
         kd_weights=torch.linspace(0.5, 1.5, num_tokens, dtype=dtype),
-        factors=torch.tensor([settings.alpha, settings.label_weight, settings.z_loss], dtype=dtype),
+        factors=torch.tensor(
+            [settings.alpha, settings.label_weight, settings.z_loss, settings.off_weight], dtype=dtype
+        ),
         width=0 if targets is None else targets.width,
         rows=rows,
         first=first,

@@ -112,6 +112,43 @@ def test_teacher_side_equals_autograd(divergence: str, missing_mass: str, temper
     )
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 0.7])
+@pytest.mark.parametrize("missing_mass", MISSING_MASS_MODES)
+@pytest.mark.parametrize("mix", [(1.0, 0.0, 0.0), (0.6, 0.4, 0.0), (0.7, 0.2, 0.01)])
+def test_off_kd_equals_autograd(mix: tuple[float, float, float], missing_mass: str, temperature: float) -> None:
+    """CE takes over where KD is off: at tokens without entries, and where KD weighs 0. A soft weight changes nothing.
+
+    At alpha 1 CE is in the gradient of no other token, and at T 2 and 0.7 the softmax at 1 is wanted for these alone.
+    """
+    targets, labels, weights, kd_weights, leaves = batch(40, [3, 5, 0, 9])
+    kd_weights[[0, 5]] = 0.0
+    alpha, ce_weight, z_loss = mix
+    settings = {"alpha": alpha, "ce_weight": ce_weight, "z_loss": z_loss, "missing_mass": missing_mass}
+    data = (targets, labels, weights, kd_weights, leaves)
+    check({**settings, "off_kd": "ce", "temperature": temperature}, data, tolerance=1e-11)
+
+
+def test_off_kd_makes_a_token_count_as_without_a_teacher() -> None:
+    """With ce_weight 1 - alpha: the gradient where KD is off is that of plain next-token training."""
+    targets, labels, weights, kd_weights, (hidden, head, bias) = batch(40, [3, 5, 0, 9])
+    kd_weights[[0, 5]] = 0.0
+    off = (targets.offsets.diff() == 0) | (kd_weights == 0)
+    shared = {"labels": labels, "token_weights": weights, "normalizer": torch.tensor(4.0, dtype=torch.float64)}
+    grads = []
+    for own in (
+        {"targets": targets, "alpha": 0.75, "off_kd": "ce", "kd_weights": kd_weights},
+        {"targets": None, "alpha": 0.0},
+        {"targets": targets, "alpha": 0.75, "kd_weights": kd_weights},
+    ):
+        logits = (hidden @ head.t() + bias).detach().requires_grad_()
+        loss, _ = sparse_loss(logits=logits, **shared, **own)
+        grads.append(torch.autograd.grad(loss, logits)[0])
+    assert 0 < int(off.sum()) < N
+    assert bool(grads[1][off].any())
+    torch.testing.assert_close(grads[0][off], grads[1][off], rtol=1e-13, atol=1e-15)
+    assert torch.equal(grads[0][~off], grads[2][~off]), "tokens whose KD is on changed"
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("side", TEMPERATURE_SIDES)
 @pytest.mark.parametrize("z_loss", [0.0, 0.02])

@@ -34,13 +34,14 @@ def between(compiler: Any) -> TwoPasses:
 def test_compiled_steps_are_compiled_once_for_every_number_of_entries() -> None:
     """The number of entries changes at every step; past 8 variants torch falls back in silence, or fails.
 
-    64 tokens: torch takes two sizes that are equal at first for one, and compiles once more when they part.
+    64 tokens, and 5 entries or more: torch takes two sizes that are equal at first (with 3 entries, the 4 columns and
+    the 4 factors) for one, and compiles once more when they part.
     """
     torch.compiler.reset()
     counter = CompileCounter()
     steps, settings = between(counter), LossSettings(alpha=0.5)
-    factors, weights = torch.tensor([0.5, 0.5, 0.0]), torch.ones(64)
-    for k in range(3, 41):
+    factors, weights = torch.tensor([0.5, 0.5, 0.0, 0.0]), torch.ones(64)
+    for k in range(5, 41):
         targets, labels = make_targets(64, V, [k, k - 2, 0, 1], seed=k), torch.arange(64) % V - 1
         fix = steps.build_fix_set(
             targets, labels, torch.arange(64), settings, width=k, vocab_size=V, dtype=torch.float32

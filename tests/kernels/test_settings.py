@@ -26,6 +26,7 @@ N, V, D = 6, 30, 8
 CHOSEN = {
     "alpha": 0.6,
     "ce_weight": 0.3,
+    "off_kd": "ce",
     "temperature": 2.0,
     "temperature_side": "teacher",
     "divergence": "jsd",
@@ -98,6 +99,7 @@ def test_an_option_beside_the_settings_is_refused() -> None:
         ({"divergence": "sampled", "temperature": 2.0}, "draws hold at T = 1 only"),
         ({"divergence_options": {"beta": 0.5}}, "divergence_options names 'beta'; 'forward_kl' knows none"),
         ({"soft_cap": -1.0}, "soft_cap is -1.0"),
+        ({"off_kd": "label"}, "off_kd is 'label'; expected one of"),
     ],
 )
 def test_checked_when_made_and_when_changed(change: dict, message: str) -> None:
@@ -112,6 +114,14 @@ def test_the_label_weight_follows_alpha_until_it_is_given() -> None:
     assert settings.label_weight == 1.0 - 0.9
     assert dataclasses.replace(settings, alpha=0.25).label_weight == 0.75
     assert LossSettings(alpha=0.9, ce_weight=2).label_weight == 2.0
+
+
+def test_ce_in_place_of_kd_needs_the_softmax_at_1() -> None:
+    alone = LossSettings(alpha=1.0, temperature=2.0)
+    assert not alone.plain_gradient and alone.off_weight == 0.0
+    settings = dataclasses.replace(alone, alpha=0.9, ce_weight=0.0, off_kd="ce")
+    assert settings.plain_gradient and settings.off_weight == 0.9
+    assert not dataclasses.replace(settings, alpha=0.0).plain_gradient
 
 
 def test_the_student_is_tempered_on_both_sides_only() -> None:

@@ -202,7 +202,7 @@ def test_two_teachers_and_scores_are_joined_by_row(stores, tmp_path):
 
 
 def test_rows_made_from_other_tokens_are_refused(stores, monkeypatch):
-    import potstill.storage.loading.loader as module
+    import potstill.storage.rows.row_types as module
 
     monkeypatch.setattr(module, "token_digest", lambda tokens, doc_lens: 1)
     with make_loader(stores) as loader, pytest.raises(MismatchError, match="was made from other tokens"):

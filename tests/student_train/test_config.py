@@ -12,9 +12,9 @@ from potstill.common.config import build_config, dump_config, load_config
 from potstill.common.errors import ConfigError
 from potstill.kernels.backends import BACKENDS
 from potstill.kernels.divergences import DIVERGENCES
-from potstill.kernels.settings import TEMPERATURE_SIDES
+from potstill.kernels.settings import OFF_KD, TEMPERATURE_SIDES
 from potstill.kernels.types import MISSING_MASS_MODES
-from potstill.student_train.config.stages import Divergence, MissingMass, TemperatureSide
+from potstill.student_train.config.stages import Divergence, MissingMass, OffKd, TemperatureSide
 from potstill.student_train.config.train import (
     OWNED_DEEPSPEED_KEYS,
     REFUSED_DEEPSPEED_KEYS,
@@ -39,6 +39,7 @@ def test_the_names_are_those_of_the_kernels() -> None:
     assert set(Divergence.__args__) == set(DIVERGENCES)
     assert set(MissingMass.__args__) == set(MISSING_MASS_MODES)
     assert TemperatureSide.__args__ == TEMPERATURE_SIDES
+    assert OffKd.__args__ == OFF_KD
     assert set(LossBackend.__args__) == {"auto", *BACKENDS}
 
 

@@ -15,6 +15,7 @@ from potstill.storage import EpochPlan
 from potstill.student_train.config.row_scores import RowScore
 from potstill.student_train.curriculum.plan import CurriculumPlan
 from potstill.student_train.curriculum.row_selector import ranked_rows, row_scores
+from potstill.student_train.curriculum.segments import PlanSource
 from tests.student_train import tiny, workers
 
 NUM_ROWS = 40
@@ -34,7 +35,7 @@ def plan_of(
     stores = {name: Path(name) for name in ("tokens", "heldout", "heldout_teacher", "teacher", "scores")}
     changes = {"curriculum": curriculum, "data": data, "run": {"seed": seed}, "schedule": schedule or {}}
     tree = tiny.config_tree(stores, Path("run"), **changes)
-    return CurriculumPlan(workers.config_of(tree), total_steps=steps, num_rows=NUM_ROWS, stats=STATS)
+    return CurriculumPlan(workers.config_of(tree), total_steps=steps, sources=[PlanSource("tokens", NUM_ROWS, STATS)])
 
 
 def test_without_a_selector_it_is_the_plain_order() -> None:

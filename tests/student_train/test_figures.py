@@ -170,7 +170,7 @@ def test_only_selected_rows_are_read(watched) -> None:
     plan = workers.build_plan(config, workers.open_stores(config))
     ahead = range(5 + config.data.prefetch_batches + 1)
     distilled = [row for batch in range(3) for row in plan.rows(batch).tolist()]
-    assert len(set(distilled)) == 12 and len(plan.segments[0].pool) == 12
+    assert len(set(distilled)) == 12 and plan.segments[0].pool_size == 12
     assert sorted(seen["read"]["teacher"]) == sorted(distilled)
     assert sorted(seen["read"]["scores"]) == sorted(distilled), "the token selector's figures, of the same rows alone"
     every = [row for batch in ahead for row in plan.rows(batch).tolist()]

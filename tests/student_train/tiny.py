@@ -52,10 +52,8 @@ def token_rows(num_rows: int, *, seed: int = 1, last_length: int = ROW_LENGTH) -
 
 
 def label_mask(row: TokensRow) -> np.ndarray:
-    """Positions that have a next token in their document."""
-    mask = np.ones(len(row.tokens), bool)
-    mask[np.cumsum(row.doc_lens) - 1] = False
-    return mask
+    """Positions that predict a token: the next one of their document, if it is trained on."""
+    return row.has_target()
 
 
 def side_columns(row: TokensRow, table: np.ndarray) -> dict[str, np.ndarray]:
@@ -105,7 +103,7 @@ def targets_row(row: TokensRow, table: np.ndarray, *, temperatures: tuple[float,
         logprobs=kept[mask].reshape(-1).astype(np.float32),
         log_tail=tail(1.0),
         log_tail_at={t: tail(t) for t in temperatures},
-        vocab_size=VOCAB,
+        vocab_size=table.shape[1],
         **columns,
     )
     stats = {name: row_statistics(row, columns)[name] for name in ("mean_loss", "mean_entropy")}

@@ -1,0 +1,130 @@
+"""Weights of rows and documents: how a figure of theirs becomes a weight. A new form is a function and an entry.
+
+The configuration reads this table, so nothing heavy is imported with it. data/weights.py takes the figures from the
+stores; the division by their mean over the global batch is run/step_watch.py's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from potstill.common.config import StrictModel
+from potstill.common.named_entries import NameIn
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Float64 = NDArray[np.float64]
+
+
+def _identity(value: Float64, a: float, b: float) -> Float64:
+    """The figure itself."""
+    return value
+
+
+def _power(value: Float64, a: float, b: float) -> Float64:
+    """value^a: above 1 a sharper, below 1 a flatter weight; 0 is uniform."""
+    return value**a
+
+
+def _exponential(value: Float64, a: float, b: float) -> Float64:
+    """exp(a value): a < 0 weighs down what has a large loss, with a = -1 by its probability per token."""
+    import numpy as np
+
+    return np.exp(a * value)
+
+
+def _beta(value: Float64, a: float, b: float) -> Float64:
+    """p^a (1 - p)^b of a probability p (PACED, arXiv 2603.11178, with a = b = 1 its default of a pass rate)."""
+    return value**a * (1.0 - value) ** b
+
+
+@dataclass(frozen=True)
+class WeightForm:
+    """A form. weight(values [n] float64, a, b) -> weights [n]; low, high: between which values it is defined."""
+
+    weight: Callable[[Float64, float, float], Float64]
+    low: float = 0.0
+    high: float = math.inf
+
+
+WEIGHT_FORMS: dict[str, WeightForm] = {
+    "identity": WeightForm(_identity),
+    "power": WeightForm(_power),
+    "exponential": WeightForm(_exponential, low=-math.inf),
+    "beta": WeightForm(_beta, high=1.0),
+}
+
+# What a document has: means over its trained positions, and the column of the store that they are taken of.
+DOCUMENT_COLUMNS = {"loss": "loss", "accuracy": "rank", "probability": "loss", "entropy": "entropy"}
+
+
+class Weights(StrictModel):
+    """What a row or a document counts, from a figure of a store; divided by the mean over the global batch."""
+
+    of: Literal["row", "document"] = Field(
+        description="row: by a statistic of the store's index; document: by a mean over its trained positions"
+    )
+    store: str = Field(description="Name in data.scores or data.targets")
+    column: str = Field(
+        description="row: name of the statistic (mean_loss, ...); document: loss, entropy or accuracy (share of labels "
+        "of rank 0); both: probability, exp(-mean loss)"
+    )
+    form: Annotated[str, NameIn(WEIGHT_FORMS)] = Field(
+        default="identity", description="identity: x; power: x^a; exponential: exp(a x); beta: x^a (1-x)^b"
+    )
+    a: float = Field(default=1.0, allow_inf_nan=False, description="a of the form")
+    b: float = Field(default=1.0, allow_inf_nan=False, description="b of the form")
+    applies_to: Literal["all", "kd"] = Field(
+        default="all", description="all: the whole loss of its positions; kd: only their KD term"
+    )
+
+    def weigh(self, values: Float64) -> Float64:
+        """Weights [n] of these figures [n]. Raises ValueError naming the first that is not a finite number >= 0."""
+        import numpy as np
+
+        entry = WEIGHT_FORMS[self.form]
+        inside = (values >= entry.low) & (values <= entry.high) & np.isfinite(values)
+        if not inside.all():
+            place = int(np.flatnonzero(~inside)[0])
+            raise ValueError(
+                f"is {values[place]:.6g} at number {place}; form {self.form} takes finite numbers in "
+                f"[{entry.low:g}, {entry.high:g}]"
+            )
+        with np.errstate(all="ignore"):
+            weights = np.asarray(entry.weight(values, self.a, self.b), np.float64)
+        bad = ~(np.isfinite(weights) & (weights >= 0) & (weights <= MAX_WEIGHT))
+        if bad.any():
+            place = int(np.flatnonzero(bad)[0])
+            raise ValueError(
+                f"is {values[place]:.6g} at number {place}, of which form {self.form} with a {self.a:g}, b {self.b:g} "
+                f"makes the weight {weights[place]:.6g}; expected a number in [0, {MAX_WEIGHT:g}]"
+            )
+        return weights
+
+    @model_validator(mode="after")
+    def _check(self) -> Weights:
+        if self.of == "document" and self.column not in DOCUMENT_COLUMNS:
+            raise ValueError(
+                f"weights.column is {self.column!r}; of a document there are {', '.join(sorted(DOCUMENT_COLUMNS))}"
+            )
+        if self.form == "beta" and (self.a < 0 or self.b < 0):
+            raise ValueError(f"weights.form beta with a {self.a:g}, b {self.b:g}; expected both >= 0")
+        # Statistics of rows are weighed before the run starts; of documents nothing may turn up in the middle of it.
+        if self.of == "document" and self.form == "power" and self.a < 0:
+            raise ValueError(f"weights.form power of documents with a {self.a:g}; expected >= 0: a figure may be 0")
+        if self.of == "document" and self.form == "exponential" and self.a > 0:
+            raise ValueError(
+                f"weights.form exponential of documents with a {self.a:g}; expected <= 0: a loss is unbounded"
+            )
+        return self
+
+
+# Squares of weights are summed in float32 (the effective number of positions).
+MAX_WEIGHT = 1e9

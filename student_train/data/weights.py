@@ -1,0 +1,123 @@
+"""Weights of rows and documents, from the figures that a store has of them (the forms: config/weights.py).
+
+Every weight is a function of its row and of the store alone, so that it does not depend on the micro-batch or the
+number of ranks; the division by their mean over the global batch comes later, on the device.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from potstill.common.errors import UserError
+from potstill.storage import ScoresRow, StoreReader, TargetsRow, TokensRow
+from potstill.student_train.config.weights import DOCUMENT_COLUMNS, Weights
+
+log = logging.getLogger(__name__)
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+Figures = TargetsRow | ScoresRow
+PROBABILITY = "probability"  # of a row: exp(-mean_loss)
+
+
+def token_factors(
+    weights: Weights, rows: Sequence[TokensRow], figures: Sequence[Figures | None], key: str = "weights"
+) -> Float32:
+    """What each token of these rows counts, float32 [N], row after row; not divided by a mean.
+
+    A row or a document of which the store says nothing (its teacher was refused) counts 0. Raises UserError with `key`.
+    """
+    of = _row_factors if weights.of == "row" else _document_factors
+    found = []
+    for row, own in zip(rows, figures, strict=True):
+        if own is None:
+            raise UserError(
+                f"{key}.store: row {row.row} is of a source without a store {weights.store!r}; name that store in each "
+                "source, or take a stage without weights"
+            )
+        try:
+            found.append(of(weights, row, own) if _is_known(own) else np.zeros(len(row.tokens), np.float32))
+        except ValueError as error:
+            raise UserError(f"{key}.column: row {row.row} of {weights.store!r}: {weights.column} {error}") from error
+    return np.concatenate(found)
+
+
+def check_weights(weights: Weights, store: StoreReader, *, key: str, of: str = "") -> None:
+    """See that the store has the column, and that each row's statistic makes a weight. Raises UserError naming the key.
+
+    Statistics of rows are looked at whole, in the index; the columns that documents are weighed by in the first row.
+    `of` says whose store it is, behind its name.
+    """
+    name = f"{weights.store!r}{of}"
+    if weights.of == "document":
+        first = store.row(0)
+        assert isinstance(first, TargetsRow | ScoresRow)
+        if _column(first, DOCUMENT_COLUMNS[weights.column]) is None:
+            raise UserError(
+                f"{key}.column: {weights.column} of a document needs the {DOCUMENT_COLUMNS[weights.column]} of its "
+                f"labels, which store {name} does not hold; dump or score it with that column"
+            )
+        return
+    stats = store.row_stats
+    needed = "mean_loss" if weights.column == PROBABILITY else weights.column
+    if needed not in stats:
+        raise UserError(
+            f"{key}.column: store {name} has no row statistic {needed!r}; it has {sorted(stats)}. Score "
+            "again with that statistic, or name one of these"
+        )
+    values = np.asarray(stats[needed], np.float64)
+    known = np.asarray(stats["num_targets"]) > 0 if "num_targets" in stats else np.ones(len(values), bool)
+    try:
+        found = weights.weigh(np.exp(-values[known]) if weights.column == PROBABILITY else values[known])
+    except ValueError as error:
+        raise UserError(f"{key}.column: {weights.column} of store {name} {error} (of its known rows)") from None
+    if not found.any():
+        raise UserError(
+            f"{key}: every row of store {name} weighs 0, so there is nothing to train on; take another "
+            "form, or another column"
+        )
+    if not known.all():
+        count = len(known) - int(known.sum())
+        log.warning("%s: %d of %d rows of store %s have no targets; they count 0", key, count, len(known), name)
+
+
+def _is_known(figures: Figures) -> bool:
+    """Whether the store says anything of the row. Where a teacher was refused, all statistics are 0."""
+    return figures.stats.get("num_targets", 1.0) > 0
+
+
+def _row_factors(weights: Weights, row: TokensRow, figures: Figures) -> Float32:
+    stats = figures.stats
+    value = math.exp(-stats["mean_loss"]) if weights.column == PROBABILITY else stats[weights.column]
+    return np.full(len(row.tokens), weights.weigh(np.array([value]))[0], np.float32)
+
+
+def _document_factors(weights: Weights, row: TokensRow, figures: Figures) -> Float32:
+    """The weight of its document at each token [n]; documents without a trained position count 0."""
+    column = _column(figures, DOCUMENT_COLUMNS[weights.column])
+    assert column is not None
+    trained = row.has_target()
+    if isinstance(figures, TargetsRow):
+        trained = trained & (np.diff(figures.targets.offsets) > 0)  # the store says nothing of the others
+    num_documents = len(row.doc_lens)
+    document = np.repeat(np.arange(num_documents), row.doc_lens)[trained]
+    values = (column[trained] == 0) if weights.column == "accuracy" else column[trained]
+    counts = np.bincount(document, minlength=num_documents)
+    known = counts > 0
+    means = np.bincount(document, values, minlength=num_documents)[known] / counts[known]
+    found = np.zeros(num_documents, np.float64)
+    found[known] = weights.weigh(np.exp(-means) if weights.column == PROBABILITY else means)
+    return np.repeat(found.astype(np.float32), row.doc_lens)
+
+
+def _column(figures: Figures, name: str) -> Float64 | None:
+    """loss, rank or entropy of a row's labels [n] float64, or None where the store does not hold it."""
+    side = figures.targets if isinstance(figures, TargetsRow) else figures
+    values = getattr(side, {"loss": "label_logprob", "rank": "label_rank", "entropy": "entropy"}[name])
+    if values is None:
+        return None
+    return np.asarray(-values if name == "loss" else values, np.float64)

@@ -1,0 +1,269 @@
+"""Weights of rows and documents: from figures of a store, of mean 1 over the global batch however it is cut."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from potstill.common.errors import UserError
+from potstill.storage import LoadedBatch, StoreReader
+from potstill.student_train.config.stages import Objective, Stage
+from potstill.student_train.config.weights import WEIGHT_FORMS, Weights
+from potstill.student_train.curriculum.step_objective import StepObjective, step_objective
+from potstill.student_train.data.batch import MicroBatch, collate
+from potstill.student_train.data.weights import check_weights, token_factors
+from potstill.student_train.model.hf_config import hf_config
+from potstill.student_train.model.student import StudentModel, TrainRequest, build_student
+from potstill.student_train.run.metrics import loss_figures, read_metrics
+from tests.dist_harness import run_ranks
+from tests.student_train import tiny, workers
+
+ROWS = [3, 39, 7, 12]  # 39 is the short one
+ROW = {"of": "row", "store": "slm", "column": "probability", "form": "beta"}
+DOCUMENT = {"of": "document", "store": "slm", "column": "probability", "form": "beta"}
+
+
+@pytest.fixture(scope="module")
+def student(start_weights: Path) -> StudentModel:
+    tree = {"run": {"output_dir": "x", "max_steps": 1}, "model": {"path": str(start_weights)}}
+    config = workers.config_of({**tree, "data": {"tokens": "x", "global_batch_rows": 1}}).model
+    return build_student(config, hf_config(config, vocab_size=tiny.VOCAB), seed=0).double()
+
+
+def batch_of(stores: dict[str, Path], rows: list[int]) -> LoadedBatch:
+    tokens, teacher, slm = (StoreReader(stores[name]) for name in ("tokens", "teacher", "scores"))
+    joined = {"teacher": teacher.targets_rows(rows), "slm": slm.scores_rows(rows)}
+    return LoadedBatch(0, np.array(rows), tokens.tokens_rows(rows), joined)
+
+
+def objective_of(weights: dict[str, Any] | None, **stage: Any) -> StepObjective:
+    given = {"targets": "teacher", "alpha": 0.6, "weights": weights, **stage}
+    return step_objective(Objective(), Stage.model_validate(given), 0.0)
+
+
+def step_gradient(student: StudentModel, micros: list[MicroBatch], objective: StepObjective) -> Tensor:
+    """Of one optimizer step over these micro-batches, by the sums that they told before the forward."""
+    weight = sum(micro.weight_sum for micro in micros)
+    kd = [micro.kd_weight_sum for micro in micros]
+    scale = None if kd[0] is None else torch.tensor(weight / sum(value or 0.0 for value in kd))
+    student.zero_grad()
+    for micro in micros:
+        request = TrainRequest(micro, objective, torch.tensor(weight), len(micros), kd_scale=scale)
+        student(request)[0].backward()
+    return torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("form", sorted(WEIGHT_FORMS))
+def test_forms_equal_their_formulas(form: str) -> None:
+    x, a, b = 0.3, 0.5, 2.0
+    wanted = {"identity": x, "power": x**a, "exponential": math.exp(a * x), "beta": x**a * (1 - x) ** b}
+    weights = Weights(of="row", store="slm", column="mean_loss", form=form, a=a, b=b)
+    assert weights.weigh(np.array([x]))[0] == pytest.approx(wanted[form], rel=1e-14)
+
+
+def test_documents_weigh_by_the_mean_of_their_trained_positions(stores) -> None:
+    """By slow, plain code; with a mask, and a document that trains nothing."""
+    batch = batch_of(stores, ROWS)
+    [first, *_] = batch.tokens
+    mask = np.ones(len(first.tokens), bool)
+    mask[2:8] = False
+    mask[int(first.doc_lens[0]) : int(first.doc_lens[:2].sum())] = False
+    rows = [replace(first, mask=mask), *batch.tokens[1:]]
+    scores = batch.joined["slm"]
+    figures = {
+        "loss": lambda own, t: -float(own.label_logprob[t]),
+        "entropy": lambda own, t: float(own.entropy[t]),
+        "accuracy": lambda own, t: float(own.label_rank[t] == 0),
+    }
+    for column, figure in figures.items():
+        found = token_factors(Weights(of="document", store="slm", column=column), rows, scores)
+        wanted: list[float] = []
+        for row, own in zip(rows, scores, strict=True):
+            start, trained = 0, row.has_target()
+            for size in row.doc_lens.tolist():
+                places = [t for t in range(start, start + size) if trained[t]]
+                mean = sum(figure(own, t) for t in places) / len(places) if places else 0.0
+                wanted += [mean] * size
+                start += size
+        np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    beta = token_factors(Weights(**DOCUMENT), rows, scores)
+    loss = token_factors(Weights(**{**DOCUMENT, "column": "loss", "form": "identity"}), rows, scores)
+    p = np.exp(-loss)
+    np.testing.assert_allclose(beta[loss > 0], (p * (1 - p))[loss > 0], rtol=1e-5)
+
+
+def test_of_a_targets_store_a_row_without_targets_weighs_nothing(stores) -> None:
+    batch = batch_of(stores, ROWS)
+    weights = Weights(of="row", store="teacher", column="mean_loss")
+    known = [replace(row, stats={**row.stats, "num_targets": 3.0}) for row in batch.joined["teacher"]]
+    refused = replace(known[1], stats=dict.fromkeys(known[1].stats, 0.0))
+    found = token_factors(weights, batch.tokens, [known[0], refused, *known[2:]])
+    cuts = np.cumsum([len(row.tokens) for row in batch.tokens])[:-1]
+    parts = np.split(found, cuts)
+    assert not parts[1].any()
+    for part, row in zip((parts[0], *parts[2:]), (known[0], *known[2:]), strict=True):
+        np.testing.assert_allclose(part, row.stats["mean_loss"], rtol=1e-6)
+    with pytest.raises(UserError, match=r"weights\.store: row 39 is of a source without a store 'teacher'"):
+        token_factors(weights, batch.tokens, [known[0], None, *known[2:]])
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "rows": {"weights": ROW},
+    "documents": {"weights": DOCUMENT},
+    "documents, KD alone": {"weights": {**DOCUMENT, "applies_to": "kd"}},
+    "rows, with a store's choice": {"weights": ROW, "tokens": {"policy": "top_loss", "source": "slm", "share": 0.5}},
+    "rows, KD alone, with a choice of the student": {
+        "weights": {**ROW, "applies_to": "kd"},
+        "tokens": {"policy": "top_entropy", "share": 0.5, "floor": 0.1},
+    },
+    "rows, with a choice of the student": {"weights": ROW, "tokens": {"policy": "top_entropy", "share": 0.4}},
+    "documents, KD chosen by the student": {
+        "weights": {**DOCUMENT, "applies_to": "kd"},
+        "tokens": {"policy": "top_entropy", "share": 0.5, "applies_to": "kd"},
+    },
+    "documents, KD chosen by a store": {
+        "weights": DOCUMENT,
+        "tokens": {"policy": "top_loss", "source": "slm", "share": 0.5, "applies_to": "kd"},
+    },
+}
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_sums_are_known_before_the_forward_and_pieces_make_one_step(stores, student: StudentModel, name: str) -> None:
+    objective, batch = objective_of(**CASES[name]), batch_of(stores, ROWS)
+    apart, whole = (collate(batch, objective, micro_batch_rows=n, row_length=tiny.ROW_LENGTH) for n in (1, 4))
+    for micro in (*apart, *whole):
+        hidden = student.hidden_states(micro)
+        weights, kd_weights = student.hf.lm_head.choice(hidden, micro, objective)
+        assert float(weights.sum()) == pytest.approx(micro.weight_sum, rel=1e-5)
+        assert not weights[micro.labels == -100].any()
+        assert micro.num_active is None or micro.num_active == int((weights != 0).sum())
+        if objective.weights is not None and objective.weights.applies_to == "kd":
+            assert kd_weights is not None and micro.kd_weight_sum is not None
+            if objective.tokens is None or objective.tokens.selector.applies_to == "all":
+                assert float((weights * kd_weights).sum()) == pytest.approx(micro.kd_weight_sum, rel=1e-5)
+        else:
+            assert micro.kd_weight_sum is None
+    gradients = [step_gradient(student, micros, objective) for micros in (apart, whole)]
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-9)  # weights are float32
+    plain = objective_of(None, **{key: value for key, value in CASES[name].items() if key == "tokens"})
+    other = step_gradient(student, collate(batch, plain, micro_batch_rows=4, row_length=tiny.ROW_LENGTH), plain)
+    assert float((other - gradients[0]).norm() / other.norm()) > 1e-2, "the weights changed nothing"
+
+
+@pytest.mark.parametrize("applies_to", ["all", "kd"])
+def test_only_the_ratio_of_weights_counts(stores, student: StudentModel, applies_to: str) -> None:
+    """All rows alike is no weight at all; and a weight of 0 takes a row out of the loss, or out of KD."""
+    batch = batch_of(stores, ROWS)
+    weights = {"of": "row", "store": "slm", "column": "mean_loss", "applies_to": applies_to}
+    scores = batch.joined["slm"]
+    alike = replace(batch, joined={**batch.joined, "slm": [replace(row, stats={"mean_loss": 7.0}) for row in scores]})
+    objective, plain = objective_of(weights), objective_of(None)
+
+    def gradient(own: LoadedBatch, chosen: StepObjective) -> Tensor:
+        return step_gradient(student, collate(own, chosen, micro_batch_rows=2, row_length=tiny.ROW_LENGTH), chosen)
+
+    torch.testing.assert_close(gradient(alike, objective), gradient(batch, plain), rtol=1e-6, atol=1e-9)
+    stats = [{"mean_loss": value} for value in (1.0, 1.0, 0.0, 0.0)]
+    two = [replace(row, stats=own) for row, own in zip(scores, stats, strict=True)]
+    found = gradient(replace(batch, joined={**batch.joined, "slm": two}), objective)
+    few = batch_of(stores, ROWS[:2])
+    if applies_to == "all":
+        torch.testing.assert_close(found, gradient(few, plain), rtol=1e-6, atol=1e-9)
+    else:
+        assert not torch.allclose(found, gradient(few, plain), rtol=1e-3, atol=1e-6)
+
+
+def test_the_effective_number_of_positions_follows_the_weights(stores, student: StudentModel) -> None:
+    objective, batch = objective_of(DOCUMENT), batch_of(stores, ROWS)
+    [micro] = collate(batch, objective, micro_batch_rows=4, row_length=tiny.ROW_LENGTH)
+    _, sums = student(TrainRequest(micro, objective, torch.tensor(1.0), 1))
+    figures = loss_figures(dict(zip(student.sum_names, sums.tolist(), strict=True)))
+    assert micro.token_weights is not None
+    weights = micro.token_weights.double()
+    wanted = float(weights.sum() ** 2 / weights.square().sum())
+    assert figures["effective_positions"] == pytest.approx(wanted, rel=1e-5)
+    assert wanted < micro.num_active
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"column": "loss"}, "curriculum.0.weights.column: store 'slm' has no row statistic 'loss'"),
+        ({"column": "mean_loss"}, "curriculum.0.weights.column: mean_loss of store 'slm' is .* form beta takes"),
+        ({"column": "mean_loss", "form": "power", "a": 400.0}, "makes the weight"),
+    ],
+)
+def test_statistics_that_make_no_weight_are_refused_before_a_model(stores, tmp_path, change, message) -> None:
+    from potstill.student_train.run.preflight import check_run
+
+    tree = tiny.config_tree(stores, tmp_path, curriculum=[{"targets": "teacher", "weights": {**ROW, **change}}])
+    with pytest.raises(UserError, match=message):
+        check_run(workers.config_of(tree), world_size=1)
+    if change == {"column": "loss"}:
+        tree["curriculum"][0]["weights"] = {**ROW, "store": "elsewhere"}
+        with pytest.raises(UserError, match=r"curriculum\.0\.weights\.store names store 'elsewhere'"):
+            workers.config_of(tree)
+
+
+def test_negative_infinite_and_missing_figures_are_named(stores) -> None:
+    class Made:
+        """A store of two rows with these statistics."""
+
+        def __init__(self, *values: float) -> None:
+            self.row_stats = {"gain": np.array(values, np.float32)}
+
+    weights = Weights(of="row", store="slm", column="gain")
+    for value in (-0.5, math.nan, math.inf):
+        with pytest.raises(UserError, match=rf"key\.column: gain of store 'slm' is {value} at number 1"):
+            check_weights(weights, Made(1.0, value), key="key")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="every row of store 'slm' weighs 0"):
+        check_weights(weights, Made(0.0, 0.0), key="key")  # type: ignore[arg-type]
+    batch = batch_of(stores, ROWS)
+    bare = StoreReader(stores["teacher"], skip={"label"})
+    with pytest.raises(UserError, match="does not hold"):
+        check_weights(Weights(of="document", store="teacher", column="loss"), bare, key="key")
+    check_weights(Weights(of="document", store="slm", column="loss"), StoreReader(stores["scores"]), key="key")
+    assert batch.tokens
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ({"weights": {**DOCUMENT, "column": "mean_loss"}}, "of a document there are accuracy, entropy, loss"),
+        ({"weights": {**ROW, "form": "beat"}}, "beta"),
+        ({"weights": {**ROW, "b": -1.0}}, "expected both >= 0"),
+        ({"weights": {**DOCUMENT, "form": "power", "a": -1.0}}, "a figure may be 0"),
+        ({"weights": {**ROW, "applies_to": "kd"}, "targets": None}, "no effect in a stage without targets"),
+        ({"weights": DOCUMENT, "tokens": {"policy": "top_loss", "share": 0.5}}, "unknown before the forward pass"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(stage: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Stage.model_validate({"targets": "teacher", **stage})
+
+
+def test_a_run_with_weights_of_kd_is_the_same_on_one_and_two_ranks(stores, tmp_path: Path) -> None:
+    losses = []
+    for world in (1, 2):
+        weights = {**DOCUMENT, "applies_to": "kd"}
+        tree = tiny.config_tree(
+            stores,
+            tmp_path / str(world),
+            run={"max_steps": 4},
+            objective={"alpha": 0.7, "off_kd": "ce"},
+            curriculum=[{"targets": "teacher", "weights": weights}],
+        )
+        assert run_ranks(workers.train_run, tree, world=world)[0]["status"] == "done"
+        records = [record for record in read_metrics(tmp_path / str(world)) if record["kind"] == "train"]
+        losses.append([loss for record in records for loss in record["step_losses"]])
+        assert all(record["kd"] > 0 for record in records)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 4
