@@ -13,6 +13,7 @@ import yaml
 from potstill.student_train.config.stages import Stage
 from potstill.student_train.config.token_policies import TokenSelector
 from potstill.student_train.config.train import TrainConfig
+from potstill.student_train.config.vocabulary import VocabularyConfig
 from potstill.student_train.config.weights import Weights
 from potstill.student_train.hf_export.card_facts import CardFacts, last_name
 
@@ -113,6 +114,7 @@ def _training(facts: CardFacts) -> str:
         names = f"Muon (lr {muon_lr:g}) for the backbone's matrices, AdamW for the rest"
     rows = [
         ("started from", start),
+        *_vocabulary_row(config.data.vocabulary),
         ("optimizer steps", f"{facts.step:,}"),
         ("tokens", _count(facts.tokens)),
         ("rows", _count(facts.rows) + epoch),
@@ -130,6 +132,14 @@ def _training(facts: CardFacts) -> str:
     return "\n\n".join(
         ["## Training", markdown_table(("what", "value"), rows), "### Curriculum", markdown_table(header, stages)]
     )
+
+
+def _vocabulary_row(own: VocabularyConfig | None) -> list[tuple[str, str]]:
+    """Nothing for a student that has the teacher's vocabulary."""
+    if own is None:
+        return []
+    lacking = "; what it lacks of the teacher's joined the tail" if own.subset else ""
+    return [("vocabulary", f"its own, of the tokenizer {last_name(own.tokenizer)}: rows came in its ids{lacking}")]
 
 
 def _stage_row(config: TrainConfig, number: int, stage: Stage) -> tuple[str, ...]:
