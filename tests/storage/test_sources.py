@@ -11,6 +11,7 @@ from potstill.storage import (
     EpochPlan,
     Loader,
     MismatchError,
+    MixturePlan,
     Source,
     SourceRows,
     StoreError,
@@ -148,3 +149,34 @@ def test_stores_that_do_not_go_together_are_refused(sources, tmp_path):
         Loader(plan_of(), sources, {"teacher": novels.joined["teacher"]})
     with Loader(plan_of(joined=("nobody",)), sources) as loader, pytest.raises(StoreError, match=r"\['nobody'\]"):
         next(loader)
+
+
+@pytest.mark.parametrize("mode", ["global", "block"])
+def test_a_mixture_plan_draws_by_shares_and_goes_through_each_source(sources, mode):
+    plan = MixturePlan(sources, {"novels": 1, "maths": 2, "noisy": 1}, global_batch=8, seed=1, mode=mode)
+    rows = np.concatenate([plan.rows(batch) for batch in range(14)])
+    numbers = SourceRows(sources).source_of(rows)
+    assert np.bincount(numbers).tolist() == [28, 56, 28]
+    for number, size in enumerate(SIZES.values()):
+        mine = rows[numbers == number][: size * 2].reshape(2, size)
+        assert all(sorted(part.tolist()) == list(range(OFFSETS[number], OFFSETS[number + 1])) for part in mine)
+    every = MixturePlan(sources, global_batch=6, seed=1, mode=mode)
+    assert sorted(np.concatenate([every.rows(batch) for batch in range(5)]).tolist()) == list(range(OFFSETS[-1]))
+    assert every.position(5) == {"epoch": 1, "stage": 0, "rows_consumed": 30}
+    with Loader(plan, sources) as loader:
+        state = loader.state_dict()
+    other = MixturePlan(sources, {"novels": 1, "maths": 3, "noisy": 1}, global_batch=8, seed=1, mode=mode)
+    with Loader(other, sources) as loader, pytest.raises(MismatchError, match=r"plan differs .*weights"):
+        loader.load_state_dict(json.loads(json.dumps(state)))
+
+
+def test_shares_that_a_mixture_plan_cannot_have(sources):
+    for shares, words in (
+        ({"novel": 1}, r"shares name \['novel'\]"),
+        ({"novels": 0}, "shares"),
+        ({"novels": -1, "maths": 2}, "shares"),
+    ):
+        with pytest.raises(StoreError, match=words):
+            MixturePlan(sources, shares, global_batch=8, seed=1)
+    with pytest.raises(StoreError, match="a batch of 0 rows"):
+        MixturePlan(sources, global_batch=0, seed=1)

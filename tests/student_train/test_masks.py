@@ -51,8 +51,13 @@ def stage_objective(**stage: Any) -> StepObjective:
     return step_objective(Objective(), Stage.model_validate({"targets": "teacher", "alpha": 0.6, **stage}), 0.0)
 
 
+def everywhere(row: TokensRow, table: np.ndarray = TABLE) -> TargetsRow:
+    """Targets of a teacher that does not know of the mask."""
+    return tiny.targets_row(replace(row, mask=None), table, temperatures=(2.0,))
+
+
 def loaded(rows: Sequence[TokensRow], targets: Sequence[TargetsRow | None] | None = None) -> LoadedBatch:
-    found = [tiny.targets_row(row, TABLE, temperatures=(2.0,)) for row in rows] if targets is None else list(targets)
+    found = [everywhere(row) for row in rows] if targets is None else list(targets)
     return LoadedBatch(0, np.array([row.row for row in rows]), list(rows), {"teacher": found})
 
 
@@ -71,7 +76,7 @@ def outcome(student: StudentModel, micro: MicroBatch, objective: StepObjective) 
 
 def with_other_targets(row: TokensRow) -> TargetsRow:
     """Targets as ever where the row trains, and those of another teacher elsewhere."""
-    ours, theirs = (tiny.targets_row(row, table, temperatures=(2.0,)) for table in (TABLE, tiny.transition(9)))
+    ours, theirs = (everywhere(row, table) for table in (TABLE, tiny.transition(9)))
     kept = np.repeat(row.has_target(), np.diff(ours.targets.offsets))
     columns = dict(ours.targets.columns)
     for name in ("ids", "logprobs"):

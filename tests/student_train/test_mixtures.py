@@ -176,7 +176,7 @@ def test_a_run_without_repetition_may_take_every_row_once() -> None:
 
 def test_a_source_smaller_than_its_part_of_a_batch() -> None:
     with pytest.raises(UserError, match=r"data.sources.noisy.tokens holds 20 rows, fewer than its 21 rows of a global"):
-        plan_of([{"mix": {"noisy": 0.7, "novels": 0.3}}], global_batch_rows=30)
+        plan_of([{"mix": {"noisy": 0.7, "novels": 0.3}}], global_batch_rows=29)
     with pytest.raises(UserError, match=r"curriculum.0.rows, source novels: part 0 .* keeps 3 of 60 rows"):
         plan_of([{"mix": MIX, "rows": {**ROWS, "share": 0.05}}])
 

@@ -88,6 +88,10 @@ def _tip(records: list[dict[str, Any]], config: TrainConfig) -> None:
 
 def _skip_easy(records: list[dict[str, Any]], config: TrainConfig) -> None:
     assert all(record["selected_share"] == 1.0 and 0.85 <= record["kd_share"] < 0.89 for record in records)
+    for record in records:
+        # A tenth of CE everywhere, and the rest of it where KD is off: an eighth of the positions, the easy ones.
+        of_labels = record["loss"] - 0.9 * record["kd"] * record["kd_share"]
+        assert 0.13 < of_labels / record["ce"] < 0.1 + 0.9 * (1.0 - record["kd_share"])
 
 
 def _paced(records: list[dict[str, Any]], config: TrainConfig) -> None:
@@ -132,6 +136,21 @@ def test_the_argmax_labels_of_progressive_by_override(stores, tmp_path: Path) ->
     assert run_ranks(workers.train_run, tree, world=1)[0]["status"] == "done"
     records = [record for record in read_metrics(tmp_path / "argmax") if record["kind"] == "train"]
     assert all(record["kept_mass"] == pytest.approx(1.0) and record["kd"] > 0 for record in records)
+
+
+OFF_KD = {
+    "distill": "nothing", "paced": "ce", "pd_wsd": "nothing", "pocl": "nothing", "progressive": "nothing",
+    "rs_kd": "nothing", "salt": "nothing", "se_kd": "nothing", "skip_easy": "ce", "tip": "nothing",
+}  # fmt: skip
+
+
+def test_each_preset_that_distils_says_what_its_paper_does_where_kd_is_off() -> None:
+    said = {}
+    for preset in list_presets():
+        tree = yaml.safe_load(preset.path.read_text())
+        if any("targets" in stage for stage in tree["curriculum"]):
+            said[preset.name] = tree["objective"]["off_kd"]
+    assert said == OFF_KD
 
 
 def test_all_the_presets_of_the_field_are_there() -> None:

@@ -22,8 +22,7 @@ from potstill.student_train.data.batch import MicroBatch, collate
 from potstill.student_train.data.weights import check_weights, token_factors
 from potstill.student_train.model.hf_config import hf_config
 from potstill.student_train.model.student import StudentModel, TrainRequest, build_student
-from potstill.student_train.run.metrics import loss_figures, read_metrics
-from tests.dist_harness import run_ranks
+from potstill.student_train.run.metrics import loss_figures
 from tests.student_train import tiny, workers
 
 ROWS = [3, 39, 7, 12]  # 39 is the short one
@@ -249,21 +248,3 @@ def test_negative_infinite_and_missing_figures_are_named(stores) -> None:
 def test_settings_that_do_not_go_together_are_refused(stage: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         Stage.model_validate({"targets": "teacher", **stage})
-
-
-def test_a_run_with_weights_of_kd_is_the_same_on_one_and_two_ranks(stores, tmp_path: Path) -> None:
-    losses = []
-    for world in (1, 2):
-        weights = {**DOCUMENT, "applies_to": "kd"}
-        tree = tiny.config_tree(
-            stores,
-            tmp_path / str(world),
-            run={"max_steps": 4},
-            objective={"alpha": 0.7, "off_kd": "ce"},
-            curriculum=[{"targets": "teacher", "weights": weights}],
-        )
-        assert run_ranks(workers.train_run, tree, world=world)[0]["status"] == "done"
-        records = [record for record in read_metrics(tmp_path / str(world)) if record["kind"] == "train"]
-        losses.append([loss for record in records for loss in record["step_losses"]])
-        assert all(record["kd"] > 0 for record in records)
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 4
