@@ -26,7 +26,7 @@ from potstill.storage.rows.codec import (
     planes_of,
 )
 from potstill.storage.rows.id_map import IdMap
-from potstill.storage.rows.planes import Plane
+from potstill.storage.rows.planes import Plane, PlaneAxis, bit_bytes
 from potstill.storage.rows.row_types import Row, ScoresRow, TargetsRow, TokensRow, token_digest
 from potstill.storage.rows.sparse_targets import SparseTargets, concatenate
 from potstill.storage.store.spec import RunSpec
@@ -122,21 +122,14 @@ def _encode_batch(rows: Sequence[Row], *, spec: RunSpec, id_map: IdMap | None) -
     if spec.kind == "tokens":
         token_rows = cast("Sequence[TokensRow]", rows)
         digests = [token_digest(row.tokens, row.doc_lens) for row in token_rows]
-        planes = encode_tokens(token_rows, spec=spec)
-        documents = [len(row.doc_lens) for row in token_rows]
+        planes, plane_sizes = encode_tokens(token_rows, spec=spec)
     else:
         digests = [cast("TargetsRow | ScoresRow", row).token_digest for row in rows]
-        planes = _encode_joined(rows, spec=spec, id_map=id_map)
-        documents = [0] * len(rows)
+        planes, plane_sizes = _encode_joined(rows, spec=spec, id_map=id_map), {}
     sizes = np.array([row_sizes(row) for row in rows], np.int64).reshape(-1, 2)
-    counts = {
-        "token": sizes[:, 0],
-        "entry": sizes[:, 1],
-        "row": np.ones(len(rows), np.int64),
-        "document": np.array(documents, np.int64),
-    }
+    counts = {"token": sizes[:, 0], "entry": sizes[:, 1], "row": np.ones(len(rows), np.int64)}
     layout = planes_of(spec)
-    bounds = {p.name: _bounds(p, counts, len(planes[p.name])) for p in layout}
+    bounds = {p.name: _bounds(p, counts, plane_sizes.get(p.name), len(planes[p.name])) for p in layout}
     checks = b"".join(
         zlib.crc32(planes[p.name].data[bounds[p.name][i] : bounds[p.name][i + 1]]).to_bytes(4, "little")
         for i in range(len(rows))
@@ -159,9 +152,14 @@ def _encode_joined(rows: Sequence[Row], *, spec: RunSpec, id_map: IdMap | None) 
     return encode_targets(joined, spec=spec, rank_of_id=None if id_map is None else id_map.rank_of_id)
 
 
-def _bounds(plane: Plane, counts: Mapping[str, NDArray[np.int64]], num_bytes: int) -> NDArray[np.int64]:
-    bounds = np.zeros(len(counts[plane.axis]) + 1, np.int64)
-    if not (plane.optional and num_bytes == 0):
+def _bounds(
+    plane: Plane, counts: Mapping[str, NDArray[np.int64]], sizes: NDArray[np.int64] | None, num_bytes: int
+) -> NDArray[np.int64]:
+    """Where the plane of each row begins, and the end, [rows + 1]; `sizes`: its bytes in each row, where known."""
+    bounds = np.zeros(len(counts["row"]) + 1, np.int64)
+    if sizes is not None:
+        np.cumsum(sizes, out=bounds[1:])
+    elif not (plane.optional and num_bytes == 0):
         np.cumsum(counts[plane.axis] * plane.width, out=bounds[1:])
     assert int(bounds[-1]) == num_bytes, (plane.name, int(bounds[-1]), num_bytes)
     if num_bytes >= 1 << 31:
@@ -207,13 +205,21 @@ class DecodedBatch:
             first = NUM_HEAD_BUFFERS + 3 * index
             offset_bytes = self._layout.buffer(first + 1, num_bytes=4 * (self._layout.num_rows + 1))
             bounds = np.frombuffer(offset_bytes, "<i4")
-            limits = {"token": self.num_tokens, "entry": self.num_entries, "document": self.num_tokens}
-            places = len(self.rows) if plane.axis == "row" else int(limits[plane.axis].sum(dtype=np.int64))
-            limit = places * plane.width
+            limit = self._most_places(plane.axis) * plane.width
             if bounds[0] != 0 or (np.diff(bounds) < 0).any() or int(bounds[-1]) > limit:
                 raise CorruptError(f"{self.where}: offsets of plane {plane.name} are damaged")
             self._planes[plane.name] = self._layout.buffer(first + 2, num_bytes=int(bounds[-1])), bounds
         return self._planes[plane.name]
+
+    def _most_places(self, axis: PlaneAxis) -> int:
+        """Most places that the rows of this batch have on an axis."""
+        if axis == "row":
+            return len(self.rows)
+        if axis == "entry":
+            return int(self.num_entries.sum(dtype=np.int64))
+        if axis == "bit":
+            return int(bit_bytes(self.num_tokens.astype(np.int64)).sum())
+        return int(self.num_tokens.sum(dtype=np.int64))  # documents are no more than tokens
 
     def column_bytes(self) -> dict[str, int]:
         """Compressed bytes of each plane in this batch."""
@@ -226,7 +232,8 @@ class DecodedBatch:
     def planes(self, position: int, *, skip: Collection[str] = ()) -> Planes:
         """Decompressed planes of one row, each checked against its size and its crc32."""
         out: Planes = {}
-        counts = {"token": int(self.num_tokens[position]), "entry": int(self.num_entries[position]), "row": 1}
+        tokens, entries = int(self.num_tokens[position]), int(self.num_entries[position])
+        counts = {"token": tokens, "bit": bit_bytes(tokens), "entry": entries, "row": 1}
         for index, plane in enumerate(self._layout_planes):
             if plane.skip is not None and plane.skip in skip:
                 continue

@@ -14,6 +14,7 @@ from potstill.storage.rows.columns import misfit, stored_columns
 from potstill.storage.rows.planes import Plane, join_ids, num_id_planes, split_ids
 from potstill.storage.rows.row_types import ScoresRow, TokensRow
 from potstill.storage.rows.sparse_targets import SparseTargets
+from potstill.storage.rows.tokens_columns import stored_tokens_columns
 from potstill.storage.store.spec import RunSpec
 
 Planes = dict[str, UInt8]
@@ -21,13 +22,15 @@ Planes = dict[str, UInt8]
 
 def planes_of(spec: RunSpec) -> tuple[Plane, ...]:
     """Binary columns of a store's unit files, in file order. Raises StoreError where two have one name."""
-    if spec.kind == "tokens":
-        tokens = (Plane(f"token{i}", "token") for i in range(num_id_planes(spec.vocab_size)))
-        return (*tokens, Plane("doc_lens", "document", width=4))
     if spec.kind == "scores":
         names = ("label0", "label1", "label_rank", "entropy0", "entropy1")
         return tuple(Plane(name, "token") for name in names)
-    planes = [Plane("count", "token"), *(plane for column in stored_columns(spec) for plane in column.planes_in(spec))]
+    if spec.kind == "tokens":
+        planes = [Plane(f"token{i}", "token") for i in range(num_id_planes(spec.vocab_size))]
+        planes += [Plane("doc_lens", "document", width=4), *(column.plane for column in stored_tokens_columns(spec))]
+    else:
+        stored = (plane for column in stored_columns(spec) for plane in column.planes_in(spec))
+        planes = [Plane("count", "token"), *stored]
     used = [plane.name for plane in planes]
     if len(set(used)) < len(used):
         twice = sorted({name for name in used if used.count(name) > 1})
@@ -82,13 +85,18 @@ def decode_targets(
     return SparseTargets(offsets=offsets, columns=columns, num_draws=spec.num_draws)
 
 
-def encode_tokens(rows: Sequence[TokensRow], *, spec: RunSpec) -> Planes:
-    """Planes of several rows joined."""
+def encode_tokens(rows: Sequence[TokensRow], *, spec: RunSpec) -> tuple[Planes, dict[str, Int64]]:
+    """Planes of several rows joined, and bytes in each row, int64 [rows], of planes whose size tokens do not give."""
     tokens = np.concatenate([row.tokens for row in rows])
     planes = {f"token{i}": p for i, p in enumerate(split_ids(tokens, num_id_planes(spec.vocab_size)))}
     lengths = np.concatenate([row.doc_lens for row in rows]).astype("<u4")
     planes["doc_lens"] = np.frombuffer(lengths.tobytes(), np.uint8)
-    return planes
+    sizes = {"doc_lens": np.array([4 * len(row.doc_lens) for row in rows], np.int64)}
+    for column in stored_tokens_columns(spec):
+        parts = [column.to_bytes(row.column(column.name)) for row in rows]
+        planes[column.name] = np.concatenate(parts)
+        sizes[column.name] = np.array([len(part) for part in parts], np.int64)
+    return planes, sizes
 
 
 def decode_tokens(planes: Mapping[str, UInt8], *, spec: RunSpec, row: int) -> TokensRow:
@@ -99,7 +107,12 @@ def decode_tokens(planes: Mapping[str, UInt8], *, spec: RunSpec, row: int) -> To
         raise CorruptError(f"token id {int(tokens.max())} is not below the vocabulary size {spec.vocab_size}")
     if not lengths.size or int(lengths.min()) < 1 or int(lengths.sum()) != len(tokens):
         raise CorruptError(f"document lengths sum to {int(lengths.sum())}, expected {len(tokens)} tokens")
-    return TokensRow(row, tokens, lengths.astype(np.int32))
+    more: dict[str, Array] = {}
+    for column in stored_tokens_columns(spec):
+        values = column.from_bytes(planes[column.name], num_tokens=len(tokens))
+        if values is not None:
+            more[column.name] = values
+    return TokensRow(row, tokens, lengths.astype(np.int32), more.pop("mask", None), more)
 
 
 def encode_scores(rows: Sequence[ScoresRow]) -> Planes:

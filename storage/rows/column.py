@@ -164,7 +164,9 @@ class Column:
 
     def is_stored(self, spec: StoreView) -> bool:
         """Whether a store of that run has the column."""
-        return self.name in spec.columns if self.stored is None else self.stored.holds(spec)
+        if self.stored is not None:
+            return self.stored.holds(spec)
+        return spec.kind == "targets" and self.name in spec.columns
 
     def plane_names(self, spec: StoreView) -> list[list[str]]:
         """Names of its planes in a store of that run: one group, or one for each temperature."""

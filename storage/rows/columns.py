@@ -25,6 +25,7 @@ from potstill.storage.rows.target_checks import (
     check_logprobs,
     check_rank,
 )
+from potstill.storage.rows.tokens_columns import TOKENS_COLUMNS, TokensColumn
 
 ALWAYS = Condition(lambda spec: spec.kind == "targets")
 
@@ -183,10 +184,11 @@ def skippable_names() -> tuple[str, ...]:
     return tuple(column.stem for column in COLUMNS.values() if column.skippable)
 
 
-def column_features() -> dict[str, list[Column]]:
-    """The columns that come with each feature."""
-    found: dict[str, list[Column]] = {}
-    for column in COLUMNS.values():
+def column_features() -> dict[str, list[Column | TokensColumn]]:
+    """The columns that come with each feature, of targets and of tokens."""
+    found: dict[str, list[Column | TokensColumn]] = {}
+    columns: list[Column | TokensColumn] = [*COLUMNS.values(), *TOKENS_COLUMNS.values()]
+    for column in columns:
         if column.feature is not None:
             found.setdefault(column.feature, []).append(column)
     return found
@@ -212,6 +214,13 @@ def check_pairing(targets: TargetArrays) -> None:
         raise StoreError("targets hold neither logprobs nor counts; give at least one of them")
     if ("counts" in columns) != (num_draws is not None):
         raise StoreError("counts and num_draws belong together; give both (sample mode) or none")
+
+
+def namable_columns(kind: str) -> list[str]:
+    """The columns that a run of that kind names in `columns` where its store has them."""
+    if kind == "targets":
+        return [name for name, column in COLUMNS.items() if column.stored is None]
+    return list(TOKENS_COLUMNS) if kind == "tokens" else []
 
 
 def known(names: Mapping[str, object]) -> None:

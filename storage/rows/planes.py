@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from potstill.storage.rows.array_types import Int32, UInt8
+from potstill.storage.rows.array_types import Int32, Int64, UInt8
 
-PlaneAxis = Literal["token", "entry", "row", "document"]
+PlaneAxis = Literal["token", "bit", "entry", "row", "document"]
 
 
 @dataclass(frozen=True)
 class Plane:
     """One binary column: `width` bytes per token, entry, row or document; an optional one may be empty in a row.
 
+    Axis `bit`: one bit per token, ceil(tokens / 8) bytes in a row.
     `skip` is the name by which a reader may leave it undecoded, or None.
     """
 
@@ -25,6 +26,14 @@ class Plane:
     width: int = 1
     optional: bool = False
     skip: str | None = None
+
+
+Count = TypeVar("Count", int, Int64)
+
+
+def bit_bytes(num_tokens: Count) -> Count:
+    """Bytes of one bit per token."""
+    return (num_tokens + 7) // 8
 
 
 def num_id_planes(vocab_size: int) -> int:

@@ -12,6 +12,8 @@ from potstill.storage.rows.array_types import Float32
 from potstill.storage.rows.column import Column, Values
 from potstill.storage.rows.columns import COLUMNS, misfit
 from potstill.storage.rows.row_types import Row, ScoresRow, TargetsRow, TokensRow
+from potstill.storage.rows.target_checks import check_kept_normaliser
+from potstill.storage.rows.tokens_columns import TOKENS_COLUMNS
 from potstill.storage.rows.validation import validate
 from potstill.storage.store.spec import RunSpec
 
@@ -80,11 +82,21 @@ def _check_tokens(row: TokensRow, spec: RunSpec) -> None:
             f"document lengths must be >= 1 and sum to {len(row.tokens)} tokens, found sum "
             f"{int(row.doc_lens.sum())}; leave empty documents out"
         )
+    further = [name for name in TOKENS_COLUMNS if name != "mask"]
+    alien = sorted(row.more.keys() - set(further))
+    if alien:
+        raise StoreError(
+            f"more: no columns {alien} of tokens are known, only {further} (storage/rows/tokens_columns.py)"
+        )
+    for name, column in TOKENS_COLUMNS.items():
+        column.check_row(row.column(name), num_tokens=len(row.tokens), spec=spec)
 
 
 def _check_targets(row: TargetsRow, spec: RunSpec) -> None:
     targets = row.targets
     validate(targets, vocab_size=spec.vocab_size, strict=True)
+    if spec.normaliser == "kept":
+        check_kept_normaliser(targets, strict=True)
     for column in COLUMNS.values():
         if column.per_temperature:
             at = targets.columns.get(column.name, {})

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potstill.storage.rows.array_types import Float32, Int32
+from potstill.storage.rows.column import Array
 from potstill.storage.rows.sparse_targets import SparseTargets
 
 NO_LABEL = -100  # what torch's cross_entropy ignores
@@ -20,13 +21,19 @@ class TokensRow:
     """A packed sequence: tokens [n] int32 split in documents of lengths doc_lens [d] int32 (sum n).
 
     mask bool [n]: whether a token is trained on, that is, whether it is a label (of the position before it) and gets a
-    target; None: every token is. It may be fewer than a store's row_length: nothing is stored of padding.
+    target; None: every token is. A row may have fewer tokens than its store's row_length: nothing is stored of padding.
+    more: arrays of further columns by name (storage/rows/tokens_columns.py).
     """
 
     row: int
     tokens: Int32
     doc_lens: Int32
     mask: NDArray[np.bool_] | None = None
+    more: Mapping[str, Array] = field(default_factory=dict)
+
+    def column(self, name: str) -> Array | None:
+        """The array of a column besides tokens and documents, None where the row has none."""
+        return self.mask if name == "mask" else self.more.get(name)
 
     def position_ids(self) -> NDArray[np.int64]:
         """0, 1, 2, ... from each document's first token on, [n] int64."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from potstill.storage.errors import StoreError
 from potstill.storage.rows.array_types import DECODED_MASS_EPS, STRICT_MASS_EPS, Int64
-from potstill.storage.rows.column import Array, Examined
+from potstill.storage.rows.column import Array, Examined, TargetArrays
 from potstill.storage.rows.value_grid import LEAST_LOG_WEIGHT, VALUE_STEP, WEIGHT_TOP
 
 MAX_POSITIVE_LOG = 1e-3
@@ -74,6 +74,26 @@ def check_logprobs(values: Array, name: str, found: Examined) -> None:
         raise StoreError(
             f"token {token}: kept and tail mass sum to {mass[token]:.6f}, expected <= {limit}; "
             "give true log-probabilities over the whole vocabulary"
+        )
+
+
+def check_kept_normaliser(targets: TargetArrays, *, strict: bool) -> None:
+    """Entries [E] of a store whose normaliser is `kept`: nothing outside of them is known, so they sum to 1.
+
+    `strict` as in `validate`. Raises StoreError that names the token.
+    """
+    counts, tail = np.diff(targets.offsets), _one(targets.columns["log_tail"])
+    wrong = (counts > 0) & ~np.isneginf(tail)
+    rule = "the normaliser of the run is `kept`: what lies outside of the entries is unknown, so it must be -inf"
+    _first_wrong(wrong, tail, "log_tail", rule)
+    mass = segment_sums(np.exp(_one(targets.columns["logprobs"]).astype(np.float64)), targets.offsets)
+    off = np.where(counts > 0, np.abs(mass - 1), 0.0)
+    limit = STRICT_MASS_EPS if strict else DECODED_MASS_EPS
+    if off.size and float(off.max()) > limit:
+        token = int(off.argmax())
+        raise StoreError(
+            f"token {token}: the entries sum to {mass[token]:.6f}, expected 1 within {limit}, because the normaliser "
+            "of the run is `kept`; subtract the logarithm of their sum from the log-probabilities of each token"
         )
 
 

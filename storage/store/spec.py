@@ -11,12 +11,15 @@ from typing import Any
 
 from potstill.storage.errors import CorruptError, MismatchError, StoreError, VersionError
 from potstill.storage.files.checked_json import canonical, get_list
-from potstill.storage.rows.columns import COLUMNS, column_features
+from potstill.storage.rows.columns import COLUMNS, column_features, namable_columns
+from potstill.storage.rows.tokens_columns import TOKENS_COLUMNS
 from potstill.storage.rows.value_grid import ODDS_STEP, ODDS_ZERO, SCORE_STEP, VALUE_STEP
 
 FORMAT_MAJOR, FORMAT_MINOR = 1, 0
-FREQUENCY_IDS = "frequency_ids"
-OWN_FEATURES = ("planes", FREQUENCY_IDS)  # besides those of the columns
+FREQUENCY_IDS, KEPT_NORMALISER = "frequency_ids", "kept_normaliser"
+OWN_FEATURES = ("planes", FREQUENCY_IDS, KEPT_NORMALISER)  # besides those of the columns
+# What the log-probabilities of entries are relative to: every id, or the entries of their token alone.
+NORMALISERS = ("vocabulary", "kept")
 # Powers of the proposal for which the weights of draws fit their grid.
 MIN_POWER, MAX_POWER = 0.5, 1.5
 KINDS = ("tokens", "targets", "scores")
@@ -41,8 +44,10 @@ class RunSpec:
     """Meaning of one store (see docs/format.md, run.json); validated on construction, raises StoreError.
 
     `num_rows` is None only for kind tokens, whose length is known at seal. `id_map_sha256` names the table of
-    frequency-ranked ids when the store uses one. `columns` names the columns of targets that the store has although no
-    other field says so (`storage/rows/columns.py`). `unknown` keeps optional fields of newer minor versions.
+    frequency-ranked ids when the store uses one. `columns` names the columns of targets or of tokens that the store has
+    although no other field says so (`storage/rows/columns.py`, `storage/rows/tokens_columns.py`). `normaliser` is
+    `kept` where the log-probabilities are relative to the entries alone, as a renormalising writer left them: then the
+    tail is unknown, and -inf in the file. `unknown` keeps optional fields of newer minor versions.
     """
 
     kind: str
@@ -59,6 +64,7 @@ class RunSpec:
     info: Mapping[str, Any] = field(default_factory=dict)
     id_map_sha256: str | None = None
     columns: tuple[str, ...] = ()
+    normaliser: str = "vocabulary"
     unknown: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -86,6 +92,7 @@ class RunSpec:
     def required_features(self) -> list[str]:
         """What a reader must know to read the store."""
         features = ["planes"] + ([FREQUENCY_IDS] if self.id_map_sha256 else [])
+        features += [KEPT_NORMALISER] if self.normaliser == "kept" else []
         return features + [name for name, owners in column_features().items() if any(c.is_stored(self) for c in owners)]
 
     @property
@@ -104,9 +111,11 @@ class RunSpec:
         """All fields plus the constants of the format, as plain JSON values."""
         value: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "unknown"}
         value["temperatures"], value["stats"] = list(self.temperatures), list(self.stats)
-        # Named only where there are some: a store without them is written as before there were any.
+        # Named only where they say something: a store without them is written as before there were any.
         value.pop("columns")
         value |= {"columns": list(self.columns)} if self.columns else {}
+        if self.normaliser == "vocabulary":
+            value.pop("normaliser")
         value |= {
             "format": {"major": FORMAT_MAJOR, "minor": FORMAT_MINOR},
             "required_features": self.required_features,
@@ -124,7 +133,7 @@ class RunSpec:
         _check_version(value, where=where)
         own = {f.name for f in fields(cls)} - {"unknown"}
         constants = {"codec", "context_policy", "target_convention", "required_features", "format"}
-        missing = sorted(own - {"id_map_sha256", "columns"} - set(value))
+        missing = sorted(own - {"id_map_sha256", "columns", "normaliser"} - set(value))
         if missing:
             raise CorruptError(f"{where}: fields {missing} are missing")
         unknown = {k: v for k, v in value.items() if k not in own | constants}
@@ -137,10 +146,11 @@ class RunSpec:
         for feature, owners in column_features().items():
             if (feature in value["required_features"]) != any(column.is_stored(spec) for column in owners):
                 names = " and ".join(column.name for column in owners)
+                rule = owners[0].feature_rule or f"{names} and the feature {feature} come together"
+                found = f"columns {list(spec.columns)}" if spec.selection is None else f"selection {spec.selection}"
                 raise VersionError(
-                    f"{where}: selection {dict(spec.selection or {})} and required_features "
-                    f"{value['required_features']} do not go together: "
-                    f"{owners[0].feature_rule or f'{names} and the feature {feature} come together'}; dump again"
+                    f"{where}: {found} and required_features {value['required_features']} do not go together: "
+                    f"{rule}; make the store again"
                 )
         return spec
 
@@ -183,13 +193,16 @@ def _check_version(value: Mapping[str, Any], *, where: str) -> None:
     if alien:
         raise VersionError(f"{where}: store needs the features {alien}, which this reader does not know; upgrade")
     named = get_list({"columns": [], **value}, "columns", where=where)
-    alien = [name for name in named if not isinstance(name, str) or name not in COLUMNS]
+    known = {*COLUMNS, *TOKENS_COLUMNS}
+    alien = [name for name in named if not isinstance(name, str) or name not in known]
     if alien:
         raise VersionError(f"{where}: store has the columns {alien}, which this reader does not know; upgrade")
     if codec != CODEC:
         raise VersionError(f"{where}: codec is {codec!r}, this reader knows {CODEC!r}")
     if (FREQUENCY_IDS in features) != (value.get("id_map_sha256") is not None):
         raise CorruptError(f"{where}: feature {FREQUENCY_IDS} and field id_map_sha256 do not go together")
+    if (KEPT_NORMALISER in features) != (value.get("normaliser", "vocabulary") == "kept"):
+        raise CorruptError(f"{where}: feature {KEPT_NORMALISER} and field normaliser do not go together")
     for key, wanted in (("context_policy", CONTEXT_POLICY), ("target_convention", TARGET_CONVENTION)):
         if value.get(key) != wanted:
             raise VersionError(f"{where}: {key} is {value.get(key)!r}, this reader knows {wanted!r}")
@@ -234,17 +247,34 @@ def _check_kind_fields(spec: RunSpec) -> None:
         raise StoreError(f"run spec: num_rows may be None only for kind tokens, not for {spec.kind}")
     if (spec.selection is not None) != (spec.kind == "targets"):
         raise StoreError("run spec: selection belongs to kind targets, and to no other")
-    if spec.columns and spec.kind != "targets":
-        raise StoreError("run spec: columns belong to kind targets only")
-    to_name = [name for name, column in COLUMNS.items() if column.stored is None]
+    to_name = namable_columns(spec.kind)
     if len(set(spec.columns)) != len(spec.columns) or not set(spec.columns) <= set(to_name):
-        raise StoreError(f"run spec: columns {spec.columns} must be distinct and among {to_name}; others come unnamed")
+        raise StoreError(
+            f"run spec: columns {spec.columns} must be distinct and among {to_name} in a {spec.kind} store; "
+            "others come unnamed"
+        )
     if spec.temperatures and spec.kind != "targets":
         raise StoreError("run spec: temperatures belong to kind targets only")
     if spec.id_map_sha256 is not None and spec.kind != "targets":
         raise StoreError("run spec: frequency-ranked ids belong to kind targets only")
     if spec.selection is not None:
         _check_selection(spec.selection)
+    _check_normaliser(spec)
+
+
+def _check_normaliser(spec: RunSpec) -> None:
+    if spec.normaliser not in NORMALISERS:
+        raise StoreError(f"run spec: normaliser is {spec.normaliser!r}, expected one of {NORMALISERS}")
+    if spec.normaliser == "vocabulary":
+        return
+    if spec.selection is None or spec.selection["mode"] == "sample":
+        found = spec.kind if spec.selection is None else f"{spec.kind} with draws"
+        raise StoreError(f"run spec: normaliser `kept` belongs to targets with log-probabilities, found {found}")
+    if spec.temperatures:
+        raise StoreError(
+            f"run spec: temperatures {spec.temperatures} need the whole vocabulary, and the normaliser is `kept`; "
+            "declare none"
+        )
 
 
 def _check_selection(selection: Mapping[str, Any]) -> None:
