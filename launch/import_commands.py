@@ -27,9 +27,10 @@ TOKENS = Command(
     name="tokens",
     summary="tokenised corpora of other programs to rows of tokens",
     description="Read token ids that another program wrote (Megatron .bin/.idx, raw arrays of OLMo-core, dolma, "
-    "nanoGPT and llm.c, datatrove .ds, Parquet, Arrow or JSON lines with a list of ids; files, folders or globs), and write the "
-    "stores OUTPUT/train and OUTPUT/heldout, as prepare does from text. Name the tokenizer that made the ids: it gives "
-    "the size of the vocabulary, which every id is checked against. Killed at any moment, the same command continues.",
+    "nanoGPT and llm.c, datatrove .ds, Parquet, Arrow or JSON lines with a list of ids; files, folders or globs), and "
+    "write the stores OUTPUT/train and OUTPUT/heldout, as prepare does from text. Name the tokenizer that made the ids: "
+    "it gives the size of the vocabulary, which every id is checked against. Killed at any moment, the same command "
+    "continues.",
     examples=(
         "potstill import tokens --input corpus_text_document --output data --tokenizer models/teacher "
         "--row-length 4096 --heldout-fraction 0.002",

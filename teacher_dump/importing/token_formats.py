@@ -16,14 +16,12 @@ class TokenFormat:
     description: one phrase for the help of `format`
     suffixes:    ends of the names of its files, by which a file or a folder is recognised
     beside:      ends of the names of files that belong to one of these and are never read by themselves
-    is_records:  whether a file is a list of records, each of which may be a row as it stands (`keep_rows`)
     """
 
     module: str
     description: str
     suffixes: tuple[str, ...]
     beside: tuple[str, ...] = ()
-    is_records: bool = False
 
 
 # In the order in which they are tried: `.bin` is Megatron's where an `.idx` lies beside it.
@@ -39,7 +37,6 @@ TOKEN_FORMATS: Mapping[str, TokenFormat] = {
         description=".npy with or without NumPy's header, .bin (OLMo-core, dolma, nanoGPT, llm.c)",
         suffixes=(".npy", ".bin"),
         beside=(".csv.gz",),
-        is_records=True,
     ),
     "datatrove": TokenFormat(
         module="potstill.teacher_dump.importing.datatrove",
@@ -51,13 +48,11 @@ TOKEN_FORMATS: Mapping[str, TokenFormat] = {
         module="potstill.teacher_dump.importing.tables",
         description=".parquet, .arrow, .feather, folders of save_to_disk",
         suffixes=(".parquet", ".arrow", ".feather"),
-        is_records=True,
     ),
     "jsonl": TokenFormat(
         module="potstill.teacher_dump.importing.json_lines",
         description="JSON lines with a list of ids",
         suffixes=tuple(f"{kind}{packed}" for kind in (".jsonl", ".ndjson") for packed in ("", *COMPRESSIONS)),
-        is_records=True,
     ),
 }
 
