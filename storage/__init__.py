@@ -27,11 +27,12 @@ from potstill.storage.rows.id_map import IdMap
 from potstill.storage.rows.k_bound import KBound, bound_positions
 from potstill.storage.rows.row_types import NO_LABEL, Row, ScoresRow, TargetsRow, TokensRow, token_digest
 from potstill.storage.rows.sparse_targets import Candidates, SparseTargets, concatenate
+from potstill.storage.rows.tokens_columns import TOKENS_COLUMNS, TokensColumn
 from potstill.storage.store.gc import GcReport, collect_garbage
 from potstill.storage.store.inspect import format_row
 from potstill.storage.store.reader import StoreReader
 from potstill.storage.store.seal import Manifest, seal_store
-from potstill.storage.store.self_check import AlignmentReport, check_alignment, check_student
+from potstill.storage.store.self_check import AlignmentReport, check_alignment, check_places, check_student
 from potstill.storage.store.spec import RunSpec
 from potstill.storage.store.stats import StoreStats, store_stats
 from potstill.storage.store.status import StoreStatus, store_status
@@ -42,6 +43,7 @@ __all__ = [
     "COLUMNS",
     "NO_LABEL",
     "ORDER_VERSION",
+    "TOKENS_COLUMNS",
     "AlignmentReport",
     "Candidates",
     "Column",
@@ -75,6 +77,7 @@ __all__ = [
     "StoreStatus",
     "StoreWriter",
     "TargetsRow",
+    "TokensColumn",
     "TokensRow",
     "UnsealedError",
     "VerifyReport",
@@ -84,6 +87,7 @@ __all__ = [
     "check_alignment",
     "check_joined",
     "check_output",
+    "check_places",
     "check_student",
     "collect_garbage",
     "concatenate",

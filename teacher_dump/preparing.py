@@ -51,11 +51,7 @@ class PrepareSummary:
 
     def format(self) -> str:
         """A few lines for a person."""
-        lines = [
-            f"{_last_part(store.path)}: {store.documents} documents, {store.tokens} tokens in {store.rows} rows of "
-            f"{self.row_length} -> {store.path}"
-            for store in self.stores
-        ]
+        lines = [line for store in self.stores for line in store.format()]
         lines.append(f"tokenizer: {self.tokenizer} ({self.vocab_size} entries, digest {self.tokenizer_digest[:12]})")
         lines.append(
             f"read {self.num_files} files, {self.input_bytes / 1e6:.1f} MB in {format_seconds(self.seconds)}; "
@@ -86,10 +82,11 @@ def prepare(config: PrepareConfig) -> PrepareSummary:
             kept.place()  # somebody has deleted it since
         bad_lines = _fill(source, split, encoder, outputs)
         for output in outputs.values():
+            output.close(Place(source.num_files, 0), bad_lines=bad_lines)
+        for output in outputs.values():
             if output.empty:
                 raise UserError(_nothing_in(output.path, bad_lines, begun=any(one.begun for one in outputs.values())))
-        end = Place(source.num_files, 0)
-        stores = [output.finish(end, bad_lines=bad_lines) for output in outputs.values()]
+        stores = [output.finish(bad_lines=bad_lines) for output in outputs.values()]
     for output in outputs.values():
         output.seal()
     return PrepareSummary(
@@ -224,7 +221,7 @@ def _fill(
                     wanted.append((document, output))
             ids_of = encoder.encode([document.text for document, _ in wanted])
             for (document, output), ids in zip(wanted, ids_of, strict=True):
-                output.add(document, ids)
+                output.add(document.place, ids, bad_lines=document.bad_lines)
             progress.update(max(0, min(reader.bytes_read, total) - progress.done))
             progress.note(rows=sum(output.rows for output in outputs.values()))
         progress.update(max(0, total - progress.done))

@@ -82,6 +82,11 @@ def _check_tokens(row: TokensRow, spec: RunSpec) -> None:
             f"document lengths must be >= 1 and sum to {len(row.tokens)} tokens, found sum "
             f"{int(row.doc_lens.sum())}; leave empty documents out"
         )
+    check_tokens_columns(row, spec)
+
+
+def check_tokens_columns(row: TokensRow, spec: RunSpec) -> None:
+    """Raise StoreError unless the row has what its store has besides tokens and documents, within the rules."""
     further = [name for name in TOKENS_COLUMNS if name != "mask"]
     alien = sorted(row.more.keys() - set(further))
     if alien:

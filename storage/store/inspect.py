@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from potstill.storage.errors import MismatchError, StoreError
-from potstill.storage.rows.row_types import ScoresRow, TargetsRow, TokensRow, token_digest
+from potstill.storage.rows.row_types import NO_LABEL, ScoresRow, TargetsRow, TokensRow, token_digest
 from potstill.storage.rows.sparse_targets import SparseTargets
 from potstill.storage.store.reader import StoreReader
 
@@ -25,13 +25,14 @@ def format_row(
 ) -> str:
     """Lines of one row: position, token, next token, its rank and probability, candidates with their probabilities.
 
-    `decode` turns ids into text. A `*` marks the candidate that is the label; `|` marks a document's last token.
-    Raises MismatchError when the stores do not belong together.
+    `decode` turns ids into text. A `-` marks a token that is not trained on, `|` a document's last token, `*` the
+    candidate that is the label. Raises MismatchError when the stores do not belong together.
     """
     tokens = reader_tokens.row(row)
     if not isinstance(tokens, TokensRow):
         raise StoreError(f"{reader_tokens.url} is of kind {reader_tokens.spec.kind}, expected tokens")
-    lines = [f"row {row}: {len(tokens.tokens)} tokens, documents of {tokens.doc_lens.tolist()} tokens"]
+    trained = "" if tokens.mask is None else f", {int(tokens.mask.sum())} of them trained on"
+    lines = [f"row {row}: {len(tokens.tokens)} tokens{trained}, documents of {tokens.doc_lens.tolist()} tokens"]
     joined = None if reader_targets is None else reader_targets.row(row)
     if joined is not None:
         if isinstance(joined, TokensRow):
@@ -41,18 +42,20 @@ def format_row(
             raise MismatchError(f"row {row}: the stores hold different tokens ({digest:#x}, {joined.token_digest:#x})")
         lines += [f"  {name} {value:.4f}" for name, value in joined.stats.items()]
     ends = set((np.cumsum(tokens.doc_lens) - 1).tolist())
-    for n in range(min(max_tokens, len(tokens.tokens))):
-        label = None if n in ends else int(tokens.tokens[n + 1])
-        head = f"{n:>6} {_text(decode, int(tokens.tokens[n]))}{'|' if n in ends else ' '}"
-        lines.append(head + _teacher_text(joined, n, label, decode, max_candidates))
+    has_tail = reader_targets is None or reader_targets.spec.normaliser == "vocabulary"
+    for n, label in enumerate(tokens.labels()[:max_tokens].tolist()):
+        is_off = tokens.mask is not None and not tokens.mask[n]
+        head = f"{n:>6}{'-' if is_off else ' '}{_text(decode, int(tokens.tokens[n]))}{'|' if n in ends else ' '}"
+        said = _teacher_text(joined, n, None if label == NO_LABEL else label, has_tail=has_tail)
+        if isinstance(joined, TargetsRow) and joined.targets.offsets[n] < joined.targets.offsets[n + 1]:
+            said += " :" + _candidates(joined.targets, n, label, decode, max_candidates)
+        lines.append(head + said)
     if len(tokens.tokens) > max_tokens:
         lines.append(f"  ... {len(tokens.tokens) - max_tokens} more tokens")
     return "\n".join(lines)
 
 
-def _teacher_text(
-    joined: TargetsRow | ScoresRow | None, n: int, label: int | None, decode: Decode, max_candidates: int
-) -> str:
+def _teacher_text(joined: TargetsRow | ScoresRow | None, n: int, label: int | None, *, has_tail: bool) -> str:
     if joined is None:
         return ""
     if isinstance(joined, ScoresRow):
@@ -69,11 +72,11 @@ def _teacher_text(
         parts.append(f"rank {_rank(int(targets.label_rank[n]))}")
     if targets.entropy is not None:
         parts.append(f"H {targets.entropy[n]:.2f}")
-    parts.append(f"tail {np.exp(targets.log_tail[n]):.3f}")
-    return " " + " ".join(parts) + " :" + _candidates(targets, n, label, decode, max_candidates)
+    parts.append(f"tail {np.exp(targets.log_tail[n]):.3f}" if has_tail else "tail unknown")
+    return " " + " ".join(parts)
 
 
-def _candidates(targets: SparseTargets, n: int, label: int | None, decode: Decode, max_candidates: int) -> str:
+def _candidates(targets: SparseTargets, n: int, label: int, decode: Decode, max_candidates: int) -> str:
     one = targets.slice(n, n + 1)
     kind, mass = one.entry_mass()
     parts = []

@@ -45,15 +45,12 @@ def check_alignment(tokens: StoreReader, targets: StoreReader, *, num_rows: int 
 
     Where the label tokens[t+1] is among the entries of targets[t], its log-probability must equal the stored label
     column; where that column says more than the least entry kept, the label must be among them. Raises MismatchError
-    below 99% agreement; needs stores with a label column and log-probabilities.
+    below 99% agreement, and as `check_places` does; needs stores with a label column and log-probabilities.
     """
-    num_rows = min(num_rows + 1, targets.num_rows)
-    picks = permute(np.arange(num_rows), targets.num_rows, seed=0, epoch=0) if num_rows else np.zeros(0, np.int64)
-    rows = sorted({0, *picks.tolist()}) if num_rows else []
+    rows = _some_rows(targets, num_rows)
     totals = np.zeros(4, np.int64)
-    for row in rows:
-        found_tokens, found_targets = tokens.row(row), targets.row(row)
-        assert isinstance(found_tokens, TokensRow) and isinstance(found_targets, TargetsRow)
+    for found_tokens, found_targets in zip(tokens.tokens_rows(rows), targets.targets_rows(rows), strict=True):
+        _check_places(found_tokens, found_targets, targets.url)
         totals += _row_agreement(found_tokens, found_targets, targets.url)
     labels, kept, agreeing, absent = (int(x) for x in totals)
     if agreeing < MIN_FRACTION * (kept + absent):
@@ -64,13 +61,46 @@ def check_alignment(tokens: StoreReader, targets: StoreReader, *, num_rows: int 
     return AlignmentReport(len(rows), labels, kept, agreeing)
 
 
+def check_places(tokens: StoreReader, targets: StoreReader, *, num_rows: int = 16) -> None:
+    """See in row 0 and some others that no target stands at a position without one (`TokensRow.has_target`).
+
+    That is where the next token is not trained on, by the mask of the row, or is of another document. For targets of
+    every kind. Raises MismatchError that names row and position.
+    """
+    rows = _some_rows(targets, num_rows)
+    for found_tokens, found_targets in zip(tokens.tokens_rows(rows), targets.targets_rows(rows), strict=True):
+        _check_places(found_tokens, found_targets, targets.url)
+
+
+def _some_rows(targets: StoreReader, num_rows: int) -> list[int]:
+    """Row 0 and at most `num_rows` others, in order."""
+    num_rows = min(num_rows + 1, targets.num_rows)
+    picks = permute(np.arange(num_rows), targets.num_rows, seed=0, epoch=0) if num_rows else np.zeros(0, np.int64)
+    return sorted({0, *picks.tolist()}) if num_rows else []
+
+
+def _check_places(tokens: TokensRow, row: TargetsRow, where: str) -> None:
+    counts, places = np.diff(row.targets.offsets), tokens.has_target()
+    if len(counts) != len(places):
+        raise MismatchError(f"{where}: row {row.row} has {len(counts)} positions, the tokens store {len(places)}")
+    wrong = np.flatnonzero((counts > 0) & ~places)
+    if not wrong.size:
+        return
+    at = int(wrong[0])
+    is_masked = at + 1 not in np.cumsum(tokens.doc_lens)
+    reason = f"token {at + 1} is not trained on (its mask is off)" if is_masked else f"token {at} ends its document"
+    raise MismatchError(
+        f"{where}: row {row.row}, position {at} holds a target of {counts[at]} entries, expected none: {reason}. "
+        f"{wrong.size} positions of the row are so; make the targets again from this tokens store"
+    )
+
+
 def _row_agreement(tokens: TokensRow, row: TargetsRow, where: str) -> tuple[int, int, int, int]:
     """Labels, those among the entries, those of them that agree, and those that should be there and are not."""
     targets = row.targets
     if targets.label_logprob is None or targets.logprobs is None:
         raise StoreError(f"{where}: row {row.row} has no label column or no log-probabilities to check against")
-    labels = np.append(tokens.tokens[1:], -1)
-    labels[np.cumsum(tokens.doc_lens) - 1] = -1
+    labels = tokens.labels()
     counts = np.diff(targets.offsets)
     of_entry = np.repeat(np.arange(targets.num_tokens), counts)
     hits = targets.ids == labels[of_entry]

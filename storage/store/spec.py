@@ -85,8 +85,9 @@ class RunSpec:
         return int(self.selection["num_draws"]) if self.selection and self.selection["mode"] == "sample" else None
 
     def stores(self, column: str) -> bool:
-        """Whether the store has that column of targets."""
-        return COLUMNS[column].is_stored(self)
+        """Whether the store has that column of targets or of tokens."""
+        found = TOKENS_COLUMNS[column] if self.kind == "tokens" else COLUMNS[column]
+        return found.is_stored(self)
 
     @property
     def required_features(self) -> list[str]:

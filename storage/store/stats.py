@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from potstill.storage.files.folder import StorePath
 from potstill.storage.rows.k_bound import KBound, bound_positions
-from potstill.storage.rows.row_types import ScoresRow, TargetsRow
+from potstill.storage.rows.row_types import ScoresRow, TargetsRow, TokensRow
 from potstill.storage.rows.sparse_targets import SparseTargets
 from potstill.storage.rows.target_checks import segment_sums
 from potstill.storage.store.reader import StoreReader
+from potstill.storage.store.spec import RunSpec
 
 MAX_ROWS = 512
 BAR_WIDTH = 40
+KEPT_ONLY = "probabilities are relative to the kept entries alone (normaliser kept): the mass outside is unknown"
 # Upper bounds of the bins; the last bin is open.
 BINS: dict[str, tuple[float, ...]] = {
     "kept count": (0, 1, 2, 4, 8, 16, 32, 64, 100, 128, 255),
@@ -41,8 +42,36 @@ class Histogram:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RowFigures:
+    """What the rows of a tokens store hold: filled_share of the whole store, the others over its sampled rows.
+
+    trained_share: tokens trained on over all tokens (1 where no row has a mask); filled_share: tokens over the places
+    of full rows; num_short: rows of fewer tokens than row_length; num_without_target: rows with nothing to predict.
+    """
+
+    row_length: int
+    filled_share: float
+    num_rows: int
+    num_short: int
+    num_without_target: int
+    trained_share: float
+    masked: bool  # whether the store has masks
+
+    def lines(self) -> list[str]:
+        """Text for a terminal."""
+        trained = f"{self.trained_share:.1%} of the tokens are trained on" if self.masked else "all tokens trained on"
+        return [
+            f"rows of {self.row_length} tokens, filled to {self.filled_share:.1%}; {trained}",
+            f"of {self.num_rows} rows {self.num_short} are shorter, {self.num_without_target} have nothing to predict",
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
 class StoreStats:
-    """Totals of the whole store; histograms and bytes by column over `sampled_rows` evenly spaced rows."""
+    """Totals of the whole store; histograms and bytes by column over `sampled_rows` evenly spaced rows.
+
+    `normaliser` of targets as in RunSpec; where it is `kept`, there is no histogram of the kept mass, which is unknown.
+    """
 
     url: str
     kind: str
@@ -55,6 +84,8 @@ class StoreStats:
     column_bytes: Mapping[str, int]
     histograms: Mapping[str, Histogram] = field(default_factory=dict)
     k_bound: KBound | None = None  # of a store whose selection is top_p_k
+    rows: RowFigures | None = None  # of kind tokens
+    normaliser: str = "vocabulary"
 
     def format(self) -> str:
         """Text for a terminal."""
@@ -63,6 +94,8 @@ class StoreStats:
             f"{self.url}: {self.kind}, {self.num_rows} rows, {self.num_tokens} tokens, {self.num_entries} entries, "
             f"{self.num_bytes} bytes ({per_token:.2f} B/token)",
             *([] if self.k_bound is None else [self.k_bound.describe(per_token)]),
+            *([] if self.rows is None else self.rows.lines()),
+            *([] if self.normaliser == "vocabulary" else [KEPT_ONLY]),
             f"columns, compressed bytes per token over {self.sampled_rows} rows:",
         ]
         for name, num_bytes in self.column_bytes.items():
@@ -78,11 +111,12 @@ def store_stats(path: StorePath, *, max_rows: int = MAX_ROWS) -> StoreStats:
     picks = np.unique(np.linspace(0, max(0, reader.num_rows - 1), min(max_rows, reader.num_rows)).astype(np.int64))
     values: dict[str, list[np.ndarray]] = {name: [] for name in BINS}
     targets: list[SparseTargets] = []
+    token_rows: list[TokensRow] = []
     tokens = 0
     for row in picks:
         found = reader.row(int(row))
         if isinstance(found, TargetsRow):
-            _collect_targets(found, values)
+            _collect_targets(found, values, has_tail=reader.spec.normaliser == "vocabulary")
             targets.append(found.targets)
             tokens += found.targets.num_tokens
         elif isinstance(found, ScoresRow):
@@ -90,6 +124,7 @@ def store_stats(path: StorePath, *, max_rows: int = MAX_ROWS) -> StoreStats:
             values["label rank"].append(found.label_rank)
             tokens += len(found.entropy)
         else:
+            token_rows.append(found)
             tokens += len(found.tokens)
     joined = {name: np.concatenate(parts) for name, parts in values.items() if parts}
     column_bytes, batch_tokens = reader.column_bytes(picks)
@@ -105,12 +140,32 @@ def store_stats(path: StorePath, *, max_rows: int = MAX_ROWS) -> StoreStats:
         sampled_tokens=tokens,
         column_bytes={name: round(n * scale) for name, n in column_bytes.items()},
         histograms={name: _histogram(x, BINS[name]) for name, x in joined.items() if x.size},
-        k_bound=_k_bound(reader.spec.selection, targets),
+        k_bound=_k_bound(reader.spec, targets),
+        rows=_row_figures(reader, token_rows),
+        normaliser=reader.spec.normaliser,
     )
 
 
-def _k_bound(selection: Mapping[str, Any] | None, rows: Sequence[SparseTargets]) -> KBound | None:
-    if selection is None or selection["mode"] != "top_p_k" or not rows:
+def _row_figures(reader: StoreReader, rows: Sequence[TokensRow]) -> RowFigures | None:
+    if reader.spec.kind != "tokens":
+        return None
+    length = reader.spec.row_length
+    tokens = sum(len(row.tokens) for row in rows)
+    trained = sum(len(row.tokens) if row.mask is None else int(row.mask.sum()) for row in rows)
+    return RowFigures(
+        row_length=length,
+        filled_share=reader.num_tokens / max(1, reader.num_rows * length),
+        num_rows=len(rows),
+        num_short=sum(len(row.tokens) < length for row in rows),
+        num_without_target=sum(not row.has_target().any() for row in rows),
+        trained_share=trained / max(1, tokens),
+        masked=reader.spec.stores("mask"),
+    )
+
+
+def _k_bound(spec: RunSpec, rows: Sequence[SparseTargets]) -> KBound | None:
+    selection = spec.selection
+    if selection is None or selection["mode"] != "top_p_k" or not rows or spec.normaliser == "kept":
         return None
     counts = np.concatenate([np.diff(targets.offsets) for targets in rows])
     tails = np.concatenate([targets.log_tail for targets in rows])
@@ -121,7 +176,7 @@ def _k_bound(selection: Mapping[str, Any] | None, rows: Sequence[SparseTargets])
     return KBound(k, p, num_bound / positions, kept / positions)
 
 
-def _collect_targets(row: TargetsRow, values: dict[str, list[np.ndarray]]) -> None:
+def _collect_targets(row: TargetsRow, values: dict[str, list[np.ndarray]], *, has_tail: bool) -> None:
     targets = row.targets
     kept = np.diff(targets.offsets)
     values["kept count"].append(kept)
@@ -129,7 +184,8 @@ def _collect_targets(row: TargetsRow, values: dict[str, list[np.ndarray]]) -> No
     kind, mass = targets.entry_mass(np.float64)
     tail = np.exp(targets.log_tail.astype(np.float64))
     sums = segment_sums(mass, targets.offsets)
-    values["kept mass"].append((sums / (sums + tail) if kind == "probability" else 1 - tail)[some])
+    if has_tail:
+        values["kept mass"].append((sums / (sums + tail) if kind == "probability" else 1 - tail)[some])
     if kind == "weight":
         values["sum of weights"].append(sums[some])
     if targets.entropy is not None:

@@ -17,7 +17,9 @@ from potstill.storage.files.folder import StoreFolder, StorePath
 from potstill.storage.files.ipc_layout import parse_footer
 from potstill.storage.files.paths import open_folder
 from potstill.storage.files.unit_file import arrow_schema
-from potstill.storage.rows.row_types import TargetsRow
+from potstill.storage.rows.row_checks import check_tokens_columns
+from potstill.storage.rows.row_types import Row, TargetsRow, TokensRow
+from potstill.storage.rows.target_checks import check_kept_normaliser
 from potstill.storage.rows.validation import validate
 from potstill.storage.store.index import build_columns
 from potstill.storage.store.reader import StoreReader
@@ -141,11 +143,22 @@ def _check_rows(path: StorePath, manifest: Manifest | None, progress: Progress |
     reader = StoreReader(path, allow_partial=manifest is None)
     for row in range(reader.num_rows):
         try:
-            found = reader.row(row)
-            if isinstance(found, TargetsRow):
-                validate(found.targets, vocab_size=reader.spec.vocab_size, strict=False)
+            _check_content(reader.row(row), reader.spec, where=f"{reader.url}: row {row}")
         except StoreError as error:
             problems.append(str(error))
         if progress is not None:
             progress(1)
     return problems
+
+
+def _check_content(row: Row, spec: RunSpec, *, where: str) -> None:
+    """The rules that a decoded row keeps besides those of the decoder. Raises StoreError."""
+    try:
+        if isinstance(row, TokensRow):
+            check_tokens_columns(row, spec)
+        if isinstance(row, TargetsRow):
+            validate(row.targets, vocab_size=spec.vocab_size, strict=False)
+            if spec.normaliser == "kept":
+                check_kept_normaliser(row.targets, strict=False)
+    except StoreError as error:
+        raise CorruptError(f"{where}: {error}") from None
