@@ -28,14 +28,15 @@ TOKENS = Command(
     summary="tokenised corpora of other programs to rows of tokens",
     description="Read token ids that another program wrote (Megatron .bin/.idx, raw arrays of OLMo-core, dolma, "
     "nanoGPT and llm.c, datatrove .ds, Parquet, Arrow or JSON lines with a list of ids; files, folders or globs), and "
-    "write the stores OUTPUT/train and OUTPUT/heldout, as prepare does from text. Name the tokenizer that made the ids: "
-    "it gives the size of the vocabulary, which every id is checked against. Killed at any moment, the same command "
-    "continues.",
+    "write the stores OUTPUT/train and OUTPUT/heldout, as prepare does from text. Name the tokenizer that made the "
+    "ids: it gives the size of the vocabulary, which every id is checked against. Killed at any moment, the same "
+    "command continues.",
     examples=(
         "potstill import tokens --input corpus_text_document --output data --tokenizer models/teacher "
         "--row-length 4096 --heldout-fraction 0.002",
         "potstill import tokens --input 'shards/*.npy' --output data --tokenizer models/teacher --dtype uint32",
-        "potstill import tokens --input packed/ --output data --tokenizer models/teacher --keep-rows --row-length 8192",
+        "potstill import tokens --input packed/ --output data --tokenizer models/teacher --packing rows "
+        "--row-length 8192",
     ),
     add_arguments=_tokens_arguments,
     run=_tokens,
