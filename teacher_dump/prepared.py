@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 
 from potstill.common.errors import UserError
@@ -21,6 +22,7 @@ from potstill.teacher_dump.packing.base import (
     Ids,
     Mask,
     PackedRow,
+    Packer,
     PackerStart,
 )
 from potstill.teacher_dump.packing.table import PACKINGS
@@ -110,17 +112,16 @@ class Output:
         self.rows = first_row
         self._pending: list[PackedRow] = []
         self._last_cursor: Cursor | None = None
-        self._packer = PACKINGS[packing](
-            PackerStart(
-                row_length=spec.row_length,
-                masked=MASK_COLUMN in spec.columns,
-                window=window,
-                too_long=too_long,
-                first_row=first_row,
-                start=self.start,
-                parts=parts,
-            )
+        start = PackerStart(
+            row_length=spec.row_length,
+            masked=MASK_COLUMN in spec.columns,
+            window=window,
+            too_long=too_long,
+            first_row=first_row,
+            start=self.start,
+            parts=parts,
         )
+        self._packer: Packer = import_module(PACKINGS[packing].module).make(start)
 
     @property
     def begun(self) -> bool:

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potstill.common.errors import UserError
-from potstill.teacher_dump.documents import BadRecord
 from potstill.teacher_dump.importing.token_file import Ids, Reading, TokenRecord
+from potstill.teacher_dump.records.base import BadRecord
 
 IDS_COLUMNS = ("input_ids", "tokens", "token_ids", "ids", "inputs")
 ATTENTION_COLUMN = "attention_mask"
@@ -85,7 +85,8 @@ def make_record(
         return TokenRecord(number, BadRecord(f"column {columns.mask!r} {flags}"), position)
     if isinstance(attention, BadRecord):
         return TokenRecord(number, BadRecord(f"column {columns.attention!r} {attention}"), position)
-    for name, values in ((columns.mask, flags), (columns.attention, attention)):
+    others: list[tuple[str | None, Ids | None]] = [(columns.mask, flags), (columns.attention, attention)]
+    for name, values in others:
         if values is not None and len(values) != len(ids):
             reason = f"column {name!r} has {len(values)} values, {columns.ids!r} {len(ids)}"
             return TokenRecord(number, BadRecord(reason), position)

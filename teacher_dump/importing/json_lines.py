@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from potstill.common.errors import UserError
-from potstill.teacher_dump.documents import BadRecord
 from potstill.teacher_dump.documents import _lines as decompressed_lines
 from potstill.teacher_dump.importing.columns import Columns, choose_columns, make_record
 from potstill.teacher_dump.importing.token_file import Ids, Reading, TokenFile, TokenRecord
 from potstill.teacher_dump.inputs import COMPRESSIONS, InputFile
+from potstill.teacher_dump.records.base import BadRecord
 
 
 @dataclass(frozen=True)

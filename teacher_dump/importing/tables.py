@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from potstill.common.errors import UserError
-from potstill.teacher_dump.documents import BadRecord
 from potstill.teacher_dump.importing.columns import Columns, choose_columns, make_record
 from potstill.teacher_dump.importing.token_file import Ids, Reading, TokenFile, TokenRecord, file_size, read_bytes
+from potstill.teacher_dump.records.base import BadRecord
 
 _BATCH_RECORDS = 64
 _PARQUET_MAGIC, _ARROW_MAGIC = b"PAR1", b"ARROW1"

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potstill.common.errors import UserError
-from potstill.teacher_dump.documents import BadRecord
+from potstill.teacher_dump.records.base import BadRecord
 
 Ids = NDArray[Any]  # integers of the file's own type, often a view of a memory map
 

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from potstill.teacher_dump.documents import BadRecord, BadRecords, Place
+from potstill.teacher_dump.documents import BadRecords, Place
 from potstill.teacher_dump.importing.token_file import Ids, Reading, TokenFile, TokenRecord, file_size
 from potstill.teacher_dump.importing.token_formats import TOKEN_FORMATS
 from potstill.teacher_dump.importing.token_search import FoundFile
 from potstill.teacher_dump.inputs import InputFile, digest_files
+from potstill.teacher_dump.records.base import BadRecord
 
 log = logging.getLogger(__name__)
 

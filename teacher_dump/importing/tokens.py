@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,7 @@ from potstill.teacher_dump.tokenizer import TextEncoder, text_encoder
 log = logging.getLogger(__name__)
 
 TRAIN, HELDOUT = "train", "heldout"
+_PROGRESS_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def import_tokens(config: ImportTokensConfig) -> ImportSummary:
             tokenizer=kept,
             packing=config.packing,
             window=config.packing_window,
-            too_long=config.too_long,
+            too_long=_too_long(config, source),
             parts=PARTS,
         )
         for name in parts
@@ -104,7 +106,7 @@ def import_tokens(config: ImportTokensConfig) -> ImportSummary:
     for output in outputs.values():
         if output.empty:
             raise UserError(_nothing_in(str(output.path), bad_lines))
-    check_untrained(list(outputs.values()), allowed=config.max_untrained_fraction, at_least=0)
+    check_untrained(list(outputs.values()), allowed=config.max_untrained_fraction, at_least=1)
     stores = [output.finish(bad_lines=bad_lines) for output in outputs.values()]
     for output in outputs.values():
         output.seal()
@@ -164,20 +166,26 @@ def _kept_tokenizer(config: ImportTokensConfig, encoder: TextEncoder) -> KeptTok
     return KeptTokenizer(encoder, folder, force=config.force)
 
 
+def _too_long(config: ImportTokensConfig, source: TokenSource) -> str:
+    # As prepare does: a piece of an answer without its prompt is no text.
+    return config.too_long or ("cut" if source.has_mask else "split")
+
+
 def _run_spec(
     config: ImportTokensConfig, source: TokenSource, encoder: TextEncoder, split: Split
 ) -> Callable[[str], RunSpec]:
+    packing = {"rule": config.packing, "window": config.packing_window, "too_long": _too_long(config, source)}
+
     def spec(part: str) -> RunSpec:
-        info = {
+        info: dict[str, Any] = {
             "part": part,
             "input": dict(source.info),
             "end_token": source.reading.end_token,
             "append_eos": config.append_eos,
-            "packing": config.packing,
             "split": {"threshold": str(split.threshold), "salt": split.salt},
         }
-        if config.packing == "whole":
-            info |= {"packing_window": config.packing_window, "too_long": config.too_long}
+        if config.packing != "cut":
+            info["packing"] = packing
         return RunSpec(
             kind="tokens",
             row_length=config.row_length,
@@ -213,7 +221,7 @@ def _fill(config: ImportTokensConfig, source: TokenSource, split: Split, outputs
             if output.wants(document.place):
                 ids, mask = _ended(document, end)
                 output.add(document.place, ids, mask, bad_lines=document.bad_lines)
-            if reader.bytes_read > progress.done:
+            if reader.bytes_read - progress.done >= _PROGRESS_BYTES:
                 progress.update(min(reader.bytes_read, total) - progress.done)
                 progress.note(rows=sum(one.rows for one in outputs.values()))
         progress.update(max(0, total - progress.done))

@@ -24,6 +24,11 @@ from potstill.teacher_dump.packing.base import (
 )
 
 
+def make(made: PackerStart) -> RecordPacker:
+    """The packer of this rule."""
+    return RecordPacker(made)
+
+
 class RecordPacker:
     """See Packer."""
 
