@@ -60,9 +60,11 @@ TARGETS = Command(
     name="targets",
     summary="a teacher's targets of other programs to a targets store",
     description="Read a teacher's cached logits or log-probabilities that another program wrote (DistillKit, top-k "
-    "Parquet, Megatron-LM), and write a targets store over a tokens store.",
+    "Parquet, Megatron-LM), and write a targets store over a tokens store: the one that --tokens names, or one made of "
+    "the tokens in the files.",
     examples=(
-        "potstill import targets --input logits/ --output data --tokenizer models/teacher --teacher-name teacher",
+        "potstill import targets --input distilled/ --output data --tokenizer models/student --teacher org/teacher",
+        "potstill import targets --input shards/ --output data --tokens data/train --teacher org/teacher",
     ),
     add_arguments=_targets_arguments,
     run=_targets,
@@ -72,5 +74,5 @@ IMPORT = CommandGroup(
     name="import",
     summary="tokens, or a teacher's targets, that another program wrote",
     description="Make stores of data that another program wrote, in place of prepare (tokens) or dump (targets).",
-    commands=(TOKENS,),
+    commands=(TOKENS, TARGETS),
 )

@@ -93,6 +93,7 @@ def make_record(
     mask = None if flags is None else _mask(flags, ids, str(columns.mask))
     if isinstance(mask, BadRecord):
         return TokenRecord(number, mask, position)
+    text: Ids = ids
     cuts = np.zeros(len(ids), np.bool_)  # whether a document begins here
     if attention is not None:
         kept = attention != 0
@@ -100,12 +101,12 @@ def make_record(
             cuts[1:] = attention[1:] != attention[:-1]
         # A gap of padding parts documents: its change of value falls to the first token that is kept after it.
         parts = np.cumsum(cuts)[kept]
-        ids, mask = ids[kept], None if mask is None else mask[kept]
-        cuts = np.zeros(len(ids), np.bool_)
+        text, mask = ids[kept], None if mask is None else mask[kept]
+        cuts = np.zeros(len(text), np.bool_)
         cuts[1:] = parts[1:] != parts[:-1]
     if reading.bounds == "end_token":
-        cuts[1:] |= ids[:-1] == reading.end_token
-    return TokenRecord(number, ids, position, mask, _lengths(cuts))
+        cuts[1:] |= text[:-1] == reading.end_token
+    return TokenRecord(number, text, position, mask, _lengths(cuts))
 
 
 def _lengths(cuts: NDArray[np.bool_]) -> NDArray[np.int64] | None:

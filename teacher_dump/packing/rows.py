@@ -89,7 +89,7 @@ class RecordPacker:
         return Cursor(end, 0, self._documents, self._tokens, bad_lines, dict(self._counts))
 
     def _take_row(self, place: Place, offset: int) -> Iterator[PackedRow]:
-        """The row that is there, if any; a later run goes on at token `offset` of the document at `place`."""
+        """The row that is there, if any; a later run continues at token `offset` of the document at `place`."""
         if not self._spans:
             return
         row = joined_row(self._next_row, self._spans)
