@@ -449,7 +449,7 @@ def test_files_are_found_by_prefix_folder_glob_and_format(tmp_path: Path) -> Non
         with pytest.raises(UserError, match=message):
             found(entry)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no .*parquet"):
+    with pytest.raises(UserError, match=r"holds no .*parquet"):
         found("empty")
     (tmp_path / "empty" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     with pytest.raises(UserError, match=r"several splits \['train', 'test'\]"):

@@ -21,9 +21,9 @@ from tests.teacher_dump.tiny import some_texts, token_rows, write_jsonl
 from tests.teacher_dump.token_files import END, Documents, joined, some_documents
 
 
-def config(path: Path | list[Path], output: Path, tokenizer: Path, **changes: Any) -> ImportTokensConfig:
+def config(path: Path | list[Path], output: Path, tokens_of: Path, **changes: Any) -> ImportTokensConfig:
     entries = path if isinstance(path, list) else [path]
-    settings = {"input": entries, "output": output, "tokenizer": tokenizer, "row_length": 32, "rows_per_unit": 4}
+    settings = {"input": entries, "output": output, "tokenizer": tokens_of, "row_length": 32, "rows_per_unit": 4}
     return ImportTokensConfig(**(settings | changes))
 
 
@@ -138,7 +138,7 @@ def test_a_killed_import_continues_to_equal_stores(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = write(tmp_path, some_documents(60))
-    changes = {"rows_per_unit": 5, **changes}
+    changes = {"rows_per_unit": 3, **changes}
     whole = import_tokens(config(path, tmp_path / "whole", tokenizer_folder, **changes))
     commit = StoreWriter.commit_unit
     left = 0
@@ -246,7 +246,7 @@ def test_a_format_is_one_entry_of_a_table(
     ("changes", "message"),
     [
         ({"end_token": 300}, r"end_token 300 is no id of tokenizer .* \(300 entries\)"),
-        ({"heldout_fraction": 1e-12}, "no document fell into the held-out part"),
+        ({"heldout_fraction": 1e-12, "rows_per_unit": 99}, "no document fell into the held-out part"),
         ({"heldout_documents": 99}, "the input holds only 5 different documents"),
         ({"tokenizer": "nowhere/tokenizer"}, "nowhere/tokenizer"),
         ({"input": ["nowhere"]}, "nowhere"),
