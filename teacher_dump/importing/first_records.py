@@ -73,8 +73,8 @@ def look_at(
     notes += _placement(agreements)
     if figures.below_rest > MUCH_BELOW * figures.positions:
         notes.append(
-            f"the writer's fit is off: at {figures.below_rest} of {figures.positions} positions of the first records the "
-            "least entry is below the mean of the ids left out, which no top-k has. What the writer's own reader would "
+            f"the writer's fit is off: at {figures.below_rest} of {figures.positions} positions of the first records "
+            "the least entry is below the mean of the ids left out, which no top-k has. What the writer's own reader would "
             "give is stored"
         )
     for note in notes:

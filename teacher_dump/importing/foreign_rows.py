@@ -266,7 +266,8 @@ def _probabilities(
         least = np.full(num, np.inf)
         np.minimum.at(least, token_of, values)
         left_out = reading.vocab_size - np.bincount(token_of, minlength=num)
-        figures.below_rest = int((least < log_tail - np.log(left_out) - _ROUNDING).sum())
+        mean = log_tail - np.log(np.maximum(left_out, 1))
+        figures.below_rest = int(((least < mean - _ROUNDING) & (left_out > 0)).sum())
     return np.minimum(values - shift[token_of], 0.0), log_tail
 
 
