@@ -28,14 +28,15 @@ TOKENS = Command(
     summary="tokenised corpora of other programs to rows of tokens",
     description="Read token ids that another program wrote (Megatron .bin/.idx, raw arrays of OLMo-core, dolma, "
     "nanoGPT and llm.c, datatrove .ds, Parquet, Arrow or JSON lines with a list of ids; files, folders or globs), and "
-    "write the stores OUTPUT/train and OUTPUT/heldout, as prepare does from text. Name the tokenizer that made the ids: "
-    "it gives the size of the vocabulary, which every id is checked against. Killed at any moment, the same command "
-    "continues.",
+    "write the stores OUTPUT/train and OUTPUT/heldout, as prepare does from text. Name the tokenizer that made the "
+    "ids: it gives the size of the vocabulary, which every id is checked against. Killed at any moment, the same "
+    "command continues.",
     examples=(
         "potstill import tokens --input corpus_text_document --output data --tokenizer models/teacher "
         "--row-length 4096 --heldout-fraction 0.002",
         "potstill import tokens --input 'shards/*.npy' --output data --tokenizer models/teacher --dtype uint32",
-        "potstill import tokens --input packed/ --output data --tokenizer models/teacher --keep-rows --row-length 8192",
+        "potstill import tokens --input packed/ --output data --tokenizer models/teacher --packing rows "
+        "--row-length 8192",
     ),
     add_arguments=_tokens_arguments,
     run=_tokens,
@@ -59,9 +60,11 @@ TARGETS = Command(
     name="targets",
     summary="a teacher's targets of other programs to a targets store",
     description="Read a teacher's cached logits or log-probabilities that another program wrote (DistillKit, top-k "
-    "Parquet, Megatron-LM), and write a targets store over a tokens store.",
+    "Parquet, Megatron-LM), and write a targets store over a tokens store: the one that --tokens names, or one made of "
+    "the tokens in the files.",
     examples=(
-        "potstill import targets --input logits/ --output data --tokenizer models/teacher --teacher-name teacher",
+        "potstill import targets --input distilled/ --output data --tokenizer models/student --teacher org/teacher",
+        "potstill import targets --input shards/ --output data --tokens data/train --teacher org/teacher",
     ),
     add_arguments=_targets_arguments,
     run=_targets,
@@ -71,5 +74,5 @@ IMPORT = CommandGroup(
     name="import",
     summary="tokens, or a teacher's targets, that another program wrote",
     description="Make stores of data that another program wrote, in place of prepare (tokens) or dump (targets).",
-    commands=(TOKENS,),
+    commands=(TOKENS, TARGETS),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 
 from potstill.common.errors import UserError
@@ -21,6 +22,7 @@ from potstill.teacher_dump.packing.base import (
     Ids,
     Mask,
     PackedRow,
+    Packer,
     PackerStart,
 )
 from potstill.teacher_dump.packing.table import PACKINGS
@@ -74,8 +76,9 @@ class Output:
     Nothing is written before the first unit is whole. The tokenizer is placed then, ahead of the store, and nothing of
     either is left if that unit cannot be committed. `force` deletes another store at that moment, not before.
 
-    `packing` is a rule of PACKINGS, with its `window` and `too_long`. Documents may have masks where the spec's columns
-    name `mask`. The order of calls: `add` for what it `wants`, `close`, `finish`, `seal`.
+    `packing` is a rule of PACKINGS, with its `window` and `too_long`; `parts` is that of PackerStart. Documents may
+    have masks where the spec's columns name `mask`. The order of calls: `add` for what it `wants`, `close`, `finish`,
+    `seal`.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class Output:
         packing: str = "cut",
         window: int = 1024,
         too_long: str = "cut",
+        parts: int = 1,
     ) -> None:
         self.path, self.spec = path, spec
         self._force, self._tokenizer = force, tokenizer
@@ -108,16 +112,16 @@ class Output:
         self.rows = first_row
         self._pending: list[PackedRow] = []
         self._last_cursor: Cursor | None = None
-        self._packer = PACKINGS[packing](
-            PackerStart(
-                row_length=spec.row_length,
-                masked=MASK_COLUMN in spec.columns,
-                window=window,
-                too_long=too_long,
-                first_row=first_row,
-                start=self.start,
-            )
+        start = PackerStart(
+            row_length=spec.row_length,
+            masked=MASK_COLUMN in spec.columns,
+            window=window,
+            too_long=too_long,
+            first_row=first_row,
+            start=self.start,
+            parts=parts,
         )
+        self._packer: Packer = import_module(PACKINGS[packing].module).make(start)
 
     @property
     def begun(self) -> bool:

@@ -77,8 +77,8 @@ def check_growing(block: Ids, *, start: int, last: int, first: int, path: Path, 
     if wrong is not None:
         before = start if wrong == 0 else int(block[wrong - 1])
         raise UserError(
-            f"{path}: {what} {first + wrong} is {int(block[wrong])}, expected {before} to {last}; the file is damaged or "
-            f"belongs to other tokens: restore it, {INSTEAD}"
+            f"{path}: {what} {first + wrong} is {int(block[wrong])}, expected {before} to {last}; the file is damaged "
+            f"or belongs to other tokens: restore it, {INSTEAD}"
         )
 
 
@@ -117,7 +117,8 @@ class CsvBounds:
         fields = line.rstrip("\r\n").split(",")
         if len(fields) < 2 or not all(field.isascii() and field.isdigit() for field in fields[:2]):
             raise UserError(
-                f"{self.path}, line {number + 1}: expected start,end in tokens, found {line[:80]!r}; restore it, {INSTEAD}"
+                f"{self.path}, line {number + 1}: expected start,end in tokens, found {line[:80]!r}; restore it, "
+                f"{INSTEAD}"
             )
         start, end = int(fields[0]), int(fields[1])
         if start != before or not start <= end <= last:

@@ -1,10 +1,10 @@
 """Megatron's indexed data sets: ids in `.bin`, an index in `.idx` (megatron-core, indexed_dataset.py; datatrove).
 
-The index, little-endian: 9 bytes `MMIDIDX\\0\\0`, uint64 version 1, uint8 code of the type of the ids, uint64 number N of
-sequences, uint64 number D of document bounds (documents + 1), int32 [N] tokens of each sequence, int64 [N] byte offset of
-each in the .bin, int64 [D] bounds in sequences, and, in sets for several kinds of input only, int8 [N] modes. Its arrays
-are memory-mapped, and each piece is checked before it is used: sequences must lie one after the other and fill the .bin,
-so that every token is read once.
+The index, little-endian: 9 bytes `MMIDIDX\\0\\0`, uint64 version 1, uint8 code of the type of the ids, uint64 number N
+of sequences, uint64 number D of document bounds (documents + 1), int32 [N] tokens of each sequence, int64 [N] byte
+offset of each in the .bin, int64 [D] bounds in sequences, and, in sets for several kinds of input only, int8 [N] modes.
+Its arrays are memory-mapped, and each piece is checked before it is used: sequences must lie one after the other and
+fill the .bin, so that every token is read once.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
@@ -38,7 +39,7 @@ _BLOCK_DOCUMENTS, _BLOCK_SEQUENCES = 1 << 13, 1 << 20
 
 @dataclass(frozen=True)
 class SequenceBounds:
-    """Documents as ranges of sequences: lengths int32 [N], offsets int64 [N] (bytes), bounds int64 [D], modes int8 [N]."""
+    """Documents as ranges of sequences: lengths int32 [N], byte offsets int64 [N], bounds int64 [D], modes int8 [N]."""
 
     lengths: FlatArray
     offsets: FlatArray
@@ -75,21 +76,21 @@ class SequenceBounds:
             if self.modes is not None and (modes := self.modes.open()[piece:stop]).any():
                 number = piece + int(np.flatnonzero(modes)[0])
                 raise UserError(
-                    f"{self.lengths.path}: sequence {number} has mode {modes[number - piece]}; it is not text, and only "
-                    "text can be imported"
+                    f"{self.lengths.path}: sequence {number} has mode {modes[number - piece]}; it is not text, and "
+                    "only text can be imported"
                 )
             places[piece - begin + 1 : stop - begin + 1] = here[1:] // itemsize
             start = int(here[-1])
         following = int(offsets[end]) if end < len(offsets) else total * itemsize
         if start != following:
-            self._refuse(end, total * itemsize) if end < len(offsets) else self._refuse(end - 1, total * itemsize)
+            self._refuse(min(end, len(offsets) - 1), total * itemsize)
         return places
 
-    def _refuse(self, number: int, num_bytes: int) -> None:
+    def _refuse(self, number: int, num_bytes: int) -> NoReturn:
         raise UserError(
             f"{self.lengths.path}: sequence {number} has {int(self.lengths.open()[number])} tokens from byte "
-            f"{int(self.offsets.open()[number])} on; sequences must lie one after the other and fill the {num_bytes} bytes "
-            "of the .bin. One of the two files is damaged, or they do not belong together: write the set again"
+            f"{int(self.offsets.open()[number])} on; sequences must lie one after the other and fill the {num_bytes} "
+            "bytes of the .bin. One of the two files is damaged, or they do not belong together: write the set again"
         )
 
 
@@ -142,7 +143,9 @@ def _header(index: Path) -> tuple[int, int, int]:
     if code in _FLOATS:
         raise UserError(f"{index}: the .bin holds {_FLOATS[code]} (code {code}), which are no token ids")
     if code not in _DTYPES:
-        raise UserError(f"{index}: code {code} of the type of the ids is none of {sorted(_DTYPES)}; the file is damaged")
+        raise UserError(
+            f"{index}: code {code} of the type of the ids is none of {sorted(_DTYPES)}; the file is damaged"
+        )
     if num_bounds < 1:
         raise UserError(f"{index} counts no document bound, where there are documents + 1; the file is damaged")
     return code, num_sequences, num_bounds
@@ -163,6 +166,6 @@ def _check_ends(lengths: FlatArray, offsets: FlatArray, bounds: FlatArray, num_b
         last = int(offsets.open()[-1]) + length * itemsize
     if first != 0 or last != num_bytes:
         raise UserError(
-            f"{index}: its sequences take bytes {first} to {last} of the .bin, which has {num_bytes}; a file is cut off, "
-            "or they do not belong together: write the set again"
+            f"{index}: its sequences take bytes {first} to {last} of the .bin, which has {num_bytes}; a file is cut "
+            "off, or they do not belong together: write the set again"
         )

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from potstill.common.config import StorePlace, StrictModel
 from potstill.common.named_entries import NameIn
-from potstill.teacher_dump.config import PlaceText
+from potstill.teacher_dump.config import PackingRule, PackingWindow, PlaceText, TooLong, UntrainedFraction
 from potstill.teacher_dump.importing.token_formats import TOKEN_FORMATS, describe_formats
 
 
@@ -55,11 +55,12 @@ class ImportTokensConfig(StrictModel):
         description="Column whose zeros are padding, which is left out, and whose other values number the documents of "
         "a record; None: attention_mask, where there is one",
     )
-    keep_rows: bool = Field(
-        default=False, description="Each record is a row as it stands, row_length tokens at most; nothing is packed"
-    )
     row_length: int = Field(default=1024, ge=2, le=1 << 20, description="Tokens per row")
     rows_per_unit: int = Field(default=256, ge=1, le=1 << 20, description="Rows per unit of work and of commit")
+    packing: PackingRule = "cut"
+    packing_window: PackingWindow = 1024
+    too_long: TooLong = None
+    max_untrained_fraction: UntrainedFraction = 0.05
     heldout_fraction: float = Field(default=0.0, ge=0, lt=1, description="Share of documents held out, chosen by hash")
     heldout_documents: int = Field(
         default=0, ge=0, description="Or: hold out this many documents, those of smallest hash"
@@ -74,6 +75,8 @@ class ImportTokensConfig(StrictModel):
     def _one_of_each(self) -> Self:
         if self.heldout_fraction and self.heldout_documents:
             raise ValueError("give at most one of heldout_fraction and heldout_documents")
-        if self.keep_rows and self.append_eos:
-            raise ValueError("keep_rows keeps each record as it stands: leave append_eos out, or let rows be packed")
+        if self.packing == "rows" and self.append_eos:
+            raise ValueError("packing rows keeps each record as it stands: leave append_eos out, or let rows be packed")
+        if self.packing != "whole" and self.too_long is not None:
+            raise ValueError(f"too_long is of packing=whole, and packing is {self.packing}; leave it out")
         return self

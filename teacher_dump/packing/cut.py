@@ -94,3 +94,6 @@ class CutPacker:
                 return
         self._next_row += 1
         yield PackedRow(row, Cursor(place, offset, self._documents, self._tokens, bad_lines, dict(self._counts)))
+
+
+make = CutPacker

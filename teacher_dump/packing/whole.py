@@ -151,3 +151,6 @@ class WholePacker:
             cursor = after if number + 1 == len(bins) else replace(self._mark, more=more)
             yield PackedRow(joined_row(self._next_row, [window[item] for item in items]), cursor)
             self._next_row += 1
+
+
+make = WholePacker

@@ -81,7 +81,7 @@ def test_help_explains_by_examples_that_parse(
             _tree_of(" ".join(words[1:3]) if isinstance(command, CommandGroup) else command.name, parsed)
 
 
-@pytest.mark.parametrize("name", ["tokens"])
+@pytest.mark.parametrize("name", ["tokens", "targets"])
 def test_help_of_a_command_of_a_group_is_its_own(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.parse(["import", name, "--help"])
@@ -97,10 +97,12 @@ def _tree_of(name: str, parsed: object) -> object:
     from potstill.launch.plan import PlanConfig
     from potstill.student_train.config import train as student
     from potstill.teacher_dump import config as teacher
+    from potstill.teacher_dump.importing.targets import ImportTargetsConfig
     from potstill.teacher_dump.importing.tokens_config import ImportTokensConfig
 
     trees = {
         "import tokens": ImportTokensConfig,
+        "import targets": ImportTargetsConfig,
         "plan": PlanConfig,
         "prepare": teacher.PrepareConfig,
         "dump": teacher.DumpConfig,

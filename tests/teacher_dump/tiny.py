@@ -87,6 +87,38 @@ def write_jsonl(path: Path, texts: Sequence[str], *, field: str = "text") -> Pat
     return path
 
 
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def chat_tokenizer(folder: Path, template: str | None = CHAT_TEMPLATE) -> Path:
+    """A byte-level tokenizer with a few words, the tokens <|im_start|> and <|im_end|>, and a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the still, the pot and the mash: the worm runs"] * 5, trainer=trainer)
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+        clean_up_tokenization_spaces=False,
+    )
+    made.chat_template = template
+    made.save_pretrained(folder)
+    return folder
+
+
 def some_texts(count: int, *, seed: int = 0) -> list[str]:
     """Different short English-like texts, some of them empty or of one word."""
     rng = np.random.default_rng(seed)
