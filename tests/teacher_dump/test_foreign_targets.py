@@ -168,7 +168,10 @@ def test_a_fit_that_is_off_is_said(foreign: Path, tokenizer: str, tmp_path: Path
         said[name] = summary.notes
         assert "a fit: what it missed is lost" in summary.format()
     assert said["recommended"] == ()
-    assert len(said["recommended_k128"]) == 1 and "fit is off: at 7 of 127" in said["recommended_k128"][0]
+    assert (
+        len(said["recommended_k128"]) == 1
+        and "off, as of a fit that failed: at 7 of 127" in said["recommended_k128"][0]
+    )
 
 
 @pytest.mark.parametrize("name", ["parquet", "save_to_disk", "llamakd_layout_k8"])
