@@ -6,7 +6,7 @@ neither torch nor pandas, only a tokenizer to turn ids into text.
     python examples/read_store.py --tokens data/train --targets targets --tokenizer data/tokenizer --row 0
 
 `rank` is the place of the text's own next token among all the teacher's (0: what it held most likely), `tail` the
-probability of everything that was not kept.
+probability of everything that was not kept (unknown in a store whose targets are relative to the kept ones alone).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from potstill.storage import NO_LABEL, RowDataset, RowSample, StoreReader
@@ -24,15 +25,16 @@ HEADER = ("pos", "token", "next", "p(next)", "rank", "tail", "candidates")
 
 
 def records(
-    sample: RowSample, text: Callable[[int], str], *, num_candidates: int
+    sample: RowSample, text: Callable[[int], str], *, num_candidates: int, has_tail: bool = True
 ) -> Iterator[tuple[str, str, str, str, str, str, str]]:
     """One record per position: the columns of HEADER."""
     targets, labels = sample.targets("teacher").targets, sample.tokens.labels()
+    ends = np.cumsum(sample.tokens.doc_lens) - 1
     for position, (token, label) in enumerate(zip(sample.tokens.tokens.tolist(), labels.tolist(), strict=True)):
         here = (str(position), text(token))
         found = targets.candidates(position)
         if label == NO_LABEL:
-            yield (*here, "(end of document)", "", "", "", "")
+            yield (*here, "(end of document)" if position in ends else "(not trained on)", "", "", "", "")
             continue
         if len(found.ids) == 0:
             yield (*here, text(label), "", "", "", "no target")
@@ -44,7 +46,7 @@ def records(
             text(label),
             "" if targets.label_logprob is None else f"{math.exp(targets.label_logprob[position]):.3f}",
             "" if targets.label_rank is None else str(targets.label_rank[position]),
-            f"{found.tail:.3f}",
+            f"{found.tail:.3f}" if has_tail else "unknown",
             " ".join(f"{text(candidate)} {prob:.3f}" for candidate, prob in best) + (f" +{more}" if more > 0 else ""),
         )
 
@@ -64,8 +66,10 @@ def show(options: argparse.Namespace) -> str:
     def text(token: int) -> str:
         return repr(tokenizer.decode([token], skip_special_tokens=False))
 
-    data = RowDataset(StoreReader(options.tokens), {"teacher": StoreReader(options.targets)})
-    lines = [HEADER, *records(data[options.row], text, num_candidates=options.candidates)]
+    targets = StoreReader(options.targets)
+    sample = RowDataset(StoreReader(options.tokens), {"teacher": targets})[options.row]
+    has_tail = targets.spec.normaliser == "vocabulary"
+    lines = [HEADER, *records(sample, text, num_candidates=options.candidates, has_tail=has_tail)]
     return table(lines[: options.positions + 1])
 
 

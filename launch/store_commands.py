@@ -91,8 +91,9 @@ def _stats_arguments(parser: argparse.ArgumentParser) -> None:
 
 STATS = Command(
     name="stats",
-    summary="bytes by column; histograms of kept count, kept mass, entropy, label rank",
-    description="Print the totals of a sealed store, and figures over some of its rows, evenly spaced.",
+    summary="bytes by column; histograms of kept count, kept mass, entropy, label rank; how full rows are",
+    description="Print the totals of a sealed store, and figures over some of its rows, evenly spaced; of tokens "
+    "also the share of tokens trained on, how full its rows are, and how many are short or have nothing to predict.",
     examples=("potstill stats targets/train", "potstill stats scores --json"),
     add_arguments=_stats_arguments,
     run=_stats,

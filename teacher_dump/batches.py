@@ -64,14 +64,14 @@ def packed_batch(rows: Sequence[TokensRow], *, length: int, fixed: bool = True) 
 def apart_batch(rows: Sequence[TokensRow]) -> TeacherBatch:
     """One line per document, padded on the right to the longest: for models that cannot tell packed documents apart.
 
-    A document of a masked row that has no target has no line.
+    A document of a masked row that has no target has no line, unless the batch would have none at all.
     """
-    spans = [
+    every = [
         (row, start, size, here)
         for row in rows
         for (start, size), here in zip(_spans(row), _targets_by_span(row), strict=True)
-        if row.mask is None or len(here)
     ]
+    spans = [span for span in every if span[0].mask is None or len(span[3])] or every[:1]
     length = max((size for _, _, size, _ in spans), default=1)
     input_ids = np.zeros((len(spans), length), dtype=np.int64)
     positions, labels = [], []

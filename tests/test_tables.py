@@ -1,7 +1,7 @@
 """The measure of the house: one of each kind is added by one entry in one table, and works from file to effect.
 
-What is added here stands nowhere else. An engine is added in tests/teacher_dump/test_finished_topk.py, a column in
-tests/storage/test_columns.py, a loss term in tests/student_train/test_loss_terms.py, a kernel backend in
+What is added here stands nowhere else. An engine is added in tests/teacher_dump/test_finished_topk.py, a column of
+targets in tests/storage/test_columns.py, a loss term in tests/student_train/test_loss_terms.py, a kernel backend in
 tests/kernels/test_settings.py.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,17 @@ from pydantic import Field
 from potstill.common.config import dump_config, load_config
 from potstill.common.errors import ConfigError
 from potstill.common.options import describe_keys, list_keys
-from potstill.storage import Loader
+from potstill.storage import (
+    TOKENS_COLUMNS,
+    EpochPlan,
+    Loader,
+    StoreError,
+    StoreReader,
+    TokensColumn,
+    VersionError,
+    store_stats,
+    verify_store,
+)
 from potstill.student_train.config.curves import CURVES, Curve
 from potstill.student_train.config.lr_schedule import LR_SHAPES, LrShape
 from potstill.student_train.config.optimizers import OPTIMIZERS
@@ -55,6 +66,37 @@ def read(path: Path, folder: Path) -> TrainConfig:
 
 def help_text() -> str:
     return describe_keys(list_keys(TrainConfig))
+
+
+def test_a_column_of_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who speaks: a number per token, which rows may lack; from the writer to the loader, and a reader without it."""
+    rows = tiny.token_rows(8)
+    turns = {row.row: np.arange(len(row.tokens), dtype=np.uint8) // 5 for row in rows if row.row % 2}
+    given = [replace(row, more={"turn": turns[row.row]} if row.row in turns else {}) for row in rows]
+    with pytest.raises(StoreError, match=r"columns \('turn',\) must be distinct and among \['mask'\]"):
+        tiny.spec_of("tokens", num_rows=None, columns=("turn",))
+    entry = TokensColumn(
+        name="turn",
+        axis="token",
+        dtype=np.uint8,
+        encode=lambda values: values,
+        decode=lambda plane, num_tokens: plane,
+        feature="turns",
+        implied=lambda values: not values.any(),
+    )
+    monkeypatch.setitem(TOKENS_COLUMNS, "turn", entry)
+    spec = tiny.spec_of("tokens", num_rows=None, columns=("turn", "mask"))
+    reader = tiny.write_store(tmp_path / "tokens", spec, given)
+    assert reader.spec.required_features == ["planes", "loss_mask", "turns"] and verify_store(reader.url, deep=True).ok
+    assert store_stats(reader.url).column_bytes["turn"] > 0
+    with Loader(EpochPlan(8, global_batch=8, seed=0, joined=[]), reader, {}) as loader:
+        for row in next(loader).tokens:
+            found = row.column("turn")
+            assert (found is None) == (row.row not in turns)
+            assert found is None or np.array_equal(found, turns[row.row])
+    monkeypatch.delitem(TOKENS_COLUMNS, "turn")
+    with pytest.raises(VersionError, match=r"needs the features \['turns'\], which this reader does not know"):
+        StoreReader(reader.url)
 
 
 def test_a_token_policy(stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,13 +171,14 @@ def _row_data(sources: Sources, row: int, extra: RowExtras, *, max_candidates: i
     taught: TargetsRow | None = _joined(sources.targets, row, digest, TargetsRow)
     scored: ScoresRow | None = _joined(sources.scores, row, digest, ScoresRow)
     ids = tokens.tokens.tolist()
-    predicted = np.ones(len(ids), bool)  # by the position before it
-    predicted[np.cumsum(tokens.doc_lens) - tokens.doc_lens] = False
+    predicted = np.append(False, tokens.has_target()[:-1])  # by the position before it
+    masked = [] if tokens.mask is None else np.flatnonzero(~tokens.mask).tolist()
     data: dict[str, Any] = {
         "row": row,
         "docs": tokens.doc_lens.tolist(),
         "ids": ids,
         "text": row_texts(ids, tokens.doc_lens.tolist(), sources.table),
+        "masked": masked,
         "special": [n for n, token in enumerate(ids) if sources.table is not None and token in sources.table.special],
     }
     values: dict[str, Values] = {}
@@ -188,6 +189,9 @@ def _row_data(sources: Sources, row: int, extra: RowExtras, *, max_candidates: i
         counts = np.diff(targets.offsets)
         stored = predicted & np.concatenate([[False], counts[:-1] > 0])
         values |= _teacher_values(targets)
+        assert sources.targets is not None
+        if sources.targets.spec.normaliser == "kept":
+            values.pop("t_tail", None)  # what lies outside of the entries is unknown
         data["kept"] = _plain(counts, stored)
         data["candidates"] = _candidates(targets, np.flatnonzero(stored) - 1, max_candidates, used)
     if scored is not None:
@@ -202,7 +206,7 @@ def _row_data(sources: Sources, row: int, extra: RowExtras, *, max_candidates: i
         for name, column in values.items()
     }
     data["predicted"] = [int(n) for n in stored]
-    data["figures"] = _figures(sources, row, ids, predicted, stored, values, taught)
+    data["figures"] = _figures(sources, row, ids, predicted, stored, values, taught, len(masked))
     data["note"], data["left_out"] = extra.note, extra.left_out
     return data, used
 
@@ -262,10 +266,13 @@ def _figures(
     stored: NDArray[np.bool_],
     values: Mapping[str, Values],
     taught: TargetsRow | None,
+    num_masked: int,
 ) -> list[list[str]]:
     """Name and value of the row's summary."""
     at, where = np.flatnonzero(predicted) - 1, np.flatnonzero(stored) - 1
     lines = [["tokens", f"{len(ids):,}"]]
+    if num_masked:
+        lines.append(["trained on", f"{len(ids) - num_masked:,}"])
     num_bytes = None
     if sources.table is not None:
         lines.append(["text", f"{sources.table.num_text_bytes(ids):,} bytes"])

@@ -36,6 +36,7 @@ PAGE = """<!doctype html>
 <main>
 <div>
 <p id="summary"></p>
+<p id="masks" hidden><span class="t masked">Pale, underlined</span> text is read, but not trained on.</p>
 <p id="note"></p>
 <section id="text" tabindex="0" role="group" aria-label="tokens of the row" aria-describedby="keys"></section>
 </div>

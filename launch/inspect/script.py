@@ -9,7 +9,7 @@ const data = JSON.parse(document.getElementById('data').textContent);
 const $ = id => document.getElementById(id);
 const text = $('text'), panel = $('panel'), rowChoice = $('row'), quantityChoice = $('quantity');
 const minor = ['text', 'entries', 'targets take'];  // left out on a small screen
-let row = null, quantity = null, chosen = null, tokens = [], found = new Map();
+let row = null, quantity = null, chosen = null, tokens = [], found = new Map(), masked = new Set();
 
 function make(tag, name, content) {
   const node = document.createElement(tag);
@@ -103,6 +103,7 @@ function showRow(wanted) {
   $('previous').disabled = wanted === 0;
   $('next').disabled = wanted === data.rows.length - 1;
   const special = new Set(row.special), nodes = [];
+  masked = new Set(row.masked);
   found = new Map((row.candidates ? row.candidates.at : []).map((token, place) => [token, place]));
   tokens = [];
   text.className = data.as_text ? '' : 'ids';
@@ -120,6 +121,7 @@ function showRow(wanted) {
       }
       if (special.has(place)) node.classList.add('special');
       if (!row.predicted[place]) node.classList.add('none');
+      if (masked.has(place)) node.classList.add('masked');
       tokens.push(node);
       nodes.push(node);
     }
@@ -131,6 +133,7 @@ function showRow(wanted) {
     return part;
   });
   $('summary').replaceChildren(...summary);
+  $('masks').hidden = masked.size === 0;
   $('note').textContent = row.note;
   $('note').className = row.left_out ? 'out' : '';
   paint();
@@ -168,6 +171,7 @@ function truth(place) {
   const [, inside, size] = docOf(place), said = [];
   const end = inside === size - 1 ? ' Its document ends here: this position has no target.' : '';
   if (inside === 0) return 'The first token of its document: no position before it has it as its target.' + end;
+  if (masked.has(place)) return 'Not trained on: the mask of its row leaves it out, so it is no target.' + end;
   if (!row.predicted[place]) return 'No target is stored for it: the teacher was refused here.' + end;
   const loss = (row.values.t_loss || [])[place], rank = (row.values.t_rank || [])[place];
   if (rank === 0) said.push('the teacher\u2019s first choice');

@@ -47,6 +47,8 @@ main { display: grid; grid-template-columns: minmax(0, 1fr) var(--panel); gap: 2
 .t.special { font-size: .75em; color: var(--soft); border: 1px solid var(--line); padding: .05em .3em; }
 .t.part, .sign { color: var(--soft); opacity: .75; font-size: .85em; }
 .t.none { border-bottom: 1px dotted var(--soft); }
+.t.masked { color: var(--soft); border-bottom: 1px dashed var(--soft); }
+#masks { margin: 0 0 .6rem; color: var(--soft); font-size: .8rem; } #masks .t { cursor: auto; }
 .t.look { box-shadow: 0 0 0 1.5px var(--soft); } .t.chosen { box-shadow: 0 0 0 2px var(--mark); }
 .doc { white-space: normal; color: var(--soft); font-size: .75rem; line-height: 1.4;
   border-top: 1px solid var(--line);

@@ -10,9 +10,9 @@ from typing import Any, cast
 
 from potstill.common.errors import UserError
 from potstill.kernels.checks import check_draws
-from potstill.kernels.settings import stored_temperature
+from potstill.kernels.settings import LossSettings, stored_temperature
 from potstill.kernels.types import KernelInputError
-from potstill.storage import StoreError, StoreReader, TargetsRow, UnsealedError, check_alignment
+from potstill.storage import StoreError, StoreReader, TargetsRow, UnsealedError, check_alignment, check_places
 from potstill.storage.loading.joining import first_difference
 from potstill.student_train.config.curves import Scalar
 from potstill.student_train.config.token_policies import TokenSelector
@@ -78,15 +78,17 @@ def check_belongs(reader: StoreReader, tokens: StoreReader, *, key: str, tokens_
 def check_targets(targets: StoreReader, tokens: StoreReader, *, key: str) -> None:
     """See on some rows that the targets stand at the tokens they are for. Raises UserError; a shift by one trains.
 
-    Stores of draws, or without the label column, hold nothing to compare with, which is said.
+    None may stand where no token is trained on. Whether they are the right ones cannot be seen in stores of draws, or
+    without the label column, which is said.
     """
     first = targets.row(0)
     assert isinstance(first, TargetsRow)
-    if first.targets.logprobs is None or first.targets.label_logprob is None:
+    has_labels = first.targets.logprobs is not None and first.targets.label_logprob is not None
+    if not has_labels:
         log.info("%s holds no log-probabilities of labels: its alignment with the tokens cannot be checked", key)
-        return
     try:
-        check_alignment(tokens, targets)
+        check = check_alignment if has_labels else check_places
+        check(tokens, targets)
     except StoreError as error:
         raise UserError(f"{key}: {error}; dump it again from the tokens store that you train on") from error
 
@@ -140,6 +142,15 @@ def open_stores(config: TrainConfig) -> Stores:
     return Stores(tokens, joined, heldout, heldout_targets)
 
 
+def _check_has_tail(targets: StoreReader, name: str, key: str, settings: LossSettings) -> None:
+    if targets.spec.normaliser == "kept":
+        raise UserError(
+            f"{key} is {settings.missing_mass}, which needs the mass outside of the kept entries; store {name!r} "
+            f"({targets.url}) holds log-probabilities relative to the kept entries alone (normaliser kept): use "
+            "missing_mass renorm or support"
+        )
+
+
 def _check_temperature(value: Scalar, targets: StoreReader, name: str, key: str) -> None:
     stored = (1.0, *targets.spec.temperatures)
     for bound in set(scalar_bounds(value)):
@@ -177,6 +188,9 @@ def check_objectives(config: TrainConfig, stores: Stores) -> None:
             raise UserError(f"{key}.divergence, store {stage.targets!r} of selection {mode}: {error}") from error
         # Whichever side is tempered, the teacher is: the tails that are needed are the same.
         if settings.needs_tail:
+            _check_has_tail(
+                targets, stage.targets, f"{key if stage.missing_mass else 'objective'}.missing_mass", settings
+            )
             _check_temperature(temperature, targets, stage.targets, key)
 
 

@@ -103,10 +103,10 @@ def import_tokens(config: ImportTokensConfig) -> ImportSummary:
     bad_lines = _fill(config, source, split, outputs)
     for output in outputs.values():
         output.close(Place(source.num_files, 0), bad_lines=bad_lines)
+    check_untrained(list(outputs.values()), allowed=config.max_untrained_fraction, at_least=1)
     for output in outputs.values():
         if output.empty:
             raise UserError(_nothing_in(str(output.path), bad_lines))
-    check_untrained(list(outputs.values()), allowed=config.max_untrained_fraction, at_least=1)
     stores = [output.finish(bad_lines=bad_lines) for output in outputs.values()]
     for output in outputs.values():
         output.seal()
@@ -224,6 +224,7 @@ def _fill(config: ImportTokensConfig, source: TokenSource, split: Split, outputs
             if reader.bytes_read - progress.done >= _PROGRESS_BYTES:
                 progress.update(min(reader.bytes_read, total) - progress.done)
                 progress.note(rows=sum(one.rows for one in outputs.values()))
+                check_untrained(list(outputs.values()), allowed=config.max_untrained_fraction)
         progress.update(max(0, total - progress.done))
     return reader.bad_lines
 

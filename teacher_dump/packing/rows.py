@@ -69,12 +69,12 @@ class RecordPacker:
             yield from self._take_row(Place(self._last.file, self._last.record + 1), 0)
         self._last, self._bad_lines = place, bad_lines
         used = self._start.offset if self._start is not None and place == self._start.place else 0
-        if used == 0 and len(ids):
-            self._documents += 1
-            self._counts[TOO_LONG] += len(ids) > self._row_length
         while used < len(ids):
             if self._filled == self._row_length:
                 yield from self._take_row(place, used)
+            if used == 0:  # after the row before it, whose cursor does not count it
+                self._documents += 1
+                self._counts[TOO_LONG] += len(ids) > self._row_length
             take = min(self._row_length - self._filled, len(ids) - used)
             here = slice(used, used + take)
             self._spans.append((ids[here], None if mask is None else mask[here]))

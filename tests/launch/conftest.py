@@ -62,10 +62,7 @@ def write_targets(tokens: Path, path: Path, *, units: int | None = None) -> Stor
 def made_up_row(row: object, vocab_size: int) -> TargetsRow:
     """Targets whose first candidate is the label, with p = 1/2, 1/4, 1/8 and a tail of 1/8."""
     assert isinstance(row, TokensRow)
-    num_tokens = len(row.tokens)
-    last = np.zeros(num_tokens, bool)
-    last[np.cumsum(row.doc_lens) - 1] = True
-    has_target = ~last
+    has_target = row.has_target()
     labels = np.roll(row.tokens, -1)
     ids = np.stack([labels, (labels + 1) % vocab_size, (labels + 2) % vocab_size], axis=1)[has_target]
     targets = SparseTargets.build(

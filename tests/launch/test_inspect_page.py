@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from potstill.launch.cli import main
 from potstill.launch.inspect.data import data_json
 from potstill.launch.inspect.page import render_page
 from potstill.launch.inspect.text import piece_text, row_texts
-from potstill.storage import StoreReader, TargetsRow, TokensRow
+from potstill.storage import StoreReader, StoreWriter, TargetsRow, TokensRow
+from tests.chromium import Chromium, find_chromium
 from tests.launch.conftest import write_targets
 
 
@@ -151,3 +153,53 @@ def test_characters_cut_over_tokens_stand_whole_where_they_end(data: Path) -> No
         "\\xa5x",
     ]
     assert row_texts([5, 6], [2], None) == ["5", "6"]
+
+
+@pytest.fixture(scope="module")
+def half_trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The prepared tokens with the first half of every row but the first not trained on, and targets over them."""
+    folder, plain = tmp_path_factory.mktemp("masked"), StoreReader(data / "train")
+    writer = StoreWriter.create(folder / "tokens", replace(plain.spec, columns=("mask",)))
+    for unit, first in enumerate(range(0, plain.num_rows, plain.spec.rows_per_unit)):
+        rows = plain.tokens_rows(range(first, min(first + plain.spec.rows_per_unit, plain.num_rows)))
+        masks = [np.arange(len(row.tokens)) >= len(row.tokens) // 2 if row.row else None for row in rows]
+        writer.commit_unit(unit, [replace(row, mask=mask) for row, mask in zip(rows, masks, strict=True)])
+    assert main(["seal", str(folder / "tokens")]) == 0
+    write_targets(folder / "tokens", folder / "targets")
+    assert main(["seal", str(folder / "targets")]) == 0
+    return folder / "tokens", folder / "targets"
+
+
+def test_the_page_knows_what_is_not_trained_on(half_trained: tuple[Path, Path], data: Path, tmp_path: Path) -> None:
+    tokens, targets = half_trained
+    words = ["--rows", "0:2", "--tokens", str(tokens), "--tokenizer", str(data / "tokenizer")]
+    assert main(["inspect", str(targets), "--html", str(tmp_path / "p.html"), *words]) == 0
+    plain, masked = data_of(tmp_path / "p.html")["rows"]
+    num_tokens = len(masked["ids"])
+    assert plain["masked"] == [] and masked["masked"] == list(range(num_tokens // 2))
+    assert not any(masked["predicted"][: num_tokens // 2]) and masked["candidates"]["at"][0] >= num_tokens // 2
+    assert all(value is None for value in masked["values"]["t_loss"][: num_tokens // 2])
+    assert ["trained on", str(num_tokens - num_tokens // 2)] in masked["figures"]
+    assert "trained on" not in dict(plain["figures"])
+
+
+def test_a_browser_greys_what_is_not_trained_on(half_trained: tuple[Path, Path], data: Path, tmp_path: Path) -> None:
+    program = find_chromium()
+    if program is None:
+        pytest.skip("no chromium on this machine: the page is not looked at in a browser")
+    tokens, targets = half_trained
+    words = ["--rows", "0:2", "--tokens", str(tokens), "--tokenizer", str(data / "tokenizer")]
+    assert main(["inspect", str(targets), "--html", str(tmp_path / "p.html"), *words]) == 0
+    with Chromium(program, seconds=60) as browser:
+        browser.look_as(width=1280)
+        browser.open(tmp_path / "p.html")
+        colour = "getComputedStyle(tokens[{}]).color"
+        assert (
+            browser.ask("$('masks').hidden") and browser.ask("document.querySelectorAll('#text .masked').length") == 0
+        )
+        browser.ask("step(1)")
+        assert not browser.ask("$('masks').hidden")
+        assert browser.ask(colour.format(1)) != browser.ask(colour.format(31))
+        browser.ask("choose(1, false)")
+        assert browser.ask("panel.querySelector('.truth').textContent").startswith("Not trained on: the mask")
+        assert browser.errors() == []

@@ -28,9 +28,13 @@ def read_store(path):
         "planes",
         "frequency_ids",
         "importance_weights",
+        "loss_mask",
+        "kept_normaliser",
     }
     fingerprint = hashlib.sha256((path / "run.json").read_bytes()[:-21] + b"}").hexdigest()
     assert fingerprint == manifest["fingerprint"]
+    assert ("loss_mask" in run["required_features"]) == ("mask" in run.get("columns", []))
+    assert ("kept_normaliser" in run["required_features"]) == (run.get("normaliser") == "kept")
     digest = hashlib.sha256((fingerprint + "".join(u[2] for u in manifest["units"])).encode()).hexdigest()
     assert digest == manifest["store_digest"]
     id_map = None
@@ -70,7 +74,12 @@ def join_bytes(columns, prefix):
 
 def decode_tokens(run, columns, id_map):
     lengths = columns["doc_lens"]
-    return {"tokens": join_bytes(columns, "token"), "doc_lens": list(struct.unpack(f"<{len(lengths) // 4}I", lengths))}
+    out = {"tokens": join_bytes(columns, "token"), "doc_lens": list(struct.unpack(f"<{len(lengths) // 4}I", lengths))}
+    if "mask" in columns:  # an empty plane: every token is trained on
+        out["mask"] = [
+            columns["mask"][n // 8] >> n % 8 & 1 if columns["mask"] else 1 for n in range(len(out["tokens"]))
+        ]
+    return out
 
 
 def decode_scores(run, columns, id_map):

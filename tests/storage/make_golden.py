@@ -11,7 +11,15 @@ from pathlib import Path
 import numpy as np
 
 from potstill.storage import SparseTargets, StoreWriter, TargetsRow, TokensRow, seal_store, token_digest
-from tests.storage.stores import make_scores_row, targets_spec, tokens_spec, write_targets, write_tokens
+from tests.storage.stores import (
+    make_scores_row,
+    targets_spec,
+    tokens_spec,
+    write_kept,
+    write_masked,
+    write_targets,
+    write_tokens,
+)
 
 NUM_ROWS = 5
 
@@ -85,6 +93,8 @@ def main(folder: Path) -> None:
     for unit in writer.todo():
         writer.commit_unit(unit, [make_scores_row(tokens.row(r), spec) for r in writer.unit_rows(unit)])  # type: ignore[arg-type]
     seal_store(folder / "scores")
+    masked = write_masked(folder / "masked", NUM_ROWS + 2, vocab_size=300)
+    write_kept(folder / "kept", masked)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,19 @@ def make_targets(
     k: int = 16,
     temperatures: tuple[float, ...] = (),
     last: bool = True,
+    places: np.ndarray | None = None,
 ) -> SparseTargets:
-    """Softmax targets of a seeded random teacher with `k` entries at most; the last token has none if `last`."""
+    """Softmax targets of a seeded random teacher with `k` entries at most; the last token has none if `last`.
+
+    `places` bool [num_tokens]: where there may be a target at all.
+    """
     rng = np.random.default_rng(seed)
     k = min(k, vocab_size)
     kept = rng.integers(1, k + 1, num_tokens)
     if last:
         kept[-1] = 0
+    if places is not None:
+        kept[~places] = 0
     offsets = np.concatenate([[0], np.cumsum(kept)]).astype(np.int64)
     ids, logprobs = [], []
     tail = np.zeros(num_tokens, np.float32)
@@ -103,6 +110,53 @@ def make_tokens_row(row: int, spec: RunSpec, *, num_tokens: int | None = None) -
     first = int(rng.integers(1, n + 1))
     lengths = [first, n - first] if first < n else [n]
     return TokensRow(row, rng.integers(0, spec.vocab_size, n).astype(np.int32), np.array(lengths, np.int32))
+
+
+def make_masked_row(row: int, spec: RunSpec) -> TokensRow:
+    """Rows by turns without a mask, with prompts that are off, all off, all on; every other one is short."""
+    tokens = make_tokens_row(row, spec, num_tokens=spec.row_length - (row % 2) * (3 + row))
+    n, kind = len(tokens.tokens), row % 4
+    prompts = tokens.position_ids() % 9 >= 4  # what is trained on comes in pieces of any offset to the bytes
+    masks = {0: None, 1: prompts, 2: np.zeros(n, np.bool_), 3: np.ones(n, np.bool_)}
+    return replace(tokens, mask=masks[kind])
+
+
+def write_masked(path: Path | str, num_rows: int, **changes: Any) -> StoreReader:
+    """A sealed tokens store of `make_masked_row`s."""
+    spec = tokens_spec(columns=("mask",), **changes)
+    writer = StoreWriter.create(path, spec)
+    for unit in range(-(-num_rows // spec.rows_per_unit)):
+        writer.commit_unit(unit, [make_masked_row(row, spec) for row in writer.unit_rows(unit) if row < num_rows])
+    seal_store(path)
+    return StoreReader(path)
+
+
+def kept_only(targets: SparseTargets) -> SparseTargets:
+    """The targets as a renormalising writer leaves them: entries that sum to 1, nothing known of the rest."""
+    assert targets.logprobs is not None
+    counts = np.diff(targets.offsets)
+    mass = [np.exp(piece).sum() for piece in np.split(targets.logprobs, targets.offsets[1:-1])]
+    columns: dict[str, Any] = {
+        **dict.fromkeys(("entropy", "label_logprob", "label_rank")),
+        "logprobs": (targets.logprobs - np.log(np.repeat(mass, counts))).astype(np.float32),
+        "log_tail": np.where(counts > 0, -np.inf, 0).astype(np.float32),
+    }
+    return replace(targets, **columns)
+
+
+def write_kept(path: Path | str, tokens: StoreReader, **changes: Any) -> StoreReader:
+    """A sealed store of targets relative to their entries alone, at the positions that have one."""
+    sizes = {"row_length": tokens.spec.row_length, "vocab_size": tokens.spec.vocab_size}
+    spec = targets_spec(tokens.num_rows, tokens.digest, **({"normaliser": "kept", "stats": ()} | sizes | changes))
+    writer = StoreWriter.create(path, spec)
+    for unit in writer.todo():
+        rows = []
+        for row in tokens.tokens_rows(writer.unit_rows(unit)):
+            made = make_targets(row.row, len(row.tokens), spec.vocab_size, places=row.has_target())
+            rows.append(TargetsRow(row.row, token_digest(row.tokens, row.doc_lens), kept_only(made)))
+        writer.commit_unit(unit, rows)
+    seal_store(path)
+    return StoreReader(path)
 
 
 def make_targets_row(tokens: TokensRow, spec: RunSpec, *, seed: int = 0) -> TargetsRow:

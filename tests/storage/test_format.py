@@ -23,6 +23,8 @@ PINNED = {
     "tokens_small": ("876abdb99a723fc98e01e42c1af2b2449ed68a27906563da16f916e9c67cdf7f", "5063dafdae1ffdee"),
     "sampled": ("2622027a880a1c479d400db7f645e00867bfbbd7b18f859881541e80491e595b", "12939d3570853369"),
     "weighted": ("5b45e23d10d9613ee5b369fd64263f00f4985546cc1d18c26bb390680be67cab", "ca3589c8765f1c7e"),
+    "masked": ("dd1302206b6a591cb9c7bf53317fd8c232d21b46105fb954de0c5dfe40667e11", "c7ab570af4045fad"),
+    "kept": ("83eca6e322b1a1ec27d17a7f6bcd12f7d032a192c99f57ec3fa222f0b767461d", "419b6fdc3756a546"),
     "scores": ("6f6e2bb015abd6014da36aec30af8696c197071069e2390c5c7c4e536bd0d4a4", "45293128f36e7f96"),
 }
 
@@ -49,6 +51,9 @@ def assert_same(reader, rows):
         row = reader.row(number)
         if isinstance(row, TokensRow):
             assert row.tokens.tolist() == other["tokens"] and row.doc_lens.tolist() == other["doc_lens"]
+            mask = np.ones(len(row.tokens), bool) if row.mask is None else row.mask
+            assert reader.spec.stores("mask") == ("mask" in other)
+            assert mask.tolist() == [bool(bit) for bit in other.get("mask", mask)]
             continue
         assert row.token_digest == other["token_digest"] and dict(row.stats) == other["stats"]
         if isinstance(row, TargetsRow):

@@ -16,6 +16,7 @@ from potstill.student_train.data.stores import build_plan, check_objectives, ope
 from potstill.student_train.model.hf_config import hf_config
 from potstill.student_train.run.engine import accumulation_steps, world_from_environment
 from potstill.student_train.run.run_folder import prepare_run_folder
+from tests.storage.stores import kept_only
 from tests.student_train import tiny, workers
 
 TEACHER_SIDE = {"temperature_side": "teacher"}
@@ -141,6 +142,49 @@ def test_a_student_that_is_not_there(stores, tmp_path: Path) -> None:
 def test_losses_that_the_store_cannot_serve(stores, stage: dict[str, Any], words: tuple[str, ...]) -> None:
     message = refused(stores, curriculum=[{"targets": "teacher", **stage}])
     assert all(word in message for word in words), message
+
+
+def masked_corpus(stores: dict[str, Path], folder: Path) -> StoreReader:
+    """The tokens of `stores` with the first half of every row not trained on."""
+    spec = replace(StoreReader(stores["tokens"]).spec, columns=("mask",))
+    rows = StoreReader(stores["tokens"]).tokens_rows(range(40))
+    halves = [replace(row, mask=np.arange(len(row.tokens)) >= len(row.tokens) // 2) for row in rows]
+    return tiny.write_store(folder / "masked", spec, halves)
+
+
+@pytest.mark.parametrize("name", ["teacher", "sampled"])
+def test_targets_of_tokens_that_are_not_trained_on(stores, tmp_path: Path, name: str) -> None:
+    tokens, spec, table = masked_corpus(stores, tmp_path), StoreReader(stores[name]).spec, tiny.transition()
+    rows = [
+        tiny.sampled_row(row, table, num_draws=20)
+        if name == "sampled"
+        else tiny.targets_row(row, table, temperatures=spec.temperatures)
+        for row in tokens.tokens_rows(range(40))
+    ]
+    tiny.write_store(tmp_path / "blind", replace(spec, input_digest=tokens.digest), rows)
+    data = {"tokens": tokens.url, "targets": {"teacher": str(tmp_path / "blind")}, "scores": {}}
+    message = refused(stores, data=data)
+    assert "data.targets.teacher: " in message and "row 0, position 0 holds a target of " in message
+    assert "token 1 is not trained on (its mask is off)" in message and "dump it again" in message
+
+
+def test_a_store_whose_tail_is_unknown(stores, tmp_path: Path) -> None:
+    spec = replace(StoreReader(stores["teacher"]).spec, normaliser="kept", temperatures=(), stats=())
+    rows = []
+    for row in StoreReader(stores["tokens"]).tokens_rows(range(40)):
+        made = tiny.targets_row(row, tiny.transition(), temperatures=())
+        rows.append(replace(made, targets=kept_only(made.targets), stats={}))
+    tiny.write_store(tmp_path / "kept", spec, rows)
+    data = {"targets": {"teacher": str(tmp_path / "kept")}}
+    for mode in ("tail", "label", "raw"):
+        message = refused(stores, data=data, curriculum=[{"targets": "teacher", "missing_mass": mode}])
+        assert f"curriculum.0.missing_mass is {mode}" in message and "(normaliser kept)" in message
+        assert "use missing_mass renorm or support" in message
+    message = refused(stores, data=data, curriculum=[{"targets": "teacher"}], objective={"missing_mass": "tail"})
+    assert message.startswith("objective.missing_mass is tail")
+    for mode in ("renorm", "support"):
+        stage = {"targets": "teacher", "missing_mass": mode, "temperature": 2.0}
+        check(workers.config_of(tiny.config_tree(stores, Path("run"), data=data, curriculum=[stage])))
 
 
 def test_draws_need_the_loss_of_draws(stores) -> None:

@@ -23,8 +23,12 @@ def make_tokens(
     row_length: int = ROW_LENGTH,
     rows_per_unit: int = 2,
     seed: int = 0,
+    masks: Sequence[np.ndarray | None] | None = None,
 ) -> Path:
-    """Sealed tokens store; `rows` gives the document lengths of each row, token ids are random."""
+    """Sealed tokens store; `rows` gives the document lengths of each row, token ids are random.
+
+    masks: of each row, bool [n] or None (all on), for a store with masks.
+    """
     rng = np.random.default_rng(seed)
     spec = RunSpec(
         kind="tokens",
@@ -33,11 +37,12 @@ def make_tokens(
         num_rows=None,
         vocab_size=vocab_size,
         tokenizer_digest=TOKENIZER_DIGEST,
+        columns=() if masks is None else ("mask",),
     )
     writer = StoreWriter.create(path, spec)
     made = [
-        TokensRow(number, rng.integers(0, vocab_size, sum(lens)).astype(np.int32), np.array(lens, np.int32))
-        for number, lens in enumerate(rows)
+        TokensRow(number, rng.integers(0, vocab_size, sum(lens)).astype(np.int32), np.array(lens, np.int32), mask)
+        for number, (lens, mask) in enumerate(zip(rows, masks or [None] * len(rows), strict=True))
     ]
     for unit, first in enumerate(range(0, len(made), rows_per_unit)):
         writer.commit_unit(unit, made[first : first + rows_per_unit])
