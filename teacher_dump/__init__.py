@@ -19,9 +19,11 @@ from potstill.teacher_dump.config import (
     TeacherConfig,
     TrainTokenizer,
 )
+from potstill.teacher_dump.importing.targets import ImportTargetsConfig
 from potstill.teacher_dump.importing.tokens_config import ImportTokensConfig
 
 if TYPE_CHECKING:
+    from potstill.teacher_dump.importing.import_targets_summary import ImportTargetsSummary
     from potstill.teacher_dump.importing.tokens import ImportSummary
     from potstill.teacher_dump.preparing import PrepareSummary
     from potstill.teacher_dump.series import SeriesSummary
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DatasetInput",
     "DumpConfig",
+    "ImportTargetsConfig",
     "ImportTokensConfig",
     "PrepareConfig",
     "ScoreConfig",
@@ -37,6 +40,7 @@ __all__ = [
     "TeacherConfig",
     "TrainTokenizer",
     "dump",
+    "import_targets",
     "import_tokens",
     "prepare",
     "score",
@@ -55,6 +59,13 @@ def import_tokens(config: ImportTokensConfig) -> ImportSummary:
     from potstill.teacher_dump.importing import tokens
 
     return tokens.import_tokens(config)
+
+
+def import_targets(config: ImportTargetsConfig) -> ImportTargetsSummary:
+    """A teacher's targets that another program wrote -> targets store; see potstill.teacher_dump.importing.targets."""
+    from potstill.teacher_dump.importing import targets
+
+    return targets.import_targets(config)
 
 
 def dump(

@@ -15,7 +15,7 @@ from potstill.common.config import build_config, key_lines, parse_yaml
 from potstill.common.errors import UserError
 from potstill.teacher_dump.importing.distillkit_codec import CurrentCodec, LegacyCodec
 from potstill.teacher_dump.importing.foreign_records import Entries, TargetsSource
-from potstill.teacher_dump.importing.table_files import find_tables, first_columns, rectangle, schema_of
+from potstill.teacher_dump.importing.table_files import expanded, find_tables, first_columns, rectangle, schema_of
 from potstill.teacher_dump.importing.table_source import Layout, TableSource
 from potstill.teacher_dump.importing.targets import ImportTargetsConfig
 
@@ -92,7 +92,7 @@ def _read_codec(config: ImportTargetsConfig, *, legacy: bool) -> CurrentCodec | 
 
 
 def _beside(inputs: Sequence[str]) -> Path:
-    first = Path(inputs[0]).expanduser()
+    first = Path(expanded(inputs)[0]).expanduser()
     return (first if first.is_dir() else first.parent) / CONFIG_NAME
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from potstill.common.config import StrictModel
-from potstill.teacher_dump.documents import BadRecord
+from potstill.teacher_dump.records.base import BadRecord
 
 FloatName = Literal["float16", "bfloat16", "float32", "float64"]
 _ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}

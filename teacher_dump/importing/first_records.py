@@ -11,7 +11,6 @@ import numpy as np
 
 from potstill.common.errors import UserError
 from potstill.storage import TokensRow
-from potstill.teacher_dump.documents import BadRecord
 from potstill.teacher_dump.importing.foreign_records import Entries, SourceFacts, ValueKind
 from potstill.teacher_dump.importing.foreign_rows import (
     Figures,
@@ -22,10 +21,11 @@ from potstill.teacher_dump.importing.foreign_rows import (
     targets_row,
 )
 from potstill.teacher_dump.importing.targets import ImportTargetsConfig
+from potstill.teacher_dump.records.base import BadRecord
 
 log = logging.getLogger(__name__)
 
-NUM_RECORDS = 16
+NUM_RECORDS, NUM_POSITIONS = 16, 1 << 15  # whichever comes first
 # Each position of values that a writer has renormalised sums to 1 within this, rounding to bfloat16 included.
 _ONE = 0.01
 _MUCH_ABOVE_ONE = 1.5  # the median sum of log-probabilities is below, whatever a fit has done to some
@@ -56,7 +56,11 @@ def look_at(
     records: Iterable[Joined], facts: SourceFacts, config: ImportTargetsConfig, *, vocab_size: int
 ) -> FirstLook:
     """Raises UserError: values that are no log-probabilities, a tail that cannot be had, targets at other tokens."""
-    first = list(itertools.islice(records, NUM_RECORDS))
+    first: list[Joined] = []
+    for one in itertools.islice(records, NUM_RECORDS):
+        first.append(one)
+        if sum(other.entries.num_positions for other in first) >= NUM_POSITIONS:
+            break
     kind: ValueKind = facts.values if config.values == "auto" else config.values
     k = min(config.k or int(facts.selection["k"]), vocab_size)
     normaliser, notes = _normaliser(first, facts, config, kind=kind, full=int(facts.selection["k"]) >= vocab_size)
@@ -73,9 +77,9 @@ def look_at(
     notes += _placement(agreements)
     if figures.below_rest > MUCH_BELOW * figures.positions:
         notes.append(
-            f"the writer's fit is off: at {figures.below_rest} of {figures.positions} positions of the first records the "
-            "least entry is below the mean of the ids left out, which no top-k has. What the writer's own reader would "
-            "give is stored"
+            f"the values are off, as of a fit that failed: at {figures.below_rest} of {figures.positions} positions of "
+            "the first records the least entry is below the mean of the ids left out, which no top-k has. What the "
+            "writer's own reader would give is stored"
         )
     for note in notes:
         log.warning("%s", note)

@@ -11,7 +11,8 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from potstill.teacher_dump.documents import BadRecord, Place
+from potstill.teacher_dump.documents import Place
+from potstill.teacher_dump.records.base import BadRecord
 
 ValueKind = Literal["logprobs", "logits", "probabilities"]
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from potstill.storage import SparseTargets, StoreError, TargetsRow, TokensRow, token_digest
 from potstill.storage.rows.array_types import STRICT_MASS_EPS
-from potstill.teacher_dump.documents import BadRecord
 from potstill.teacher_dump.importing.foreign_records import Entries, ForeignRecord, ValueKind
+from potstill.teacher_dump.records.base import BadRecord
 
 Normaliser = Literal["vocabulary", "kept"]
 # Statistics of each row; the kept mass is not known of values that are relative to the kept entries.
@@ -214,13 +214,18 @@ def _best(
     """At most `k` entries of each position, by falling value and then by id."""
     # On the precision of the store: values that are equal there are put in order of their ids.
     keys = values.astype(np.float32)
-    rising = np.flatnonzero((np.diff(keys) > 0) & (np.diff(token_of) == 0))
-    if len(rising):
+    step = np.diff(keys)
+    within = np.diff(token_of) == 0
+    if ((step > 0) & within).any():
         _count_rises(token_of, values, figures)
-    tied = (np.diff(keys) == 0) & (np.diff(token_of) == 0) & (np.diff(ids) < 0)
-    if len(rising) or tied.any():
-        order = np.lexsort((ids, -keys, token_of))
-        token_of, ids, values = token_of[order], ids[order], values[order]
+    wrong = within & ((step > 0) | ((step == 0) & (np.diff(ids) < 0)))
+    if wrong.any():
+        # Few positions are out of order in most files, and sorting all of them would take longest of all.
+        touched = np.zeros(int(token_of[-1]) + 1, bool)
+        touched[token_of[1:][wrong]] = True
+        place = np.flatnonzero(touched[token_of])
+        order = place[np.lexsort((ids[place], -keys[place], token_of[place]))]
+        ids[place], values[place] = ids[order], values[order]
     counts = np.bincount(token_of) if len(token_of) else np.zeros(0, np.int64)
     if len(counts) and counts.max() > k:
         rank = np.arange(len(token_of)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -266,7 +271,8 @@ def _probabilities(
         least = np.full(num, np.inf)
         np.minimum.at(least, token_of, values)
         left_out = reading.vocab_size - np.bincount(token_of, minlength=num)
-        figures.below_rest = int((least < log_tail - np.log(left_out) - _ROUNDING).sum())
+        mean = log_tail - np.log(np.maximum(left_out, 1))
+        figures.below_rest = int(((least < mean - _ROUNDING) & (left_out > 0)).sum())
     return np.minimum(values - shift[token_of], 0.0), log_tail
 
 

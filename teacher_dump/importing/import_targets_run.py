@@ -20,7 +20,7 @@ from potstill.common.errors import UserError
 from potstill.common.progress import Progress
 from potstill.storage import MismatchError, RunSpec, StoreReader, TargetsRow, TokensRow, check_output
 from potstill.storage.rows.k_bound import MAX_K
-from potstill.teacher_dump.documents import BadRecord, BadRecords, Place
+from potstill.teacher_dump.documents import BadRecords, Place
 from potstill.teacher_dump.importing.first_records import FirstLook, Joined, look_at
 from potstill.teacher_dump.importing.foreign_records import FoundRecord, TargetsSource
 from potstill.teacher_dump.importing.foreign_rows import STATS, row_without_targets, targets_row, tokens_row
@@ -29,6 +29,7 @@ from potstill.teacher_dump.importing.import_targets_summary import ImportTargets
 from potstill.teacher_dump.importing.record_units import RecordUnits
 from potstill.teacher_dump.importing.target_formats import TARGET_FORMATS
 from potstill.teacher_dump.importing.targets import ImportTargetsConfig
+from potstill.teacher_dump.records.base import BadRecord
 from potstill.teacher_dump.tokenizer import TextEncoder, text_encoder
 
 log = logging.getLogger(__name__)

@@ -62,8 +62,8 @@ class ImportTargetsSummary:
             )
         if found.below_rest:
             lines.append(
-                f"{found.below_rest} positions ({found.below_rest / num:.2%}) have entries below the mean of the ids left "
-                "out, which no top-k has: the fit is off there"
+                f"{found.below_rest} positions ({found.below_rest / num:.2%}) have entries below the mean of the ids "
+                "left out, which no top-k has: the values are off there"
             )
         if found.beyond_vocabulary:
             lines.append(f"{found.beyond_vocabulary} entries of ids beyond the tokenizer's are left to the tail")

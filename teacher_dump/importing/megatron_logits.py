@@ -20,7 +20,7 @@ import numpy as np
 import zstandard
 
 from potstill.common.errors import UserError
-from potstill.teacher_dump.documents import BadRecord, Place
+from potstill.teacher_dump.documents import Place
 from potstill.teacher_dump.importing.foreign_records import (
     Entries,
     ForeignRecord,
@@ -28,9 +28,11 @@ from potstill.teacher_dump.importing.foreign_records import (
     SourceFacts,
     TargetsSource,
 )
+from potstill.teacher_dump.importing.table_files import expanded
 from potstill.teacher_dump.importing.targets import ImportTargetsConfig
 from potstill.teacher_dump.importing.torch_tensors import UnsafeFileError, load_tensors
 from potstill.teacher_dump.inputs import InputFile, digest_files
+from potstill.teacher_dump.records.base import BadRecord
 
 META_NAME = "_meta.json"
 ABSENT = -1000.0  # exact in float16 and bfloat16
@@ -50,7 +52,7 @@ class Member:
 
 def recognises(inputs: Sequence[str]) -> bool:
     """Whether the first input is a tar of a name that Megatron-LM gives, or a folder with some."""
-    return bool(_tars_at(inputs[0]))
+    return bool(_tars_at(expanded(inputs)[0]))
 
 
 def open_source(config: ImportTargetsConfig) -> TargetsSource:
@@ -60,7 +62,7 @@ def open_source(config: ImportTargetsConfig) -> TargetsSource:
 
 def _find_tars(inputs: Sequence[str]) -> list[InputFile]:
     files: list[InputFile] = []
-    for entry in inputs:
+    for entry in expanded(inputs):
         named = _tars_at(entry)
         if not named:
             raise UserError(f"input {entry!r}: expected files cp0_dp0__ITERATION.tar of Megatron-LM, found none")

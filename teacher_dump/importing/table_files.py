@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,8 +17,8 @@ import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 
 from potstill.common.errors import UserError
-from potstill.teacher_dump.documents import BadRecord
 from potstill.teacher_dump.inputs import InputFile
+from potstill.teacher_dump.records.base import BadRecord
 
 SUFFIXES = {".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow"}
 _RECORDS_AT_ONCE = 8
@@ -30,7 +31,7 @@ def find_tables(entries: Sequence[str]) -> list[InputFile]:
     Raises UserError where an entry names none.
     """
     found: list[InputFile] = []
-    for entry in entries:
+    for entry in expanded(entries):
         path = Path(entry).expanduser()
         if path.is_dir():
             paths = _in_folder(path)
@@ -46,15 +47,26 @@ def find_tables(entries: Sequence[str]) -> list[InputFile]:
     return found
 
 
+def expanded(entries: Sequence[str]) -> list[str]:
+    """Globs as the paths that they match, in order. Raises UserError where one matches nothing."""
+    found: list[str] = []
+    for entry in entries:
+        paths = sorted(glob.glob(str(Path(entry).expanduser()), recursive=True)) if glob.has_magic(entry) else [entry]
+        if not paths:
+            raise UserError(f"input {entry!r}: no file matches it; check the spelling")
+        found += paths
+    return found
+
+
 def first_columns(entries: Sequence[str]) -> list[str]:
     """Names of the columns of the first table; none where the first entry is no table."""
-    path = Path(entries[0]).expanduser()
+    path = Path(expanded(entries)[0]).expanduser()
     in_folder = path.is_dir() and (
         (path / "state.json").is_file() or any(one.suffix in SUFFIXES for one in path.rglob("*"))
     )
     if not in_folder and path.suffix not in SUFFIXES:
         return []
-    return list(schema_of(find_tables(entries[:1])[0]).names)
+    return list(schema_of(find_tables([str(path)])[0]).names)
 
 
 def _input_file(path: Path, name: str) -> InputFile:
@@ -109,6 +121,7 @@ def read_table(file: InputFile, columns: Sequence[str], *, start: int) -> Iterat
             _parquet_batches(table, columns, start) if file.kind == "parquet" else _numbered(_arrow_batches(table))
         )
         for first, batch in batches:
+            batch.validate(full=True)  # offsets of a damaged file would lead outside its buffers
             arrays = {name: batch.column(name) for name in columns}
             for line in range(max(0, start - first), len(batch)):
                 yield TableRecord(first + line, {name: array[line] for name, array in arrays.items()})

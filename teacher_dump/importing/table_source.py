@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from potstill.common.errors import UserError
-from potstill.teacher_dump.documents import BadRecord, Place
+from potstill.teacher_dump.documents import Place
 from potstill.teacher_dump.importing.foreign_records import (
     Entries,
     ForeignRecord,
@@ -19,6 +19,7 @@ from potstill.teacher_dump.importing.foreign_records import (
 )
 from potstill.teacher_dump.importing.table_files import num_records, numbers, read_table, schema_of
 from potstill.teacher_dump.inputs import InputFile, digest_files
+from potstill.teacher_dump.records.base import BadRecord
 
 
 @dataclass(frozen=True, kw_only=True)

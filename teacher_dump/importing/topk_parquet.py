@@ -15,7 +15,6 @@ import numpy as np
 
 from potstill.common.errors import UserError
 from potstill.storage.rows.k_bound import MAX_K
-from potstill.teacher_dump.documents import BadRecord
 from potstill.teacher_dump.importing.foreign_records import Entries, TargetsSource, ValueKind
 from potstill.teacher_dump.importing.table_files import (
     find_tables,
@@ -29,6 +28,7 @@ from potstill.teacher_dump.importing.table_files import (
 from potstill.teacher_dump.importing.table_source import Layout, TableSource, whole_numbers
 from potstill.teacher_dump.importing.targets import ImportTargetsConfig
 from potstill.teacher_dump.inputs import InputFile
+from potstill.teacher_dump.records.base import BadRecord
 
 SEGMENTS = "attention_mask"
 TOKENS_NAMES = ("input_ids", "tokens", "inputs")
