@@ -104,7 +104,7 @@ def import_tokens(config: ImportTokensConfig) -> ImportSummary:
     bad_lines = _fill(config, source, split, outputs)
     for output in outputs.values():
         output.close(Place(source.num_files, 0), bad_lines=bad_lines)
-    check_untrained(list(outputs.values()), allowed=config.max_untrained_fraction, at_least=1)
+    check_untrained(list(outputs.values()), allowed=config.max_untrained_fraction, at_end=True)
     for output in outputs.values():
         if output.empty:
             raise UserError(_nothing_in(str(output.path), bad_lines))
