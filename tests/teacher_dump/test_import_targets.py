@@ -17,6 +17,7 @@ import pytest
 from potstill.common.errors import UserError
 from potstill.storage import MismatchError, StoreReader, TargetsRow, TokensRow, verify_store
 from potstill.teacher_dump.importing.distillkit_codec import CurrentCodec, LegacyCodec
+from potstill.teacher_dump.importing.target_formats import TARGET_FORMATS, TargetFormat
 from potstill.teacher_dump.importing.targets import ImportTargetsConfig, import_targets
 from potstill.teacher_dump.importing.torch_tensors import UnsafeFileError, load_tensors
 from tests.student_train import tiny
@@ -268,6 +269,7 @@ def test_broken_records(truths: list[Truth], tokenizer_folder: Path, tmp_path: P
 KILLED = """
 import os, signal, sys
 from potstill.storage.store.writer import StoreWriter
+from potstill.teacher_dump.importing.target_formats import TARGET_FORMATS, TargetFormat
 from potstill.teacher_dump.importing.targets import ImportTargetsConfig, import_targets
 
 commit, left = StoreWriter.commit_unit, [int(sys.argv[4])]
@@ -337,6 +339,20 @@ def test_what_cannot_be_told_is_asked_for(truths: list[Truth], tokens: Path, tmp
     options = {"values_column": "p", "values": "probabilities"}
     _, reader = imported(probabilities, tmp_path / "probs", tokens=str(tokens), **options)
     check_stored(reader, truths)
+
+
+def test_a_format_is_one_entry_of_a_table(
+    truths: list[Truth], tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "a.npz"
+    arrays = {"ids": [one.ids for one in truths], "logprobs": [one.logprobs for one in truths]}
+    np.savez(source, tokens=[one.row.tokens for one in truths], **{name: np.stack(x) for name, x in arrays.items()})
+    with pytest.raises(UserError, match="is of no known format"):
+        imported(source, tmp_path / "out", tokens=str(tokens))
+    entry = TargetFormat(module="tests.teacher_dump.made_up_targets", description="made up")
+    monkeypatch.setitem(TARGET_FORMATS, "npz", entry)
+    check_stored(imported(source, tmp_path / "out", tokens=str(tokens))[1], truths)
+    check_stored(imported(source, tmp_path / "named", tokens=str(tokens), format="npz")[1], truths)
 
 
 class Planted:
