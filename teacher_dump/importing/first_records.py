@@ -20,7 +20,7 @@ from potstill.teacher_dump.importing.foreign_rows import (
     raw_logprobs,
     targets_row,
 )
-from potstill.teacher_dump.importing.targets import ImportTargetsConfig
+from potstill.teacher_dump.importing.targets_config import ImportTargetsConfig
 from potstill.teacher_dump.records.base import BadRecord
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ import numpy as np
 
 from potstill.teacher_dump.documents import Place
 from potstill.teacher_dump.importing.foreign_records import Entries, ForeignRecord, FoundRecord, SourceFacts
-from potstill.teacher_dump.importing.targets import ImportTargetsConfig
+from potstill.teacher_dump.importing.targets_config import ImportTargetsConfig
 
 
 class NpzTargets:
