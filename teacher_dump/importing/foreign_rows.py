@@ -119,7 +119,8 @@ def targets_row(
     labels = row.labels()[wanted]
     hits = ids == labels[token_of]
     figures.entries, figures.labels_kept = len(ids), int(hits.sum())
-    figures.kept_mass = float(-np.expm1(log_tail).sum())
+    if reading.normaliser == "vocabulary":
+        figures.kept_mass = float(-np.expm1(log_tail).sum())
     part = SparseTargets(
         offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
         ids=ids.astype(np.int32),

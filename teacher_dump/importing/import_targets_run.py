@@ -115,7 +115,8 @@ def targets_spec(config: ImportTargetsConfig, source: TargetsSource, tokens: Sto
             "input": source_info(facts),
             "values": reading.kind,
             "lost": [*facts.lost, _NEVER_HELD],
-            "first_records": look.figures.to_json(),
+            # Rounded: another machine may add in another order, and must find the same run.
+            "first_records": {name: round(value, 3) for name, value in look.figures.to_json().items()},
         },
         normaliser=reading.normaliser,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import pickle
 import signal
@@ -410,6 +412,35 @@ def test_tensors_outside_of_their_storage_are_refused(tmp_path: Path) -> None:
     for cut in (0, 10, 500):
         with pytest.raises(UnsafeFileError):
             load_tensors(path.read_bytes()[:cut])
+
+
+def test_damaged_tensors_are_never_read_otherwise() -> None:
+    """Any byte changed: the same arrays, or a refusal; in the list of tensors also other sizes of the same bytes."""
+    torch = pytest.importorskip("torch")
+    data = foreign_files.torch_bytes({"values": [torch.arange(24.0).reshape(2, 3, 4).half()], "bit_17": []})
+    wanted = load_tensors(data)["values"][0]
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        damaged = bytearray(data)
+        for place in rng.integers(0, len(data), rng.integers(1, 4)):
+            damaged[place] = rng.integers(256)
+        try:
+            found = load_tensors(bytes(damaged))
+        except UnsafeFileError:
+            continue
+        assert np.array_equal(found["values"][0], wanted), "the zip's checksums cover every member"
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    [name] = [name for name in parts if name.endswith("data.pkl")]
+    for _ in range(300):
+        listing = bytearray(parts[name])
+        listing[rng.integers(len(listing))] = rng.integers(256)
+        whole = io.BytesIO()
+        with zipfile.ZipFile(whole, "w") as archive:
+            for other, content in (parts | {name: bytes(listing)}).items():
+                archive.writestr(other, content)
+        with contextlib.suppress(UnsafeFileError):
+            load_tensors(whole.getvalue())
 
 
 def test_ranks_of_one_run_and_all_of_them(truths: list[Truth], tokens: Path, tmp_path: Path) -> None:
