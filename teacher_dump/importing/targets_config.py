@@ -53,8 +53,11 @@ class ImportTargetsConfig(StrictModel):
     row_length: int | None = Field(
         default=None, ge=2, le=1 << 20, description="Tokens per row at most; None: the longest sequence"
     )
-    rows_per_unit: int = Field(
-        default=256, ge=1, le=1 << 20, description="Rows per unit of work and of commit; with tokens: as in that store"
+    rows_per_unit: int | None = Field(
+        default=None,
+        ge=1,
+        le=1 << 20,
+        description="Rows per unit of work, of commit and of memory; None: about 262,144 tokens; with tokens: as there",
     )
     max_bad_lines: int = Field(default=0, ge=0, description="Broken records skipped before an error")
     force: bool = Field(default=False, description="Delete stores that stand at the output and begin again")
@@ -65,6 +68,6 @@ class ImportTargetsConfig(StrictModel):
             raise ValueError(
                 "give exactly one of tokens (a store of the same sequences, whose tokenizer is known) and tokenizer"
             )
-        if self.tokens is not None and self.row_length is not None:
-            raise ValueError("row_length is that of the tokens store; leave it out")
+        if self.tokens is not None and (self.row_length is not None or self.rows_per_unit is not None):
+            raise ValueError("row_length and rows_per_unit are those of the tokens store; leave them out")
         return self

@@ -90,6 +90,9 @@ def test_a_position_of_the_current_codec() -> None:
     assert values.tolist() == [[-1.0, -2.0, 0.25, -0.25, -1.5]]
     running = CurrentCodec(**fields | {"delta_encoding": True}).values(packed)
     assert running.tolist() == [[-1.0, -3.0, -2.75, -3.0, -4.5]]
+    gone = np.concatenate([packed[:, :2], np.frombuffer(bytes.fromhex("80ff"), np.uint8)[None], packed[:, 4:]], axis=1)
+    missing = CurrentCodec(**fields | {"delta_encoding": True}).values(gone)
+    assert missing.tolist() == [[-1.0, *[-np.inf] * 4]], "after a rank that the sampler did not return there is none"
     even = CurrentCodec(**fields | {"normalize_t": True}).values(packed)
     assert even.tolist() == [[-1.0, -2.0, 0.25, 0.25, -0.5]]
     one_bit = fields | {"residual_bins": [{"scale_dtype": "float32", "element_bits": 1, "num_elements": 3}]}
