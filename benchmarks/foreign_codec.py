@@ -20,7 +20,7 @@ from potstill.storage.files.unit_file import DecodedBatch, encode_unit
 from potstill.teacher_dump.documents import Place
 from potstill.teacher_dump.importing.foreign_records import Entries, ForeignRecord
 from potstill.teacher_dump.importing.import_targets_run import open_source
-from potstill.teacher_dump.importing.targets import ImportTargetsConfig
+from potstill.teacher_dump.importing.targets_config import ImportTargetsConfig
 
 FOLDER = Path(__file__).resolve().parents[2] / "shared" / "data" / "foreign"
 VOCAB = 8192
@@ -218,7 +218,7 @@ def run_foreign(show: Callable[[str], None], root: Path = FOLDER) -> dict[str, A
     show(f"\nforeign files beside this store, {about_line()}")
     show(
         "B/token: of the targets alone (their columns or tars; our whole unit file, with tails), by stored position.\n"
-        "mean, max: errors of the values in nats. KL(teacher || read): of the kept ids renormalised, and with the tail.\n"
+        "mean, max: errors of the values in nats. KL(teacher || read): of kept ids renormalised, and with the tail.\n"
         "The teacher has 8,192 ids: a larger vocabulary takes more bytes for ids in every format."
     )
     show(HEADER)

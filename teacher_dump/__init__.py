@@ -19,7 +19,7 @@ from potstill.teacher_dump.config import (
     TeacherConfig,
     TrainTokenizer,
 )
-from potstill.teacher_dump.importing.targets import ImportTargetsConfig
+from potstill.teacher_dump.importing.targets_config import ImportTargetsConfig
 from potstill.teacher_dump.importing.tokens_config import ImportTokensConfig
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from potstill.teacher_dump.importing.distillkit_codec import CurrentCodec, Legac
 from potstill.teacher_dump.importing.foreign_records import Entries, TargetsSource
 from potstill.teacher_dump.importing.table_files import expanded, find_tables, first_columns, rectangle, schema_of
 from potstill.teacher_dump.importing.table_source import Layout, TableSource
-from potstill.teacher_dump.importing.targets import ImportTargetsConfig
+from potstill.teacher_dump.importing.targets_config import ImportTargetsConfig
 
 CONFIG_NAME = "compression_config.yaml"
 TOKENS, SEGMENTS = "input_ids", "attention_mask"

@@ -87,8 +87,13 @@ class CurrentCodec(StrictModel):
             fitted[:, start : start + one.num_elements] += residuals
             start += one.num_elements
         joined = np.concatenate([exact, fitted], axis=1)
-        # Missing ranks are -inf; after a difference of two of them NaN says the same.
-        return np.cumsum(joined, axis=1) if self.delta_encoding else joined
+        if not self.delta_encoding:
+            return joined
+        with np.errstate(invalid="ignore"):
+            values = np.cumsum(joined, axis=1)
+        # A rank that the sampler did not return is -inf, and the difference between two such is NaN.
+        values[np.maximum.accumulate(np.isneginf(values), axis=1)] = -np.inf
+        return values
 
     def _basis(self) -> np.ndarray:
         """Terms [len(terms), m] at t = 0 .. m - 1, or at m even steps from 0 to 1."""

@@ -20,7 +20,7 @@ from potstill.teacher_dump.importing.foreign_rows import (
     raw_logprobs,
     targets_row,
 )
-from potstill.teacher_dump.importing.targets import ImportTargetsConfig
+from potstill.teacher_dump.importing.targets_config import ImportTargetsConfig
 from potstill.teacher_dump.records.base import BadRecord
 
 log = logging.getLogger(__name__)
@@ -62,8 +62,9 @@ def look_at(
         if sum(other.entries.num_positions for other in first) >= NUM_POSITIONS:
             break
     kind: ValueKind = facts.values if config.values == "auto" else config.values
-    k = min(config.k or int(facts.selection["k"]), vocab_size)
-    normaliser, notes = _normaliser(first, facts, config, kind=kind, full=int(facts.selection["k"]) >= vocab_size)
+    held = int(facts.selection["k"])
+    k = min(config.k or held, held, vocab_size)
+    normaliser, notes = _normaliser(first, facts, config, kind=kind, full=held >= vocab_size)
     reading = Reading(kind=kind, normaliser=normaliser, k=k, vocab_size=vocab_size)
     figures = Figures()
     agreements: list[np.ndarray] = []

@@ -18,7 +18,7 @@ from potstill.teacher_dump.documents import BadRecords, Place
 from potstill.teacher_dump.importing.foreign_records import ForeignRecord, FoundRecord, SourceFacts, TargetsSource
 from potstill.teacher_dump.importing.foreign_rows import tokens_row
 from potstill.teacher_dump.importing.record_units import RecordUnits
-from potstill.teacher_dump.importing.targets import ImportTargetsConfig
+from potstill.teacher_dump.importing.targets_config import ImportTargetsConfig
 from potstill.teacher_dump.kept_tokenizer import KeptTokenizer
 from potstill.teacher_dump.records.base import BadRecord
 from potstill.teacher_dump.tokenizer import TextEncoder
@@ -26,6 +26,7 @@ from potstill.teacher_dump.tokenizer import TextEncoder
 log = logging.getLogger(__name__)
 
 TOKENS, TOKENIZER = "tokens", "tokenizer"
+UNIT_TOKENS = 1 << 18  # as many as 256 rows of 1024: the entries of a unit are in memory at once
 
 
 @dataclass(frozen=True)
@@ -77,13 +78,20 @@ def write_tokens(
     output = inside(config.output, TOKENS)
     spec = tokens_spec(config, source.facts, encoder, row_length=row_length)
     units = RecordUnits(output, spec, force=config.force)
+    kept = None
     if isinstance(config.output, Path):
-        # Beside the store, where export and evaluation look for it. Equal to one that stands there, or refused.
+        # Beside the store, where export and evaluation look for it.
         kept = KeptTokenizer(encoder, config.output / TOKENIZER, force=config.force)
         kept.place()
+    try:
+        if not units.complete:
+            _fill(config, source, units)
+    except BaseException:
+        if kept is not None and not units.begun:
+            kept.withdraw()
+        raise
+    if kept is not None:
         kept.settle()
-    if not units.complete:
-        _fill(config, source, units)
     return units.seal(), units.bad_records
 
 
@@ -91,7 +99,7 @@ def tokens_spec(config: ImportTargetsConfig, facts: SourceFacts, encoder: TextEn
     return RunSpec(
         kind="tokens",
         row_length=row_length,
-        rows_per_unit=config.rows_per_unit,
+        rows_per_unit=config.rows_per_unit or max(1, UNIT_TOKENS // row_length),
         num_rows=None,
         vocab_size=encoder.vocab_size,
         tokenizer_digest=encoder.digest,

@@ -28,7 +28,7 @@ from potstill.teacher_dump.importing.foreign_tokens import TOKENS, longest_row, 
 from potstill.teacher_dump.importing.import_targets_summary import ImportTargetsSummary
 from potstill.teacher_dump.importing.record_units import RecordUnits
 from potstill.teacher_dump.importing.target_formats import TARGET_FORMATS
-from potstill.teacher_dump.importing.targets import ImportTargetsConfig
+from potstill.teacher_dump.importing.targets_config import ImportTargetsConfig
 from potstill.teacher_dump.records.base import BadRecord
 from potstill.teacher_dump.tokenizer import TextEncoder, text_encoder
 
@@ -115,7 +115,8 @@ def targets_spec(config: ImportTargetsConfig, source: TargetsSource, tokens: Sto
             "input": source_info(facts),
             "values": reading.kind,
             "lost": [*facts.lost, _NEVER_HELD],
-            "first_records": look.figures.to_json(),
+            # Rounded: another machine may add in another order, and must find the same run.
+            "first_records": {name: round(value, 3) for name, value in look.figures.to_json().items()},
         },
         normaliser=reading.normaliser,
     )

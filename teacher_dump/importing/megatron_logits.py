@@ -29,7 +29,7 @@ from potstill.teacher_dump.importing.foreign_records import (
     TargetsSource,
 )
 from potstill.teacher_dump.importing.table_files import expanded
-from potstill.teacher_dump.importing.targets import ImportTargetsConfig
+from potstill.teacher_dump.importing.targets_config import ImportTargetsConfig
 from potstill.teacher_dump.importing.torch_tensors import UnsafeFileError, load_tensors
 from potstill.teacher_dump.inputs import InputFile, digest_files
 from potstill.teacher_dump.records.base import BadRecord

@@ -26,7 +26,7 @@ from potstill.teacher_dump.importing.table_files import (
     schema_of,
 )
 from potstill.teacher_dump.importing.table_source import Layout, TableSource, whole_numbers
-from potstill.teacher_dump.importing.targets import ImportTargetsConfig
+from potstill.teacher_dump.importing.targets_config import ImportTargetsConfig
 from potstill.teacher_dump.inputs import InputFile
 from potstill.teacher_dump.records.base import BadRecord
 

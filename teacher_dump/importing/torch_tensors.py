@@ -1,15 +1,19 @@
 """Tensors out of a file of `torch.save`, without torch and without running anything that the file brings.
 
-The file is a zip: `data.pkl` lists the tensors, `data/N` are their bytes. Unpickling runs what a pickle names, so the
-unpickler here knows the few names that tensors need and refuses every other before it is looked up. What the names
-stand for are objects of this module, not of torch.
+The file is a zip: `data.pkl` lists the tensors, `data/N` are their bytes. Unpickling runs what a pickle names. Here the
+instructions of the pickle are looked through first, and only the few that lists of tensors need may be there; the
+unpickler knows the names of tensors and refuses every other before it is looked up; what the names stand for are
+objects of this module, not of torch.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import pickle
+import pickletools
 import zipfile
+import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +34,18 @@ STORAGES = {
     "LongStorage": "int64",
 }
 DTYPES = ("uint16", "uint32", "uint64")  # types without a storage of their own
-_LEAST_PROTOCOL_BYTES = 1 << 26  # of data.pkl: a list of tensors is small
+_MAX_PICKLE_BYTES = 1 << 26  # a list of tensors is small
+_MAX_MEMO = 1 << 20
+# What torch.save (protocol 2) writes for maps and lists of tensors, texts and numbers. None of these sets the state of
+# an object, makes one of a class, or reserves memory of a size that the file names.
+_INSTRUCTIONS = {
+    *("PROTO", "STOP", "MARK", "POP"),
+    *("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"),
+    *("EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
+    *("APPEND", "APPENDS", "SETITEM", "SETITEMS"),
+    *("BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET"),
+    *("GLOBAL", "BINPERSID", "REDUCE"),
+}
 
 
 class UnsafeFileError(Exception):
@@ -108,21 +123,31 @@ def load_tensors(data: bytes) -> Any:
             return _load(archive)
     except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, KeyError, ValueError, OverflowError) as error:
         raise UnsafeFileError(f"it is damaged ({error})") from error
-    except (AttributeError, IndexError, TypeError, UnicodeDecodeError, NotImplementedError) as error:
-        # What a pickle's machine raises where its instructions make no sense.
-        raise UnsafeFileError(f"its pickle makes no sense ({error})") from error
+    except (AttributeError, IndexError, TypeError, RuntimeError, zlib.error) as error:
+        # What reading raises where instructions of the pickle, or flags of the zip, make no sense.
+        raise UnsafeFileError(f"it makes no sense ({error})") from error
 
 
 def _load(archive: zipfile.ZipFile) -> Any:
     names = archive.namelist()
     pickles = [name for name in names if name.endswith("/data.pkl") and name.count("/") == 1]
-    if len(pickles) != 1 or archive.getinfo(pickles[0]).file_size > _LEAST_PROTOCOL_BYTES:
+    if len(pickles) != 1 or archive.getinfo(pickles[0]).file_size > _MAX_PICKLE_BYTES:
         raise UnsafeFileError("it holds no single list of tensors (data.pkl)")
     folder = pickles[0].removesuffix("data.pkl")
     order = archive.read(f"{folder}byteorder").strip() if f"{folder}byteorder" in names else b"little"
     if order != b"little":
         raise UnsafeFileError(f"its byte order is {order.decode(errors='replace')}, expected little")
-    return _arrays(_TensorUnpickler(io.BytesIO(archive.read(pickles[0]))).load(), archive, folder, {})
+    listing = archive.read(pickles[0])
+    _check_instructions(listing)
+    return _arrays(_TensorUnpickler(io.BytesIO(listing)).load(), archive, folder, {})
+
+
+def _check_instructions(listing: bytes) -> None:
+    for instruction, argument, _ in pickletools.genops(listing):
+        if instruction.name not in _INSTRUCTIONS:
+            raise UnsafeFileError(f"its pickle has the instruction {instruction.name}, which no list of tensors needs")
+        if instruction.name in ("LONG_BINPUT", "LONG_BINGET") and int(argument or 0) >= _MAX_MEMO:
+            raise UnsafeFileError(f"its pickle keeps an object number {argument}")
 
 
 def _arrays(value: Any, archive: zipfile.ZipFile, folder: str, seen: dict[str, bytes]) -> Any:
@@ -148,7 +173,7 @@ def _array(tensor: _Tensor, archive: zipfile.ZipFile, folder: str, seen: dict[st
     last = tensor.offset + sum((size - 1) * stride for size, stride in zip(tensor.sizes, tensor.strides, strict=True))
     if 0 in tensor.sizes:
         return np.zeros(tensor.sizes, np.float32 if tensor.dtype == BFLOAT16 else dtype)
-    if last >= len(flat):
+    if last >= len(flat) or math.prod(tensor.sizes) > len(flat):
         raise UnsafeFileError(f"a tensor of sizes {tensor.sizes} in a storage of {len(flat)} items")
     strides = tuple(stride * dtype.itemsize for stride in tensor.strides)
     view = np.lib.stride_tricks.as_strided(flat[tensor.offset :], tensor.sizes, strides, writeable=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import pickle
 import signal
@@ -17,6 +19,7 @@ import pytest
 from potstill.common.errors import UserError
 from potstill.storage import MismatchError, StoreReader, TargetsRow, TokensRow, verify_store
 from potstill.teacher_dump.importing.distillkit_codec import CurrentCodec, LegacyCodec
+from potstill.teacher_dump.importing.target_formats import TARGET_FORMATS, TargetFormat
 from potstill.teacher_dump.importing.targets import ImportTargetsConfig, import_targets
 from potstill.teacher_dump.importing.torch_tensors import UnsafeFileError, load_tensors
 from tests.student_train import tiny
@@ -87,6 +90,9 @@ def test_a_position_of_the_current_codec() -> None:
     assert values.tolist() == [[-1.0, -2.0, 0.25, -0.25, -1.5]]
     running = CurrentCodec(**fields | {"delta_encoding": True}).values(packed)
     assert running.tolist() == [[-1.0, -3.0, -2.75, -3.0, -4.5]]
+    gone = np.concatenate([packed[:, :2], np.frombuffer(bytes.fromhex("80ff"), np.uint8)[None], packed[:, 4:]], axis=1)
+    missing = CurrentCodec(**fields | {"delta_encoding": True}).values(gone)
+    assert missing.tolist() == [[-1.0, *[-np.inf] * 4]], "after a rank that the sampler did not return there is none"
     even = CurrentCodec(**fields | {"normalize_t": True}).values(packed)
     assert even.tolist() == [[-1.0, -2.0, 0.25, 0.25, -0.5]]
     one_bit = fields | {"residual_bins": [{"scale_dtype": "float32", "element_bits": 1, "num_elements": 3}]}
@@ -268,6 +274,7 @@ def test_broken_records(truths: list[Truth], tokenizer_folder: Path, tmp_path: P
 KILLED = """
 import os, signal, sys
 from potstill.storage.store.writer import StoreWriter
+from potstill.teacher_dump.importing.target_formats import TARGET_FORMATS, TargetFormat
 from potstill.teacher_dump.importing.targets import ImportTargetsConfig, import_targets
 
 commit, left = StoreWriter.commit_unit, [int(sys.argv[4])]
@@ -339,6 +346,20 @@ def test_what_cannot_be_told_is_asked_for(truths: list[Truth], tokens: Path, tmp
     check_stored(reader, truths)
 
 
+def test_a_format_is_one_entry_of_a_table(
+    truths: list[Truth], tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "a.npz"
+    arrays = {"ids": [one.ids for one in truths], "logprobs": [one.logprobs for one in truths]}
+    np.savez(source, tokens=[one.row.tokens for one in truths], **{name: np.stack(x) for name, x in arrays.items()})
+    with pytest.raises(UserError, match="is of no known format"):
+        imported(source, tmp_path / "out", tokens=str(tokens))
+    entry = TargetFormat(module="tests.teacher_dump.made_up_targets", description="made up")
+    monkeypatch.setitem(TARGET_FORMATS, "npz", entry)
+    check_stored(imported(source, tmp_path / "out", tokens=str(tokens))[1], truths)
+    check_stored(imported(source, tmp_path / "named", tokens=str(tokens), format="npz")[1], truths)
+
+
 class Planted:
     """Unpickled by pickle itself, it makes a file."""
 
@@ -394,6 +415,35 @@ def test_tensors_outside_of_their_storage_are_refused(tmp_path: Path) -> None:
     for cut in (0, 10, 500):
         with pytest.raises(UnsafeFileError):
             load_tensors(path.read_bytes()[:cut])
+
+
+def test_damaged_tensors_are_never_read_otherwise() -> None:
+    """Any byte changed: the same arrays, or a refusal; in the list of tensors also other sizes of the same bytes."""
+    torch = pytest.importorskip("torch")
+    data = foreign_files.torch_bytes({"values": [torch.arange(24.0).reshape(2, 3, 4).half()], "bit_17": []})
+    wanted = load_tensors(data)["values"][0]
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        damaged = bytearray(data)
+        for place in rng.integers(0, len(data), rng.integers(1, 4)):
+            damaged[place] = rng.integers(256)
+        try:
+            found = load_tensors(bytes(damaged))
+        except UnsafeFileError:
+            continue
+        assert np.array_equal(found["values"][0], wanted), "the zip's checksums cover every member"
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    [name] = [name for name in parts if name.endswith("data.pkl")]
+    for _ in range(300):
+        listing = bytearray(parts[name])
+        listing[rng.integers(len(listing))] = rng.integers(256)
+        whole = io.BytesIO()
+        with zipfile.ZipFile(whole, "w") as archive:
+            for other, content in (parts | {name: bytes(listing)}).items():
+                archive.writestr(other, content)
+        with contextlib.suppress(UnsafeFileError):
+            load_tensors(whole.getvalue())
 
 
 def test_ranks_of_one_run_and_all_of_them(truths: list[Truth], tokens: Path, tmp_path: Path) -> None:
