@@ -196,9 +196,10 @@ def _read_parquet(file: InputFile, raw: IO[bytes], skip: int, kind: RecordKind) 
             record += rows
             continue
         for batch in table.iter_batches(batch_size=_PARQUET_BATCH, row_groups=[group], columns=columns):
-            for number in range(batch.num_rows):
+            for values in zip(*(batch.column(name) for name in columns), strict=True):
                 if record >= skip:
-                    yield record, kind.read({name: batch.column(name)[number].as_py() for name in columns})
+                    found = (value.as_py() for value in values)
+                    yield record, kind.read(dict(zip(columns, found, strict=True)))
                 record += 1
 
 
