@@ -229,15 +229,11 @@ class Output:
         self._pending = []
 
 
-def check_untrained(outputs: Sequence[Output], *, allowed: float, at_least: int | None = None) -> None:
-    """Raise UserError where too many rows or documents have no token that is trained on.
-
-    Nothing is said of fewer than `at_least` of them; None: as many as a share before the end of the input needs.
-    """
+def check_untrained(outputs: Sequence[Output], *, allowed: float, at_end: bool = False) -> None:
+    """Raise UserError where too many rows or documents have no token that is trained on; before the end, of enough."""
     untrained = sum(output.judged[0] for output in outputs)
     judged = sum(output.judged[1] for output in outputs)
-    enough = _JUDGED_AT_LEAST if at_least is None else at_least
-    if judged < max(1, enough) or untrained <= allowed * judged:
+    if judged < (1 if at_end else _JUDGED_AT_LEAST) or untrained <= allowed * judged:
         return
     output = outputs[0]
     what = output.judged[2]

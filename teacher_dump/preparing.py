@@ -82,7 +82,7 @@ def prepare(config: PrepareConfig) -> PrepareSummary:
         bad_lines = _fill(config, source, kind, split, encoder, outputs)
         for output in outputs.values():
             output.close(Place(source.num_files, 0), bad_lines=bad_lines)
-        check_untrained(list(outputs.values()), allowed=config.max_untrained_fraction, at_least=1)
+        check_untrained(list(outputs.values()), allowed=config.max_untrained_fraction, at_end=True)
         for output in outputs.values():
             if output.empty:
                 raise UserError(_nothing_in(output.path, bad_lines, begun=any(one.begun for one in outputs.values())))
