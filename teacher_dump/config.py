@@ -146,8 +146,8 @@ class PrepareConfig(StrictModel):
             text = getattr(self, name)
             if text is not None and text.count(word) != 1:
                 raise ValueError(f"{name} is {text!r}; expected a text with {word} in it, once")
-        if self.packing == "cut" and self.too_long is not None:
-            raise ValueError("too_long is of packing=whole; packing cut cuts every document at the end of a row")
+        if self.packing != "whole" and self.too_long is not None:
+            raise ValueError(f"too_long is of packing=whole, and packing is {self.packing}; leave it out")
         return self
 
     @property

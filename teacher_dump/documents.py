@@ -134,7 +134,7 @@ Records = Iterator[tuple[int, "Record | BadRecord"]]
 
 
 def _read_jsonl(file: InputFile, raw: IO[bytes], skip: int, kind: RecordKind) -> Records:
-    for record, line in enumerate(_lines(file, raw)):
+    for record, line in enumerate(lines_of(file, raw)):
         if record < skip or not line.strip():
             continue
         try:
@@ -151,7 +151,8 @@ def _read_jsonl(file: InputFile, raw: IO[bytes], skip: int, kind: RecordKind) ->
         yield record, kind.read(value) if missing is None else BadRecord(missing)
 
 
-def _lines(file: InputFile, raw: IO[bytes]) -> Iterator[bytes]:
+def lines_of(file: InputFile, raw: IO[bytes]) -> Iterator[bytes]:
+    """The lines of an opened file, decompressed. Raises OSError, EOFError or LZMAError where it is damaged."""
     try:
         yield from _decompressed(file, raw)
     except Exception as error:
@@ -169,7 +170,7 @@ def _read_text(file: InputFile, raw: IO[bytes], skip: int, kind: RecordKind) -> 
             f"{file.path} is read as one plain text, and {' and '.join(kind.fields)} name fields of a record; give "
             "JSON lines, Parquet or a data set, or leave them out"
         )
-    content = b"".join(_lines(file, raw))
+    content = b"".join(lines_of(file, raw))
     try:
         # A byte order mark is no part of the text.
         yield 0, kind.read({kind.fields[PLAIN_TEXT]: content.decode("utf-8-sig")})

@@ -76,8 +76,9 @@ class Output:
     Nothing is written before the first unit is whole. The tokenizer is placed then, ahead of the store, and nothing of
     either is left if that unit cannot be committed. `force` deletes another store at that moment, not before.
 
-    `packing` is a rule of PACKINGS, with its `window` and `too_long`. Documents may have masks where the spec's columns
-    name `mask`. The order of calls: `add` for what it `wants`, `close`, `finish`, `seal`.
+    `packing` is a rule of PACKINGS, with its `window` and `too_long`; `parts` is that of PackerStart. Documents may
+    have masks where the spec's columns name `mask`. The order of calls: `add` for what it `wants`, `close`, `finish`,
+    `seal`.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Output:
         packing: str = "cut",
         window: int = 1024,
         too_long: str = "cut",
+        parts: int = 1,
     ) -> None:
         self.path, self.spec = path, spec
         self._force, self._tokenizer = force, tokenizer
@@ -117,6 +119,7 @@ class Output:
             too_long=too_long,
             first_row=first_row,
             start=self.start,
+            parts=parts,
         )
         self._packer: Packer = import_module(PACKINGS[packing].module).make(start)
 

@@ -72,6 +72,7 @@ class PackerStart:
     too_long: str = "cut"
     first_row: int = 0
     start: Cursor | None = None  # of an earlier run
+    parts: int = 1  # documents that a record may have: `Place.record` is `parts` times its number, plus the one inside
 
 
 class Packer(Protocol):

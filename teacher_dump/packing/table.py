@@ -25,6 +25,10 @@ PACKINGS: dict[str, PackingEntry] = {
         module="potstill.teacher_dump.packing.whole",
         description="whole documents, so that rows may be shorter",
     ),
+    "rows": PackingEntry(
+        module="potstill.teacher_dump.packing.rows",
+        description="each record is a row of its own",
+    ),
 }
 
 
