@@ -167,8 +167,8 @@ INSPECT = Command(
     "token by token, and what the teacher or the small model says about the next one: the label's probability and "
     "rank, the entropy, the mass outside, the first candidates. A dash marks a token that is not trained on, a bar the "
     "end of a document, a star the label. With --html, write a page that needs no network: the text shaded by loss, "
-    "rank, entropy or tail, and the teacher's candidates of each token; with --run also by what a step of the run keeps, "
-    "and by the student's loss.",
+    "rank, entropy or tail, and the teacher's candidates of each token; with --run also by what a step of the run "
+    "keeps, and by the student's loss.",
     examples=(
         "potstill inspect targets/train",
         "potstill inspect targets/train --row 17 --tokens data/train --tokenizer data/tokenizer",

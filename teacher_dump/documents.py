@@ -134,7 +134,7 @@ Records = Iterator[tuple[int, "Record | BadRecord"]]
 
 
 def _read_jsonl(file: InputFile, raw: IO[bytes], skip: int, kind: RecordKind) -> Records:
-    for record, line in enumerate(_lines(file, raw)):
+    for record, line in enumerate(lines_of(file, raw)):
         if record < skip or not line.strip():
             continue
         try:
@@ -151,7 +151,8 @@ def _read_jsonl(file: InputFile, raw: IO[bytes], skip: int, kind: RecordKind) ->
         yield record, kind.read(value) if missing is None else BadRecord(missing)
 
 
-def _lines(file: InputFile, raw: IO[bytes]) -> Iterator[bytes]:
+def lines_of(file: InputFile, raw: IO[bytes]) -> Iterator[bytes]:
+    """The lines of an opened file, decompressed. Raises OSError, EOFError or LZMAError where it is damaged."""
     try:
         yield from _decompressed(file, raw)
     except Exception as error:
@@ -169,7 +170,7 @@ def _read_text(file: InputFile, raw: IO[bytes], skip: int, kind: RecordKind) -> 
             f"{file.path} is read as one plain text, and {' and '.join(kind.fields)} name fields of a record; give "
             "JSON lines, Parquet or a data set, or leave them out"
         )
-    content = b"".join(_lines(file, raw))
+    content = b"".join(lines_of(file, raw))
     try:
         # A byte order mark is no part of the text.
         yield 0, kind.read({kind.fields[PLAIN_TEXT]: content.decode("utf-8-sig")})
@@ -195,9 +196,10 @@ def _read_parquet(file: InputFile, raw: IO[bytes], skip: int, kind: RecordKind) 
             record += rows
             continue
         for batch in table.iter_batches(batch_size=_PARQUET_BATCH, row_groups=[group], columns=columns):
-            for number in range(batch.num_rows):
+            for values in zip(*(batch.column(name) for name in columns), strict=True):
                 if record >= skip:
-                    yield record, kind.read({name: batch.column(name)[number].as_py() for name in columns})
+                    found = (value.as_py() for value in values)
+                    yield record, kind.read(dict(zip(columns, found, strict=True)))
                 record += 1
 
 

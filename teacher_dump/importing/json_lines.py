@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from potstill.common.errors import UserError
-from potstill.teacher_dump.documents import _lines as decompressed_lines
+from potstill.teacher_dump.documents import lines_of
 from potstill.teacher_dump.importing.columns import Columns, choose_columns, make_record
 from potstill.teacher_dump.importing.token_file import Ids, Reading, TokenFile, TokenRecord
 from potstill.teacher_dump.inputs import COMPRESSIONS, InputFile
@@ -66,7 +66,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes, int]]:
     try:
         with path.open("rb") as raw:
             file = InputFile(path, path.name, "jsonl", compression, 0)
-            for number, line in enumerate(decompressed_lines(file, raw)):
+            for number, line in enumerate(lines_of(file, raw)):
                 yield number, line, raw.tell()
     except (OSError, EOFError, lzma.LZMAError) as error:
         raise UserError(f"input file {path} cannot be read to its end: {error}") from error

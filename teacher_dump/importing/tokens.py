@@ -30,7 +30,7 @@ from potstill.teacher_dump.importing.tokens_config import ImportTokensConfig
 from potstill.teacher_dump.kept_tokenizer import KeptTokenizer
 from potstill.teacher_dump.prepared import MASK_COLUMN, Output, StoreSummary, check_untrained
 from potstill.teacher_dump.split import Split
-from potstill.teacher_dump.tokenizer import TextEncoder, text_encoder
+from potstill.teacher_dump.tokenizer import TextEncoder, context_limit, text_encoder
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +82,7 @@ def import_tokens(config: ImportTokensConfig) -> ImportSummary:
     reading = _reading(config, encoder)
     longest = config.row_length if config.packing == "rows" else None
     source = TokenSource(found, reading, longest=longest, max_bad_lines=config.max_bad_lines)
+    _note_context(config, source, encoder)
     split = _make_split(config, source)
     kept = _kept_tokenizer(config, encoder)
     spec = _run_spec(config, source, encoder, split)
@@ -103,7 +104,7 @@ def import_tokens(config: ImportTokensConfig) -> ImportSummary:
     bad_lines = _fill(config, source, split, outputs)
     for output in outputs.values():
         output.close(Place(source.num_files, 0), bad_lines=bad_lines)
-    check_untrained(list(outputs.values()), allowed=config.max_untrained_fraction, at_least=1)
+    check_untrained(list(outputs.values()), allowed=config.max_untrained_fraction, at_end=True)
     for output in outputs.values():
         if output.empty:
             raise UserError(_nothing_in(str(output.path), bad_lines))
@@ -148,6 +149,16 @@ def _reading(config: ImportTokensConfig, encoder: TextEncoder) -> Reading:
         mask_column=config.mask_column,
         attention_column=config.attention_column,
     )
+
+
+def _note_context(config: ImportTokensConfig, source: TokenSource, encoder: TextEncoder) -> None:
+    """Say now what a later stage would refuse: rows longer than the model of the tokenizer reads."""
+    limit = context_limit(config.tokenizer, encoder.tokenizer)
+    if limit is not None and config.row_length > limit[0]:
+        source.note(
+            f"row_length {config.row_length} exceeds the {limit[0]} positions that the model of tokenizer "
+            f"{config.tokenizer} reads ({limit[1]}): dump and score refuse these rows with that model"
+        )
 
 
 def _make_split(config: ImportTokensConfig, source: TokenSource) -> Split:

@@ -21,7 +21,7 @@ from potstill.teacher_dump.documents import Place
 from potstill.teacher_dump.hf_datasets import open_dataset
 from potstill.teacher_dump.records.text import PlainText
 from tests.teacher_dump.test_prepare import Killed
-from tests.teacher_dump.tiny import some_texts, token_rows, write_jsonl
+from tests.teacher_dump.tiny import chat_tokenizer, some_texts, token_rows, write_jsonl
 
 datasets = pytest.importorskip("datasets")
 NUM_TEXTS, NUM_SHARDS = 150, 3
@@ -74,6 +74,29 @@ def rows(output: Path) -> list[list[list[int]]]:
 def records(path: Path, **choice: Any) -> list[str]:
     source = open_dataset(DatasetInput(path=str(path), **choice), kind=PlainText("text"), max_bad_lines=0)
     return [document.record.text for document in source.read()]
+
+
+@pytest.mark.parametrize(
+    "keys", [{"prompt_field": "q", "response_field": "a"}, {"messages_field": "talk"}], ids=["prompts", "chat"]
+)
+def test_prompts_and_conversations_are_those_of_json_lines(keys: dict[str, str], tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer(tmp_path / "tokenizer")
+    made = [{"q": f"what is n{n}?", "a": text} for n, text in enumerate(some_texts(40)) if text]
+    for one in made:
+        one["talk"] = [{"role": "user", "content": one["q"]}, {"role": "assistant", "content": one["a"]}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(one) + "\n" for one in made))
+    data = datasets.Dataset.from_list(made)
+    data.to_parquet(tmp_path / "a.parquet")
+    data.save_to_disk(tmp_path / "saved")
+    inputs = [{"input": [tmp_path / name]} for name in ("a.jsonl", "a.parquet")]
+    found = []
+    for number, source in enumerate([*inputs, {"dataset": {"path": str(tmp_path / "saved")}}]):
+        prepare(config(tmp_path / f"out{number}", tokenizer, **keys, **source, max_untrained_fraction=1.0))
+        found.append([row.has_target().tolist() for row in token_rows(tmp_path / f"out{number}" / "train")])
+        assert rows(tmp_path / f"out{number}") == rows(tmp_path / "out0") and found[number] == found[0]
+    wrong = {"prompt_field": "q", "response_field": "b", "dataset": {"path": str(tmp_path / "saved")}}
+    with pytest.raises(UserError, match=r"no column 'b'; found .*set response_field \(--response-field\)"):
+        prepare(config(tmp_path / "other", tokenizer, **wrong))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -16,7 +16,7 @@ from potstill.common.errors import UserError
 from potstill.storage import StoreReader, StoreWriter, verify_store
 from potstill.teacher_dump import PrepareConfig, prepare, prepared
 from potstill.teacher_dump.tokenizer import load_tokenizer
-from tests.teacher_dump.tiny import chat_tokenizer, some_texts, token_rows
+from tests.teacher_dump.tiny import CHAT_TEMPLATE, chat_tokenizer, some_texts, token_rows
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -142,6 +142,8 @@ def test_a_killed_run_continues_to_equal_stores(
     assert summary.bad_lines == first.bad_lines == (kind != "text")
     again = prepare(config(path, tmp_path / "whole", tokenizer, **settings))
     assert again.stores == first.stores
+    # Beside the stores: what asks the student later the way it was trained.
+    assert load_tokenizer(str(tmp_path / "whole" / "tokenizer")).get_chat_template() == CHAT_TEMPLATE
 
 
 def test_equal_prompts_fall_on_one_side_whatever_is_answered(tmp_path: Path, tokenizer: Path) -> None:

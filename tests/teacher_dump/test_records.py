@@ -107,6 +107,7 @@ def chat(folder: Path, template: str | None = CHAT_TEMPLATE, train_on: str = "re
         (CHAT_TEMPLATE, "responses", ANSWERS),
         (MARKING, "marked", [answer.strip("\n") for answer in ANSWERS]),
     ],
+    ids=["responses", "marked"],
 )
 def test_answers_of_a_conversation(template: str, train_on: str, expected: list[str], tmp_path: Path) -> None:
     kind = chat(tmp_path / "t", template, train_on)
@@ -149,6 +150,7 @@ def test_what_stands_before_an_answer_is_what_a_model_is_asked_with(tmp_path: Pa
         (FORGETFUL, TALK, "message 3 of field 'talk': the chat template writes the beginning .* train_on=marked"),
         (JOINING, TALK, "message 3 of field 'talk': no token begins where the answer does.*train_on=marked"),
     ],
+    ids=[f"talk{number}" for number in range(11)],
 )
 def test_a_conversation_that_cannot_be_used(template: str, talk: Any, message: str, tmp_path: Path) -> None:
     found = chat(tmp_path / "t", template).read({"talk": talk})
@@ -163,6 +165,7 @@ def test_a_conversation_that_cannot_be_used(template: str, talk: Any, message: s
         (None, "responses", "has no chat template.*use prompt_field and response_field"),
         (CHAT_TEMPLATE, "marked", "does not mark what is generated.*train_on=responses"),
     ],
+    ids=["none", "unmarked"],
 )
 def test_a_template_that_cannot_serve_is_refused(
     template: str | None, train_on: str, message: str, tmp_path: Path
