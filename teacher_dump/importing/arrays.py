@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from potstill.common.errors import UserError
 from potstill.teacher_dump.importing.bounds import AfterEndTokens, CsvBounds, WholeFile
+from potstill.teacher_dump.importing.columns import lengths_between
 from potstill.teacher_dump.importing.token_file import (
     Bounds,
     FlatArray,
     FlatFile,
+    Ids,
     Reading,
     TokenFile,
     TokenRecord,
@@ -44,12 +47,16 @@ _SAMPLE_TOKENS, _FEWEST = 1 << 16, 64
 
 @dataclass(frozen=True)
 class ArrayRows:
-    """A TokenFile over a two-dimensional `.npy` [rows, length]: each row is a record."""
+    """A TokenFile over a two-dimensional `.npy` [rows, length]: each row is a record.
+
+    end_token: where documents end inside of rows; None: a row is one.
+    """
 
     paths: tuple[Path, ...]
     ids: FlatArray
     length: int
     facts: Mapping[str, Any]
+    end_token: int | None = None
     has_mask: bool = False
     word: str = "row"
     hints: tuple[str, ...] = ()
@@ -59,7 +66,15 @@ class ArrayRows:
         ids = self.ids.open()
         for number in range(skip, self.ids.count // self.length if self.length else 0):
             end = (number + 1) * self.length
-            yield TokenRecord(number, ids[end - self.length : end], self.ids.offset + end * ids.dtype.itemsize)
+            row = ids[end - self.length : end]
+            yield TokenRecord(number, row, self.ids.offset + end * ids.dtype.itemsize, doc_lens=self._lengths(row))
+
+    def _lengths(self, row: Ids) -> NDArray[np.int64] | None:
+        if self.end_token is None:
+            return None
+        cuts = np.zeros(len(row), np.bool_)
+        cuts[1:] = row[:-1] == self.end_token
+        return lengths_between(cuts)
 
 
 def open_file(path: Path, reading: Reading) -> TokenFile:
@@ -70,14 +85,24 @@ def open_file(path: Path, reading: Reading) -> TokenFile:
         raise UserError(f"{path} is {kind}, no array of ids; name the files of ids (or their kind by --format)")
     if head.startswith(_NUMPY_MAGIC):
         ids, shape = _numpy_array(path)
+        _check_dtype(path, ids, reading)
         if len(shape) == 2:
-            facts = {"dtype": ids.dtype.name, "bounds": "end_token" if reading.bounds == "end_token" else "rows"}
-            return ArrayRows((path,), ids, shape[1], facts)
+            cuts = reading.bounds == "end_token"
+            facts = {"dtype": ids.dtype.name, "bounds": "end_token" if cuts else "rows"}
+            return ArrayRows((path,), ids, shape[1], facts, reading.end_token if cuts else None)
         return flat_file(path, ids, reading)
     magic = int.from_bytes(head[:4], "little")
     if magic in _LLMC:
-        return flat_file(path, _llmc_array(path, magic), reading)
+        ids = _llmc_array(path, magic)
+        _check_dtype(path, ids, reading)
+        return flat_file(path, ids, reading)
     return flat_file(path, headerless(path, dtype=reading.dtype, vocab_size=reading.vocab_size), reading)
+
+
+def _check_dtype(path: Path, ids: FlatArray, reading: Reading) -> None:
+    """Raise UserError where the option names another type than the header of the file."""
+    if reading.dtype not in (None, ids.dtype.name):
+        raise UserError(f"{path} says that its ids are {ids.dtype.name}, and --dtype is {reading.dtype}; leave it out")
 
 
 def flat_file(path: Path, ids: FlatArray, reading: Reading) -> FlatFile:

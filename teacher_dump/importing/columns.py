@@ -106,10 +106,10 @@ def make_record(
         cuts[1:] = parts[1:] != parts[:-1]
     if reading.bounds == "end_token":
         cuts[1:] |= text[:-1] == reading.end_token
-    return TokenRecord(number, text, position, mask, _lengths(cuts))
+    return TokenRecord(number, text, position, mask, lengths_between(cuts))
 
 
-def _lengths(cuts: NDArray[np.bool_]) -> NDArray[np.int64] | None:
+def lengths_between(cuts: NDArray[np.bool_]) -> NDArray[np.int64] | None:
     """Lengths of the documents that begin at the cuts, and at 0; None where there is one."""
     if not cuts.any():
         return None

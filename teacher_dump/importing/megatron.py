@@ -18,6 +18,7 @@ from typing import NoReturn
 import numpy as np
 
 from potstill.common.errors import UserError
+from potstill.teacher_dump.importing.arrays import choose_bounds
 from potstill.teacher_dump.importing.bounds import check_growing
 from potstill.teacher_dump.importing.token_file import (
     FlatArray,
@@ -73,12 +74,8 @@ class SequenceBounds:
                 wrong[-1] = True
             if wrong.any():
                 self._refuse(piece + int(np.argmax(wrong)), total * itemsize)
-            if self.modes is not None and (modes := self.modes.open()[piece:stop]).any():
-                number = piece + int(np.flatnonzero(modes)[0])
-                raise UserError(
-                    f"{self.lengths.path}: sequence {number} has mode {modes[number - piece]}; it is not text, and "
-                    "only text can be imported"
-                )
+            if self.modes is not None:
+                check_modes(self.modes.open()[piece:stop], piece, self.lengths.path)
             places[piece - begin + 1 : stop - begin + 1] = here[1:] // itemsize
             start = int(here[-1])
         following = int(offsets[end]) if end < len(offsets) else total * itemsize
@@ -91,6 +88,15 @@ class SequenceBounds:
             f"{self.lengths.path}: sequence {number} has {int(self.lengths.open()[number])} tokens from byte "
             f"{int(self.offsets.open()[number])} on; sequences must lie one after the other and fill the {num_bytes} "
             "bytes of the .bin. One of the two files is damaged, or they do not belong together: write the set again"
+        )
+
+
+def check_modes(modes: Ids, first: int, index: Path) -> None:
+    """Raise UserError where a sequence, of these from number `first` on, is of another kind of input than text."""
+    if modes.any():
+        place = int(np.flatnonzero(modes)[0])
+        raise UserError(
+            f"{index}: sequence {first + place} has mode {modes[place]}; it is not text, and only text can be imported"
         )
 
 
@@ -117,13 +123,15 @@ def open_file(path: Path, reading: Reading) -> TokenFile:
             f"{data} has {num_bytes} bytes, which are no whole number of ids of {dtype.itemsize} bytes as {index.name} "
             "says; it is cut off, or the two do not belong together"
         )
-    _check_ends(lengths, offsets, bounds, num_bytes, dtype.itemsize)
-    return FlatFile(
-        paths=(index, data),
-        ids=FlatArray(data, dtype, num_bytes // dtype.itemsize),
-        bounds=SequenceBounds(lengths, offsets, bounds, modes),
-        facts={"dtype": dtype.name, "bounds": "recorded"},
-    )
+    ids = FlatArray(data, dtype, num_bytes // dtype.itemsize)
+    if reading.bounds in ("auto", "recorded"):
+        _check_ends(lengths, offsets, bounds, num_bytes, dtype.itemsize)
+        recorded = SequenceBounds(lengths, offsets, bounds, modes)
+        return FlatFile((index, data), ids, recorded, {"dtype": dtype.name, "bounds": "recorded"})
+    if modes is not None:
+        check_modes(modes.open(), 0, index)
+    others, name, hints = choose_bounds(data, None, reading)
+    return FlatFile((index, data), ids, others, {"dtype": dtype.name, "bounds": name}, hints=hints)
 
 
 def _header(index: Path) -> tuple[int, int, int]:

@@ -23,7 +23,9 @@ from potstill.common.model_place import TOKENIZER_FILES, find_model
 from potstill.common.progress import Progress, format_seconds
 from potstill.storage import RunSpec, check_output
 from potstill.teacher_dump.documents import Place
+from potstill.teacher_dump.importing.format_options import check_options
 from potstill.teacher_dump.importing.token_file import Ids, Reading
+from potstill.teacher_dump.importing.token_formats import TOKEN_FORMATS
 from potstill.teacher_dump.importing.token_search import find_token_files
 from potstill.teacher_dump.importing.token_source import PARTS, TokenDocument, TokenSource
 from potstill.teacher_dump.importing.tokens_config import ImportTokensConfig
@@ -74,6 +76,7 @@ def import_tokens(config: ImportTokensConfig) -> ImportSummary:
     """
     started = time.monotonic()
     found = find_token_files(config.input, config.format)
+    check_options(TOKEN_FORMATS, found[0].format, dict(config))
     parts = (TRAIN, HELDOUT) if config.heldout_fraction or config.heldout_documents else (TRAIN,)
     for part in parts:
         check_output(inside(config.output, part))
