@@ -25,6 +25,7 @@ from potstill.teacher_dump.importing.first_records import FirstLook, Joined, loo
 from potstill.teacher_dump.importing.foreign_records import FoundRecord, TargetsSource
 from potstill.teacher_dump.importing.foreign_rows import STATS, row_without_targets, targets_row, tokens_row
 from potstill.teacher_dump.importing.foreign_tokens import TOKENS, longest_row, own_rows, source_info, write_tokens
+from potstill.teacher_dump.importing.format_options import check_options
 from potstill.teacher_dump.importing.import_targets_summary import ImportTargetsSummary
 from potstill.teacher_dump.importing.record_units import RecordUnits
 from potstill.teacher_dump.importing.target_formats import TARGET_FORMATS
@@ -92,6 +93,7 @@ def open_source(config: ImportTargetsConfig) -> TargetsSource:
     for name in names:
         module = importlib.import_module(TARGET_FORMATS[name].module)
         if config.format is not None or module.recognises(config.input):
+            check_options(TARGET_FORMATS, name, dict(config))
             source: TargetsSource = module.open_source(config)
             return source
     raise UserError(f"input {config.input[0]!r} is of no known format ({', '.join(TARGET_FORMATS)}); set --format")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,30 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import zstandard
 from pydantic import ValidationError
 
 from potstill.common.errors import UserError
+from potstill.storage import MismatchError, StoreReader
 from potstill.teacher_dump import ImportTokensConfig, PrepareConfig
 from potstill.teacher_dump.importing.format_options import check_options
+from potstill.teacher_dump.importing.table_source import whole_numbers
+from potstill.teacher_dump.importing.targets import ImportTargetsConfig, import_targets
 from potstill.teacher_dump.importing.token_formats import TOKEN_FORMATS
-from potstill.teacher_dump.records.base import Record
+from potstill.teacher_dump.records.base import BadRecord, Record
 from potstill.teacher_dump.records.prompts import Prompts
 from potstill.teacher_dump.tokenizer import text_encoder
+from tests.student_train import tiny
 from tests.teacher_dump import token_files as made
+from tests.teacher_dump.foreign_files import (
+    K,
+    Truth,
+    truth_of,
+    write_distillkit,
+    write_megatron,
+    write_tar,
+    write_topk,
+)
 from tests.teacher_dump.test_import_formats import DOCUMENTS, WRITERS, ids_of, read
 from tests.teacher_dump.token_files import END, joined
 
@@ -131,3 +146,95 @@ def test_special_tokens_in_a_format_are_refused(key: str, tokenizer_folder: Path
     assert isinstance(record, Record)
     with pytest.raises(UserError, match=rf"{key} holds the special token '<\|endoftext\|>'"):
         kind.encode(encoder, [record])
+
+
+@pytest.fixture(scope="module")
+def truths() -> list[Truth]:
+    return [truth_of(row) for row in tiny.token_rows(8)]
+
+
+@pytest.fixture(scope="module")
+def tokens(truths: list[Truth], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bigram") / "tokens"
+    tiny.write_store(path, tiny.spec_of("tokens", num_rows=None, rows_per_unit=4), [one.row for one in truths])
+    return path
+
+
+def import_of(source: Path, tokens: Path, output: Path, **options: Any) -> tuple[Any, StoreReader]:
+    config = ImportTargetsConfig(input=[str(source)], output=output, teacher="t", tokens=str(tokens), **options)
+    return import_targets(config), StoreReader(output / "targets")
+
+
+def test_options_of_other_formats_of_targets_are_refused(truths: list[Truth], tokens: Path, tmp_path: Path) -> None:
+    paths = {
+        "distillkit": write_distillkit(tmp_path / "d", truths),
+        "topk_parquet": write_topk(tmp_path / "t.parquet", truths),
+        "megatron_logits": write_megatron(tmp_path / "m", truths),
+    }
+    for format, key in [
+        ("distillkit", "ids_column"),
+        ("distillkit", "normaliser_column"),
+        ("topk_parquet", "compression_config"),
+        ("megatron_logits", "attention_column"),
+    ]:
+        with pytest.raises(UserError, match=f"{key} is of files of format .* these are of format {format}"):
+            import_of(paths[format], tokens, tmp_path / "out", **{key: "x"})
+
+
+def test_no_entry_is_left_out_because_the_first_record_has_fewer(
+    truths: list[Truth], tokens: Path, tmp_path: Path
+) -> None:
+    kept = [3, *[K] * (len(truths) - 1)]
+    columns = {
+        "topk_ids": [one.ids[:, :k].tolist() for one, k in zip(truths, kept, strict=True)],
+        "topk_logprobs": [one.logprobs[:, :k].tolist() for one, k in zip(truths, kept, strict=True)],
+    }
+    path = write_topk(tmp_path / "t.parquet", truths, **columns)
+    with pytest.raises(UserError, match=rf"record 2 .*has {K} entries, and 3 were expected .*set --k"):
+        import_of(path, tokens, tmp_path / "out")
+    for k in (4, K, 20):
+        _, reader = import_of(path, tokens, tmp_path / f"out{k}", k=k)
+        (row,) = reader.targets_rows([1])
+        assert np.diff(row.targets.offsets).max() == min(k, K)
+
+
+def test_ids_that_a_short_float_has_rounded_are_refused() -> None:
+    assert whole_numbers(np.array([2048, 7], np.float16), "ids").tolist() == [2048, 7]
+    assert whole_numbers(np.array([1 << 24], np.float32), "ids").tolist() == [1 << 24]
+    for array in (np.array([2050], np.float16), np.array([(1 << 24) + 2], np.float32)):
+        with pytest.raises(BadRecord, match="ids above were rounded to others"):
+            whole_numbers(array, "ids")
+
+
+def test_a_missing_iteration_is_refused(truths: list[Truth], tokens: Path, tmp_path: Path) -> None:
+    path = write_megatron(tmp_path / "m", [*truths, *truths[:4]])
+    (tar,) = path.glob("*.tar")
+    members = {}
+    with tarfile.open(tar) as found:
+        for name in ("0.pt.zst", "2.pt.zst"):
+            stream = found.extractfile(name)
+            assert stream is not None
+            members[int(name[0])] = zstandard.ZstdDecompressor().decompressobj().decompress(stream.read())
+        stream = found.extractfile("_meta.json")
+        assert stream is not None
+        meta = json.loads(stream.read())
+    write_tar(tar, members, meta)
+    with pytest.raises(UserError, match="iteration 1 is missing, between 0 and 2"):
+        import_of(path, tokens, tmp_path / "out")
+
+
+def test_rows_of_several_documents_need_files_that_say_so(truths: list[Truth], tokens: Path, tmp_path: Path) -> None:
+    assert any(len(one.row.doc_lens) > 1 for one in truths)
+    with_bounds, _ = import_of(write_topk(tmp_path / "a.parquet", truths), tokens, tmp_path / "a")
+    assert with_bounds.notes == ()
+    without, _ = import_of(write_topk(tmp_path / "b.parquet", truths, attention_mask=[]), tokens, tmp_path / "b")
+    assert len(without.notes) == 1 and "read them apart" in without.notes[0]
+
+
+def test_a_run_goes_with_its_column_of_documents(truths: list[Truth], tmp_path: Path, tokenizer_folder: Path) -> None:
+    path = write_distillkit(tmp_path / "d", truths, other=[[1] * len(one.row.tokens) for one in truths])
+    common: dict[str, Any] = {"input": [str(path)], "output": tmp_path / "out", "teacher": "t"}
+    common["tokenizer"] = str(tokenizer_folder)
+    import_targets(ImportTargetsConfig(**common))
+    with pytest.raises(MismatchError, match="segments"):
+        import_targets(ImportTargetsConfig(**common, attention_column="other"))
