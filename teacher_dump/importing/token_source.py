@@ -88,9 +88,10 @@ class TokenSource:
         return TokenReader(self, start if start is not None else Place(0, 0), bad_lines=bad_lines)
 
     def note(self, text: str) -> None:
-        """Log a warning, and keep it for the summary."""
-        log.warning("%s", text)
-        self.notes.append(text)
+        """Log a warning, and keep it for the summary; once, however many passes find it."""
+        if text not in self.notes:
+            log.warning("%s", text)
+            self.notes.append(text)
 
 
 class TokenReader:

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 ASSISTANT = "assistant"
 RESPONSES, MARKED = "responses", "marked"
-_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
+# Characters of private use, which stand where the template's marks are, so that their places in the text are known.
+_BEGIN, _END = "\ue000", "\ue001"
 _USE_MARKS = (
     f"use train_on={MARKED} with a template that marks what is generated ({{% generation %}} ... "
     "{% endgeneration %}), or a template that writes each turn the same, whatever follows it"
@@ -70,7 +72,19 @@ class Chat:
                 f"{MARKED}; put {{% generation %}} ... {{% endgeneration %}} round the assistant's text in it, or set "
                 f"train_on={RESPONSES}"
             )
+        if self._train_on == MARKED and not self._tokenizer.is_fast:
+            raise UserError(
+                f"tokenizer {self._source!r} cannot say where in a text its tokens stand (it is no fast one), which "
+                f"train_on={MARKED} needs; set train_on={RESPONSES}, or save it as a fast one (tokenizer.json)"
+            )
         return template
+
+    @cached_property
+    def _spelled(self) -> str:
+        """The template with _BEGIN and _END in the place of its marks, which leave white space as those do."""
+        return _GENERATION.sub(
+            lambda mark: f"{{%{mark[1]} if true %}}{_END if mark[2] else _BEGIN}{{% endif {mark[3]}%}}", self.template
+        )
 
     @cached_property
     def _special(self) -> re.Pattern[str]:
@@ -125,8 +139,22 @@ class Chat:
             raise BadRecord(f"the chat template refuses field {self._field!r}: {one_line(error)}") from error
 
     def _marked(self, messages: list[dict[str, Any]]) -> IdsAndMask:
-        found = self._apply(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        return np.array(found["input_ids"], np.int32), np.array(found["assistant_masks"], np.bool_)
+        # Not by return_assistant_tokens_mask of transformers: where no token begins at the last character of an answer
+        # it marks all that follows, and where that character has several tokens it leaves out all but the first.
+        pieces = re.split(f"([{_BEGIN}{_END}])", self._apply(messages, tokenize=False, chat_template=self._spelled))
+        text = "".join(pieces[::2])
+        if pieces[1::2] != [_BEGIN, _END] * (len(pieces) // 4) or text != self._apply(messages, tokenize=False):
+            raise BadRecord(
+                f"the places that the chat template marks in field {self._field!r} cannot be told: its marks do not "
+                f"stand in pairs, or the text has the characters U+E000 or U+E001; use train_on={RESPONSES}"
+            )
+        found = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        offsets = np.array(found["offset_mapping"], np.int64).reshape(-1, 2)
+        bounds = np.cumsum([len(piece) for piece in pieces[::2]])[:-1].reshape(-1, 2)
+        mask = np.zeros(len(offsets), np.bool_)
+        for begin, end in bounds.tolist():
+            mask |= (offsets[:, 0] < end) & (offsets[:, 1] > begin)
+        return np.array(found["input_ids"], np.int32), mask
 
     def _responses(self, messages: list[dict[str, Any]]) -> IdsAndMask:
         whole = self._apply(messages, tokenize=False)
