@@ -75,6 +75,8 @@ class TokenSource:
         ways: list[dict[str, Any]] = []
         for file in self.files:
             ways += [] if dict(file.facts) in ways else [dict(file.facts)]
+        if len(ways) > 1:
+            self.notes.append(f"not all files are read in one way: {ways[0]}, {ways[1]}; run.json lists every way")
         self.info: Mapping[str, Any] = {
             "format": found[0].format,
             "digest": digest_files(inputs),

@@ -102,7 +102,9 @@ class Chat:
             return error
         before = messages[: next(turn for turn, message in enumerate(messages) if message["role"] == ASSISTANT)]
         text = "\n".join(message["content"] for message in messages)
-        return Record(text, json.dumps(before, sort_keys=True, ensure_ascii=False), found)
+        # Other fields of a message, such as its time, are no part of what is asked.
+        asked = [{name: message[name] for name in ("content", "role")} for message in before]
+        return Record(text, json.dumps(asked, sort_keys=True, ensure_ascii=False), found)
 
     def encode(self, encoder: TextEncoder, records: Sequence[Record]) -> list[IdsAndMask]:
         return [record.content for record in records]

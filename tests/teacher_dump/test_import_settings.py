@@ -35,7 +35,7 @@ from tests.teacher_dump.foreign_files import (
     write_tar,
     write_topk,
 )
-from tests.teacher_dump.test_import_formats import DOCUMENTS, WRITERS, ids_of, read
+from tests.teacher_dump.test_import_formats import DOCUMENTS, WRITERS, ids_of, read, source
 from tests.teacher_dump.token_files import END, joined
 
 
@@ -160,8 +160,8 @@ def tokens(truths: list[Truth], tmp_path_factory: pytest.TempPathFactory) -> Pat
     return path
 
 
-def import_of(source: Path, tokens: Path, output: Path, **options: Any) -> tuple[Any, StoreReader]:
-    config = ImportTargetsConfig(input=[str(source)], output=output, teacher="t", tokens=str(tokens), **options)
+def import_of(path: Path, tokens: Path, output: Path, **options: Any) -> tuple[Any, StoreReader]:
+    config = ImportTargetsConfig(input=[str(path)], output=output, teacher="t", tokens=str(tokens), **options)
     return import_targets(config), StoreReader(output / "targets")
 
 
@@ -238,3 +238,12 @@ def test_a_run_goes_with_its_column_of_documents(truths: list[Truth], tmp_path: 
     import_targets(ImportTargetsConfig(**common))
     with pytest.raises(MismatchError, match="segments"):
         import_targets(ImportTargetsConfig(**common, attention_column="other"))
+
+
+def test_files_that_are_read_in_several_ways_are_said(tmp_path: Path) -> None:
+    columns = {"input_ids": [[5, 7, END]]}
+    made.parquet(tmp_path / "a.parquet", columns)
+    assert source(tmp_path).notes == []
+    made.parquet(tmp_path / "b.parquet", columns | {"attention_mask": [[1, 1, 1]]})
+    (note,) = source(tmp_path).notes
+    assert "not all files are read in one way" in note and "attention_mask" in note

@@ -120,6 +120,7 @@ def test_answers_of_a_conversation(template: str, train_on: str, expected: list[
     # All answers to one beginning fall on one side of the split.
     other = read(kind, {"talk": [*TALK[:2], {"role": "assistant", "content": "the mash"}]})
     assert other.key == record.key != read(kind, {"talk": TALK[1:]}).key
+    assert read(kind, {"talk": [message | {"time": n} for n, message in enumerate(TALK)]}).key == record.key
 
 
 def test_what_stands_before_an_answer_is_what_a_model_is_asked_with(tmp_path: Path) -> None:
