@@ -93,7 +93,8 @@ def open_source(config: ImportTargetsConfig) -> TargetsSource:
     for name in names:
         module = importlib.import_module(TARGET_FORMATS[name].module)
         if config.format is not None or module.recognises(config.input):
-            check_options(TARGET_FORMATS, name, dict(config))
+            settings = {key: None if value == "auto" else value for key, value in config}
+            check_options(TARGET_FORMATS, name, settings)
             source: TargetsSource = module.open_source(config)
             return source
     raise UserError(f"input {config.input[0]!r} is of no known format ({', '.join(TARGET_FORMATS)}); set --format")

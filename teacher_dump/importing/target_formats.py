@@ -31,7 +31,7 @@ TARGET_FORMATS: Mapping[str, TargetFormat] = {
     "topk_parquet": TargetFormat(
         module="potstill.teacher_dump.importing.topk_parquet",
         description="lists of ids and values in Parquet, Arrow or folders of save_to_disk",
-        options=("tokens_column", "ids_column", "values_column", "normaliser_column", "attention_column"),
+        options=("tokens_column", "ids_column", "values_column", "normaliser_column", "attention_column", "values"),
     ),
     "megatron_logits": TargetFormat(
         module="potstill.teacher_dump.importing.megatron_logits",

@@ -85,6 +85,11 @@ class TokenSource:
             "read_as": ways,  # each way once
         }
 
+    @property
+    def cuts_at_end_token(self) -> bool:
+        """Whether documents of any file end after end tokens."""
+        return any(file.facts["bounds"] == "end_token" for file in self.files)
+
     def read(self, *, start: Place | None = None, bad_lines: int = 0) -> TokenReader:
         """The documents from `start` on; `bad_lines` broken records were counted before it."""
         return TokenReader(self, start if start is not None else Place(0, 0), bad_lines=bad_lines)

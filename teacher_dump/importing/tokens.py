@@ -86,6 +86,8 @@ def import_tokens(config: ImportTokensConfig) -> ImportSummary:
     longest = config.row_length if config.packing == "rows" else None
     source = TokenSource(found, reading, longest=longest, max_bad_lines=config.max_bad_lines)
     _note_context(config, source, encoder)
+    if config.end_token is not None and not (config.append_eos or source.cuts_at_end_token):
+        source.note(f"end_token {config.end_token} is not used: documents end as the files say (--bounds end_token)")
     split = _make_split(config, source)
     kept = _kept_tokenizer(config, encoder)
     spec = _run_spec(config, source, encoder, split)

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from potstill.common.errors import UserError
 from potstill.storage import MismatchError, StoreReader
-from potstill.teacher_dump import ImportTokensConfig, PrepareConfig
+from potstill.teacher_dump import ImportTokensConfig, PrepareConfig, import_tokens
 from potstill.teacher_dump.importing.format_options import check_options
 from potstill.teacher_dump.importing.table_source import whole_numbers
 from potstill.teacher_dump.importing.targets import ImportTargetsConfig, import_targets
@@ -176,9 +176,10 @@ def test_options_of_other_formats_of_targets_are_refused(truths: list[Truth], to
         ("distillkit", "normaliser_column"),
         ("topk_parquet", "compression_config"),
         ("megatron_logits", "attention_column"),
+        ("distillkit", "values"),
     ]:
         with pytest.raises(UserError, match=f"{key} is of files of format .* these are of format {format}"):
-            import_of(paths[format], tokens, tmp_path / "out", **{key: "x"})
+            import_of(paths[format], tokens, tmp_path / "out", **{key: "logits"})
 
 
 def test_no_entry_is_left_out_because_the_first_record_has_fewer(
@@ -247,3 +248,12 @@ def test_files_that_are_read_in_several_ways_are_said(tmp_path: Path) -> None:
     made.parquet(tmp_path / "b.parquet", columns | {"attention_mask": [[1, 1, 1]]})
     (note,) = source(tmp_path).notes
     assert "not all files are read in one way" in note and "attention_mask" in note
+
+
+def test_an_end_token_that_is_not_used_is_said(tmp_path: Path, tokenizer_folder: Path) -> None:
+    common: dict[str, Any] = {"tokenizer": tokenizer_folder, "row_length": 8, "end_token": 7}
+    for number, (name, unused) in enumerate({"megatron <u2": True, "ids": False, "parquet": True}.items()):
+        (tmp_path / str(number)).mkdir()
+        path = WRITERS[name](tmp_path / str(number), DOCUMENTS)
+        made_of = import_tokens(ImportTokensConfig(input=[str(path)], output=tmp_path / f"o{number}", **common))
+        assert any("end_token 7 is not used" in note for note in made_of.notes) == unused
