@@ -85,9 +85,7 @@ def import_tokens(config: ImportTokensConfig) -> ImportSummary:
     reading = _reading(config, encoder)
     longest = config.row_length if config.packing == "rows" else None
     source = TokenSource(found, reading, longest=longest, max_bad_lines=config.max_bad_lines)
-    _note_context(config, source, encoder)
-    if config.end_token is not None and not (config.append_eos or source.cuts_at_end_token):
-        source.note(f"end_token {config.end_token} is not used: documents end as the files say (--bounds end_token)")
+    _note_settings(config, source, encoder)
     split = _make_split(config, source)
     kept = _kept_tokenizer(config, encoder)
     spec = _run_spec(config, source, encoder, split)
@@ -156,8 +154,10 @@ def _reading(config: ImportTokensConfig, encoder: TextEncoder) -> Reading:
     )
 
 
-def _note_context(config: ImportTokensConfig, source: TokenSource, encoder: TextEncoder) -> None:
-    """Say now what a later stage would refuse: rows longer than the model of the tokenizer reads."""
+def _note_settings(config: ImportTokensConfig, source: TokenSource, encoder: TextEncoder) -> None:
+    """Say what has no effect, and what a later stage would refuse: rows longer than the tokenizer's model reads."""
+    if config.end_token is not None and not (config.append_eos or source.cuts_at_end_token):
+        source.note(f"end_token {config.end_token} is not used: documents end as the files say (--bounds end_token)")
     limit = context_limit(config.tokenizer, encoder.tokenizer)
     if limit is not None and config.row_length > limit[0]:
         source.note(
