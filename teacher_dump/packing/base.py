@@ -63,7 +63,7 @@ class PackedRow:
 class PackerStart:
     """What a packer is made with; `masked`: documents may say which of their tokens are trained on.
 
-    `window` and `too_long` are for rules that keep documents whole (see whole.py).
+    `window` and `too_long` are for rules that keep documents whole (see whole.py); `too_long` for `rows` as well.
     """
 
     row_length: int

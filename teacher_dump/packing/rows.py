@@ -1,7 +1,8 @@
 """Rule `rows`: each record of the input is a row of its own, with the bounds of the documents inside it.
 
-For sets whose records are rows already. A record of more than L tokens is split into several. A row may be shorter than
-L: what it lacks is stored nowhere. With masks a row that trains on nothing is left out.
+For sets whose records are rows already. A record of more than L tokens is split into several rows, or, with `too_long`
+cut, ends after its first L tokens: a piece of an answer without its prompt is no text. A row may be shorter than L:
+what it lacks is stored nowhere. With masks a row that trains on nothing is left out.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class RecordPacker:
 
     def __init__(self, made: PackerStart) -> None:
         self._row_length, self._masked, self._parts = made.row_length, made.masked, made.parts
+        self._cuts = made.too_long == "cut"
         self._next_row = made.first_row
         self._start = made.start
         self._spans: list[tuple[Ids, Mask | None]] = []
@@ -70,12 +72,15 @@ class RecordPacker:
         self._last, self._bad_lines = place, bad_lines
         used = self._start.offset if self._start is not None and place == self._start.place else 0
         while used < len(ids):
-            if self._filled == self._row_length:
+            if self._filled == self._row_length and not self._cuts:
                 yield from self._take_row(place, used)
             if used == 0:  # after the row before it, whose cursor does not count it
                 self._documents += 1
                 self._counts[TOO_LONG] += len(ids) > self._row_length
             take = min(self._row_length - self._filled, len(ids) - used)
+            if not take:
+                self._counts[LOST_TOKENS] += len(ids) - used
+                return
             here = slice(used, used + take)
             self._spans.append((ids[here], None if mask is None else mask[here]))
             self._filled += take

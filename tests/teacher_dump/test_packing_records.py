@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -9,16 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from potstill.teacher_dump.documents import Place
-from potstill.teacher_dump.packing.base import JUDGED, TOO_LONG, UNTRAINED, Cursor, PackedRow, PackerStart
+from potstill.teacher_dump.packing.base import JUDGED, LOST_TOKENS, TOO_LONG, UNTRAINED, Cursor, PackedRow, PackerStart
 from potstill.teacher_dump.packing.rows import make
 
 PARTS = 8
 Records = list[list[list[bool]]]  # of a record, the masks of its documents
 
 
-def packed(start: PackerStart, records: Records) -> tuple[list[PackedRow], object]:
+def packed(start: PackerStart, records: Records) -> tuple[list[PackedRow], tuple[int, int, dict[str, int]]]:
     packer = make(start)
-    rows = []
+    rows: list[PackedRow] = []
     for number, documents in enumerate(records):
         for part, bits in enumerate(documents):
             place = Place(0, number * PARTS + part)
@@ -36,7 +37,7 @@ some_records = st.lists(st.lists(st.lists(st.booleans(), max_size=7), min_size=1
 @settings(max_examples=60, deadline=None)
 @given(some_records, st.integers(2, 12), st.booleans())
 def test_records_are_rows_and_cursors_replay_them(records: Records, row_length: int, masked: bool) -> None:
-    rows, totals = packed(PackerStart(row_length=row_length, masked=masked, parts=PARTS), records)
+    rows, totals = packed(PackerStart(row_length=row_length, masked=masked, parts=PARTS, too_long="split"), records)
     wanted, untrained, judged = [], 0, 0
     for number, documents in enumerate(records):
         flat = [(part, place, on) for part, bits in enumerate(documents) for place, on in enumerate(bits)]
@@ -51,7 +52,7 @@ def test_records_are_rows_and_cursors_replay_them(records: Records, row_length: 
             wanted.append(([1000 * number + 100 * part + place for part, place, _ in piece], [n for n in lens if n]))
     assert [(one.row.tokens.tolist(), one.row.doc_lens.tolist()) for one in rows] == wanted
     assert [one.row.row for one in rows] == list(range(len(wanted)))
-    documents_seen, tokens, counts = totals  # type: ignore[misc]
+    documents_seen, tokens, counts = totals
     assert documents_seen == sum(len(bits) > 0 for documents in records for bits in documents)
     assert tokens == sum(len(ids) for ids, _ in wanted)
     assert counts[TOO_LONG] == sum(len(bits) > row_length for documents in records for bits in documents)
@@ -59,8 +60,28 @@ def test_records_are_rows_and_cursors_replay_them(records: Records, row_length: 
         assert (counts[JUDGED], counts[UNTRAINED]) == (judged, untrained)
     for done in range(1, len(rows)):
         cursor = Cursor.from_json(rows[done - 1].cursor.to_json())
-        start = PackerStart(row_length=row_length, masked=masked, parts=PARTS, first_row=done, start=cursor)
+        start = PackerStart(
+            row_length=row_length, masked=masked, parts=PARTS, too_long="split", first_row=done, start=cursor
+        )
         rest, again = packed(start, records)
         assert [one.cursor for one in rest] == [one.cursor for one in rows[done:]]
         assert [one.row.tokens.tolist() for one in rest] == [one.row.tokens.tolist() for one in rows[done:]]
         assert again == totals
+
+
+@settings(max_examples=30, deadline=None)
+@given(some_records, st.integers(2, 12))
+def test_records_end_where_the_row_is_full_and_cursors_replay_them(records: Records, row_length: int) -> None:
+    start = PackerStart(row_length=row_length, parts=PARTS, too_long="cut")
+    rows, totals = packed(start, records)
+    flat = [
+        [1000 * number + 100 * part + place for part, bits in enumerate(documents) for place in range(len(bits))]
+        for number, documents in enumerate(records)
+    ]
+    assert [one.row.tokens.tolist() for one in rows] == [ids[:row_length] for ids in flat if ids]
+    counts = totals[2]
+    assert counts[LOST_TOKENS] == sum(max(0, len(ids) - row_length) for ids in flat)
+    for done in range(1, len(rows)):
+        cursor = Cursor.from_json(rows[done - 1].cursor.to_json())
+        rest, again = packed(replace(start, first_row=done, start=cursor), records)
+        assert [one.cursor for one in rest] == [one.cursor for one in rows[done:]] and again == totals
