@@ -231,10 +231,11 @@ def _reproduce(facts: CardFacts) -> str:
 def _configuration(config: TrainConfig) -> str:
     tree = config.model_dump(mode="json")
     data = tree["data"]
-    places = [(tree["run"], ("output_dir",)), (data, ("heldout", "heldout_targets"))]
+    places: list[tuple[dict[str, Any], tuple[str, ...]]] = [(tree["run"], ("output_dir",))]
     places += [(tree["model"], ("path", "config")), (tree["checkpoint"], ("resume",))]
     for owner in (data, *data["sources"].values()):
-        places += [(owner, ("tokens",)), *((owner[group], tuple(owner[group])) for group in ("targets", "scores"))]
+        places.append((owner, ("tokens", "heldout", "heldout_targets")))
+        places += [(owner[group], tuple(owner[group])) for group in ("targets", "scores")]
     for group, keys in places:
         group |= {key: last_name(group[key]) for key in keys if isinstance(group[key], str)}
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
