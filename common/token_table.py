@@ -91,6 +91,11 @@ def token_table(text: str) -> TokenTable:
     return TokenTable(pieces, frozenset(int(entry["id"]) for entry in added if entry.get("special")), kind)
 
 
+def tokenizer_kind(text: str) -> Kind:
+    """How a tokenizer of that JSON text writes bytes (see TokenTable). Raises ValueError on anything else."""
+    return _kind(json.loads(text).get("decoder"))
+
+
 def _decoders(decoder: Any) -> Iterator[dict[str, Any]]:
     """A decoder and those that it is made of."""
     if isinstance(decoder, dict):

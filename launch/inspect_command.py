@@ -25,8 +25,8 @@ def _load_decode(tokenizer: Path | None, tokens: StoreReader) -> Callable[[Seque
     """How to show token ids: as text if there is a tokenizer, else as numbers. Raises UserError."""
     if tokenizer is None:
         return lambda ids: " ".join(map(str, ids))
-    from potstill.common.store_tokenizer import check_tokenizer
     from potstill.common.token_table import tokenizer_file
+    from potstill.launch.store_tokenizer import check_tokenizer
 
     check_tokenizer(tokenizer, digest=tokens.spec.tokenizer_digest, store=tokens.url)
     from tokenizers import Tokenizer
@@ -84,9 +84,9 @@ def _page_rows(arguments: argparse.Namespace, num_rows: int) -> list[int]:
 
 def _page_sources(arguments: argparse.Namespace, reader: StoreReader) -> Sources:
     """The stores by kind, as they were given. Raises UserError."""
-    from potstill.common.store_tokenizer import check_tokenizer
     from potstill.common.token_table import read_token_table
     from potstill.launch.inspect.data import Sources
+    from potstill.launch.store_tokenizer import check_tokenizer
     from potstill.storage import StoreReader
 
     kind = reader.spec.kind
@@ -167,8 +167,8 @@ INSPECT = Command(
     "token by token, and what the teacher or the small model says about the next one: the label's probability and "
     "rank, the entropy, the mass outside, the first candidates. A dash marks a token that is not trained on, a bar the "
     "end of a document, a star the label. With --html, write a page that needs no network: the text shaded by loss, "
-    "rank, entropy or tail, and the "
-    "teacher's candidates of each token; with --run also by what a step of the run keeps, and by the student's loss.",
+    "rank, entropy or tail, and the teacher's candidates of each token; with --run also by what a step of the run "
+    "keeps, and by the student's loss.",
     examples=(
         "potstill inspect targets/train",
         "potstill inspect targets/train --row 17 --tokens data/train --tokenizer data/tokenizer",

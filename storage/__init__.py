@@ -27,6 +27,7 @@ from potstill.storage.loading.mixture import (
     source_seed,
     whole_weights,
 )
+from potstill.storage.loading.mixture_plan import MixturePlan
 from potstill.storage.loading.order import ORDER_VERSION, RowOrder, permute
 from potstill.storage.loading.row_plan import EpochPlan, RowPlan
 from potstill.storage.loading.sources import Source, SourceRows
@@ -73,6 +74,7 @@ __all__ = [
     "MismatchError",
     "MixedOrder",
     "Mixture",
+    "MixturePlan",
     "NotAStoreError",
     "ReadFailedError",
     "Row",

@@ -66,15 +66,17 @@ class SourceRows:
     def digests(self) -> dict[str, str]:
         """Hexadecimal digests that pin what is read: of `tokens` and each `joined.NAME`, or of each of several sources.
 
-        That of `sources.NAME` is sha256 over the names and digests of its stores, so that a saved state stays small. Of
-        `vocabulary` too, where the readers give their rows in the ids of another one.
+        That of `sources.NAME` is sha256 over its number and the names and digests of its stores, so that a saved state
+        stays small. Of `vocabulary` too, where the readers give their rows in the ids of another one.
         """
         found = [_digests(source) for source in self.sources]
         pinned = found[0]
         if not self.has_one:
             pinned = {
-                f"sources.{source.name}": hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
-                for source, digests in zip(self.sources, found, strict=True)
+                f"sources.{self.sources[number].name}": hashlib.sha256(
+                    json.dumps([number, digests], sort_keys=True).encode()
+                ).hexdigest()
+                for number, digests in enumerate(found)
             }
         vocabulary = self.sources[0].tokens.vocabulary  # one for all stores: the checks have seen to it
         return pinned if vocabulary is None else {**pinned, "vocabulary": vocabulary.digest}

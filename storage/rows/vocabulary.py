@@ -137,35 +137,34 @@ DRAWS_NEED_ALL = (
 def _merged(targets: SparseTargets, ids: Int32) -> SparseTargets:
     """Targets with new ids [E], without the entries whose id is negative."""
     assert targets.logprobs is not None
-    counts: Int64 = np.diff(targets.offsets)
+    logprobs, counts, num_tokens = targets.logprobs, np.diff(targets.offsets), targets.num_tokens
     lost = np.flatnonzero(ids < 0)
     lost_of = np.searchsorted(targets.offsets, lost, side="right") - 1  # token of each
-    left = counts - np.bincount(lost_of, minlength=len(counts))
-    is_touched = left < counts
-    touched = np.flatnonzero(is_touched)  # [M] tokens with a dropped entry: only these change
-    entries, segments = np.repeat(is_touched, counts), offsets_of(counts[touched])
-    values, gone = targets.logprobs[entries].astype(np.float64), ids[entries] < 0
+    left: Int64 = counts - np.bincount(lost_of, minlength=num_tokens)
+    touched = np.flatnonzero(left < counts)  # tokens with a dropped entry: only these change
     empty = left[touched] == 0
 
-    def joined(tail: Float32, temperature: float | None) -> Float32:
-        """`tail` [N] with the dropped mass; the entries share what the tail at a temperature leaves to them."""
-        mass = np.exp(values if temperature is None else values / temperature)
-        dropped = segment_sums(np.where(gone, mass, 0.0), segments)
+    def joined(tail: Float32, temperature: float) -> Float32:
+        """`tail` [N] with the dropped mass at a temperature."""
         before = tail[touched].astype(np.float64)
-        if temperature is not None:
-            # p^(1/T) / Z_T: the sum Z_T over the whole vocabulary follows from the stored tail at T.
-            dropped *= -np.expm1(np.minimum(before, 0.0)) / segment_sums(mass, segments)
+        powers = np.exp(logprobs[lost] / np.float32(temperature))
+        dropped = np.bincount(lost_of, weights=powers, minlength=num_tokens)[touched].astype(np.float64)
+        if temperature != 1.0:
+            # p^(1/T) / Z_T: the entries together have what the stored tail at T leaves, so Z_T need not be known.
+            total = segment_sums(np.exp(logprobs / np.float32(temperature)), targets.offsets)[touched]
+            dropped = dropped / total * -np.expm1(np.minimum(before, 0.0))
         out = tail.copy()
         with np.errstate(divide="ignore"):
             out[touched] = np.where(empty, 0.0, np.minimum(np.logaddexp(before, np.log(dropped)), 0.0))
         return out
 
-    changed: dict[str, Values] = {"ids": ids, "log_tail": joined(targets.log_tail, None)}
+    changed: dict[str, Values] = {"ids": ids, "log_tail": joined(targets.log_tail, 1.0)}
     if targets.log_tail_at:
         changed["log_tail_at"] = {t: joined(tail, t) for t, tail in targets.log_tail_at.items()}
-    live = ids >= 0
+    live = np.flatnonzero(ids >= 0)
     return _with(targets, changed).each(
-        lambda name, array: array[live] if COLUMNS[name].axis == "entry" else array, offsets=offsets_of(left)
+        lambda name, array: array.take(live, axis=0) if COLUMNS[name].axis == "entry" else array,
+        offsets=offsets_of(left),
     )
 
 

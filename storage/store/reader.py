@@ -111,18 +111,27 @@ class StoreReader:
         """A reader of the same store whose rows come in the student's ids, or as stored; this one stays as it is.
 
         `spec` and `digest` stay those of the stored rows. Raises MismatchError where the map is of another number of
-        ids, and for a store of draws where it drops some.
+        ids, or drops some that the store cannot do without.
         """
-        if vocabulary is not None and len(vocabulary.new_id) != self._spec.vocab_size:
+        if vocabulary is not None:
+            self._check_vocabulary(vocabulary)
+        reader = copy.copy(self)
+        reader._vocabulary = vocabulary
+        return reader
+
+    def _check_vocabulary(self, vocabulary: VocabularyMap) -> None:
+        if len(vocabulary.new_id) != self._spec.vocab_size:
             raise MismatchError(
                 f"{self.url}: the store has {self._spec.vocab_size} ids, the vocabulary map is one of "
                 f"{len(vocabulary.new_id)}; make it from the tokenizer that the store was made with"
             )
-        if vocabulary is not None and vocabulary.num_dropped and self._spec.num_draws is not None:
+        if vocabulary.num_dropped and self._spec.num_draws is not None:
             raise MismatchError(f"{self.url}: {DRAWS_NEED_ALL}")
-        reader = copy.copy(self)
-        reader._vocabulary = vocabulary
-        return reader
+        if vocabulary.num_dropped and self._spec.max_entries >= vocabulary.vocab_size:
+            raise MismatchError(
+                f"{self.url}: a token may keep {self._spec.max_entries} entries, as many as the student has ids "
+                f"({vocabulary.vocab_size}): the tail of what it lacks would be a bucket in which it has nothing"
+            )
 
     @property
     def vocabulary(self) -> VocabularyMap | None:

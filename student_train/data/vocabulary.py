@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potstill.common.errors import UserError
-from potstill.common.store_tokenizer import find_tokenizer_of, named_tokenizer, read_tokenizer
-from potstill.common.token_table import token_table
+from potstill.common.token_table import tokenizer_kind
 from potstill.storage import StoreError, StoreReader, TargetsRow, TokensRow, VocabularyMap, dropped_mass
 from potstill.student_train.config.vocabulary import VocabularyConfig
+from potstill.student_train.data.store_tokenizer import find_tokenizer_of, named_tokenizer, read_tokenizer
 
 log = logging.getLogger(__name__)
 KEY = "data.vocabulary"
@@ -105,7 +105,7 @@ def _check_kinds(teacher: Any, student: Any, config: VocabularyConfig, key: str)
     if None in backends:
         which = (config.teacher_tokenizer or "of the stores", config.tokenizer)[backends.index(None)]
         raise UserError(f"{key}: tokenizer {which} has no tokenizer.json, so its tokens cannot be compared; convert it")
-    kinds = [token_table(backend.to_str()).kind for backend in backends]
+    kinds = [tokenizer_kind(backend.to_str()) for backend in backends]
     if kinds[0] != kinds[1]:
         raise UserError(
             f"{key}.tokenizer {config.tokenizer} is of kind {kinds[1]}, the tokenizer of the stores {kinds[0]}: they "

@@ -14,9 +14,9 @@ from typing import Any, cast
 
 import numpy as np
 
-from potstill.common.store_tokenizer import find_tokenizer_of, named_tokenizer
 from potstill.common.token_table import token_table
 from potstill.storage import StoreReader, TokensRow
+from potstill.student_train.data.store_tokenizer import find_tokenizer_of, named_tokenizer
 
 ROWS_AT_ONCE = 64
 

@@ -17,9 +17,9 @@ import torch
 
 from potstill.common.errors import UserError
 from potstill.common.packed import probe_ids
-from potstill.common.store_tokenizer import tokenizers_beside
 from potstill.storage import StoreError, StoreReader
 from potstill.student_train.config.train import ExportConfig, ModelConfig, TrainConfig
+from potstill.student_train.data.store_tokenizer import tokenizers_beside
 from potstill.student_train.data.stores import VOCABULARY
 from potstill.student_train.hf_export.card_facts import gather_facts
 from potstill.student_train.hf_export.model_card import model_card

@@ -13,6 +13,7 @@ import yaml
 from potstill.student_train.config.stages import Stage
 from potstill.student_train.config.token_policies import TokenSelector
 from potstill.student_train.config.train import TrainConfig
+from potstill.student_train.config.vocabulary import VocabularyConfig
 from potstill.student_train.hf_export.card_facts import CardFacts, last_name
 
 UNKNOWN = "not recorded"
@@ -112,6 +113,7 @@ def _training(facts: CardFacts) -> str:
         names = f"Muon (lr {muon_lr:g}) for the backbone's matrices, AdamW for the rest"
     rows = [
         ("started from", start),
+        *_vocabulary_row(config.data.vocabulary),
         ("optimizer steps", f"{facts.step:,}"),
         ("tokens", _count(facts.tokens)),
         ("rows", _count(facts.rows) + epoch),
@@ -129,6 +131,14 @@ def _training(facts: CardFacts) -> str:
     return "\n\n".join(
         ["## Training", markdown_table(("what", "value"), rows), "### Curriculum", markdown_table(header, stages)]
     )
+
+
+def _vocabulary_row(own: VocabularyConfig | None) -> list[tuple[str, str]]:
+    """Nothing for a student that has the teacher's vocabulary."""
+    if own is None:
+        return []
+    lacking = "; what it lacks of the teacher's joined the tail" if own.subset else ""
+    return [("vocabulary", f"its own, of the tokenizer {last_name(own.tokenizer)}: rows came in its ids{lacking}")]
 
 
 def _stage_row(config: TrainConfig, number: int, stage: Stage) -> tuple[str, ...]:
@@ -213,10 +223,11 @@ def _reproduce(facts: CardFacts) -> str:
 def _configuration(config: TrainConfig) -> str:
     tree = config.model_dump(mode="json")
     data = tree["data"]
-    places = [(tree["run"], ("output_dir",)), (data, ("heldout", "heldout_targets"))]
+    places: list[tuple[dict[str, Any], tuple[str, ...]]] = [(tree["run"], ("output_dir",))]
     places += [(tree["model"], ("path", "config")), (tree["checkpoint"], ("resume",))]
     for owner in (data, *data["sources"].values()):
-        places += [(owner, ("tokens",)), *((owner[group], tuple(owner[group])) for group in ("targets", "scores"))]
+        places.append((owner, ("tokens", "heldout", "heldout_targets")))
+        places += [(owner[group], tuple(owner[group])) for group in ("targets", "scores")]
     for group, keys in places:
         group |= {key: last_name(group[key]) for key in keys if isinstance(group[key], str)}
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)

@@ -219,6 +219,12 @@ def store_figures(start: CheckedStart, first: int, steps: list[int]) -> tuple[St
     ):
         if reader is not None:
             found.append(_figures(key, place, reader, None))
+    for named in data.named_sources():
+        own = stores.source_heldout.get(named.name)
+        if own is not None:
+            found.append(_figures(f"{named.key}.heldout", named.config.heldout, own.tokens, None))
+        if own is not None and own.targets is not None:
+            found.append(_figures(f"{named.key}.heldout_targets", named.config.heldout_targets, own.targets, None))
     return tuple(found)
 
 

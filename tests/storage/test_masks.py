@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from potstill.storage import (
+    COLUMNS,
     TOKENS_COLUMNS,
     CorruptError,
     EpochPlan,
@@ -301,3 +302,20 @@ def test_a_column_that_is_not_optional_must_be_there(tmp_path: Path, monkeypatch
         commit(tmp_path / "t", replace(row_of(None), more={"kind": np.zeros(20, np.uint8)}), spec)
     found = commit(tmp_path / "t", replace(row_of(None), more={"kind": np.array([9], np.uint8)}), spec)
     assert found.tokens_rows([0])[0].column("kind") == [9]
+
+    def below_nine(values: Any) -> None:
+        if values[0] >= 9:
+            raise StoreError(f"kind: found {values[0]}, expected less than 9")
+
+    monkeypatch.setitem(TOKENS_COLUMNS, "kind", replace(kind, check=below_nine))
+    [problem] = verify_store(found.url, deep=True).problems
+    assert "row 0: kind: found 9, expected less than 9" in problem
+
+
+def test_columns_of_tokens_and_of_targets_may_share_a_name(
+    masked: StoreReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_targets = replace(COLUMNS["entropy"], name="mask", stored=None, feature="other_masks")
+    monkeypatch.setitem(COLUMNS, "mask", of_targets)
+    assert masked.spec.required_features == ["planes", "loss_mask"]
+    assert targets_spec(1, "in", columns=("mask",)).required_features == ["planes", "other_masks"]

@@ -174,6 +174,10 @@ def test_stores_and_states_of_another_map_are_refused(readers: Mapping[str, Stor
     with pytest.raises(MismatchError, match="1000 ids, the vocabulary map is one of 40"):
         targets.with_vocabulary(trimmed())
 
+    few = VocabularyMap.build(np.where(np.arange(1000) < 16, np.arange(1000), -1), vocab_size=16)
+    with pytest.raises(MismatchError, match="may keep 16 entries, as many as the student has ids"):
+        targets.with_vocabulary(few)
+
     def loader(reader: StoreReader) -> Loader:
         return Loader(plan(), reader, {})
 

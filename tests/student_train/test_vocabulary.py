@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,13 @@ from potstill.common.config import build_config
 from potstill.common.errors import UserError
 from potstill.kernels.loss import sparse_loss
 from potstill.kernels.types import IGNORE_LABEL, SparseTargetTensors
-from potstill.storage import StoreReader
+from potstill.launch.inspect.student import student_part
+from potstill.storage import Loader, StoreReader, TargetsRow, TokensRow
 from potstill.student_train import evaluate, export
 from potstill.student_train.config.train import EvalConfig, ExportConfig
-from potstill.student_train.data.stores import Stores, open_stores
+from potstill.student_train.data.stores import Stores, build_plan, open_stores
+from potstill.student_train.evaluation.row_figures import load_student, row_figures
+from potstill.student_train.hf_export.weights import find_source
 from potstill.student_train.run.checkpoint import ResumeError
 from potstill.student_train.run.dry_run import dry_run
 from potstill.student_train.run.dry_run_text import format_dry_run
@@ -196,6 +200,17 @@ def test_other_tokenizers_are_refused(places: Places, student: str, data: dict[s
         opened(places, student, **data)
 
 
+def test_another_way_of_writing_bytes_is_refused(places: Places, tmp_path: Path) -> None:
+    """A sentencepiece tokenizer writes the same piece of text in another way: nothing could be matched."""
+
+    def metaspace(whole: dict[str, Any]) -> None:
+        whole["decoder"] = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": True}
+
+    made.changed_tokenizer(places["source"], tmp_path / "pieces", metaspace)
+    with pytest.raises(UserError, match="is of kind sentencepiece, the tokenizer of the stores byte_level"):
+        opened({**places, "pieces": tmp_path / "pieces"}, "pieces")
+
+
 def test_another_way_of_cutting_may_be_meant(places: Places) -> None:
     found = opened(places, "other_merges", check_rows=0)
     assert found.vocabulary is not None and found.vocabulary.mapping.is_identity
@@ -239,6 +254,48 @@ def test_its_export_is_measured_in_its_own_ids(places: Places, finished: Path, t
     assert of_run["text_bytes"] > 0
     with pytest.raises(UserError, match=rf"vocabulary of its own .*vocabulary.tokenizer={out}"):
         measured(out)
+
+
+def test_inspect_shows_the_student_its_own_ids(places: Places, finished: Path, tmp_path: Path) -> None:
+    """The losses on the page of a row are those of the rows in the student's ids, with the curriculum or without."""
+    reader, mapped = StoreReader(places["heldout"]), opened(places, "moved").heldout
+    assert mapped is not None
+    student = load_student(find_source(finished), mapped)
+    row = mapped.tokens_rows([0])[0]
+    wanted = row_figures([0], mapped, at=None, student=student)[0].student
+    flags = {"run_folder": None, "config": None, "step": None, "model": finished}
+    part = student_part(argparse.Namespace(**flags), reader, [0])
+    assert wanted is not None and part is not None
+    np.testing.assert_array_equal(part.extras[0].figures["st_loss"], wanted.loss)
+    assert len(wanted.loss) == len(row.tokens) and wanted.loss.std() > 0
+    tokens = StoreReader(places["tokens"])
+    of_run = student_part(argparse.Namespace(**{**flags, "run_folder": finished, "model": None}), tokens, [0])
+    alone = student_part(argparse.Namespace(**flags), tokens, [0])
+    assert of_run is not None and alone is not None
+    np.testing.assert_array_equal(of_run.extras[0].figures["st_loss"], alone.extras[0].figures["st_loss"])
+
+
+def test_sources_are_read_in_one_vocabulary(places: Places) -> None:
+    """Every source's rows and targets come in the student's ids, and the text of each is looked at."""
+    sources = {
+        name: {"tokens": str(places[tokens]), "targets": {"teacher": str(places[targets])}}
+        for name, tokens, targets in (("one", "tokens", "teacher"), ("two", "heldout", "heldout_teacher"))
+    }
+    given = {"tokens": None, "targets": {}, "sources": sources, "heldout": None, "heldout_targets": None}
+    tree = tree_of(places, Path("run"), "moved")
+    config = workers.config_of({**tree, "data": {**tree["data"], **given}})
+    found = open_stores(config)
+    assert found.vocabulary is not None and set(found.targets()) == {"one.teacher", "two.teacher"}
+    with Loader(build_plan(config, found), found.sources) as loader:
+        batch = next(loader)
+    assert batch.source is not None and set(batch.source.tolist()) == {0, 1}
+    first = found.sources[0].tokens.num_rows
+    for row, said, source in zip(batch.tokens, batch.targets("teacher"), batch.source, strict=True):
+        inner, names = row.row - first * int(source), [("tokens", "teacher"), ("heldout", "heldout_teacher")][source]
+        stored, told = (StoreReader(places[name]).row(inner) for name in names)
+        assert isinstance(stored, TokensRow) and isinstance(told, TargetsRow)
+        np.testing.assert_array_equal(row.tokens, found.vocabulary.mapping.new_id[stored.tokens])
+        np.testing.assert_array_equal(said.targets.ids, found.vocabulary.mapping.new_id[told.targets.ids])
 
 
 def test_samples_are_written_in_its_own_ids(places: Places, finished: Path) -> None:

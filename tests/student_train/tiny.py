@@ -52,10 +52,8 @@ def token_rows(num_rows: int, *, seed: int = 1, last_length: int = ROW_LENGTH) -
 
 
 def label_mask(row: TokensRow) -> np.ndarray:
-    """Positions that have a next token in their document."""
-    mask = np.ones(len(row.tokens), bool)
-    mask[np.cumsum(row.doc_lens) - 1] = False
-    return mask
+    """Positions that predict a token: the next one of their document, if it is trained on."""
+    return row.has_target()
 
 
 def side_columns(row: TokensRow, table: np.ndarray) -> dict[str, np.ndarray]:
