@@ -141,7 +141,10 @@ def test_tokens_out_of_the_files(truths: list[Truth], tokenizer_folder: Path, tm
     rows = [one.row for one in truths]
     masks = [foreign_files.documents(row) for row in rows]
     masks[0] = masks[0].copy()
-    masks[0][[0, 15, -1]] = 0
+    longest = int(rows[0].doc_lens.argmax())
+    inside = int(rows[0].doc_lens[:longest].sum() + rows[0].doc_lens[longest] // 2)
+    assert masks[0][inside - 1] == masks[0][inside + 1]
+    masks[0][[0, inside, -1]] = 0
     source = write_distillkit(tmp_path / "in", truths, attention_mask=[mask.tolist() for mask in masks])
     summary, reader = imported(source, tmp_path / "out", tokenizer=str(tokenizer_folder), rows_per_unit=4)
     made = StoreReader(tmp_path / "out" / "tokens").tokens_rows(range(NUM_ROWS))
@@ -242,9 +245,9 @@ def test_logits_with_and_without_their_normaliser(truths: list[Truth], tokens: P
 
 
 def broken_source(folder: Path, truths: list[Truth]) -> Path:
-    """Record 2 has tokens of another vocabulary, record 6 a byte string that is too short."""
+    """Record 10 has tokens of another vocabulary, record 6 a byte string that is too short."""
     tokens = [one.row.tokens.tolist() for one in truths]
-    tokens[2] = [*tokens[2][:-1], 4000]
+    tokens[10] = [*tokens[10][:-1], 4000]
     values = [[list(value.astype("<f4").tobytes()) for value in one.logprobs[:-1]] for one in truths]
     values[6] = [value[:-1] for value in values[6]]
     return write_distillkit(folder, truths, input_ids=tokens, compressed_logprobs=values)
@@ -254,19 +257,19 @@ def test_broken_records(truths: list[Truth], tokenizer_folder: Path, tmp_path: P
     source = broken_source(tmp_path / "in", truths)
     options = {"tokenizer": str(tokenizer_folder), "rows_per_unit": 2}
     with pytest.raises(
-        UserError, match=r"record 3: its ids reach from \d+ to 4000, the tokenizer has \d+ entries.*broken"
+        UserError, match=r"record 11: its ids reach from \d+ to 4000, the tokenizer has \d+ entries.*broken"
     ):
         imported(source, tmp_path / "out", **options)
     with pytest.raises(
-        UserError, match=r"record 7 \(row 5\): compressed_logprobs has 23 bytes a position.*record 2, 1 may"
+        UserError, match=r"record 7 \(row 6\): compressed_logprobs has 23 bytes a position.*record 2, 1 may"
     ):
         imported(source, tmp_path / "out", max_bad_lines=1, **options)
     summary, reader = imported(source, tmp_path / "out", max_bad_lines=2, **options)
     assert (summary.rows, summary.bad_records, summary.figures.without_targets) == (NUM_ROWS - 1, 2, 1)
-    assert summary.resumed_rows == 4, "the units before row 5 were there from the run that gave up"
+    assert summary.resumed_rows == 6, "the units before row 6 were there from the run that gave up"
     rows = reader.targets_rows(range(NUM_ROWS - 1))
-    assert rows[5].targets.num_entries == 0 and all(row.targets.num_entries for row in rows if row.row != 5)
-    assert rows[2].targets.ids[:K].tolist() == truths[3].ids[0].tolist()
+    assert rows[6].targets.num_entries == 0 and all(row.targets.num_entries for row in rows if row.row != 6)
+    assert rows[10].targets.ids[:K].tolist() == truths[11].ids[0].tolist()
     _, straight = imported(source, tmp_path / "straight", max_bad_lines=2, **options)
     assert straight.digest == reader.digest
 
