@@ -270,6 +270,21 @@ def test_what_cannot_be_is_said_and_leaves_nothing(
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"heldout_fraction": 0.1, "heldout_documents": 3}, "at most one of heldout_fraction and heldout_documents"),
+        ({"packing": "rows", "append_eos": True}, "packing rows keeps each record as it stands"),
+        ({"too_long": "drop"}, "too_long is of packing=whole, and packing is cut"),
+        ({"format": "megatorn"}, "did you mean 'megatron'"),
+        ({"dtype": "float32"}, "uint8"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path / "a.bin", tmp_path / "o", tmp_path, **changes)
+
+
 def test_a_set_without_tokens_is_said(tmp_path: Path, tokenizer_folder: Path) -> None:
     with pytest.raises(UserError, match="the input holds no tokens to train on"):
         import_tokens(config(made.megatron(tmp_path / "c", []), tmp_path / "o", tokenizer_folder))
