@@ -102,6 +102,14 @@ def test_equal_ids_fall_on_one_side_whatever_the_format(tmp_path: Path, tokenize
     assert len(chosen) == 5 and all(one in heldout for one in chosen), "those of smallest hash"
 
 
+def test_prepare_knows_rows_as_well(tmp_path: Path, tokenizer_folder: Path) -> None:
+    texts = [text for text in some_texts(12) if text]
+    settings = {"input": [write_jsonl(tmp_path / "c.jsonl", texts)], "output": tmp_path / "o", "packing": "rows"}
+    prepare(PrepareConfig(**settings, tokenizer=tokenizer_folder, row_length=400))
+    ids = load_tokenizer(str(tokenizer_folder))(texts, add_special_tokens=False)["input_ids"]
+    assert [row.tokens.tolist() for row in token_rows(tmp_path / "o" / "train")] == [[*one, END] for one in ids]
+
+
 class Killed(BaseException):
     """Stands for SIGKILL: nothing in the program catches it."""
 
