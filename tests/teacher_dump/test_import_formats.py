@@ -218,7 +218,15 @@ def test_end_tokens_part_the_documents_of_a_record(tmp_path: Path) -> None:
 def test_rows_of_a_two_dimensional_array_are_records(tmp_path: Path) -> None:
     path = made.numpy_array(tmp_path / "a.npy", np.array([[5, END, 6], [7, 8, END]], "<u2"))
     assert ids_of(read(path)) == [[5, END, 6], [7, 8, END]]
-    assert ids_of(read(path, bounds="end_token")) == [[5, END, 6], [7, 8, END]], "an array records its rows"
+    assert ids_of(read(path, bounds="end_token")) == [[5, END], [6], [7, 8, END]]
+    with pytest.raises(UserError, match="says that its ids are uint16, and --dtype is uint32; leave it out"):
+        read(path, dtype="uint32")
+
+
+def test_an_index_may_be_left_aside(tmp_path: Path) -> None:
+    path = made.megatron(tmp_path / "a", DOCUMENTS)
+    assert ids_of(read(path, bounds="none")) == [joined(DOCUMENTS)]
+    assert ids_of(read(path, bounds="end_token", end_token=12)) == [joined(DOCUMENTS)[:7], joined(DOCUMENTS)[7:]]
 
 
 @pytest.mark.parametrize(
