@@ -142,7 +142,7 @@ def _numpy_array(path: Path) -> tuple[FlatArray, tuple[int, ...]]:
                 raise ValueError(f"version {version} of the header")
             shape, fortran, dtype = readers[version](stream)
             offset = stream.tell()
-    except (ValueError, EOFError) as error:
+    except Exception as error:  # of many kinds: the header is Python text
         raise UserError(
             f"{path} begins as a NumPy file, but its header cannot be read: {error}; write it again"
         ) from error
@@ -163,7 +163,7 @@ def _numpy_array(path: Path) -> tuple[FlatArray, tuple[int, ...]]:
 def _llmc_array(path: Path, magic: int) -> FlatArray:
     """The ids after a header of llm.c: int32 [256], of which magic, version and number of tokens are used."""
     wanted, dtype = _LLMC[magic][0], np.dtype(_LLMC[magic][1])
-    header = np.frombuffer(read_bytes(path, _LLMC_HEADER), "<i4", count=3)
+    header = np.frombuffer(read_bytes(path, 12).ljust(12, b"\0"), "<i4")
     version, count = int(header[1]), int(header[2])
     size = file_size(path)
     if version != wanted or size != _LLMC_HEADER + count * dtype.itemsize:

@@ -399,8 +399,11 @@ def test_without_files_beside_it_a_ds_is_an_array(tmp_path: Path) -> None:
         ("a.npy", b"\x93NUMPY\x03\x00" + bytes(80), "version"),
         ("a.bin", np.array([5, 6, 7] * 40, "<u4").tobytes(), "every second id is 0.*--dtype uint32"),
         ("a.bin", (20240520).to_bytes(4, "little") + bytes(1100), "begins as a file of llm.c"),
+        ("a.bin", (20240801).to_bytes(4, "little"), "begins as a file of llm.c"),
         ("a.parquet", b"PAR1" + bytes(30), "is not a readable Parquet file"),
         ("a.arrow", b"ARROW1\0\0" + bytes(30), "is not a readable Arrow file"),
+        ("a.npy", b"\x93NUMPY\x01\x00\x10\x00{'descr'\x00: '<u2'}", "its header cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b'{"input_ids": [1]}')[:10] + b"\xff" * 20, r"damaged \.gz data"),
         ("a.arrow", b"\xff" * 40, "is not a readable Arrow stream"),
     ],
 )
