@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from potstill.common.errors import UserError
-from potstill.teacher_dump.importing.bounds import AfterEndTokens, CsvBounds, WholeFile
+from potstill.teacher_dump.importing.bounds import CsvBounds, choose_bounds
+from potstill.teacher_dump.importing.columns import document_lengths
 from potstill.teacher_dump.importing.token_file import (
-    Bounds,
     FlatArray,
     FlatFile,
     Reading,
@@ -49,6 +49,7 @@ class ArrayRows:
     paths: tuple[Path, ...]
     ids: FlatArray
     length: int
+    reading: Reading
     facts: Mapping[str, Any]
     has_mask: bool = False
     word: str = "row"
@@ -59,7 +60,9 @@ class ArrayRows:
         ids = self.ids.open()
         for number in range(skip, self.ids.count // self.length if self.length else 0):
             end = (number + 1) * self.length
-            yield TokenRecord(number, ids[end - self.length : end], self.ids.offset + end * ids.dtype.itemsize)
+            row = ids[end - self.length : end]
+            lengths = document_lengths(row, np.zeros(len(row), np.bool_), self.reading)
+            yield TokenRecord(number, row, self.ids.offset + end * ids.dtype.itemsize, None, lengths)
 
 
 def open_file(path: Path, reading: Reading) -> TokenFile:
@@ -70,14 +73,25 @@ def open_file(path: Path, reading: Reading) -> TokenFile:
         raise UserError(f"{path} is {kind}, no array of ids; name the files of ids (or their kind by --format)")
     if head.startswith(_NUMPY_MAGIC):
         ids, shape = _numpy_array(path)
+        _check_type(ids, reading)
         if len(shape) == 2:
-            facts = {"dtype": ids.dtype.name, "bounds": "end_token" if reading.bounds == "end_token" else "rows"}
-            return ArrayRows((path,), ids, shape[1], facts)
+            facts = {"dtype": ids.dtype.name, "bounds": "end_token" if reading.bounds == "end_token" else "records"}
+            return ArrayRows((path,), ids, shape[1], reading, facts)
         return flat_file(path, ids, reading)
     magic = int.from_bytes(head[:4], "little")
     if magic in _LLMC:
-        return flat_file(path, _llmc_array(path, magic), reading)
+        ids = _llmc_array(path, magic)
+        _check_type(ids, reading)
+        return flat_file(path, ids, reading)
     return flat_file(path, headerless(path, dtype=reading.dtype, vocab_size=reading.vocab_size), reading)
+
+
+def _check_type(ids: FlatArray, reading: Reading) -> None:
+    """Refuse a type that was named where the file says another."""
+    if reading.dtype not in (None, ids.dtype.name):
+        raise UserError(
+            f"{ids.path} says that its ids are {ids.dtype.name}, and --dtype is {reading.dtype}; leave it out"
+        )
 
 
 def flat_file(path: Path, ids: FlatArray, reading: Reading) -> FlatFile:
@@ -87,22 +101,6 @@ def flat_file(path: Path, ids: FlatArray, reading: Reading) -> FlatFile:
     bounds, name, hints = choose_bounds(path, recorded, reading)
     paths = (path, table) if recorded is not None else (path,)
     return FlatFile(paths, ids, bounds, {"dtype": ids.dtype.name, "bounds": name}, hints=hints)
-
-
-def choose_bounds(path: Path, recorded: Bounds | None, reading: Reading) -> tuple[Bounds, str, tuple[str, ...]]:
-    """(bounds, their name for run.json, what to tell) of a flat file. UserError where those named are not there."""
-    if recorded is not None:
-        return recorded, "recorded", ()
-    if reading.bounds == "recorded":
-        raise UserError(
-            f"{path}: nothing beside it says where documents end, and bounds is recorded; restore the file that does, "
-            "or use --bounds end_token"
-        )
-    if reading.cuts_at_end_token:
-        assert reading.end_token is not None
-        return AfterEndTokens(reading.end_token), "end_token", ()
-    hint = "nothing says where documents end: each file is read as one document"
-    return WholeFile(), "none", (hint,) if reading.bounds == "auto" else ()
 
 
 def headerless(path: Path, *, dtype: str | None, vocab_size: int) -> FlatArray:
@@ -142,7 +140,7 @@ def _numpy_array(path: Path) -> tuple[FlatArray, tuple[int, ...]]:
                 raise ValueError(f"version {version} of the header")
             shape, fortran, dtype = readers[version](stream)
             offset = stream.tell()
-    except (ValueError, EOFError) as error:
+    except Exception as error:  # of many kinds: the header is Python text
         raise UserError(
             f"{path} begins as a NumPy file, but its header cannot be read: {error}; write it again"
         ) from error
@@ -163,7 +161,7 @@ def _numpy_array(path: Path) -> tuple[FlatArray, tuple[int, ...]]:
 def _llmc_array(path: Path, magic: int) -> FlatArray:
     """The ids after a header of llm.c: int32 [256], of which magic, version and number of tokens are used."""
     wanted, dtype = _LLMC[magic][0], np.dtype(_LLMC[magic][1])
-    header = np.frombuffer(read_bytes(path, _LLMC_HEADER), "<i4", count=3)
+    header = np.frombuffer(read_bytes(path, 12).ljust(12, b"\0"), "<i4")
     version, count = int(header[1]), int(header[2])
     size = file_size(path)
     if version != wanted or size != _LLMC_HEADER + count * dtype.itemsize:

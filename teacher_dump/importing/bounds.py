@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from potstill.common.errors import UserError
-from potstill.teacher_dump.importing.token_file import FlatArray, Ids, Segment
+from potstill.teacher_dump.importing.token_file import Bounds, FlatArray, Ids, Reading, Segment
 
 _BLOCK_DOCUMENTS = 1 << 13
 _BLOCK_TOKENS = 1 << 20
@@ -128,3 +128,19 @@ class CsvBounds:
                 f"{INSTEAD}"
             )
         return end
+
+
+def choose_bounds(path: Path, recorded: Bounds | None, reading: Reading) -> tuple[Bounds, str, tuple[str, ...]]:
+    """(bounds, their name for run.json, what to tell) of a flat file. UserError where those named are not there."""
+    if recorded is not None:
+        return recorded, "recorded", ()
+    if reading.bounds == "recorded":
+        raise UserError(
+            f"{path}: nothing beside it says where documents end, and bounds is recorded; restore the file that does, "
+            "or use --bounds end_token"
+        )
+    if reading.cuts_at_end_token:
+        assert reading.end_token is not None
+        return AfterEndTokens(reading.end_token), "end_token", ()
+    hint = "nothing says where documents end: each file is read as one document"
+    return WholeFile(), "none", (hint,) if reading.bounds == "auto" else ()

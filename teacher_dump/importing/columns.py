@@ -104,13 +104,14 @@ def make_record(
         text, mask = ids[kept], None if mask is None else mask[kept]
         cuts = np.zeros(len(text), np.bool_)
         cuts[1:] = parts[1:] != parts[:-1]
+    return TokenRecord(number, text, position, mask, document_lengths(text, cuts, reading))
+
+
+def document_lengths(ids: Ids, cuts: NDArray[np.bool_], reading: Reading) -> NDArray[np.int64] | None:
+    """Lengths int64 [d] of the documents of a record, which begin at the cuts, bool [n], and, where that is asked for,
+    after each end token; None where there is one."""
     if reading.bounds == "end_token":
-        cuts[1:] |= text[:-1] == reading.end_token
-    return TokenRecord(number, text, position, mask, _lengths(cuts))
-
-
-def _lengths(cuts: NDArray[np.bool_]) -> NDArray[np.int64] | None:
-    """Lengths of the documents that begin at the cuts, and at 0; None where there is one."""
+        cuts[1:] |= ids[:-1] == reading.end_token
     if not cuts.any():
         return None
     return np.diff(np.concatenate([[0], np.flatnonzero(cuts), [len(cuts)]])).astype(np.int64)

@@ -65,6 +65,10 @@ class FoundRecord:
     record: ForeignRecord | BadRecord
 
 
+# What is lost where a file does not number the documents of a record.
+NO_BOUNDS = "where documents end inside a record: it is one document, or has the bounds of the tokens store"
+
+
 @dataclass(frozen=True, kw_only=True)
 class SourceFacts:
     """What is known of foreign files before the first record is decoded.

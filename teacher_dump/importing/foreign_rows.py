@@ -258,8 +258,8 @@ def _probabilities(
         if reading.kind != "logits" and not figures.cut and len(sums) and np.abs(sums).max() > KEPT_TOLERANCE:
             worst = float(np.exp(sums[np.abs(sums).argmax()]))
             raise BadRecord(
-                f"a position sums to {worst:.4f}, expected 1 of values that are relative to the kept entries; where they "
-                "are relative to the vocabulary after all, set normaliser=vocabulary"
+                f"a position sums to {worst:.4f}, expected 1 of values that are relative to the kept entries; where "
+                "they are relative to the vocabulary after all, set normaliser=vocabulary"
             )
         return np.minimum(values - sums[token_of], 0.0), np.full(num, -np.inf)
     above = sums > np.log1p(STRICT_MASS_EPS)

@@ -240,7 +240,7 @@ def _check_same(found: FoundRecord, row: TokensRow, theirs: TokensRow, *, has_se
         differing = np.flatnonzero(theirs.tokens[:size] != row.tokens[:size])
         first = int(differing[0]) if len(differing) else size
         wrong = f"token {first} differs ({len(theirs.tokens)} tokens, the row has {len(row.tokens)})"
-    elif has_segments and (theirs.doc_lens != 0).any() and not np.array_equal(theirs.doc_lens, row.doc_lens):
+    elif has_segments and not np.array_equal(theirs.doc_lens, row.doc_lens):
         wrong = (
             f"its documents have {theirs.doc_lens[:5].tolist()} tokens, those of the row {row.doc_lens[:5].tolist()}"
         )

@@ -18,7 +18,7 @@ from typing import NoReturn
 import numpy as np
 
 from potstill.common.errors import UserError
-from potstill.teacher_dump.importing.bounds import check_growing
+from potstill.teacher_dump.importing.bounds import check_growing, choose_bounds
 from potstill.teacher_dump.importing.token_file import (
     FlatArray,
     FlatFile,
@@ -118,12 +118,10 @@ def open_file(path: Path, reading: Reading) -> TokenFile:
             "says; it is cut off, or the two do not belong together"
         )
     _check_ends(lengths, offsets, bounds, num_bytes, dtype.itemsize)
-    return FlatFile(
-        paths=(index, data),
-        ids=FlatArray(data, dtype, num_bytes // dtype.itemsize),
-        bounds=SequenceBounds(lengths, offsets, bounds, modes),
-        facts={"dtype": dtype.name, "bounds": "recorded"},
-    )
+    recorded = SequenceBounds(lengths, offsets, bounds, modes) if reading.bounds in ("auto", "recorded") else None
+    chosen, name, hints = choose_bounds(data, recorded, reading)
+    ids = FlatArray(data, dtype, num_bytes // dtype.itemsize)
+    return FlatFile((index, data), ids, chosen, {"dtype": dtype.name, "bounds": name}, hints=hints)
 
 
 def _header(index: Path) -> tuple[int, int, int]:

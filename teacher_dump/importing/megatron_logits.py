@@ -22,6 +22,7 @@ import zstandard
 from potstill.common.errors import UserError
 from potstill.teacher_dump.documents import Place
 from potstill.teacher_dump.importing.foreign_records import (
+    NO_BOUNDS,
     Entries,
     ForeignRecord,
     FoundRecord,
@@ -114,6 +115,7 @@ class MegatronLogits:
                 f"the entries past the {k} of each position" + ("" if p is None else f", and past the mass {p}"),
                 f"rounding of the values to {saver.get('save_dtype')}, which moves the mass of the tail with them",
                 "the tokens: nothing in the files proves that they are those of the store that was named",
+                NO_BOUNDS,
             ),
         )
 

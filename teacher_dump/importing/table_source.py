@@ -11,6 +11,7 @@ import numpy as np
 from potstill.common.errors import UserError
 from potstill.teacher_dump.documents import Place
 from potstill.teacher_dump.importing.foreign_records import (
+    NO_BOUNDS,
     Entries,
     ForeignRecord,
     FoundRecord,
@@ -69,7 +70,7 @@ class TableSource:
             num_records=sum(num_records(file) for file in files),
             has_tokens=True,
             settings=settings,
-            lost=tuple(lost),
+            lost=(*lost, *(() if layout.segments else (NO_BOUNDS,))),
         )
 
     def read(self, start: Place, *, entries: bool) -> Iterator[FoundRecord]:

@@ -21,6 +21,8 @@ from potstill.teacher_dump.records.base import BadRecord
 
 _BATCH_RECORDS = 64
 _PARQUET_MAGIC, _ARROW_MAGIC = b"PAR1", b"ARROW1"
+# What pyarrow raises for a damaged file: of its own, of the system, and of names that are no text.
+_UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
 
 # (number of the first record, batch, share of the file up to its end), from the batch that holds record `skip` on
 Batches = Iterator[tuple[int, pa.RecordBatch, float]]
@@ -53,7 +55,7 @@ class TableFile:
                     return
                 first, batch, share = found
                 batch.validate(full=True)  # offsets of a damaged file would lead outside its buffers
-            except (pa.ArrowException, OSError) as error:
+            except _UNREADABLE as error:
                 raise UserError(f"{path} cannot be read to its end: {error}; restore it") from error
             yield from self._records(first, batch, max(skip - first, 0), int(share * num_bytes))
 
@@ -98,15 +100,16 @@ def open_file(path: Path, reading: Reading) -> TokenFile:
     schema_of, batches, name = kind
     try:
         schema = schema_of(path)
-    except (pa.ArrowException, OSError) as error:
+        names = schema.names
+    except _UNREADABLE as error:
         raise UserError(f"{path} is not a readable {name}: {error}") from error
-    if len(set(schema.names)) != len(schema.names):
-        raise UserError(f"{path} has two columns of one name among {schema.names}; write it again with one of them")
-    columns = choose_columns(schema.names, reading, where=str(path))
+    if len(set(names)) != len(names):
+        raise UserError(f"{path} has two columns of one name among {names}; write it again with one of them")
+    columns = choose_columns(names, reading, where=str(path))
     for column in columns.names:
         _check_type(path, column, schema.field(column).type, is_mask=column == columns.mask)
     facts = {"dtype": str(schema.field(columns.ids).type.value_type), **columns.facts(reading)}
-    return TableFile((path,), columns, reading, facts, batches, columns.hints(schema.names))
+    return TableFile((path,), columns, reading, facts, batches, columns.hints(names))
 
 
 def _check_type(path: Path, column: str, found: pa.DataType, *, is_mask: bool) -> None:

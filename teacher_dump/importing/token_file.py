@@ -169,4 +169,4 @@ def _as_mask(flags: Ids) -> NDArray[np.bool_] | BadRecord:
     if len(flags) and int(flags.max()) > 1:
         place = int(np.argmax(flags > 1))
         return BadRecord(f"the loss mask of token {place} is {int(flags[place])}, expected 0 or 1")
-    return flags.astype(np.bool_)
+    return flags.view(np.bool_)  # no copy: a document may be larger than memory

@@ -24,6 +24,7 @@ from potstill.common.progress import Progress, format_seconds
 from potstill.storage import RunSpec, check_output
 from potstill.teacher_dump.documents import Place
 from potstill.teacher_dump.importing.token_file import Ids, Reading
+from potstill.teacher_dump.importing.token_formats import FORMAT_OPTIONS, TOKEN_FORMATS
 from potstill.teacher_dump.importing.token_search import find_token_files
 from potstill.teacher_dump.importing.token_source import PARTS, TokenDocument, TokenSource
 from potstill.teacher_dump.importing.tokens_config import ImportTokensConfig
@@ -74,6 +75,7 @@ def import_tokens(config: ImportTokensConfig) -> ImportSummary:
     """
     started = time.monotonic()
     found = find_token_files(config.input, config.format)
+    _check_options(config, found[0].format)
     parts = (TRAIN, HELDOUT) if config.heldout_fraction or config.heldout_documents else (TRAIN,)
     for part in parts:
         check_output(inside(config.output, part))
@@ -124,6 +126,16 @@ def import_tokens(config: ImportTokensConfig) -> ImportSummary:
         seconds=time.monotonic() - started,
         notes=tuple(source.notes),
     )
+
+
+def _check_options(config: ImportTokensConfig, name: str) -> None:
+    """Refuse settings that the format does not know, which would be without effect."""
+    known = TOKEN_FORMATS[name].options
+    alien = [option for option in FORMAT_OPTIONS if getattr(config, option) is not None and option not in known]
+    if alien:
+        raise UserError(
+            f"format {name} has no use for {' and '.join(alien)}; leave it out, or name the format (--format)"
+        )
 
 
 def _reading(config: ImportTokensConfig, encoder: TextEncoder) -> Reading:

@@ -195,7 +195,7 @@ def test_a_template_that_cannot_serve_is_refused(
             "expected a text with {prompt} in it, once",
         ),
         ({"too_long": "drop"}, "too_long is of packing=whole"),
-        ({"packing": "tight"}, "Input should be 'cut' or 'whole'"),
+        ({"packing": "tight"}, "Input should be 'cut', 'whole' or 'rows'"),
     ],
 )
 def test_keys_that_do_not_go_together(keys: dict[str, Any], message: str) -> None:
