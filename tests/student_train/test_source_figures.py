@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from potstill.kernels.types import LossSums
-from potstill.storage import StoreReader, TokensRow
+from potstill.storage import StoreReader, TargetsRow, TokensRow
+from potstill.storage.rows.columns import COLUMNS
 from potstill.student_train.report.build import write_report
 from potstill.student_train.run.metrics import Meter, read_metrics
 from potstill.student_train.run.run_folder import read_done
@@ -33,12 +34,34 @@ def masked_rows(num_rows: int) -> list[TokensRow]:
     return found
 
 
+def trained_targets(row: TokensRow) -> TargetsRow:
+    """Targets of a bigram teacher where the row trains, and none elsewhere."""
+    found, on = tiny.targets_row(row, tiny.transition(5), temperatures=(2.0,)), row.has_target()
+    kept = found.targets.keep_entries(np.repeat(on, np.diff(found.targets.offsets)))
+
+    def where_on(name: str, values: np.ndarray) -> np.ndarray:
+        return (
+            np.where(on, values, COLUMNS[name].fill).astype(values.dtype) if COLUMNS[name].axis == "token" else values
+        )
+
+    return replace(found, targets=kept.each(where_on))
+
+
 @pytest.fixture(scope="module")
 def maths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A tokens store with masks, and targets over it."""
     folder, rows = tmp_path_factory.mktemp("maths"), masked_rows(12)
     tokens = tiny.write_store(folder / "tokens", tiny.spec_of("tokens", num_rows=None, columns=("mask",)), rows)
-    tiny.write_targets(folder / "teacher", tokens, rows, tiny.transition(5))
+    spec = tiny.spec_of(
+        "targets",
+        num_rows=len(rows),
+        input_digest=tokens.digest,
+        selection={"mode": "top_k", "k": tiny.TOP_K},
+        temperatures=(2.0,),
+        stats=("mean_loss", "mean_entropy"),
+        teacher={"id": "bigram", "weights_digest": "0" * 64, "dtype": "float32", "engine": "table"},
+    )
+    tiny.write_store(folder / "teacher", spec, [trained_targets(row) for row in rows])
     return {name: str(folder / name) for name in ("tokens", "teacher")}
 
 
@@ -47,6 +70,7 @@ def two_sources(stores: dict[str, Path], maths: dict[str, str], run: Path, **cha
     weights = {"of": "document", "store": "teacher", "column": "probability", "form": "beta", "applies_to": "kd"}
     tree = tiny.config_tree(stores, run, objective={"alpha": 0.7, "off_kd": "ce"}, **changes)
     tree["run"] |= {"max_steps": 4}
+    tree["logging"] = {"every_steps": 1}
     novels = {"tokens": str(stores["tokens"]), "targets": {"teacher": str(stores["teacher"])}}
     own = {"tokens": maths["tokens"], "targets": {"teacher": maths["teacher"]}}
     for name in ("tokens", "targets", "scores"):
@@ -72,11 +96,12 @@ def test_two_sources_with_masks_and_weights_are_the_same_run_on_one_and_two_rank
         for name in SOURCES:
             assert a["sources"][name] == pytest.approx(b["sources"][name], rel=1e-5)
         parts = a["sources"].values()
-        assert sum(part["rows"] for part in parts) == 2 * 4  # two steps of four rows
+        assert sum(part["rows"] for part in parts) == 4
         for part in parts:
             assert 0 < part["positions"] < part["tokens"] and part["ce"] > 0 and part["kd"] > 0
         labels = sum(part["ce"] * part["positions"] for part in parts) / sum(part["positions"] for part in parts)
         assert a["ce"] == pytest.approx(labels, rel=1e-5), "every label weighs 1: the weights are of KD"
+        assert a["loss"] == pytest.approx(0.7 * a["kd"] + 0.3 * a["ce"], rel=1e-4), "weights of KD have mean 1"
     totals = source_totals(one)
     assert totals["novels"]["rows"] == totals["maths"]["rows"] == 8, "shares of the mix"
     assert sum(own["tokens"] for own in totals.values()) == one[-1]["tokens"]
