@@ -181,7 +181,7 @@ def test_one_mistake_is_one_line_without_the_whole_tree(stores, tmp_path: Path, 
         ({"curriculum": [{"rows": rows}]}, ("curriculum.0.rows: rows.share takes the value 0.0", "line ")),
         ({"objective": {"alpha": {"kind": "linear", "start": 0}}}, ("objective.alpha.end: this key is needed",)),
         ({"objective": {"alpha": {"kind": "liner", "start": 0, "end": 1}}}, ("objective.alpha: ", "'liner'")),
-        ({"data": {"tokens": None}}, ("data.tokens: ", "found None")),
+        ({"data": {"tokens": None}}, ("data.tokens is needed and missing", "data.sources")),
         ({"run": {"max_steps": 0}}, ("run.max_steps: ", "greater than or equal to 1")),
     ):
         tree = tiny.config_tree(stores, tmp_path / "run", **changes)
