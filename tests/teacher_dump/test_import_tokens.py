@@ -13,8 +13,8 @@ import pytest
 from potstill.common.errors import UserError
 from potstill.storage import MismatchError, StoreReader, StoreWriter, verify_store
 from potstill.teacher_dump import ImportTokensConfig, PrepareConfig, import_tokens, prepare
-from potstill.teacher_dump.importing.token_formats import TOKEN_FORMATS, TokenFormat
-from potstill.teacher_dump.importing.token_source import TokenDocument
+from potstill.teacher_dump.importing.tokens.formats import TOKEN_FORMATS, TokenFormat
+from potstill.teacher_dump.importing.tokens.source import TokenDocument
 from potstill.teacher_dump.tokenizer import load_tokenizer, tokenizer_digest
 from tests.teacher_dump import token_files as made
 from tests.teacher_dump.tiny import some_texts, token_rows, write_jsonl

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from potstill.common.errors import UserError
-from potstill.teacher_dump.importing.arrays import headerless
-from potstill.teacher_dump.importing.bounds import INSTEAD, RecordedEnds, choose_bounds
-from potstill.teacher_dump.importing.token_file import FlatArray, FlatFile, Reading, TokenFile, file_size
+from potstill.teacher_dump.importing.tokens.arrays import headerless
+from potstill.teacher_dump.importing.tokens.base import FlatArray, FlatFile, Reading, TokenFile, file_size
+from potstill.teacher_dump.importing.tokens.bounds import INSTEAD, RecordedEnds, choose_bounds
 
 _TYPES = {"2": "uint16", "4": "uint32"}
 

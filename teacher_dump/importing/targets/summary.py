@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from potstill.common.progress import format_seconds
-from potstill.teacher_dump.importing.foreign_rows import Figures
+from potstill.teacher_dump.importing.targets.rows import Figures
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,7 @@ import numpy as np
 
 from potstill.common.errors import UserError
 from potstill.storage.rows.k_bound import MAX_K
-from potstill.teacher_dump.importing.foreign_records import Entries, TargetsSource, ValueKind
-from potstill.teacher_dump.importing.table_files import (
+from potstill.teacher_dump.importing.tables.files import (
     find_tables,
     first_columns,
     nested_numbers,
@@ -25,8 +24,9 @@ from potstill.teacher_dump.importing.table_files import (
     read_table,
     schema_of,
 )
-from potstill.teacher_dump.importing.table_source import Layout, TableSource, whole_numbers
-from potstill.teacher_dump.importing.targets_config import ImportTargetsConfig
+from potstill.teacher_dump.importing.targets.base import Entries, TargetsSource, ValueKind
+from potstill.teacher_dump.importing.targets.config import ImportTargetsConfig
+from potstill.teacher_dump.importing.targets.tables import Layout, TableSource, whole_numbers
 from potstill.teacher_dump.inputs import InputFile
 from potstill.teacher_dump.records.base import BadRecord
 

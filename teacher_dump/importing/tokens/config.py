@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from potstill.common.config import StorePlace, StrictModel
 from potstill.common.named_entries import NameIn
 from potstill.teacher_dump.config import PackingRule, PackingWindow, PlaceText, TooLong, UntrainedFraction
-from potstill.teacher_dump.importing.token_formats import TOKEN_FORMATS, describe_formats
+from potstill.teacher_dump.importing.tokens.formats import TOKEN_FORMATS, describe_formats
 
 
 class ImportTokensConfig(StrictModel):

@@ -13,7 +13,7 @@ import numpy as np
 
 from potstill.storage import SparseTargets, StoreError, TargetsRow, TokensRow, token_digest
 from potstill.storage.rows.array_types import STRICT_MASS_EPS
-from potstill.teacher_dump.importing.foreign_records import Entries, ForeignRecord, ValueKind
+from potstill.teacher_dump.importing.targets.base import Entries, ForeignRecord, ValueKind
 from potstill.teacher_dump.records.base import BadRecord
 
 Normaliser = Literal["vocabulary", "kept"]

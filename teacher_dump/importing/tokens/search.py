@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from potstill.common.errors import UserError
-from potstill.teacher_dump.importing.token_formats import TOKEN_FORMATS
+from potstill.teacher_dump.importing.tokens.formats import TOKEN_FORMATS
 
 log = logging.getLogger(__name__)
 

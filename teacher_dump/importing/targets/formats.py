@@ -10,7 +10,7 @@ from dataclasses import dataclass
 class TargetFormat:
     """What the configuration needs to know of a format before its module is imported.
 
-    module:      whole name of the module with `open_source(config) -> TargetsSource` (see foreign_records.py) and
+    module:      whole name of the module with `open_source(config) -> TargetsSource` (see base.py) and
                  `recognises(inputs) -> bool`, by the names of the files and of their columns
     description: one phrase for the help of `format`
     """
@@ -22,15 +22,15 @@ class TargetFormat:
 # In the order in which they are tried.
 TARGET_FORMATS: Mapping[str, TargetFormat] = {
     "distillkit": TargetFormat(
-        module="potstill.teacher_dump.importing.distillkit",
+        module="potstill.teacher_dump.importing.targets.distillkit",
         description="DistillKit's compressed log-probabilities (Parquet, packed folders; current and legacy codec)",
     ),
     "topk_parquet": TargetFormat(
-        module="potstill.teacher_dump.importing.topk_parquet",
+        module="potstill.teacher_dump.importing.targets.topk_parquet",
         description="lists of ids and values in Parquet, Arrow or folders of save_to_disk",
     ),
     "megatron_logits": TargetFormat(
-        module="potstill.teacher_dump.importing.megatron_logits",
+        module="potstill.teacher_dump.importing.targets.megatron_logits",
         description="Megatron-LM's cached logits (tars of .pt.zst)",
     ),
 }

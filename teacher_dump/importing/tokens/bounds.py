@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from potstill.common.errors import UserError
-from potstill.teacher_dump.importing.token_file import Bounds, FlatArray, Ids, Reading, Segment
+from potstill.teacher_dump.importing.tokens.base import Bounds, FlatArray, Ids, Reading, Segment
 
 _BLOCK_DOCUMENTS = 1 << 13
 _BLOCK_TOKENS = 1 << 20

@@ -21,7 +21,8 @@ import zstandard
 
 from potstill.common.errors import UserError
 from potstill.teacher_dump.documents import Place
-from potstill.teacher_dump.importing.foreign_records import (
+from potstill.teacher_dump.importing.tables.files import expanded
+from potstill.teacher_dump.importing.targets.base import (
     NO_BOUNDS,
     Entries,
     ForeignRecord,
@@ -29,9 +30,8 @@ from potstill.teacher_dump.importing.foreign_records import (
     SourceFacts,
     TargetsSource,
 )
-from potstill.teacher_dump.importing.table_files import expanded
-from potstill.teacher_dump.importing.targets_config import ImportTargetsConfig
-from potstill.teacher_dump.importing.torch_tensors import UnsafeFileError, load_tensors
+from potstill.teacher_dump.importing.targets.config import ImportTargetsConfig
+from potstill.teacher_dump.importing.targets.torch_tensors import UnsafeFileError, load_tensors
 from potstill.teacher_dump.inputs import InputFile, digest_files
 from potstill.teacher_dump.records.base import BadRecord
 

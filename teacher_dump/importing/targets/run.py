@@ -21,14 +21,14 @@ from potstill.common.progress import Progress
 from potstill.storage import MismatchError, RunSpec, StoreReader, TargetsRow, TokensRow, check_output
 from potstill.storage.rows.k_bound import MAX_K
 from potstill.teacher_dump.documents import BadRecords, Place
-from potstill.teacher_dump.importing.first_records import FirstLook, Joined, look_at
-from potstill.teacher_dump.importing.foreign_records import FoundRecord, TargetsSource
-from potstill.teacher_dump.importing.foreign_rows import STATS, row_without_targets, targets_row, tokens_row
-from potstill.teacher_dump.importing.foreign_tokens import TOKENS, longest_row, own_rows, source_info, write_tokens
-from potstill.teacher_dump.importing.import_targets_summary import ImportTargetsSummary
-from potstill.teacher_dump.importing.record_units import RecordUnits
-from potstill.teacher_dump.importing.target_formats import TARGET_FORMATS
-from potstill.teacher_dump.importing.targets_config import ImportTargetsConfig
+from potstill.teacher_dump.importing.targets.base import FoundRecord, TargetsSource
+from potstill.teacher_dump.importing.targets.config import ImportTargetsConfig
+from potstill.teacher_dump.importing.targets.first_records import FirstLook, Joined, look_at
+from potstill.teacher_dump.importing.targets.formats import TARGET_FORMATS
+from potstill.teacher_dump.importing.targets.rows import STATS, row_without_targets, targets_row, tokens_row
+from potstill.teacher_dump.importing.targets.summary import ImportTargetsSummary
+from potstill.teacher_dump.importing.targets.tokens import TOKENS, longest_row, own_rows, source_info, write_tokens
+from potstill.teacher_dump.importing.targets.units import RecordUnits
 from potstill.teacher_dump.records.base import BadRecord
 from potstill.teacher_dump.tokenizer import TextEncoder, text_encoder
 
@@ -39,8 +39,12 @@ TARGETS = "targets"
 _NEVER_HELD = "the entropy over the vocabulary, and the probability and rank of labels that are not among the entries"
 
 
-def run_import(config: ImportTargetsConfig) -> ImportTargetsSummary:
-    """See potstill.teacher_dump.importing.targets.import_targets."""
+def import_targets(config: ImportTargetsConfig) -> ImportTargetsSummary:
+    """Read foreign targets into sealed stores.
+
+    After a kill the same call continues, to the same bytes. Raises UserError for files that are not what they should be
+    and StoreError for trouble with the stores.
+    """
     started = time.monotonic()
     for part in (TARGETS,) if config.tokens is not None else (TOKENS, TARGETS):
         check_output(inside(config.output, part))

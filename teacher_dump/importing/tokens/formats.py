@@ -15,7 +15,7 @@ FORMAT_OPTIONS = ("dtype", *_COLUMNS)  # settings that not every format knows
 class TokenFormat:
     """What the configuration and the search for files need to know of a format before its module is imported.
 
-    module:      whole name of the module with `open_file(path, reading) -> TokenFile` (see token_file.py)
+    module:      whole name of the module with `open_file(path, reading) -> TokenFile` (see base.py)
     description: one phrase for the help of `format`
     suffixes:    ends of the names of its files, by which a file or a folder is recognised
     beside:      ends of the names of files that belong to one of these and are never read by themselves
@@ -32,33 +32,33 @@ class TokenFormat:
 # In the order in which they are tried: `.bin` is Megatron's where an `.idx` lies beside it.
 TOKEN_FORMATS: Mapping[str, TokenFormat] = {
     "megatron": TokenFormat(
-        module="potstill.teacher_dump.importing.megatron",
+        module="potstill.teacher_dump.importing.tokens.megatron",
         description=".bin with .idx (Megatron-LM, datatrove)",
         suffixes=(".idx",),
         beside=(".bin",),
     ),
     "array": TokenFormat(
-        module="potstill.teacher_dump.importing.arrays",
+        module="potstill.teacher_dump.importing.tokens.arrays",
         description=".npy with or without NumPy's header, .bin (OLMo-core, dolma, nanoGPT, llm.c)",
         suffixes=(".npy", ".bin"),
         beside=(".csv.gz",),
         options=("dtype",),
     ),
     "datatrove": TokenFormat(
-        module="potstill.teacher_dump.importing.datatrove",
+        module="potstill.teacher_dump.importing.tokens.datatrove",
         description=".ds with .ds.index (datatrove, nanotron)",
         suffixes=(".ds",),
         beside=(".ds.index", ".ds.loss", ".ds.metadata"),
         options=("dtype",),
     ),
     "table": TokenFormat(
-        module="potstill.teacher_dump.importing.tables",
+        module="potstill.teacher_dump.importing.tokens.tables",
         description=".parquet, .arrow, .feather, folders of save_to_disk",
         suffixes=(".parquet", ".arrow", ".feather"),
         options=_COLUMNS,
     ),
     "jsonl": TokenFormat(
-        module="potstill.teacher_dump.importing.json_lines",
+        module="potstill.teacher_dump.importing.tokens.json_lines",
         description="JSON lines with a list of ids",
         suffixes=tuple(f"{kind}{packed}" for kind in (".jsonl", ".ndjson") for packed in ("", *COMPRESSIONS)),
         options=_COLUMNS,

@@ -15,9 +15,7 @@ from typing import Any
 import numpy as np
 
 from potstill.common.errors import UserError
-from potstill.teacher_dump.importing.bounds import CsvBounds, choose_bounds
-from potstill.teacher_dump.importing.columns import document_lengths
-from potstill.teacher_dump.importing.token_file import (
+from potstill.teacher_dump.importing.tokens.base import (
     FlatArray,
     FlatFile,
     Reading,
@@ -26,6 +24,8 @@ from potstill.teacher_dump.importing.token_file import (
     file_size,
     read_bytes,
 )
+from potstill.teacher_dump.importing.tokens.bounds import CsvBounds, choose_bounds
+from potstill.teacher_dump.importing.tokens.columns import document_lengths
 
 _NUMPY_MAGIC = b"\x93NUMPY"
 # First int32 of a header of llm.c (dev/data/data_common.py, write_datafile): version and type that go with it.

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from potstill.common.errors import UserError
-from potstill.teacher_dump.importing.columns import Columns, choose_columns, make_record
-from potstill.teacher_dump.importing.token_file import Ids, Reading, TokenFile, TokenRecord, file_size, read_bytes
+from potstill.teacher_dump.importing.tokens.base import Ids, Reading, TokenFile, TokenRecord, file_size, read_bytes
+from potstill.teacher_dump.importing.tokens.columns import Columns, choose_columns, make_record
 from potstill.teacher_dump.records.base import BadRecord
 
 _BATCH_RECORDS = 64

@@ -23,11 +23,11 @@ from potstill.common.model_place import TOKENIZER_FILES, find_model
 from potstill.common.progress import Progress, format_seconds
 from potstill.storage import RunSpec, check_output
 from potstill.teacher_dump.documents import Place
-from potstill.teacher_dump.importing.token_file import Ids, Reading
-from potstill.teacher_dump.importing.token_formats import FORMAT_OPTIONS, TOKEN_FORMATS
-from potstill.teacher_dump.importing.token_search import find_token_files
-from potstill.teacher_dump.importing.token_source import PARTS, TokenDocument, TokenSource
-from potstill.teacher_dump.importing.tokens_config import ImportTokensConfig
+from potstill.teacher_dump.importing.tokens.base import Ids, Reading
+from potstill.teacher_dump.importing.tokens.config import ImportTokensConfig
+from potstill.teacher_dump.importing.tokens.formats import FORMAT_OPTIONS, TOKEN_FORMATS
+from potstill.teacher_dump.importing.tokens.search import find_token_files
+from potstill.teacher_dump.importing.tokens.source import PARTS, TokenDocument, TokenSource
 from potstill.teacher_dump.kept_tokenizer import KeptTokenizer
 from potstill.teacher_dump.prepared import MASK_COLUMN, Output, StoreSummary, check_untrained
 from potstill.teacher_dump.split import Split

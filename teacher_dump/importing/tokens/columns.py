@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potstill.common.errors import UserError
-from potstill.teacher_dump.importing.token_file import Ids, Reading, TokenRecord
+from potstill.teacher_dump.importing.tokens.base import Ids, Reading, TokenRecord
 from potstill.teacher_dump.records.base import BadRecord
 
 IDS_COLUMNS = ("input_ids", "tokens", "token_ids", "ids", "inputs")

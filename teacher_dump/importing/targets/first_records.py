@@ -11,8 +11,9 @@ import numpy as np
 
 from potstill.common.errors import UserError
 from potstill.storage import TokensRow
-from potstill.teacher_dump.importing.foreign_records import Entries, SourceFacts, ValueKind
-from potstill.teacher_dump.importing.foreign_rows import (
+from potstill.teacher_dump.importing.targets.base import Entries, SourceFacts, ValueKind
+from potstill.teacher_dump.importing.targets.config import ImportTargetsConfig
+from potstill.teacher_dump.importing.targets.rows import (
     Figures,
     Normaliser,
     Reading,
@@ -20,7 +21,6 @@ from potstill.teacher_dump.importing.foreign_rows import (
     raw_logprobs,
     targets_row,
 )
-from potstill.teacher_dump.importing.targets_config import ImportTargetsConfig
 from potstill.teacher_dump.records.base import BadRecord
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,8 @@ import numpy as np
 
 from potstill.common.errors import UserError
 from potstill.teacher_dump.documents import Place
-from potstill.teacher_dump.importing.foreign_records import (
+from potstill.teacher_dump.importing.tables.files import num_records, numbers, read_table, schema_of
+from potstill.teacher_dump.importing.targets.base import (
     NO_BOUNDS,
     Entries,
     ForeignRecord,
@@ -18,7 +19,6 @@ from potstill.teacher_dump.importing.foreign_records import (
     SourceFacts,
     ValueKind,
 )
-from potstill.teacher_dump.importing.table_files import num_records, numbers, read_table, schema_of
 from potstill.teacher_dump.inputs import InputFile, digest_files
 from potstill.teacher_dump.records.base import BadRecord
 

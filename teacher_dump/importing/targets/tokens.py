@@ -15,10 +15,10 @@ from potstill.common.errors import UserError
 from potstill.common.progress import Progress
 from potstill.storage import RunSpec, StoreReader, TokensRow
 from potstill.teacher_dump.documents import BadRecords, Place
-from potstill.teacher_dump.importing.foreign_records import ForeignRecord, FoundRecord, SourceFacts, TargetsSource
-from potstill.teacher_dump.importing.foreign_rows import tokens_row
-from potstill.teacher_dump.importing.record_units import RecordUnits
-from potstill.teacher_dump.importing.targets_config import ImportTargetsConfig
+from potstill.teacher_dump.importing.targets.base import ForeignRecord, FoundRecord, SourceFacts, TargetsSource
+from potstill.teacher_dump.importing.targets.config import ImportTargetsConfig
+from potstill.teacher_dump.importing.targets.rows import tokens_row
+from potstill.teacher_dump.importing.targets.units import RecordUnits
 from potstill.teacher_dump.kept_tokenizer import KeptTokenizer
 from potstill.teacher_dump.records.base import BadRecord
 from potstill.teacher_dump.tokenizer import TextEncoder

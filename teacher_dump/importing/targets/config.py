@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from potstill.common.config import StorePlace, StrictModel
 from potstill.common.named_entries import NameIn
 from potstill.teacher_dump.config import PlaceText
-from potstill.teacher_dump.importing.target_formats import TARGET_FORMATS, describe_formats
+from potstill.teacher_dump.importing.targets.formats import TARGET_FORMATS, describe_formats
 
 
 class ImportTargetsConfig(StrictModel):

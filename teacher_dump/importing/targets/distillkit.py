@@ -13,11 +13,11 @@ from typing import Any
 
 from potstill.common.config import build_config, key_lines, parse_yaml
 from potstill.common.errors import UserError
-from potstill.teacher_dump.importing.distillkit_codec import CurrentCodec, LegacyCodec
-from potstill.teacher_dump.importing.foreign_records import Entries, TargetsSource
-from potstill.teacher_dump.importing.table_files import expanded, find_tables, first_columns, rectangle, schema_of
-from potstill.teacher_dump.importing.table_source import Layout, TableSource
-from potstill.teacher_dump.importing.targets_config import ImportTargetsConfig
+from potstill.teacher_dump.importing.tables.files import expanded, find_tables, first_columns, rectangle, schema_of
+from potstill.teacher_dump.importing.targets.base import Entries, TargetsSource
+from potstill.teacher_dump.importing.targets.config import ImportTargetsConfig
+from potstill.teacher_dump.importing.targets.distillkit_codec import CurrentCodec, LegacyCodec
+from potstill.teacher_dump.importing.targets.tables import Layout, TableSource
 
 CONFIG_NAME = "compression_config.yaml"
 TOKENS, SEGMENTS = "input_ids", "attention_mask"

@@ -13,8 +13,8 @@ import numpy as np
 
 from potstill.common.errors import UserError
 from potstill.teacher_dump.documents import lines_of
-from potstill.teacher_dump.importing.columns import Columns, choose_columns, make_record
-from potstill.teacher_dump.importing.token_file import Ids, Reading, TokenFile, TokenRecord
+from potstill.teacher_dump.importing.tokens.base import Ids, Reading, TokenFile, TokenRecord
+from potstill.teacher_dump.importing.tokens.columns import Columns, choose_columns, make_record
 from potstill.teacher_dump.inputs import COMPRESSIONS, InputFile
 from potstill.teacher_dump.records.base import BadRecord
 

@@ -18,8 +18,7 @@ from typing import NoReturn
 import numpy as np
 
 from potstill.common.errors import UserError
-from potstill.teacher_dump.importing.bounds import check_growing, choose_bounds
-from potstill.teacher_dump.importing.token_file import (
+from potstill.teacher_dump.importing.tokens.base import (
     FlatArray,
     FlatFile,
     Ids,
@@ -29,6 +28,7 @@ from potstill.teacher_dump.importing.token_file import (
     file_size,
     read_bytes,
 )
+from potstill.teacher_dump.importing.tokens.bounds import check_growing, choose_bounds
 
 _MAGIC, _OLD_MAGIC = b"MMIDIDX\x00\x00", b"TNTIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")

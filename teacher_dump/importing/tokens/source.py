@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potstill.teacher_dump.documents import BadRecords, Place
-from potstill.teacher_dump.importing.token_file import Ids, Reading, TokenFile, TokenRecord, file_size
-from potstill.teacher_dump.importing.token_formats import TOKEN_FORMATS
-from potstill.teacher_dump.importing.token_search import FoundFile
+from potstill.teacher_dump.importing.tokens.base import Ids, Reading, TokenFile, TokenRecord, file_size
+from potstill.teacher_dump.importing.tokens.formats import TOKEN_FORMATS
+from potstill.teacher_dump.importing.tokens.search import FoundFile
 from potstill.teacher_dump.inputs import InputFile, digest_files
 from potstill.teacher_dump.records.base import BadRecord
 

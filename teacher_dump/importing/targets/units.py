@@ -8,7 +8,7 @@ from pathlib import Path
 
 from potstill.storage import MismatchError, Row, RunSpec, StoreReader, StoreWriter, discard_unused, seal_store
 from potstill.teacher_dump.documents import Place
-from potstill.teacher_dump.importing.foreign_rows import Figures
+from potstill.teacher_dump.importing.targets.rows import Figures
 
 
 class RecordUnits:
