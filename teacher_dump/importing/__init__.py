@@ -1,4 +1,5 @@
 """Doors in for data that other programs wrote: tokens (tokens/) and a teacher's targets (targets/).
 
-Both read Parquet and Arrow files by tables/. A new format is a module in one of the two and an entry in its formats.py.
+Both find and read Parquet and Arrow files by tables/. A new format is a module in tokens/ or targets/ and an entry in
+the formats.py beside it.
 """

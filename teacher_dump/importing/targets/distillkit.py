@@ -13,7 +13,10 @@ from typing import Any
 
 from potstill.common.config import build_config, key_lines, parse_yaml
 from potstill.common.errors import UserError
-from potstill.teacher_dump.importing.tables.files import expanded, find_tables, first_columns, rectangle, schema_of
+from potstill.teacher_dump.importing.globs import expanded
+from potstill.teacher_dump.importing.tables.files import find_tables, first_columns
+from potstill.teacher_dump.importing.tables.lists import rectangle
+from potstill.teacher_dump.importing.tables.reading import read_schema
 from potstill.teacher_dump.importing.targets.base import Entries, TargetsSource
 from potstill.teacher_dump.importing.targets.config import ImportTargetsConfig
 from potstill.teacher_dump.importing.targets.distillkit_codec import CurrentCodec, LegacyCodec
@@ -34,7 +37,7 @@ def recognises(inputs: Sequence[str]) -> bool:
 def open_source(config: ImportTargetsConfig) -> TargetsSource:
     """Raises UserError: no compression_config.yaml, other columns than its codec has."""
     files = find_tables(config.input)
-    names = schema_of(files[0]).names
+    names = read_schema(files[0].path).names
     codec = _read_codec(config, legacy=set(LEGACY) <= set(names))
     segments = config.attention_column or (SEGMENTS if SEGMENTS in names else None)
     if isinstance(codec, LegacyCodec):

@@ -21,7 +21,7 @@ import zstandard
 
 from potstill.common.errors import UserError
 from potstill.teacher_dump.documents import Place
-from potstill.teacher_dump.importing.tables.files import expanded
+from potstill.teacher_dump.importing.globs import expanded
 from potstill.teacher_dump.importing.targets.base import (
     NO_BOUNDS,
     Entries,

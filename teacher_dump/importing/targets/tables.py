@@ -10,7 +10,8 @@ import numpy as np
 
 from potstill.common.errors import UserError
 from potstill.teacher_dump.documents import Place
-from potstill.teacher_dump.importing.tables.files import num_records, numbers, read_table, schema_of
+from potstill.teacher_dump.importing.tables.lists import numbers
+from potstill.teacher_dump.importing.tables.reading import count_records, read_records, read_schema
 from potstill.teacher_dump.importing.targets.base import (
     NO_BOUNDS,
     Entries,
@@ -21,6 +22,8 @@ from potstill.teacher_dump.importing.targets.base import (
 )
 from potstill.teacher_dump.inputs import InputFile, digest_files
 from potstill.teacher_dump.records.base import BadRecord
+
+RECORDS_AT_ONCE = 8  # a record is a sequence with all of its entries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +58,7 @@ class TableSource:
         """Raises UserError where a file lacks a column."""
         self._files, self._layout = files, layout
         for file in files:
-            names = schema_of(file).names
+            names = read_schema(file.path).names
             missing = [name for name in layout.columns if name not in names]
             if missing:
                 raise UserError(f"{file.path}: no column {', '.join(missing)}; found {', '.join(names)}")
@@ -67,7 +70,7 @@ class TableSource:
             values=layout.values,
             has_normaliser=layout.has_normaliser,
             selection={"mode": "top_k", "k": k},
-            num_records=sum(num_records(file) for file in files),
+            num_records=sum(count_records(file.path) for file in files),
             has_tokens=True,
             settings=settings,
             lost=(*lost, *(() if layout.segments else (NO_BOUNDS,))),
@@ -80,7 +83,7 @@ class TableSource:
         for number in range(start.file, len(self._files)):
             file = self._files[number]
             first = start.record if number == start.file else 0
-            for found in read_table(file, columns, start=first):
+            for found in read_records(file.path, columns, start=first, at_once=RECORDS_AT_ONCE):
                 try:
                     record: ForeignRecord | BadRecord = self._record(found.values, entries=entries)
                 except BadRecord as reason:

@@ -15,18 +15,12 @@ import numpy as np
 
 from potstill.common.errors import UserError
 from potstill.storage.rows.k_bound import MAX_K
-from potstill.teacher_dump.importing.tables.files import (
-    find_tables,
-    first_columns,
-    nested_numbers,
-    nested_rectangle,
-    numbers,
-    read_table,
-    schema_of,
-)
+from potstill.teacher_dump.importing.tables.files import find_tables, first_columns
+from potstill.teacher_dump.importing.tables.lists import nested_numbers, nested_rectangle, numbers
+from potstill.teacher_dump.importing.tables.reading import read_records, read_schema
 from potstill.teacher_dump.importing.targets.base import Entries, TargetsSource, ValueKind
 from potstill.teacher_dump.importing.targets.config import ImportTargetsConfig
-from potstill.teacher_dump.importing.targets.tables import Layout, TableSource, whole_numbers
+from potstill.teacher_dump.importing.targets.tables import RECORDS_AT_ONCE, Layout, TableSource, whole_numbers
 from potstill.teacher_dump.inputs import InputFile
 from potstill.teacher_dump.records.base import BadRecord
 
@@ -73,7 +67,7 @@ def recognises(inputs: Sequence[str]) -> bool:
 def open_source(config: ImportTargetsConfig) -> TargetsSource:
     """Raises UserError where columns are not there or not named, or the entries are more than a store holds."""
     files = find_tables(config.input)
-    names = schema_of(files[0]).names
+    names = read_schema(files[0].path).names
     columns = _choose(config, names, str(files[0].path))
     segments = config.attention_column or (SEGMENTS if SEGMENTS in names else None)
     layout = Layout(
@@ -144,7 +138,7 @@ def _entries(row: Mapping[str, Any], columns: Columns) -> Entries:
 
 def _width(files: Sequence[InputFile], layout: Layout, config: ImportTargetsConfig) -> int:
     """Entries of a position at most: those of the first sound record if all of its positions have as many."""
-    for found in read_table(files[0], layout.entries, start=0):
+    for found in read_records(files[0].path, layout.entries, start=0, at_once=RECORDS_AT_ONCE):
         try:
             counts = np.diff(layout.decode(found.values).offsets)
         except BadRecord:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import glob
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from potstill.common.errors import UserError
+from potstill.teacher_dump.importing.tables.files import is_saved, saved_shards
 from potstill.teacher_dump.importing.tokens.formats import TOKEN_FORMATS
 
 log = logging.getLogger(__name__)
-
-_SAVED, _SAVED_SPLITS = "state.json", "dataset_dict.json"
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ def _expand(entry: str, wanted: str | None) -> Iterator[FoundFile]:
         fixed = next((Path(*path.parts[:n]) for n, part in enumerate(path.parts) if glob.has_magic(part)), path.parent)
         for name in sorted(glob.glob(str(path), recursive=True)):
             one = Path(name)
-            if one.is_dir() and (one / _SAVED).is_file() and wanted in (None, "table"):
+            if one.is_dir() and is_saved(one) and wanted in (None, "table"):
                 yield from _in_folder(one, fixed, wanted)
             elif one.is_file() and not _is_beside(one):
                 yield _named(one, wanted, fixed)
@@ -101,14 +98,9 @@ def _named(path: Path, wanted: str | None, below: Path | None = None) -> FoundFi
 
 
 def _in_folder(folder: Path, root: Path, wanted: str | None) -> Iterator[FoundFile]:
-    if (folder / _SAVED_SPLITS).is_file() and wanted in (None, "table"):
-        splits = _json(folder / _SAVED_SPLITS).get("splits")
-        raise UserError(
-            f"input folder {folder} is a data set of several splits {splits}; name the folder of one of them"
-        )
-    if (folder / _SAVED).is_file() and wanted in (None, "table"):
-        # Beside the shards lie files of a cache, which hold the same records again.
-        for shard in _shards(folder):
+    shards = saved_shards(folder) if wanted in (None, "table") else None
+    if shards is not None:
+        for shard in shards:
             yield FoundFile(shard, shard.relative_to(root).as_posix(), "table")
         return
     for path in sorted(folder.iterdir()):
@@ -125,29 +117,6 @@ def _is_wanted(path: Path, wanted: str | None) -> bool:
     if wanted is not None:
         return path.name.endswith(TOKEN_FORMATS[wanted].suffixes)
     return not _is_beside(path) and _format(path) is not None
-
-
-def _shards(folder: Path) -> list[Path]:
-    try:
-        paths = [folder / str(entry["filename"]) for entry in list(_json(folder / _SAVED)["_data_files"])]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder / _SAVED} does not list the data files; save the data set again") from error
-    for path in paths:
-        if not path.is_file():
-            raise UserError(
-                f"data set {folder}: its file {path} does not exist; restore it, or save the data set again"
-            )
-    return paths
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}; save the data set again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds {type(value).__name__}, expected an object; save the data set again")
-    return value
 
 
 def _format(path: Path) -> str | None:
