@@ -45,7 +45,9 @@ def test_foreign_tokens_and_foreign_targets_train_a_student(shared_data: Path, t
             teacher={"model": str(shared_data / "models" / "slm-2m")},
         )
     )
-    tree = tiny.config_tree({name: tmp_path for name in ("tokens", "heldout", "heldout_teacher", "teacher", "scores")}, tmp_path / "run")
+    # The tree of the tiny stores, whose data are replaced.
+    places = dict.fromkeys(("tokens", "heldout", "heldout_teacher", "teacher", "scores"), tmp_path)
+    tree = tiny.config_tree(places, tmp_path / "run")
     tree["model"]["config"]["max_position_embeddings"] = row_length
     tree["run"] |= {"max_steps": 12}
     tree["optimizer"] = {"lr": 1e-2}
