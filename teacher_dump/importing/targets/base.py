@@ -74,7 +74,8 @@ class SourceFacts:
     """What is known of foreign files before the first record is decoded.
 
     `settings` are those that the writer left beside its files; `selection` is that of run.json, before a smaller k;
-    `lost` says in words what the files do not hold any more; `num_records` is None where only a pass could tell.
+    `lost` says in words what the files do not hold any more; `num_records` is None where only a pass could tell;
+    `has_segments`: whether records say which documents they hold.
     """
 
     format: str
@@ -86,6 +87,7 @@ class SourceFacts:
     num_records: int | None
     has_tokens: bool
     has_normaliser: bool = False
+    has_segments: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
     lost: tuple[str, ...] = ()
 

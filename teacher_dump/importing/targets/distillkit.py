@@ -57,7 +57,7 @@ def open_source(config: ImportTargetsConfig) -> TargetsSource:
         layout,
         format="distillkit",
         k=codec.k,
-        settings={"compression_config": codec.model_dump(mode="json")},
+        settings={"compression_config": codec.model_dump(mode="json"), "segments": segments},
         lost=_lost(codec),
     )
 

@@ -76,6 +76,11 @@ def look_at(
         figures.add(found)
         agreements.append(_label_mass(one.row, row.targets.offsets, row.targets.ids, row.targets.logprobs))
     notes += _placement(agreements)
+    if not facts.has_segments and any(len(one.row.doc_lens) > 1 for one in first):
+        notes.append(
+            "rows hold several documents, and nothing in the files says that the teacher read them apart: where it did "
+            "not, its predictions know of the documents before"
+        )
     if figures.below_rest > MUCH_BELOW * figures.positions:
         notes.append(
             f"the values are off, as of a fit that failed: at {figures.below_rest} of {figures.positions} positions of "

@@ -13,6 +13,7 @@ import re
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ class MegatronLogits:
         self._meta = _one_meta(metas)
         self._num_cp, self._num_dp = _check_ranks(members)
         self._members = members
-        self._iterations = sorted(members[0, 0])
+        self._iterations = _check_gaps(sorted(members[0, 0]))
         saver = self._meta["saver"]
         p = saver.get("p")
         k = int(saver["k"])
@@ -110,6 +111,7 @@ class MegatronLogits:
                 "data_parallel": self._num_dp,
                 "context_parallel": self._num_cp,
                 "iterations": len(self._iterations),
+                "first_iteration": self._iterations[0],
             },
             lost=(
                 f"the entries past the {k} of each position" + ("" if p is None else f", and past the mass {p}"),
@@ -204,6 +206,17 @@ def _check_ranks(members: Mapping[tuple[int, int], Mapping[int, Member]]) -> tup
         if alone:
             raise UserError(f"iteration {alone[0]} is in cp0_dp0 or cp{cp}_dp{dp} and not in both; a tar is missing")
     return num_cp, num_dp
+
+
+def _check_gaps(iterations: list[int]) -> list[int]:
+    """The iterations, of which none may be missing between the first and the last: later rows would move up."""
+    gap = next((one + 1 for one, other in pairwise(iterations) if other != one + 1), None)
+    if gap is not None:
+        raise UserError(
+            f"iteration {gap} is missing, between {iterations[0]} and {iterations[-1]}: the sequences after it would "
+            "be taken for those of other rows; a tar is missing or cut off"
+        )
+    return iterations
 
 
 def _load(member: Member, where: str) -> dict[str, list[np.ndarray]]:

@@ -21,6 +21,7 @@ from potstill.common.progress import Progress
 from potstill.storage import MismatchError, RunSpec, StoreReader, TargetsRow, TokensRow, check_output
 from potstill.storage.rows.k_bound import MAX_K
 from potstill.teacher_dump.documents import BadRecords, Place
+from potstill.teacher_dump.importing.format_options import check_options
 from potstill.teacher_dump.importing.targets.base import FoundRecord, TargetsSource
 from potstill.teacher_dump.importing.targets.config import ImportTargetsConfig
 from potstill.teacher_dump.importing.targets.first_records import FirstLook, Joined, look_at
@@ -96,6 +97,7 @@ def open_source(config: ImportTargetsConfig) -> TargetsSource:
     for name in names:
         module = importlib.import_module(TARGET_FORMATS[name].module)
         if config.format is not None or module.recognises(config.input):
+            check_options(TARGET_FORMATS, name, dict(config))
             source: TargetsSource = module.open_source(config)
             return source
     raise UserError(f"input {config.input[0]!r} is of no known format ({', '.join(TARGET_FORMATS)}); set --format")

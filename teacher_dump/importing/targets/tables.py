@@ -69,6 +69,7 @@ class TableSource:
             digest=digest_files(files),
             values=layout.values,
             has_normaliser=layout.has_normaliser,
+            has_segments=layout.segments is not None,
             selection={"mode": "top_k", "k": k},
             num_records=sum(count_records(file.path) for file in files),
             has_tokens=True,
@@ -118,8 +119,13 @@ def whole_numbers(values: np.ndarray, name: str) -> np.ndarray:
         if (whole != values).any():
             wrong = values[whole != values][0]
             raise BadRecord(f"{name} holds {wrong}, expected whole numbers; they may have been rounded on the way")
-        if len(whole) and abs(whole).max() >= 1 << 53:
-            raise BadRecord(f"{name} holds {abs(whole).max()}, no id")
+        # Above this not every whole number is one of the type: ids were rounded to their neighbours.
+        limit = 1 << np.finfo(values.dtype).nmant + 1
+        if len(whole) and abs(whole).max() > limit:
+            raise BadRecord(
+                f"{name} holds {abs(whole).max():.0f} as {values.dtype}, which has whole numbers up to {limit} only: "
+                "ids above were rounded to others"
+            )
         return whole.astype(np.int64)
     if values.dtype == np.uint64 and len(values) and int(values.max()) >= 1 << 63:
         raise BadRecord(f"{name} holds {values.max()}, no id")

@@ -8,7 +8,8 @@ raw logits, and probabilities over their k alone: no value over the vocabulary c
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -73,12 +74,14 @@ def open_source(config: ImportTargetsConfig) -> TargetsSource:
     layout = Layout(
         tokens=columns.tokens,
         entries=tuple(name for name in (columns.ids, columns.values, columns.normaliser) if name is not None),
-        decode=lambda row: _entries(row, columns),
+        decode=partial(_entries, columns=columns),
         values=columns.kind,
         segments=segments,
         has_normaliser=columns.normaliser is not None,
     )
     k = _width(files, layout, config)
+    if config.k is None:
+        layout = replace(layout, decode=partial(_entries, columns=columns, at_most=k))
     read = {"tokens": columns.tokens, "ids": columns.ids, "values": columns.values, "normaliser": columns.normaliser}
     return TableSource(
         files,
@@ -116,7 +119,8 @@ def _first(known: Sequence[str], names: Sequence[str]) -> str | None:
     return next((name for name in known if name in names), None)
 
 
-def _entries(row: Mapping[str, Any], columns: Columns) -> Entries:
+def _entries(row: Mapping[str, Any], columns: Columns, at_most: int | None = None) -> Entries:
+    """Raises BadRecord for columns that do not fit, and for a position of more than `at_most` entries."""
     if columns.ids is None:
         both = nested_rectangle(row[columns.values], columns.values)
         if both.shape[1] != 2:
@@ -132,17 +136,25 @@ def _entries(row: Mapping[str, Any], columns: Columns) -> Entries:
         normaliser = numbers(row[columns.normaliser], columns.normaliser).astype(np.float64)
         if len(normaliser) != len(lengths):
             raise BadRecord(f"{columns.normaliser} has {len(normaliser)} items for {len(lengths)} positions")
+    if at_most is not None and int(lengths.max(initial=0)) > at_most:
+        raise BadRecord(
+            f"position {int(lengths.argmax())} has {int(lengths.max())} entries, and {at_most} were expected (as many "
+            f"as all positions of the first record have, or the {MAX_K} that a store holds); set --k to keep the best"
+        )
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     return Entries(offsets, whole_numbers(ids, columns.ids), values.astype(np.float64), normaliser)
 
 
 def _width(files: Sequence[InputFile], layout: Layout, config: ImportTargetsConfig) -> int:
-    """Entries of a position at most: those of the first sound record if all of its positions have as many."""
+    """Entries of a position at most: those of the first sound record if all of its positions have as many.
+
+    At least the k that is asked for: another record may have more.
+    """
     for found in read_records(files[0].path, layout.entries, start=0, at_once=RECORDS_AT_ONCE):
         try:
             counts = np.diff(layout.decode(found.values).offsets)
         except BadRecord:
             continue
         if len(counts):
-            return int(counts[0]) if (counts == counts[0]).all() else config.k or MAX_K
+            return max(int(counts[0]), config.k or 0) if (counts == counts[0]).all() else config.k or MAX_K
     raise UserError(f"{files[0].path}: no record of {', '.join(layout.entries)} can be read; see --values-column")

@@ -8,7 +8,15 @@ from pydantic import Field, model_validator
 
 from potstill.common.config import StorePlace, StrictModel
 from potstill.common.named_entries import NameIn
-from potstill.teacher_dump.config import PackingRule, PackingWindow, PlaceText, TooLong, UntrainedFraction
+from potstill.teacher_dump.config import (
+    WINDOW,
+    PackingRule,
+    PackingWindow,
+    PlaceText,
+    TooLong,
+    UntrainedFraction,
+    check_packing,
+)
 from potstill.teacher_dump.importing.tokens.formats import TOKEN_FORMATS, describe_formats
 
 
@@ -58,7 +66,7 @@ class ImportTokensConfig(StrictModel):
     row_length: int = Field(default=1024, ge=2, le=1 << 20, description="Tokens per row")
     rows_per_unit: int = Field(default=256, ge=1, le=1 << 20, description="Rows per unit of work and of commit")
     packing: PackingRule = "cut"
-    packing_window: PackingWindow = 1024
+    packing_window: PackingWindow = WINDOW
     too_long: TooLong = None
     max_untrained_fraction: UntrainedFraction = 0.05
     heldout_fraction: float = Field(default=0.0, ge=0, lt=1, description="Share of documents held out, chosen by hash")
@@ -77,6 +85,5 @@ class ImportTokensConfig(StrictModel):
             raise ValueError("give at most one of heldout_fraction and heldout_documents")
         if self.packing == "rows" and self.append_eos:
             raise ValueError("packing rows keeps each record as it stands: leave append_eos out, or let rows be packed")
-        if self.packing != "whole" and self.too_long is not None:
-            raise ValueError(f"too_long is of packing=whole, and packing is {self.packing}; leave it out")
+        check_packing(self.packing, window=self.packing_window, too_long=self.too_long)
         return self

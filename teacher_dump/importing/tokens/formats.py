@@ -7,9 +7,6 @@ from dataclasses import dataclass
 
 from potstill.teacher_dump.inputs import COMPRESSIONS
 
-_COLUMNS = ("ids_column", "mask_column", "attention_column")
-FORMAT_OPTIONS = ("dtype", *_COLUMNS)  # settings that not every format knows
-
 
 @dataclass(frozen=True, kw_only=True)
 class TokenFormat:
@@ -19,7 +16,7 @@ class TokenFormat:
     description: one phrase for the help of `format`
     suffixes:    ends of the names of its files, by which a file or a folder is recognised
     beside:      ends of the names of files that belong to one of these and are never read by themselves
-    options:     which of FORMAT_OPTIONS it reads; others are refused
+    options:     keys of ImportTokensConfig that its files need or may need, and other formats do not read
     """
 
     module: str
@@ -29,6 +26,7 @@ class TokenFormat:
     options: tuple[str, ...] = ()
 
 
+_COLUMNS = ("ids_column", "mask_column", "attention_column")
 # In the order in which they are tried: `.bin` is Megatron's where an `.idx` lies beside it.
 TOKEN_FORMATS: Mapping[str, TokenFormat] = {
     "megatron": TokenFormat(

@@ -14,7 +14,7 @@ import numpy as np
 from potstill.common.errors import UserError
 from potstill.teacher_dump.documents import lines_of
 from potstill.teacher_dump.importing.tokens.base import Ids, Reading, TokenFile, TokenRecord
-from potstill.teacher_dump.importing.tokens.columns import Columns, choose_columns, make_record
+from potstill.teacher_dump.importing.tokens.columns import ATTENTION_COLUMN, Columns, choose_columns, make_record
 from potstill.teacher_dump.inputs import COMPRESSIONS, InputFile
 from potstill.teacher_dump.records.base import BadRecord
 
@@ -42,6 +42,10 @@ class JsonLines:
             found = _object(line)
             if isinstance(found, BadRecord):
                 yield TokenRecord(number, found, position)
+                continue
+            if self.columns.attention is None and ATTENTION_COLUMN in found:
+                reason = f"it has {ATTENTION_COLUMN!r}, which the first line has not: its padding would be read as text"
+                yield TokenRecord(number, BadRecord(reason), position)
                 continue
             names = {"ids": self.columns.ids, "flags": self.columns.mask, "attention": self.columns.attention}
             values = {key: _numbers(found, name, key) for key, name in names.items() if name is not None}

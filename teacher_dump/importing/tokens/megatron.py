@@ -73,12 +73,8 @@ class SequenceBounds:
                 wrong[-1] = True
             if wrong.any():
                 self._refuse(piece + int(np.argmax(wrong)), total * itemsize)
-            if self.modes is not None and (modes := self.modes.open()[piece:stop]).any():
-                number = piece + int(np.flatnonzero(modes)[0])
-                raise UserError(
-                    f"{self.lengths.path}: sequence {number} has mode {modes[number - piece]}; it is not text, and "
-                    "only text can be imported"
-                )
+            if self.modes is not None:
+                check_modes(self.modes.open()[piece:stop], piece, self.lengths.path)
             places[piece - begin + 1 : stop - begin + 1] = here[1:] // itemsize
             start = int(here[-1])
         following = int(offsets[end]) if end < len(offsets) else total * itemsize
@@ -91,6 +87,15 @@ class SequenceBounds:
             f"{self.lengths.path}: sequence {number} has {int(self.lengths.open()[number])} tokens from byte "
             f"{int(self.offsets.open()[number])} on; sequences must lie one after the other and fill the {num_bytes} "
             "bytes of the .bin. One of the two files is damaged, or they do not belong together: write the set again"
+        )
+
+
+def check_modes(modes: Ids, first: int, index: Path) -> None:
+    """Raise UserError where a sequence, of these from number `first` on, is of another kind of input than text."""
+    if modes.any():
+        place = int(np.flatnonzero(modes)[0])
+        raise UserError(
+            f"{index}: sequence {first + place} has mode {modes[place]}; it is not text, and only text can be imported"
         )
 
 
@@ -119,6 +124,8 @@ def open_file(path: Path, reading: Reading) -> TokenFile:
         )
     _check_ends(lengths, offsets, bounds, num_bytes, dtype.itemsize)
     recorded = SequenceBounds(lengths, offsets, bounds, modes) if reading.bounds in ("auto", "recorded") else None
+    if recorded is None and modes is not None:
+        check_modes(modes.open(), 0, index)
     chosen, name, hints = choose_bounds(data, recorded, reading)
     ids = FlatArray(data, dtype, num_bytes // dtype.itemsize)
     return FlatFile((index, data), ids, chosen, {"dtype": dtype.name, "bounds": name}, hints=hints)

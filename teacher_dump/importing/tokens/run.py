@@ -23,9 +23,10 @@ from potstill.common.model_place import TOKENIZER_FILES, find_model
 from potstill.common.progress import Progress, format_seconds
 from potstill.storage import RunSpec, check_output
 from potstill.teacher_dump.documents import Place
+from potstill.teacher_dump.importing.format_options import check_options
 from potstill.teacher_dump.importing.tokens.base import Ids, Reading
 from potstill.teacher_dump.importing.tokens.config import ImportTokensConfig
-from potstill.teacher_dump.importing.tokens.formats import FORMAT_OPTIONS, TOKEN_FORMATS
+from potstill.teacher_dump.importing.tokens.formats import TOKEN_FORMATS
 from potstill.teacher_dump.importing.tokens.search import find_token_files
 from potstill.teacher_dump.importing.tokens.source import PARTS, TokenDocument, TokenSource
 from potstill.teacher_dump.kept_tokenizer import KeptTokenizer
@@ -75,7 +76,7 @@ def import_tokens(config: ImportTokensConfig) -> ImportSummary:
     """
     started = time.monotonic()
     found = find_token_files(config.input, config.format)
-    _check_options(config, found[0].format)
+    check_options(TOKEN_FORMATS, found[0].format, dict(config))
     parts = (TRAIN, HELDOUT) if config.heldout_fraction or config.heldout_documents else (TRAIN,)
     for part in parts:
         check_output(inside(config.output, part))
@@ -126,16 +127,6 @@ def import_tokens(config: ImportTokensConfig) -> ImportSummary:
         seconds=time.monotonic() - started,
         notes=tuple(source.notes),
     )
-
-
-def _check_options(config: ImportTokensConfig, name: str) -> None:
-    """Refuse settings that the format does not know, which would be without effect."""
-    known = TOKEN_FORMATS[name].options
-    alien = [option for option in FORMAT_OPTIONS if getattr(config, option) is not None and option not in known]
-    if alien:
-        raise UserError(
-            f"format {name} has no use for {' and '.join(alien)}; leave it out, or name the format (--format)"
-        )
 
 
 def _reading(config: ImportTokensConfig, encoder: TextEncoder) -> Reading:

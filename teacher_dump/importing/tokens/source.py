@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from potstill.common.errors import UserError
 from potstill.teacher_dump.documents import BadRecords, Place
 from potstill.teacher_dump.importing.tokens.base import Ids, Reading, TokenFile, TokenRecord, file_size
 from potstill.teacher_dump.importing.tokens.formats import TOKEN_FORMATS
@@ -69,6 +70,7 @@ class TokenSource:
             inputs += parts
         self.num_files, self.num_bytes = len(self.files), sum(self.sizes)
         self.has_mask = any(file.has_mask for file in self.files)
+        _check_masks(self.files)
         self.notes: list[str] = list(dict.fromkeys(hint for file in self.files for hint in file.hints))
         ways: list[dict[str, Any]] = []
         for file in self.files:
@@ -158,6 +160,16 @@ class TokenReader:
             place = Place(number, first + part)
             yield TokenDocument(place, own, None if mask is None else mask[here], self.bad_lines, together)
             start += length
+
+
+def _check_masks(files: Sequence[TokenFile]) -> None:
+    """Raise UserError where some files have masks and others none: those would be trained on whole, without a word."""
+    bare = [file for file in files if not file.has_mask]
+    if 0 < len(bare) < len(files):
+        raise UserError(
+            f"{bare[0].paths[0]}: no mask of its tokens, as {len(bare)} of {len(files)} files; the others have one. "
+            "Restore what is missing, or import these files into an output of their own"
+        )
 
 
 def _input(path: Path, one: FoundFile) -> InputFile:

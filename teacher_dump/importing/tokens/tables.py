@@ -66,7 +66,7 @@ class _Lists:
         self._holes = None
         if values.null_count:
             self._holes = values.is_null().to_numpy(zero_copy_only=False)
-            values = values.fill_null(0)
+            values = values.fill_null(False if pa.types.is_boolean(values.type) else 0)
         self._values = values.to_numpy(zero_copy_only=False)
 
     def __getitem__(self, row: int) -> Ids | BadRecord:
