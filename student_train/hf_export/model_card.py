@@ -153,6 +153,8 @@ def _stage_row(config: TrainConfig, number: int, stage: Stage) -> tuple[str, ...
     if stage.rows is not None:
         of = ", ".join(f"{ref.stat} of {ref.store}" for ref in stage.rows.score.of) or "a keyed hash"
         rows = f"{stage.rows.keep} {scalar_text(stage.rows.share)} by {stage.rows.score.kind} ({of})"
+    if stage.mix is not None:
+        rows += f"; mix {', '.join(f'{source} {share:g}' for source, share in stage.mix.items())}"
     positions = "all" if stage.tokens is None else _positions_text(stage.tokens)
     if stage.weights is not None:
         positions += f", {stage.weights.describe()}"

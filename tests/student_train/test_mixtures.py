@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig
 
 from potstill.common.errors import ConfigError, UserError
 from potstill.storage import EpochPlan, Loader, StoreReader
@@ -18,6 +19,8 @@ from potstill.student_train.data.batch import collate
 from potstill.student_train.data.stores import Stores, build_plan, check_objectives, open_stores
 from potstill.student_train.evaluation.heldout import HeldoutEvaluation, SourcesEvaluation, evaluation_line
 from potstill.student_train.evaluation.row_figures import curriculum_step, load_student, row_figures
+from potstill.student_train.hf_export.card_facts import gather_facts
+from potstill.student_train.hf_export.model_card import model_card
 from potstill.student_train.hf_export.weights import find_source
 from potstill.student_train.run.checkpoint import list_checkpoints
 from potstill.student_train.run.dry_run import dry_run
@@ -243,7 +246,21 @@ def test_a_killed_run_over_sources_resumes_at_another_world_size(stores, three, 
     assert set(figures["sources"]) == {"novels", "noisy"}
     # The run's own held-out rows are those of novels here.
     assert figures["sources"]["novels"]["heldout_loss"] == pytest.approx(figures["heldout_loss"])
-    manifest = list_checkpoints(run)[-1].manifest
+    newest = list_checkpoints(run)[-1]
+    card = model_card(
+        gather_facts(
+            run,
+            newest,
+            workers.config_of(tree),
+            title="mine",
+            hf_config=AutoConfig.from_pretrained(run / "student"),
+            num_parameters=1,
+            dtype="float32",
+        )
+    )
+    assert "mix novels 0.5, maths 0.25, noisy 0.25" in card and "noisy.teacher" in card and "maths.tokens" in card
+    assert str(tmp_path) not in card, "places are cut to their last names"
+    manifest = newest.manifest
     assert set(manifest["data"]["stores"]) == {f"sources.{name}" for name in SIZES}
     assert set(manifest["stores"]) == {f"{name}.{store}" for name in SIZES for store in ("tokens", "teacher")}
 
