@@ -48,6 +48,7 @@ class DatasetInput(StrictModel):
 
 # How documents become rows: for whatever writes tokens stores.
 PackingRule = Annotated[str, NameIn(PACKINGS), Field(description=describe_packings())]
+WINDOW = 1024
 PackingWindow = Annotated[
     int, Field(ge=1, le=1 << 20, description="Packing whole: documents that are fitted together; memory holds them")
 ]
@@ -62,6 +63,13 @@ UntrainedFraction = Annotated[
     float,
     Field(ge=0, le=1, description="Share of rows (documents, if whole) without a trained token before an error"),
 ]
+
+
+def check_packing(packing: str, *, window: int, too_long: str | None) -> None:
+    """Raise ValueError where a key is set that this rule does not read."""
+    for name, is_set in (("too_long", too_long is not None), ("packing_window", window != WINDOW)):
+        if packing != "whole" and is_set:
+            raise ValueError(f"{name} is of packing=whole, and packing is {packing}; leave it out")
 
 
 class PrepareConfig(StrictModel):
@@ -104,7 +112,7 @@ class PrepareConfig(StrictModel):
     row_length: int = Field(default=1024, ge=2, le=1 << 20, description="Tokens per row")
     rows_per_unit: int = Field(default=256, ge=1, le=1 << 20, description="Rows per unit of work and of commit")
     packing: PackingRule = "cut"
-    packing_window: PackingWindow = 1024
+    packing_window: PackingWindow = WINDOW
     too_long: TooLong = None
     max_untrained_fraction: UntrainedFraction = 0.05
     heldout_fraction: float = Field(default=0.0, ge=0, lt=1, description="Share of documents held out, chosen by hash")
@@ -142,12 +150,17 @@ class PrepareConfig(StrictModel):
     @model_validator(mode="after")
     def _one_kind_of_record(self) -> Self:
         kind_key(dict(self))
-        for name, word in (("prompt_format", "{prompt}"), ("response_format", "{response}")):
+        if self.prompt_field is not None and self.prompt_field == self.response_field:
+            raise ValueError(f"prompt_field and response_field are both {self.prompt_field!r}; name two fields")
+        words = {"prompt_format": "{prompt}", "response_format": "{response}"}
+        for name, word in words.items():
             text = getattr(self, name)
             if text is not None and text.count(word) != 1:
                 raise ValueError(f"{name} is {text!r}; expected a text with {word} in it, once")
-        if self.packing != "whole" and self.too_long is not None:
-            raise ValueError(f"too_long is of packing=whole, and packing is {self.packing}; leave it out")
+            other = next((one for one in words.values() if one != word and one in (text or "")), None)
+            if other is not None:
+                raise ValueError(f"{name} is {text!r}; {other} would be written there as it stands; take it out")
+        check_packing(self.packing, window=self.packing_window, too_long=self.too_long)
         return self
 
     @property

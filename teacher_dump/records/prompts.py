@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from potstill.common.errors import UserError
 from potstill.teacher_dump.records.base import BadRecord, IdsAndMask, Record, as_text
 
 if TYPE_CHECKING:
@@ -50,12 +51,24 @@ class Prompts:
         return Record(prompt + response, found[0], (prompt, response))
 
     def encode(self, encoder: TextEncoder, records: Sequence[Record]) -> list[IdsAndMask]:
+        self._check_formats(encoder)
         ids = encoder.plain_ids([text for record in records for text in record.content])
         return [self._joined(encoder, *pair) for pair in zip(ids[::2], ids[1::2], strict=True)]
 
     def info(self) -> Mapping[str, Any]:
         names = ("prompt_field", "response_field", "prompt_format", "response_format")
         return {"record": {"kind": "prompts", **{name: getattr(self, name) for name in names}}}
+
+    def _check_formats(self, encoder: TextEncoder) -> None:
+        """Raise UserError where a format holds a special token: it would be split into the letters of its name."""
+        for key in ("prompt_format", "response_format"):
+            text = getattr(self, key)
+            found = [word for word in encoder.tokenizer.all_special_tokens if word and word in text]
+            if found:
+                raise UserError(
+                    f"{key} holds the special token {found[0]!r}, which would become plain text here; leave it out "
+                    "(append_eos and add_bos end and begin a document), or use messages_field with a chat template"
+                )
 
     @staticmethod
     def _joined(encoder: TextEncoder, prompt: list[int], response: list[int]) -> IdsAndMask:

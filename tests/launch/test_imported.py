@@ -9,9 +9,10 @@ import numpy as np
 from potstill.storage import StoreReader
 from potstill.student_train.run.metrics import read_metrics
 from potstill.teacher_dump import DumpConfig, dump
-from potstill.teacher_dump.importing.targets import ImportTargetsConfig, import_targets
-from potstill.teacher_dump.importing.tokens import import_tokens
-from potstill.teacher_dump.importing.tokens_config import ImportTokensConfig
+from potstill.teacher_dump.importing.targets.config import ImportTargetsConfig
+from potstill.teacher_dump.importing.targets.run import import_targets
+from potstill.teacher_dump.importing.tokens.config import ImportTokensConfig
+from potstill.teacher_dump.importing.tokens.run import import_tokens
 from tests.dist_harness import run_ranks
 from tests.student_train import tiny, workers
 

@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from potstill.common.errors import UserError
-from potstill.teacher_dump.importing.token_file import Reading, TokenFile
-from potstill.teacher_dump.importing.token_formats import TOKEN_FORMATS
-from potstill.teacher_dump.importing.token_search import find_token_files
-from potstill.teacher_dump.importing.token_source import PARTS, TokenDocument, TokenSource
+from potstill.teacher_dump.importing.tokens.base import Reading, TokenFile
+from potstill.teacher_dump.importing.tokens.formats import TOKEN_FORMATS
+from potstill.teacher_dump.importing.tokens.search import find_token_files
+from potstill.teacher_dump.importing.tokens.source import PARTS, TokenDocument, TokenSource
 from tests.teacher_dump import token_files as made
 from tests.teacher_dump.token_files import END, VOCAB, Documents, joined, some_documents
 
@@ -101,7 +101,7 @@ def test_the_ids_of_a_flat_file_are_views_of_it(tmp_path: Path) -> None:
 
 
 def test_many_documents_come_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from potstill.teacher_dump.importing import bounds, megatron
+    from potstill.teacher_dump.importing.tokens import bounds, megatron
 
     for module in (bounds, megatron):
         monkeypatch.setattr(module, "_BLOCK_DOCUMENTS", 7)
@@ -327,7 +327,7 @@ def test_a_damaged_megatron_set_is_refused(tmp_path: Path) -> None:
 def test_an_end_that_falls_is_found_at_the_edge_of_a_block(
     entry: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from potstill.teacher_dump.importing import bounds
+    from potstill.teacher_dump.importing.tokens import bounds
 
     monkeypatch.setattr(bounds, "_BLOCK_DOCUMENTS", 2)
     made.datatrove(tmp_path / "a.ds", DOCUMENTS)

@@ -13,8 +13,8 @@ import pytest
 from potstill.common.errors import UserError
 from potstill.storage import MismatchError, StoreReader, StoreWriter, verify_store
 from potstill.teacher_dump import ImportTokensConfig, PrepareConfig, import_tokens, prepare
-from potstill.teacher_dump.importing.token_formats import TOKEN_FORMATS, TokenFormat
-from potstill.teacher_dump.importing.token_source import TokenDocument
+from potstill.teacher_dump.importing.tokens.formats import TOKEN_FORMATS, TokenFormat
+from potstill.teacher_dump.importing.tokens.source import TokenDocument
 from potstill.teacher_dump.tokenizer import load_tokenizer, tokenizer_digest
 from tests.teacher_dump import token_files as made
 from tests.teacher_dump.tiny import some_texts, token_rows, write_jsonl
@@ -262,7 +262,10 @@ def test_a_format_is_one_entry_of_a_table(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mask_column": "m", "dtype": "uint16"}, "format megatron has no use for dtype and mask_column"),
+        (
+            {"mask_column": "m", "dtype": "uint16"},
+            "dtype is of files of .* these are of format megatron",
+        ),
         ({"end_token": 300}, r"end_token 300 is no id of tokenizer .* \(300 entries\)"),
         ({"heldout_fraction": 1e-12, "rows_per_unit": 99}, "no document fell into the held-out part"),
         ({"heldout_documents": 99}, "the input holds only 5 different documents"),

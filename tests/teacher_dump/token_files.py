@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from potstill.teacher_dump.importing.token_file import Reading, TokenFile, TokenRecord
+from potstill.teacher_dump.importing.tokens.base import Reading, TokenFile, TokenRecord
 
 END = 0  # id of the end token in tests/teacher_dump/conftest.py's tokenizer, of 300 entries
 VOCAB = 300
