@@ -18,9 +18,9 @@ from benchmarks.about import about_line
 from potstill.storage import RunSpec, SparseTargets, TargetsRow
 from potstill.storage.files.unit_file import DecodedBatch, encode_unit
 from potstill.teacher_dump.documents import Place
-from potstill.teacher_dump.importing.foreign_records import Entries, ForeignRecord
-from potstill.teacher_dump.importing.import_targets_run import open_source
-from potstill.teacher_dump.importing.targets_config import ImportTargetsConfig
+from potstill.teacher_dump.importing.targets.base import Entries, ForeignRecord
+from potstill.teacher_dump.importing.targets.config import ImportTargetsConfig
+from potstill.teacher_dump.importing.targets.run import open_source
 
 FOLDER = Path(__file__).resolve().parents[2] / "shared" / "data" / "foreign"
 VOCAB = 8192

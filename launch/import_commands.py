@@ -10,14 +10,14 @@ from potstill.launch.command import Command, CommandGroup
 
 
 def _tokens_arguments(parser: argparse.ArgumentParser) -> None:
-    from potstill.teacher_dump.importing.tokens_config import ImportTokensConfig
+    from potstill.teacher_dump.importing.tokens.config import ImportTokensConfig
 
     add_config_options(parser, ImportTokensConfig)
 
 
 def _tokens(arguments: argparse.Namespace) -> int:
     from potstill.teacher_dump import import_tokens
-    from potstill.teacher_dump.importing.tokens_config import ImportTokensConfig
+    from potstill.teacher_dump.importing.tokens.config import ImportTokensConfig
 
     print(import_tokens(read_config(ImportTokensConfig, arguments)).format())
     return DONE
@@ -44,13 +44,14 @@ TOKENS = Command(
 
 
 def _targets_arguments(parser: argparse.ArgumentParser) -> None:
-    from potstill.teacher_dump.importing.targets import ImportTargetsConfig
+    from potstill.teacher_dump.importing.targets.config import ImportTargetsConfig
 
     add_config_options(parser, ImportTargetsConfig)
 
 
 def _targets(arguments: argparse.Namespace) -> int:
-    from potstill.teacher_dump.importing.targets import ImportTargetsConfig, import_targets
+    from potstill.teacher_dump import import_targets
+    from potstill.teacher_dump.importing.targets.config import ImportTargetsConfig
 
     print(import_targets(read_config(ImportTargetsConfig, arguments)).format())
     return DONE

@@ -19,12 +19,12 @@ from potstill.teacher_dump.config import (
     TeacherConfig,
     TrainTokenizer,
 )
-from potstill.teacher_dump.importing.targets_config import ImportTargetsConfig
-from potstill.teacher_dump.importing.tokens_config import ImportTokensConfig
+from potstill.teacher_dump.importing.targets.config import ImportTargetsConfig
+from potstill.teacher_dump.importing.tokens.config import ImportTokensConfig
 
 if TYPE_CHECKING:
-    from potstill.teacher_dump.importing.import_targets_summary import ImportTargetsSummary
-    from potstill.teacher_dump.importing.tokens import ImportSummary
+    from potstill.teacher_dump.importing.targets.summary import ImportTargetsSummary
+    from potstill.teacher_dump.importing.tokens.run import ImportSummary
     from potstill.teacher_dump.preparing import PrepareSummary
     from potstill.teacher_dump.series import SeriesSummary
     from potstill.teacher_dump.worker import WorkerSummary
@@ -55,17 +55,17 @@ def prepare(config: PrepareConfig) -> PrepareSummary:
 
 
 def import_tokens(config: ImportTokensConfig) -> ImportSummary:
-    """Token ids that another program wrote -> tokens stores; see potstill.teacher_dump.importing.tokens."""
-    from potstill.teacher_dump.importing import tokens
+    """Token ids that another program wrote -> tokens stores; see potstill.teacher_dump.importing.tokens.run."""
+    from potstill.teacher_dump.importing.tokens import run
 
-    return tokens.import_tokens(config)
+    return run.import_tokens(config)
 
 
 def import_targets(config: ImportTargetsConfig) -> ImportTargetsSummary:
-    """A teacher's targets that another program wrote -> targets store; see potstill.teacher_dump.importing.targets."""
-    from potstill.teacher_dump.importing import targets
+    """Targets that another program wrote -> targets store; see potstill.teacher_dump.importing.targets.run."""
+    from potstill.teacher_dump.importing.targets import run
 
-    return targets.import_targets(config)
+    return run.import_targets(config)
 
 
 def dump(

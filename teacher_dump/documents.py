@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import lzma
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -156,8 +157,8 @@ def lines_of(file: InputFile, raw: IO[bytes]) -> Iterator[bytes]:
     try:
         yield from _decompressed(file, raw)
     except Exception as error:
-        # zstandard has an error class of its own; the others are OSError, EOFError and LZMAError.
-        if type(error).__name__ == "ZstdError" or isinstance(error, gzip.BadGzipFile):
+        # zstandard and zlib have error classes of their own; the others are OSError, EOFError and LZMAError.
+        if type(error).__name__ == "ZstdError" or isinstance(error, gzip.BadGzipFile | zlib.error):
             raise OSError(f"damaged {file.compression} data ({error})") from error
         raise
 

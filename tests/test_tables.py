@@ -2,7 +2,7 @@
 
 What is added here stands nowhere else. An engine is added in tests/teacher_dump/test_finished_topk.py, a column of
 targets in tests/storage/test_columns.py, a loss term in tests/student_train/test_loss_terms.py, a kernel backend in
-tests/kernels/test_settings.py.
+tests/kernels/test_settings.py, a foreign format of tokens in tests/teacher_dump/test_import_tokens.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import yaml
 from pydantic import Field
 
 from potstill.common.config import dump_config, load_config
-from potstill.common.errors import ConfigError
+from potstill.common.errors import ConfigError, UserError
 from potstill.common.options import describe_keys, list_keys
 from potstill.storage import (
     TOKENS_COLUMNS,
@@ -39,8 +39,9 @@ from potstill.student_train.config.optimizers import OPTIMIZERS
 from potstill.student_train.config.row_scores import ROW_SCORES, RowScoreKind
 from potstill.student_train.config.token_policies import TOKEN_POLICIES, TokenPolicy
 from potstill.student_train.config.train import TrainConfig
+from potstill.student_train.config.weights import WEIGHT_FORMS, WeightForm
 from potstill.student_train.data.batch import collate
-from potstill.student_train.data.stores import build_plan, open_stores
+from potstill.student_train.data.stores import build_plan, check_objectives, open_stores
 from tests.dist_harness import run_ranks
 from tests.student_train import tiny, workers
 
@@ -131,6 +132,31 @@ def test_a_token_policy(stores: dict[str, Path], tmp_path: Path, monkeypatch: py
         assert micro.token_weights is not None
         assert np.flatnonzero(micro.token_weights.numpy()).tolist() == sorted(best)
         assert micro.weight_sum == micro.num_active == len(best)
+
+
+def test_a_form_of_weights(stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A threshold: rows whose small model's loss is above `a` count b times as much."""
+    weights = {"of": "row", "store": "slm", "column": "mean_loss", "form": "above", "a": 2.0, "b": 3.0}
+    path = config_file(stores, tmp_path, curriculum=[{"targets": "teacher", "weights": weights}])
+    with pytest.raises(ConfigError, match=r"curriculum\.0\.weights\.form: Input should be 'identity'"):
+        load_config(TrainConfig, path)
+    entry = WeightForm(lambda values, a, b: np.where(values > a, b, 1.0), low=0.5)
+    monkeypatch.setitem(WEIGHT_FORMS, "above", entry)
+    assert "beta|above" in help_text()
+    config = read(path, tmp_path)
+    opened = open_stores(config)
+    check_objectives(config, opened)
+    plan = build_plan(config, opened)
+    assert plan.joined(0) == {"teacher", "slm"}
+    with Loader(plan, opened.tokens, dict(opened.joined)) as loader:
+        batch = next(iter(loader))
+    micros = collate(batch, plan.objective(0), micro_batch_rows=1, row_length=tiny.ROW_LENGTH)
+    wanted = [3.0 if row.stats["mean_loss"] > 2.0 else 1.0 for row in batch.joined["slm"] if row is not None]
+    for micro, weight in zip(micros, wanted, strict=True):
+        assert micro.token_weights is not None and set(micro.token_weights.tolist()) == {0.0, weight}
+    monkeypatch.setitem(WEIGHT_FORMS, "above", replace(entry, low=50.0))
+    with pytest.raises(UserError, match=r"curriculum\.0\.weights\.column: mean_loss of store 'slm' is .* \[50, inf\]"):
+        check_objectives(config, opened)
 
 
 class Steps(Curve):

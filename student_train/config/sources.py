@@ -25,10 +25,14 @@ class SourceConfig(StrictModel):
     tokens: StorePlace = Field(description="Sealed tokens store: folder or URL")
     targets: dict[str, StorePlace] = Field(default_factory=dict, description="Name -> targets store over its tokens")
     scores: dict[str, StorePlace] = Field(default_factory=dict, description="Name -> scores store over its tokens")
+    heldout: StorePlace | None = Field(default=None, description="Tokens store for evaluation of this source alone")
+    heldout_targets: StorePlace | None = Field(default=None, description="Targets store over its heldout")
 
     @model_validator(mode="after")
     def _names(self) -> SourceConfig:
         check_store_names(self.targets, self.scores)
+        if self.heldout_targets is not None and self.heldout is None:
+            raise ValueError("heldout_targets needs heldout")
         return self
 
 

@@ -108,6 +108,12 @@ class Weights(StrictModel):
             )
         return weights
 
+    def describe(self) -> str:
+        """In words, for a person."""
+        form = f"{self.form} (a {self.a:g}, b {self.b:g})"
+        of = "the whole loss" if self.applies_to == "all" else "KD alone"
+        return f"{self.of}s weighted by {form} of their {self.column} in {self.store}, for {of}"
+
     @model_validator(mode="after")
     def _check(self) -> Weights:
         if self.of == "document" and self.column not in DOCUMENT_COLUMNS:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,17 +11,7 @@ from potstill.common.errors import UserError
 from potstill.kernels.checks import check_draws
 from potstill.kernels.settings import LossSettings, stored_temperature
 from potstill.kernels.types import KernelInputError
-from potstill.storage import (
-    RunSpec,
-    Source,
-    StoreError,
-    StoreReader,
-    TargetsRow,
-    UnsealedError,
-    check_alignment,
-    check_places,
-)
-from potstill.storage.loading.joining import first_difference
+from potstill.storage import RunSpec, Source, StoreError, StoreReader
 from potstill.storage.loading.sources import tokens_difference
 from potstill.student_train.config.curves import Scalar
 from potstill.student_train.config.sources import NamedSource, stage_sources
@@ -34,12 +23,12 @@ from potstill.student_train.curriculum.row_selector import needed_stats
 from potstill.student_train.curriculum.schedules import scalar_bounds
 from potstill.student_train.curriculum.segments import PlanSource
 from potstill.student_train.curriculum.step_objective import distillation_settings, stage_value
+from potstill.student_train.data.heldout_stores import HeldoutStores, open_heldout
+from potstill.student_train.data.opening import check_belongs, check_targets, open_store
 from potstill.student_train.data.store_tokenizer import tokenizers_beside
 from potstill.student_train.data.vocabulary import Vocabulary, vocabulary_of
 from potstill.student_train.data.weights import check_weights
 from potstill.student_train.model.loss_terms import term_stores
-
-log = logging.getLogger(__name__)
 
 VOCABULARY = "data.vocabulary"  # its name among the digests of a checkpoint; no store is called so
 
@@ -55,6 +44,7 @@ class Stores:
     heldout: StoreReader | None
     heldout_targets: StoreReader | None
     vocabulary: Vocabulary | None = None
+    source_heldout: Mapping[str, HeldoutStores] = field(default_factory=dict)  # of sources that name some
 
     @property
     def vocab_size(self) -> int:
@@ -112,59 +102,6 @@ class Stores:
         }
 
 
-_MAKERS = {"tokens": "prepare", "targets": "dump", "scores": "score"}  # the command that writes each kind
-
-
-def open_store(path: Path | str, kind: str, key: str, **options: Any) -> StoreReader:
-    """Open a sealed store of the given kind with these options of the reader. Raises UserError naming the key."""
-    if isinstance(path, Path) and not path.is_dir():
-        state = "is a file, not a store" if path.exists() else "does not exist"
-        raise UserError(f"{key} = {path} {state}; give the folder of a {kind} store (potstill {_MAKERS[kind]})")
-    try:
-        reader = StoreReader(path, **options)
-    except UnsealedError as error:
-        raise UserError(
-            f"{key} = {path} is not sealed: units are missing; finish and seal it (potstill status, potstill seal)"
-        ) from error
-    except StoreError as error:
-        raise UserError(f"{key} = {path}: {error}") from error
-    if reader.spec.kind != kind:
-        raise UserError(f"{key} = {path} is a {reader.spec.kind} store; expected a {kind} store")
-    return reader
-
-
-FIELD_NAMES = {"input_digest": "input_digest (the tokens store it was made from)", "num_rows": "number of rows"}
-
-
-def check_belongs(reader: StoreReader, tokens: StoreReader, *, key: str, tokens_key: str) -> None:
-    """Refuse a store that was not made from these tokens. Raises UserError naming field, found and expected."""
-    difference = first_difference(reader, tokens)
-    if difference is not None:
-        field, found, expected = difference
-        raise UserError(
-            f"{key} does not belong to {tokens_key}: its {FIELD_NAMES.get(field, field)} is {found}, expected "
-            f"{expected}; dump or score the tokens store that you train on, or name the other tokens store"
-        )
-
-
-def check_targets(targets: StoreReader, tokens: StoreReader, *, key: str) -> None:
-    """See on some rows that the targets stand at the tokens they are for. Raises UserError; a shift by one trains.
-
-    None may stand where no token is trained on. Whether they are the right ones cannot be seen in stores of draws, or
-    without the label column, which is said.
-    """
-    first = targets.row(0)
-    assert isinstance(first, TargetsRow)
-    has_labels = first.targets.logprobs is not None and first.targets.label_logprob is not None
-    if not has_labels:
-        log.info("%s holds no log-probabilities of labels: its alignment with the tokens cannot be checked", key)
-    try:
-        check = check_alignment if has_labels else check_places
-        check(tokens, targets)
-    except StoreError as error:
-        raise UserError(f"{key}: {error}; dump it again from the tokens store that you train on") from error
-
-
 def unused_columns(config: TrainConfig, name: str) -> frozenset[str]:
     """Columns of targets store `name` that no stage looks at, so that they need not be decoded."""
     selecting = any(
@@ -194,15 +131,18 @@ def open_stores(config: TrainConfig) -> Stores:
         if sources:
             _check_alike(source, named, sources[0], data.named_sources()[0])
         sources.append(source)
-    heldout = heldout_targets = None
-    if data.heldout is not None:
-        heldout = open_store(data.heldout, "tokens", "data.heldout")
-        _check_heldout(heldout, sources, data)
-    if data.heldout_targets is not None and heldout is not None:
-        heldout_targets = open_store(data.heldout_targets, "targets", "data.heldout_targets")
-        check_belongs(heldout_targets, heldout, key="data.heldout_targets", tokens_key="data.heldout")
-        check_targets(heldout_targets, heldout, key="data.heldout_targets")
-    stores = Stores(tuple(sources), heldout, heldout_targets)
+    heldout = None if data.heldout is None else open_heldout(data, "data", data.named_sources(), sources)
+    by_source = {
+        named.name: open_heldout(named.config, named.key, data.named_sources(), sources)
+        for named in data.named_sources()
+        if data.sources and named.config.heldout is not None
+    }
+    stores = Stores(
+        tuple(sources),
+        None if heldout is None else heldout.tokens,
+        None if heldout is None else heldout.targets,
+        source_heldout=by_source,
+    )
     return stores if data.vocabulary is None else in_vocabulary(stores, data)
 
 
@@ -210,6 +150,7 @@ def in_vocabulary(stores: Stores, data: DataConfig) -> Stores:
     """The stores with rows in the ids of data.vocabulary. Raises UserError."""
     assert data.vocabulary is not None
     texts = [source.tokens for source in stores.sources] + ([] if stores.heldout is None else [stores.heldout])
+    texts += [held.tokens for held in stores.source_heldout.values()]
     beside = [
         folder for named in data.named_sources() for folder in tokenizers_beside(named.config.tokens, stores.spec.info)
     ]
@@ -227,7 +168,8 @@ def in_vocabulary(stores: Stores, data: DataConfig) -> Stores:
     )
     heldout = None if stores.heldout is None else mapped(stores.heldout)
     targets = None if stores.heldout_targets is None else mapped(stores.heldout_targets)
-    return Stores(sources, heldout, targets, vocabulary)
+    by_source = {name: held.each(mapped) for name, held in stores.source_heldout.items()}
+    return Stores(sources, heldout, targets, vocabulary, by_source)
 
 
 def open_source(config: TrainConfig, named: NamedSource) -> Source:
@@ -255,21 +197,6 @@ def _check_alike(source: Source, named: NamedSource, first: Source, first_named:
             f"{named.key}.tokens has {field} {found}, {first_named.key}.tokens {expected}; prepare all sources with "
             "one tokenizer and one row length"
         )
-
-
-def _check_heldout(heldout: StoreReader, sources: Sequence[Source], data: DataConfig) -> None:
-    for source, named in zip(sources, data.named_sources(), strict=True):
-        if heldout.digest == source.tokens.digest:
-            raise UserError(
-                f"data.heldout = {data.heldout} holds the same rows of {named.key}.tokens (digest "
-                f"{source.tokens.digest[:16]}...), so nothing would be held out; name the heldout store that prepare "
-                "wrote beside it, or remove the key"
-            )
-    for field in ("tokenizer_digest", "vocab_size"):
-        found, expected = getattr(heldout.spec, field), getattr(sources[0].tokens.spec, field)
-        if found != expected:
-            key = f"{data.named_sources()[0].key}.tokens"
-            raise UserError(f"data.heldout has {field} {found}, {key} {expected}; prepare both alike")
 
 
 def _check_has_tail(targets: StoreReader, name: str, key: str, settings: LossSettings) -> None:
@@ -377,14 +304,14 @@ def _check_token_stores(source: Source, selector: TokenSelector, key: str, of: s
     wanted = {"source": (selector.source, needs & {"loss", "rank", "entropy"})}
     if selector.reference is not None:
         wanted["reference"] = (selector.reference, {"loss"} if "reference_loss" in needs else set())
-    for field, (name, columns) in wanted.items():
+    for part, (name, columns) in wanted.items():
         if name not in source.joined:  # the student itself
             continue
         held = store_columns([cast(JoinedRow, source.joined[name].row(0))])
         missing = sorted(columns - set(held))
         if missing:
             raise UserError(
-                f"{key}.tokens.{field} is store {name!r}{of}, but policy {selector.policy} needs {missing} of it, "
+                f"{key}.tokens.{part} is store {name!r}{of}, but policy {selector.policy} needs {missing} of it, "
                 f"which it does not hold (it has {sorted(held)}); dump or score it with that column, or name another "
                 "store"
             )

@@ -14,8 +14,8 @@ from potstill.common.errors import UserError
 from potstill.storage import StoreError, StoreReader
 from potstill.student_train.config.train import EvalConfig
 from potstill.student_train.config.vocabulary import VocabularyConfig
+from potstill.student_train.data.opening import check_belongs, open_store
 from potstill.student_train.data.store_tokenizer import tokenizers_beside
-from potstill.student_train.data.stores import check_belongs, open_store
 from potstill.student_train.data.vocabulary import vocabulary_of
 from potstill.student_train.evaluation.bits_per_byte import TextBytes, heldout_bytes
 from potstill.student_train.evaluation.heldout import HeldoutEvaluation

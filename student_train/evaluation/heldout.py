@@ -7,6 +7,7 @@ The same measurement runs inside training (through the DeepSpeed engine, all ran
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -83,15 +84,22 @@ class HeldoutEvaluation:
             fixed_length=self.fixed_length,
         )[0]
 
-    @torch.no_grad()
-    def measure(self, model: RunsRequests) -> dict[str, float | None]:
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the targets are draws: the loss on draws is a cross-entropy, not a KL."""
+        return self.targets is not None and (self.targets.spec.selection or {}).get("mode") == "sample"
+
+    def measure(self, model: RunsRequests) -> dict[str, Any]:
         """Figures over all rows; `model` is a StudentModel or the engine around one (a collective call)."""
+        return figures_of(self.totals(model), self.num_rows, sampled=self.is_sampled)
+
+    @torch.no_grad()
+    def totals(self, model: RunsRequests) -> list[float]:
+        """Sums of the loss and of the calibration bins over all rows, on every rank (a collective call)."""
         from torch import distributed
 
-        sampled = self.targets is not None and (self.targets.spec.selection or {}).get("mode") == "sample"
-        objective = measuring_objective(with_targets=self.targets is not None, sampled=sampled)
-        names = SparseLoss.sum_names
-        total = torch.zeros(len(names) + 3 * NUM_BINS, dtype=torch.float64, device=self.device)
+        objective = measuring_objective(with_targets=self.targets is not None, sampled=self.is_sampled)
+        total = torch.zeros(len(SparseLoss.sum_names) + 3 * NUM_BINS, dtype=torch.float64, device=self.device)
         was_training = bool(getattr(model, "training", False))
         model.eval()  # type: ignore[attr-defined]
         for rows, counted in self._batches():
@@ -104,11 +112,39 @@ class HeldoutEvaluation:
         model.train(was_training)  # type: ignore[attr-defined]
         if distributed.is_available() and distributed.is_initialized() and self.world_size > 1:
             distributed.all_reduce(total)
-        values = total.tolist()
-        figures = heldout_figures(dict(zip(names, values, strict=False)), self.num_rows)
-        figures["calibration_error"] = expected_calibration_error(values[len(names) :])
-        # The loss on draws is a cross-entropy, not a KL.
-        return {**figures, "teacher_kl": None} if sampled else figures
+        return list(total.tolist())
+
+
+@dataclass(frozen=True)
+class SourcesEvaluation:
+    """Measures a model on held-out rows of sources: figures of each by name, and over all.
+
+    whole: the rows that stand for all; None takes those of the parts together.
+    """
+
+    parts: Mapping[str, HeldoutEvaluation]
+    whole: HeldoutEvaluation | None
+
+    def measure(self, model: RunsRequests) -> dict[str, Any]:
+        """Figures over all rows, and under `sources` those of each source (a collective call)."""
+        totals = {name: part.totals(model) for name, part in self.parts.items()}
+        found = {
+            name: figures_of(totals[name], part.num_rows, sampled=part.is_sampled) for name, part in self.parts.items()
+        }
+        if self.whole is not None:
+            return {**self.whole.measure(model), "sources": found}
+        together = [sum(values) for values in zip(*totals.values(), strict=True)]
+        num_rows = sum(part.num_rows for part in self.parts.values())
+        sampled = any(part.is_sampled for part in self.parts.values())
+        return {**figures_of(together, num_rows, sampled=sampled), "sources": found}
+
+
+def figures_of(values: list[float], num_rows: int, *, sampled: bool) -> dict[str, float | None]:
+    """Figures from the sums of `HeldoutEvaluation.totals`, which may be those of several stores added up."""
+    names = SparseLoss.sum_names
+    figures = heldout_figures(dict(zip(names, values, strict=False)), num_rows)
+    figures["calibration_error"] = expected_calibration_error(values[len(names) :])
+    return {**figures, "teacher_kl": None} if sampled else figures
 
 
 def heldout_figures(sums: dict[str, float], num_rows: int) -> dict[str, float | None]:
@@ -132,11 +168,16 @@ def heldout_figures(sums: dict[str, float], num_rows: int) -> dict[str, float | 
     }
 
 
-def evaluation_line(figures: dict[str, float | None]) -> str:
-    """Loss and perplexity of held-out rows for the console, and agreement and KL where a teacher was compared with."""
+def evaluation_line(figures: Mapping[str, Any]) -> str:
+    """Loss and perplexity of held-out rows for the console, and agreement and KL where a teacher was compared with.
+
+    The loss of each source behind them, where sources have held-out rows of their own.
+    """
     parts = [f"held-out loss {figures['heldout_loss']:.4f}", f"perplexity {figures['perplexity']:.4g}"]
     if figures.get("agreement") is not None:
         parts.append(f"agreement {figures['agreement']:.3f}")
     if figures.get("teacher_kl") is not None:
         parts.append(f"KL to the teacher {figures['teacher_kl']:.4f}")
+    if "sources" in figures:
+        parts += [f"{name} {own['heldout_loss']:.4f}" for name, own in figures["sources"].items()]
     return ", ".join(parts)

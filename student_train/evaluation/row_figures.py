@@ -44,7 +44,8 @@ class KeptFigures:
 
     in_pool: whether the step may draw the row. token_weights [n]: weight in the whole loss; kd_weights [n]: in its
     distillation term (0 where no target is stored), None where the step has none. Both 0 without a next token in the
-    document. Of a row outside the pool the weights are those that it would have. labelled bool [n].
+    document. Of a row outside the pool the weights are those that it would have. The stage's weights of rows and
+    documents are in them as they stand, not divided by their mean over a global batch. labelled bool [n].
     """
 
     in_pool: bool

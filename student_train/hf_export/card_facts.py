@@ -104,10 +104,10 @@ def _store_records(config: TrainConfig, pinned: Mapping[str, str]) -> Iterable[d
         places += [(name, "scores", place) for name, place in source.config.scores.items()]
         for name, kind, place in places:
             yield {**_store_record(f"{before}{name}", kind, place, pinned.get(f"{before}{name}")), "key": name}
-    heldout = {"heldout": data.heldout, "heldout_targets": data.heldout_targets}
-    for name, kind in (("heldout", "tokens"), ("heldout_targets", "targets")):
-        if (named := heldout[name]) is not None:
-            yield _store_record(name, kind, named, None)
+    for before, owner in (("", data), *((f"{name}.", source) for name, source in data.sources.items())):
+        for name, kind in (("heldout", "tokens"), ("heldout_targets", "targets")):
+            if (place := getattr(owner, name)) is not None:
+                yield _store_record(f"{before}{name}", kind, place, None)
 
 
 def _store_record(name: str, kind: str, place: Path | str, pinned: str | None) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from potstill.student_train.config.stages import Stage
 from potstill.student_train.config.token_policies import TokenSelector
 from potstill.student_train.config.train import TrainConfig
 from potstill.student_train.config.vocabulary import VocabularyConfig
-from potstill.student_train.config.weights import Weights
 from potstill.student_train.hf_export.card_facts import CardFacts, last_name
 
 UNKNOWN = "not recorded"
@@ -154,9 +153,11 @@ def _stage_row(config: TrainConfig, number: int, stage: Stage) -> tuple[str, ...
     if stage.rows is not None:
         of = ", ".join(f"{ref.stat} of {ref.store}" for ref in stage.rows.score.of) or "a keyed hash"
         rows = f"{stage.rows.keep} {scalar_text(stage.rows.share)} by {stage.rows.score.kind} ({of})"
+    if stage.mix is not None:
+        rows += f"; mix {', '.join(f'{source} {share:g}' for source, share in stage.mix.items())}"
     positions = "all" if stage.tokens is None else _positions_text(stage.tokens)
     if stage.weights is not None:
-        positions += f", {_weights_text(stage.weights)}"
+        positions += f", {stage.weights.describe()}"
     if stage.targets is None:
         return (name, until, "none (labels)", "0", scalar_text(1.0 if stage.ce_weight is None else stage.ce_weight),
                 "-", "-", rows, positions)  # fmt: skip
@@ -167,13 +168,6 @@ def _stage_row(config: TrainConfig, number: int, stage: Stage) -> tuple[str, ...
     temperature = f"{scalar_text(value('temperature'))} ({value('temperature_side')})"
     divergence = f"{value('divergence')}, missing mass {value('missing_mass')}"
     return (name, until, stage.targets, scalar_text(value("alpha")), label, temperature, divergence, rows, positions)
-
-
-def _weights_text(weights: Weights) -> str:
-    of = f"{weights.column} of {weights.store}"
-    return (
-        f"{weights.of}s weighted by {weights.form} of {of}, a {weights.a:g}, b {weights.b:g}, for {weights.applies_to}"
-    )
 
 
 def _positions_text(tokens: TokenSelector) -> str:
@@ -231,10 +225,11 @@ def _reproduce(facts: CardFacts) -> str:
 def _configuration(config: TrainConfig) -> str:
     tree = config.model_dump(mode="json")
     data = tree["data"]
-    places = [(tree["run"], ("output_dir",)), (data, ("heldout", "heldout_targets"))]
+    places: list[tuple[dict[str, Any], tuple[str, ...]]] = [(tree["run"], ("output_dir",))]
     places += [(tree["model"], ("path", "config")), (tree["checkpoint"], ("resume",))]
     for owner in (data, *data["sources"].values()):
-        places += [(owner, ("tokens",)), *((owner[group], tuple(owner[group])) for group in ("targets", "scores"))]
+        places.append((owner, ("tokens", "heldout", "heldout_targets")))
+        places += [(owner[group], tuple(owner[group])) for group in ("targets", "scores")]
     for group, keys in places:
         group |= {key: last_name(group[key]) for key in keys if isinstance(group[key], str)}
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)

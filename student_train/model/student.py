@@ -57,7 +57,7 @@ class StudentModel(nn.Module):
         hf.lm_head = DistillationHead(hf.lm_head, soft_cap=soft_cap, logit_scale=scale, loss_backend=loss_backend)
         self.hf = hf
         self.terms = terms
-        self._drops_padding = takes_one_line(hf.config) and not fixed_shapes
+        self._fixed_shapes = fixed_shapes
         self.sum_names = sum_names(terms)
         self.term_modules = nn.ModuleList(term for term in terms if isinstance(term, nn.Module))
 
@@ -76,7 +76,7 @@ class StudentModel(nn.Module):
         """
         input_ids, position_ids = as_lines(self.hf.config, micro.input_ids, micro.position_ids)
         index = micro.token_index
-        if index is not None and self._drops_padding:
+        if index is not None and takes_one_line(self.hf.config) and not self._fixed_shapes:
             # Each row still begins at position 0, so the rows stay apart.
             input_ids, position_ids, index = input_ids[:, index], position_ids[:, index], None
         wanted = {"output_router_logits": True} if with_routers else {}

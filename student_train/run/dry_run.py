@@ -73,6 +73,8 @@ class StageFigures:
     row_share: tuple[float, float]
     token_policy: str | None
     token_share: tuple[float, float]
+    off_kd: str
+    weights: str | None  # of rows and documents, in words
     reads: tuple[str, ...]  # stores besides the tokens
 
 
@@ -217,6 +219,12 @@ def store_figures(start: CheckedStart, first: int, steps: list[int]) -> tuple[St
     ):
         if reader is not None:
             found.append(_figures(key, place, reader, None))
+    for named in data.named_sources():
+        own = stores.source_heldout.get(named.name)
+        if own is not None:
+            found.append(_figures(f"{named.key}.heldout", named.config.heldout, own.tokens, None))
+        if own is not None and own.targets is not None:
+            found.append(_figures(f"{named.key}.heldout_targets", named.config.heldout_targets, own.targets, None))
     return tuple(found)
 
 
@@ -263,6 +271,8 @@ def stage_figures(config: TrainConfig, plan: CurriculumPlan, span: StageSpan) ->
         row_share=(plan.row_share(span.first_step), plan.row_share(last)),
         token_policy=None if selector is None else selector.policy,
         token_share=(shares[0], shares[1]),
+        off_kd=stage_value(config.objective, span.stage, "off_kd"),
+        weights=None if span.stage.weights is None else span.stage.weights.describe(),
         reads=tuple(sorted(reads)),
     )
 

@@ -81,6 +81,7 @@ def _stage(stage: StageFigures, run: DryRun) -> Iterator[str]:
         yield (
             f"  targets {stage.targets}, {stage.divergence} with missing mass {stage.missing_mass}; "
             f"alpha {_curve(stage.alpha)}, temperature {_curve(stage.temperature)}"
+            + (", labels fully where KD is off" if stage.off_kd == "ce" else "")
         )
     if len(run.sources) > 1:
         yield f"  mix of rows: {', '.join(f'{name} {100 * share:.4g} %' for name, share in stage.mix.items())}"
@@ -88,6 +89,8 @@ def _stage(stage: StageFigures, run: DryRun) -> Iterator[str]:
     tokens = "all positions"
     if stage.token_policy is not None:
         tokens = f"positions by {stage.token_policy}, share {_curve(stage.token_share)}"
+    if stage.weights is not None:
+        tokens += f"; {stage.weights}"
     yield f"  {rows}; {tokens}; reads {', '.join(('tokens', *stage.reads))}"
 
 

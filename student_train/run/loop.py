@@ -11,7 +11,7 @@ from potstill.common.errors import UserError
 from potstill.common.progress import Progress
 from potstill.student_train.data.batch import MicroBatch
 from potstill.student_train.data.step_batch import StepBatch
-from potstill.student_train.evaluation.heldout import HeldoutEvaluation, evaluation_line
+from potstill.student_train.evaluation.heldout import HeldoutEvaluation, SourcesEvaluation, evaluation_line
 from potstill.student_train.evaluation.samples import ON_CONSOLE, TextSampler, sample_line
 from potstill.student_train.model.student import TrainRequest
 from potstill.student_train.run.engine import plain_gradient_norm, set_learning_rate
@@ -111,7 +111,7 @@ def after_step(run: Run, batch: StepBatch) -> None:
         save(run)
 
 
-def evaluate(run: Run, evaluation: HeldoutEvaluation) -> None:
+def evaluate(run: Run, evaluation: HeldoutEvaluation | SourcesEvaluation) -> None:
     """Measure on the held-out rows and write the figures; the time that it takes is no time of training.
 
     It ends a line of metrics, so that the figures stand at the tokens that the model has seen.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from potstill.storage import Loader
 from potstill.student_train.data.step_batch import StepBatch
-from potstill.student_train.evaluation.heldout import HeldoutEvaluation
+from potstill.student_train.evaluation.heldout import HeldoutEvaluation, SourcesEvaluation
 from potstill.student_train.evaluation.samples import TextSampler
 from potstill.student_train.run.device_batches import DeviceBatches
 from potstill.student_train.run.metrics import Meter, MetricsLog
@@ -42,6 +42,6 @@ class Run(RunBase):
     metrics: MetricsLog
     lines: TrainLines
     saves: Saves
-    evaluation: HeldoutEvaluation | None
+    evaluation: HeldoutEvaluation | SourcesEvaluation | None
     sampler: TextSampler | None
     num_parameters: int

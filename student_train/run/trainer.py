@@ -12,12 +12,12 @@ import torch
 
 from potstill.common.errors import UserError
 from potstill.common.progress import Progress
-from potstill.storage import Loader, StoreError
+from potstill.storage import Loader, StoreError, StoreReader
 from potstill.student_train.config.train import TrainConfig
 from potstill.student_train.curriculum.plan import CurriculumPlan, describe
 from potstill.student_train.data.step_batch import BatchFinisher, StepBatch
 from potstill.student_train.data.stores import Stores
-from potstill.student_train.evaluation.heldout import HeldoutEvaluation
+from potstill.student_train.evaluation.heldout import HeldoutEvaluation, SourcesEvaluation
 from potstill.student_train.model.checks import check_model
 from potstill.student_train.model.parameters import active_parameters, count_parameters
 from potstill.student_train.model.student import StudentModel, build_student
@@ -248,20 +248,27 @@ def start_run_folder(config: TrainConfig, student_config: Any, ds_config: dict[s
     write_start(config, student_config, ds_config, describe(plan))
 
 
-def heldout_evaluation(config: TrainConfig, stores: Stores, topology: Topology) -> HeldoutEvaluation | None:
-    """The evaluation of a run, if it has held-out rows."""
-    if stores.heldout is None:
-        return None
-    return HeldoutEvaluation.create(
-        stores.heldout,
-        stores.heldout_targets,
-        max_rows=config.eval.max_rows,
-        batch_rows=config.data.micro_batch_rows,
-        rank=topology.rank,
-        world_size=topology.world_size,
-        device=topology.device,
-        fixed_length=config.model.compile,
-    )
+def heldout_evaluation(
+    config: TrainConfig, stores: Stores, topology: Topology
+) -> HeldoutEvaluation | SourcesEvaluation | None:
+    """The evaluation of a run, if it has held-out rows, of its own or of its sources."""
+
+    def of(tokens: StoreReader, targets: StoreReader | None) -> HeldoutEvaluation:
+        return HeldoutEvaluation.create(
+            tokens,
+            targets,
+            max_rows=config.eval.max_rows,
+            batch_rows=config.data.micro_batch_rows,
+            rank=topology.rank,
+            world_size=topology.world_size,
+            device=topology.device,
+            fixed_length=config.model.compile,
+        )
+
+    whole = None if stores.heldout is None else of(stores.heldout, stores.heldout_targets)
+    if not stores.source_heldout:
+        return whole
+    return SourcesEvaluation({name: of(own.tokens, own.targets) for name, own in stores.source_heldout.items()}, whole)
 
 
 def model_cost(student: StudentModel, student_config: Any, row_length: int, topology: Topology) -> ModelCost:

@@ -1,4 +1,5 @@
-"""Doors in for data that other programs wrote: tokens (tokens.py) and a teacher's targets (targets.py).
+"""Doors in for data that other programs wrote: tokens (tokens/) and a teacher's targets (targets/).
 
-A new format is a module here and an entry in a table (token_formats.py for tokens).
+Both find and read Parquet and Arrow files by tables/. A new format is a module in tokens/ or targets/ and an entry in
+the formats.py beside it.
 """

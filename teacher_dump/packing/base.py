@@ -110,10 +110,12 @@ class Packer(Protocol):
 
 def joined_row(row: int, parts: list[tuple[Ids, Mask | None]]) -> TokensRow:
     """The row of these spans; its mask is None where none of them has one."""
-    masks = [np.ones(len(ids), np.bool_) if mask is None else mask for ids, mask in parts]
+    mask = None
+    if any(mask is not None for _, mask in parts):
+        mask = np.concatenate([np.ones(len(ids), np.bool_) if mask is None else mask for ids, mask in parts])
     return TokensRow(
         row=row,
         tokens=np.concatenate([ids for ids, _ in parts]).astype(np.int32, copy=False),
         doc_lens=np.array([len(ids) for ids, _ in parts], dtype=np.int32),
-        mask=None if all(mask is None for _, mask in parts) else np.concatenate(masks),
+        mask=mask,
     )

@@ -97,8 +97,8 @@ def _tree_of(name: str, parsed: object) -> object:
     from potstill.launch.plan import PlanConfig
     from potstill.student_train.config import train as student
     from potstill.teacher_dump import config as teacher
-    from potstill.teacher_dump.importing.targets import ImportTargetsConfig
-    from potstill.teacher_dump.importing.tokens_config import ImportTokensConfig
+    from potstill.teacher_dump.importing.targets.config import ImportTargetsConfig
+    from potstill.teacher_dump.importing.tokens.config import ImportTokensConfig
 
     trees = {
         "import tokens": ImportTokensConfig,

@@ -9,9 +9,10 @@ import numpy as np
 from potstill.storage import StoreReader
 from potstill.student_train.run.metrics import read_metrics
 from potstill.teacher_dump import DumpConfig, dump
-from potstill.teacher_dump.importing.targets import ImportTargetsConfig, import_targets
-from potstill.teacher_dump.importing.tokens import import_tokens
-from potstill.teacher_dump.importing.tokens_config import ImportTokensConfig
+from potstill.teacher_dump.importing.targets.config import ImportTargetsConfig
+from potstill.teacher_dump.importing.targets.run import import_targets
+from potstill.teacher_dump.importing.tokens.config import ImportTokensConfig
+from potstill.teacher_dump.importing.tokens.run import import_tokens
 from tests.dist_harness import run_ranks
 from tests.student_train import tiny, workers
 
@@ -44,7 +45,9 @@ def test_foreign_tokens_and_foreign_targets_train_a_student(shared_data: Path, t
             teacher={"model": str(shared_data / "models" / "slm-2m")},
         )
     )
-    tree = tiny.config_tree({name: tmp_path for name in ("tokens", "heldout", "heldout_teacher", "teacher", "scores")}, tmp_path / "run")
+    # The tree of the tiny stores, whose data are replaced.
+    places = dict.fromkeys(("tokens", "heldout", "heldout_teacher", "teacher", "scores"), tmp_path)
+    tree = tiny.config_tree(places, tmp_path / "run")
     tree["model"]["config"]["max_position_embeddings"] = row_length
     tree["run"] |= {"max_steps": 12}
     tree["optimizer"] = {"lr": 1e-2}

@@ -66,16 +66,16 @@ def corpora(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         teacher = shared_data / "models" / ("teacher-7m" if name == "noisy" else "slm-2m")
         tokens, targets = folder / name / "train", folder / f"{name}_targets"
         selection = {"mode": "top_k", "k": 8}
-        dump(
-            DumpConfig(tokens=str(tokens), output=str(targets), teacher={"model": str(teacher)}, selection=selection)
-        )
+        dump(DumpConfig(tokens=str(tokens), output=str(targets), teacher={"model": str(teacher)}, selection=selection))
         sources[name] = {"tokens": str(tokens), "targets": {"teacher": str(targets)}}
     return sources
 
 
 def tree_of(sources: dict[str, Any], output: Path, **changes: Any) -> dict[str, Any]:
     """Two stages with shares of their own, saved each 4 steps."""
-    tree = tiny.config_tree({name: output for name in ("tokens", "heldout", "heldout_teacher", "teacher", "scores")}, output)
+    # The tree of the tiny stores, whose data are replaced.
+    places = dict.fromkeys(("tokens", "heldout", "heldout_teacher", "teacher", "scores"), output)
+    tree = tiny.config_tree(places, output)
     tree["model"]["config"]["max_position_embeddings"] = ROW_LENGTH
     tree["data"] = {"sources": sources, "global_batch_rows": BATCH, "micro_batch_rows": 5}
     first, second = MIXES
@@ -145,7 +145,9 @@ def test_only_answers_are_trained_on(shared_data: Path, corpora: dict[str, Any])
     from potstill.teacher_dump.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(str(shared_data / "tokenizers" / "demo-bpe-8k"))
-    tokens, targets = (StoreReader(path) for path in (corpora["maths"]["tokens"], corpora["maths"]["targets"]["teacher"]))
+    tokens, targets = (
+        StoreReader(path) for path in (corpora["maths"]["tokens"], corpora["maths"]["targets"]["teacher"])
+    )
     known = {record["answer"].strip() for record in records(shared_data, "maths")}
     rows = tokens.tokens_rows(range(tokens.num_rows))
     found = [answer for row in rows for answer in answers_of(row, tokenizer)]

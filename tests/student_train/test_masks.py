@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
 from potstill.common.errors import UserError
 from potstill.storage import LoadedBatch, SparseTargets, TargetsRow, TokensRow
@@ -23,6 +25,7 @@ from potstill.student_train.evaluation.heldout import heldout_figures
 from potstill.student_train.evaluation.samples import _before_the_answer
 from potstill.student_train.model.hf_config import hf_config
 from potstill.student_train.model.student import StudentModel, TrainRequest, build_student
+from tests.common.test_packed import NAME, by_contract
 from tests.student_train import tiny, workers
 
 LENGTH = 3 * GRID_STEP  # of a row in these tests
@@ -117,6 +120,33 @@ def test_padding_changes_neither_loss_nor_gradient(student: StudentModel) -> Non
         assert micro.input_ids.shape == (2, LENGTH)
     longer = micro_of(loaded([row_of(0, GRID_STEP + 1)]), objective)
     assert longer.input_ids.shape == (1, 2 * GRID_STEP)
+
+
+def test_an_attention_of_one_line_gets_no_padding(student: StudentModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the contract of flash attention (tests/common): rows and documents stay apart, and only real tokens go in."""
+    rows = [row_of(0, 30, 20), row_of(1, 17), row_of(2, 60)]
+    objective = stage_objective()
+    micro = micro_of(loaded(rows), objective)
+    wanted = outcome(student, micro, objective)
+    AttentionInterface.register(NAME, by_contract)
+    AttentionMaskInterface.register(NAME, flash_attention_mask)
+    monkeypatch.setattr(student.hf.config, "_attn_implementation_internal", NAME)
+    seen: list[torch.Size] = []
+    backbone = student.hf.model
+    hook = backbone.register_forward_pre_hook(
+        lambda module, args, given: seen.append(given["input_ids"].shape), with_kwargs=True
+    )
+    try:
+        found = outcome(student, micro, objective)
+        monkeypatch.setattr(student, "_fixed_shapes", True)
+        again = outcome(student, micro, objective)
+    finally:
+        hook.remove()
+        AttentionInterface._global_mapping.pop(NAME)
+        AttentionMaskInterface._global_mapping.pop(NAME)
+    assert seen == [(1, 50 + 17 + 60), (1, 3 * GRID_STEP)], "a compiled backbone keeps its shape"
+    for other in (found, again):
+        torch.testing.assert_close(other, wanted, rtol=1e-10, atol=1e-12)
 
 
 def test_a_micro_batch_without_a_trained_position_gives_nothing(student: StudentModel) -> None:

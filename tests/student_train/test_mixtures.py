@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoConfig
 
 from potstill.common.errors import ConfigError, UserError
 from potstill.storage import EpochPlan, Loader, StoreReader
@@ -15,7 +17,11 @@ from potstill.student_train.curriculum.plan import CurriculumPlan, describe, row
 from potstill.student_train.curriculum.segments import PlanSource
 from potstill.student_train.data.batch import collate
 from potstill.student_train.data.stores import Stores, build_plan, check_objectives, open_stores
-from potstill.student_train.evaluation.row_figures import curriculum_step, row_figures
+from potstill.student_train.evaluation.heldout import HeldoutEvaluation, SourcesEvaluation, evaluation_line
+from potstill.student_train.evaluation.row_figures import curriculum_step, load_student, row_figures
+from potstill.student_train.hf_export.card_facts import gather_facts
+from potstill.student_train.hf_export.model_card import model_card
+from potstill.student_train.hf_export.weights import find_source
 from potstill.student_train.run.checkpoint import list_checkpoints
 from potstill.student_train.run.dry_run import dry_run
 from potstill.student_train.run.dry_run_text import format_dry_run
@@ -205,9 +211,13 @@ def three(stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     tiny.write_store(root / "noisy_sampled", sampled, draws)
     own = {"novels": (stores["tokens"], stores["teacher"])}
     own |= {name: (root / name, root / f"{name}_teacher") for name in ("maths", "noisy")}
-    return {
+    found: dict[str, dict[str, Any]] = {
         name: {"tokens": str(tokens), "targets": {"teacher": str(teacher)}} for name, (tokens, teacher) in own.items()
     }
+    held = tiny.write_store(root / "held", tiny.spec_of("tokens", num_rows=None), tiny.token_rows(5, seed=9))
+    found["novels"] |= {"heldout": str(stores["heldout"]), "heldout_targets": str(stores["heldout_teacher"])}
+    found["noisy"]["heldout"] = held.url
+    return found
 
 
 def tree_of(stores: dict[str, Path], output: Path, sources: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -232,7 +242,25 @@ def test_a_killed_run_over_sources_resumes_at_another_world_size(stores, three, 
     assert steps_of(run)[1] == [rows_digest(plan.rows(batch)) for batch in range(24)]
     drawn = sum(np.array([line["sources"][name]["rows"] for name in SIZES]) for line in lines_of(run))
     assert drawn.tolist() == [24, 12 + 36, 12 + 12]
-    manifest = list_checkpoints(run)[-1].manifest
+    [figures] = [record for record in read_metrics(run) if record["kind"] == "eval"]
+    assert set(figures["sources"]) == {"novels", "noisy"}
+    # The run's own held-out rows are those of novels here.
+    assert figures["sources"]["novels"]["heldout_loss"] == pytest.approx(figures["heldout_loss"])
+    newest = list_checkpoints(run)[-1]
+    card = model_card(
+        gather_facts(
+            run,
+            newest,
+            workers.config_of(tree),
+            title="mine",
+            hf_config=AutoConfig.from_pretrained(run / "student"),
+            num_parameters=1,
+            dtype="float32",
+        )
+    )
+    assert "mix novels 0.5, maths 0.25, noisy 0.25" in card and "noisy.teacher" in card and "maths.tokens" in card
+    assert str(tmp_path) not in card, "places are cut to their last names"
+    manifest = newest.manifest
     assert set(manifest["data"]["stores"]) == {f"sources.{name}" for name in SIZES}
     assert set(manifest["stores"]) == {f"{name}.{store}" for name in SIZES for store in ("tokens", "teacher")}
 
@@ -354,6 +382,31 @@ def test_what_a_step_keeps_of_a_row_is_asked_of_its_own_source(stores, three) ->
     assert not novels.has_in_pool(3) and late.has_in_pool(3)
     with pytest.raises(UserError, match=r"data.sources.noisy.tokens = .* has the digest"):
         curriculum_step(config, StoreReader(stores["heldout"]), step=0, default=0)
+
+
+def test_held_out_figures_of_sources_and_of_all_their_rows(stores, three, start_weights: Path) -> None:
+    tree = tree_of(stores, Path("run"), three)
+    tree["data"] |= {"heldout": None, "heldout_targets": None}
+    opened, _ = checked(tree)
+    assert set(opened.source_heldout) == {"novels", "noisy"} and opened.heldout is None
+    options: dict[str, Any] = {"max_rows": None, "batch_rows": 4, "rank": 0, "world_size": 1}
+    parts = {
+        name: HeldoutEvaluation.create(own.tokens, own.targets, device=torch.device("cpu"), **options)
+        for name, own in opened.source_heldout.items()
+    }
+    model = load_student(find_source(start_weights), opened.sources[0].tokens)
+    model.to("cpu")
+    found = SourcesEvaluation(parts, None).measure(model)
+    alone = {name: part.measure(model) for name, part in parts.items()}
+    assert found["sources"] == alone and alone["noisy"]["agreement"] is None
+    weights = [alone[name]["positions"] for name in parts]
+    loss = np.average([alone[name]["heldout_loss"] for name in parts], weights=weights)
+    assert found["heldout_loss"] == pytest.approx(loss) and found["rows"] == 11 + 5
+    assert found["agreement"] == alone["novels"]["agreement"]
+    assert f"noisy {alone['noisy']['heldout_loss']:.4f}" in evaluation_line(found)
+    own_rows = {**three, "maths": {**three["maths"], "heldout": three["novels"]["tokens"]}}
+    message = refused(stores, own_rows)
+    assert "data.sources.maths.heldout" in message and "the same rows of data.sources.novels.tokens" in message
 
 
 def test_a_dry_run_says_mix_and_passes(stores, three, tmp_path: Path) -> None:

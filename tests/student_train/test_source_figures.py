@@ -47,6 +47,7 @@ def two_sources(stores: dict[str, Path], maths: dict[str, str], run: Path, **cha
     weights = {"of": "document", "store": "teacher", "column": "probability", "form": "beta", "applies_to": "kd"}
     tree = tiny.config_tree(stores, run, objective={"alpha": 0.7, "off_kd": "ce"}, **changes)
     tree["run"] |= {"max_steps": 4}
+    tree["logging"] = {"every_steps": 1}
     novels = {"tokens": str(stores["tokens"]), "targets": {"teacher": str(stores["teacher"])}}
     own = {"tokens": maths["tokens"], "targets": {"teacher": maths["teacher"]}}
     for name in ("tokens", "targets", "scores"):
@@ -72,11 +73,12 @@ def test_two_sources_with_masks_and_weights_are_the_same_run_on_one_and_two_rank
         for name in SOURCES:
             assert a["sources"][name] == pytest.approx(b["sources"][name], rel=1e-5)
         parts = a["sources"].values()
-        assert sum(part["rows"] for part in parts) == 2 * 4  # two steps of four rows
+        assert sum(part["rows"] for part in parts) == 4
         for part in parts:
             assert 0 < part["positions"] < part["tokens"] and part["ce"] > 0 and part["kd"] > 0
         labels = sum(part["ce"] * part["positions"] for part in parts) / sum(part["positions"] for part in parts)
         assert a["ce"] == pytest.approx(labels, rel=1e-5), "every label weighs 1: the weights are of KD"
+        assert a["loss"] == pytest.approx(0.7 * a["kd"] + 0.3 * a["ce"], rel=1e-4), "weights of KD have mean 1"
     totals = source_totals(one)
     assert totals["novels"]["rows"] == totals["maths"]["rows"] == 8, "shares of the mix"
     assert sum(own["tokens"] for own in totals.values()) == one[-1]["tokens"]

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from potstill.teacher_dump.documents import Place
-from potstill.teacher_dump.importing.foreign_records import Entries, ForeignRecord, FoundRecord, SourceFacts
-from potstill.teacher_dump.importing.targets_config import ImportTargetsConfig
+from potstill.teacher_dump.importing.targets.base import Entries, ForeignRecord, FoundRecord, SourceFacts
+from potstill.teacher_dump.importing.targets.config import ImportTargetsConfig
 
 
 class NpzTargets:

@@ -16,9 +16,9 @@ import pytest
 from potstill.common.errors import UserError
 from potstill.storage import RunSpec, StoreReader, StoreWriter, TokensRow, seal_store, verify_store
 from potstill.teacher_dump.documents import Place
-from potstill.teacher_dump.importing.foreign_records import Entries, ForeignRecord
-from potstill.teacher_dump.importing.import_targets_run import open_source
-from potstill.teacher_dump.importing.targets import ImportTargetsConfig, import_targets
+from potstill.teacher_dump.importing.targets.base import Entries, ForeignRecord
+from potstill.teacher_dump.importing.targets.config import ImportTargetsConfig
+from potstill.teacher_dump.importing.targets.run import import_targets, open_source
 
 VOCAB = 8192
 GRID = 1 / 32 + 2e-3
@@ -251,4 +251,4 @@ def test_megatron_logits(foreign: Path, megatron_tokens: Path, tmp_path: Path, n
     selection = {"mode": "top_p_k", "k": 32, "p": 0.15} if name.endswith("topp") else {"mode": "top_k"}
     assert selection.items() <= (reader.spec.selection or {}).items()
     assert reader.spec.info["input"]["settings"]["meta"]["identifiers"]["sequence_length"] == 128
-    assert "nothing in the files proves" in summary.format()
+    assert "nothing in the files proves" in summary.format() and "where documents end" in summary.format()

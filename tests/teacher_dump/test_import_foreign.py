@@ -9,9 +9,9 @@ import pytest
 
 from potstill.storage import StoreReader
 from potstill.teacher_dump import ImportTokensConfig, import_tokens
-from potstill.teacher_dump.importing.token_file import Reading
-from potstill.teacher_dump.importing.token_search import find_token_files
-from potstill.teacher_dump.importing.token_source import TokenDocument, TokenSource
+from potstill.teacher_dump.importing.tokens.base import Reading
+from potstill.teacher_dump.importing.tokens.search import find_token_files
+from potstill.teacher_dump.importing.tokens.source import TokenDocument, TokenSource
 from tests.teacher_dump.tiny import token_rows
 
 VOCAB, END = 8192, 0  # of demo-bpe-8k

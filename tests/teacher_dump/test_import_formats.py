@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from potstill.common.errors import UserError
-from potstill.teacher_dump.importing.token_file import Reading, TokenFile
-from potstill.teacher_dump.importing.token_formats import TOKEN_FORMATS
-from potstill.teacher_dump.importing.token_search import find_token_files
-from potstill.teacher_dump.importing.token_source import PARTS, TokenDocument, TokenSource
+from potstill.teacher_dump.importing.tokens.base import Reading, TokenFile
+from potstill.teacher_dump.importing.tokens.formats import TOKEN_FORMATS
+from potstill.teacher_dump.importing.tokens.search import find_token_files
+from potstill.teacher_dump.importing.tokens.source import PARTS, TokenDocument, TokenSource
 from tests.teacher_dump import token_files as made
 from tests.teacher_dump.token_files import END, VOCAB, Documents, joined, some_documents
 
@@ -101,7 +101,7 @@ def test_the_ids_of_a_flat_file_are_views_of_it(tmp_path: Path) -> None:
 
 
 def test_many_documents_come_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from potstill.teacher_dump.importing import bounds, megatron
+    from potstill.teacher_dump.importing.tokens import bounds, megatron
 
     for module in (bounds, megatron):
         monkeypatch.setattr(module, "_BLOCK_DOCUMENTS", 7)
@@ -218,6 +218,15 @@ def test_end_tokens_part_the_documents_of_a_record(tmp_path: Path) -> None:
 def test_rows_of_a_two_dimensional_array_are_records(tmp_path: Path) -> None:
     path = made.numpy_array(tmp_path / "a.npy", np.array([[5, END, 6], [7, 8, END]], "<u2"))
     assert ids_of(read(path)) == [[5, END, 6], [7, 8, END]]
+    assert ids_of(read(path, bounds="end_token")) == [[5, END], [6], [7, 8, END]]
+    with pytest.raises(UserError, match="says that its ids are uint16, and --dtype is uint32; leave it out"):
+        read(path, dtype="uint32")
+
+
+def test_an_index_may_be_left_aside(tmp_path: Path) -> None:
+    path = made.megatron(tmp_path / "a", DOCUMENTS)
+    assert ids_of(read(path, bounds="none")) == [joined(DOCUMENTS)]
+    assert ids_of(read(path, bounds="end_token", end_token=12)) == [joined(DOCUMENTS)[:7], joined(DOCUMENTS)[7:]]
 
 
 @pytest.mark.parametrize(
@@ -318,7 +327,7 @@ def test_a_damaged_megatron_set_is_refused(tmp_path: Path) -> None:
 def test_an_end_that_falls_is_found_at_the_edge_of_a_block(
     entry: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from potstill.teacher_dump.importing import bounds
+    from potstill.teacher_dump.importing.tokens import bounds
 
     monkeypatch.setattr(bounds, "_BLOCK_DOCUMENTS", 2)
     made.datatrove(tmp_path / "a.ds", DOCUMENTS)
@@ -398,8 +407,11 @@ def test_without_files_beside_it_a_ds_is_an_array(tmp_path: Path) -> None:
         ("a.npy", b"\x93NUMPY\x03\x00" + bytes(80), "version"),
         ("a.bin", np.array([5, 6, 7] * 40, "<u4").tobytes(), "every second id is 0.*--dtype uint32"),
         ("a.bin", (20240520).to_bytes(4, "little") + bytes(1100), "begins as a file of llm.c"),
+        ("a.bin", (20240801).to_bytes(4, "little"), "begins as a file of llm.c"),
         ("a.parquet", b"PAR1" + bytes(30), "is not a readable Parquet file"),
         ("a.arrow", b"ARROW1\0\0" + bytes(30), "is not a readable Arrow file"),
+        ("a.npy", b"\x93NUMPY\x01\x00\x10\x00{'descr'\x00: '<u2'}", "its header cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b'{"input_ids": [1]}')[:10] + b"\xff" * 20, r"damaged \.gz data"),
         ("a.arrow", b"\xff" * 40, "is not a readable Arrow stream"),
     ],
 )

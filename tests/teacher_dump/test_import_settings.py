@@ -18,9 +18,10 @@ from potstill.common.errors import UserError
 from potstill.storage import MismatchError, StoreReader
 from potstill.teacher_dump import ImportTokensConfig, PrepareConfig, import_tokens
 from potstill.teacher_dump.importing.format_options import check_options
-from potstill.teacher_dump.importing.table_source import whole_numbers
-from potstill.teacher_dump.importing.targets import ImportTargetsConfig, import_targets
-from potstill.teacher_dump.importing.token_formats import TOKEN_FORMATS
+from potstill.teacher_dump.importing.targets.config import ImportTargetsConfig
+from potstill.teacher_dump.importing.targets.run import import_targets
+from potstill.teacher_dump.importing.targets.tables import whole_numbers
+from potstill.teacher_dump.importing.tokens.formats import TOKEN_FORMATS
 from potstill.teacher_dump.records.base import BadRecord, Record
 from potstill.teacher_dump.records.prompts import Prompts
 from potstill.teacher_dump.tokenizer import text_encoder

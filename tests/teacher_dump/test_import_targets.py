@@ -18,10 +18,11 @@ import pytest
 
 from potstill.common.errors import UserError
 from potstill.storage import MismatchError, StoreReader, TargetsRow, TokensRow, verify_store
-from potstill.teacher_dump.importing.distillkit_codec import CurrentCodec, LegacyCodec
-from potstill.teacher_dump.importing.target_formats import TARGET_FORMATS, TargetFormat
-from potstill.teacher_dump.importing.targets import ImportTargetsConfig, import_targets
-from potstill.teacher_dump.importing.torch_tensors import UnsafeFileError, load_tensors
+from potstill.teacher_dump.importing.targets.config import ImportTargetsConfig
+from potstill.teacher_dump.importing.targets.distillkit_codec import CurrentCodec, LegacyCodec
+from potstill.teacher_dump.importing.targets.formats import TARGET_FORMATS, TargetFormat
+from potstill.teacher_dump.importing.targets.run import import_targets
+from potstill.teacher_dump.importing.targets.torch_tensors import UnsafeFileError, load_tensors
 from tests.student_train import tiny
 from tests.teacher_dump import foreign_files
 from tests.teacher_dump.foreign_files import K, Truth, truth_of, write_distillkit, write_megatron, write_topk
@@ -277,8 +278,9 @@ def test_broken_records(truths: list[Truth], tokenizer_folder: Path, tmp_path: P
 KILLED = """
 import os, signal, sys
 from potstill.storage.store.writer import StoreWriter
-from potstill.teacher_dump.importing.target_formats import TARGET_FORMATS, TargetFormat
-from potstill.teacher_dump.importing.targets import ImportTargetsConfig, import_targets
+from potstill.teacher_dump.importing.targets.config import ImportTargetsConfig
+from potstill.teacher_dump.importing.targets.formats import TARGET_FORMATS, TargetFormat
+from potstill.teacher_dump.importing.targets.run import import_targets
 
 commit, left = StoreWriter.commit_unit, [int(sys.argv[4])]
 

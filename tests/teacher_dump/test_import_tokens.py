@@ -13,8 +13,8 @@ import pytest
 from potstill.common.errors import UserError
 from potstill.storage import MismatchError, StoreReader, StoreWriter, verify_store
 from potstill.teacher_dump import ImportTokensConfig, PrepareConfig, import_tokens, prepare
-from potstill.teacher_dump.importing.token_formats import TOKEN_FORMATS, TokenFormat
-from potstill.teacher_dump.importing.token_source import TokenDocument
+from potstill.teacher_dump.importing.tokens.formats import TOKEN_FORMATS, TokenFormat
+from potstill.teacher_dump.importing.tokens.source import TokenDocument
 from potstill.teacher_dump.tokenizer import load_tokenizer, tokenizer_digest
 from tests.teacher_dump import token_files as made
 from tests.teacher_dump.tiny import some_texts, token_rows, write_jsonl
@@ -100,6 +100,14 @@ def test_equal_ids_fall_on_one_side_whatever_the_format(tmp_path: Path, tokenize
     import_tokens(few)
     chosen = documents_of(tmp_path / "few" / "heldout")
     assert len(chosen) == 5 and all(one in heldout for one in chosen), "those of smallest hash"
+
+
+def test_prepare_knows_rows_as_well(tmp_path: Path, tokenizer_folder: Path) -> None:
+    texts = [text for text in some_texts(12) if text]
+    settings = {"input": [write_jsonl(tmp_path / "c.jsonl", texts)], "output": tmp_path / "o", "packing": "rows"}
+    prepare(PrepareConfig(**settings, tokenizer=tokenizer_folder, row_length=400))
+    ids = load_tokenizer(str(tokenizer_folder))(texts, add_special_tokens=False)["input_ids"]
+    assert [row.tokens.tolist() for row in token_rows(tmp_path / "o" / "train")] == [[*one, END] for one in ids]
 
 
 class Killed(BaseException):
@@ -254,6 +262,10 @@ def test_a_format_is_one_entry_of_a_table(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {"mask_column": "m", "dtype": "uint16"},
+            "dtype is of files of .* these are of format megatron",
+        ),
         ({"end_token": 300}, r"end_token 300 is no id of tokenizer .* \(300 entries\)"),
         ({"heldout_fraction": 1e-12, "rows_per_unit": 99}, "no document fell into the held-out part"),
         ({"heldout_documents": 99}, "the input holds only 5 different documents"),
@@ -268,6 +280,21 @@ def test_what_cannot_be_is_said_and_leaves_nothing(
     with pytest.raises(UserError, match=message):
         import_tokens(config(path, tmp_path / "o", tokenizer_folder, **changes))
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"heldout_fraction": 0.1, "heldout_documents": 3}, "at most one of heldout_fraction and heldout_documents"),
+        ({"packing": "rows", "append_eos": True}, "packing rows keeps each record as it stands"),
+        ({"too_long": "drop"}, "too_long is of packing=whole, and packing is cut"),
+        ({"format": "megatorn"}, "did you mean 'megatron'"),
+        ({"dtype": "float32"}, "uint8"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path / "a.bin", tmp_path / "o", tmp_path, **changes)
 
 
 def test_a_set_without_tokens_is_said(tmp_path: Path, tokenizer_folder: Path) -> None:

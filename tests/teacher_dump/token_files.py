@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from potstill.teacher_dump.importing.token_file import Reading, TokenFile, TokenRecord
+from potstill.teacher_dump.importing.tokens.base import Reading, TokenFile, TokenRecord
 
 END = 0  # id of the end token in tests/teacher_dump/conftest.py's tokenizer, of 300 entries
 VOCAB = 300
@@ -26,10 +26,10 @@ CODES = {"<u1": 1, "<i1": 2, "<i2": 3, "<i4": 4, "<i8": 5, "<u2": 8}
 Documents = list[list[int]]
 
 
-def some_documents(count: int, *, seed: int = 0, longest: int = 60) -> Documents:
-    """Documents of ids 1..299 that end with END; some are of two tokens."""
+def some_documents(count: int, *, seed: int = 0, longest: int = 60, vocab_size: int = VOCAB) -> Documents:
+    """Documents of ids 1 to vocab_size - 1 that end with END; some are of two tokens."""
     rng = np.random.default_rng(seed)
-    return [[*rng.integers(1, VOCAB, rng.integers(1, longest)).tolist(), END] for _ in range(count)]
+    return [[*rng.integers(1, vocab_size, rng.integers(1, longest)).tolist(), END] for _ in range(count)]
 
 
 def joined(documents: Documents) -> list[int]:

@@ -1,0 +1,65 @@
+"""Open one store that the configuration names, and see that it belongs to the tokens it is used with."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from potstill.common.errors import UserError
+from potstill.storage import StoreError, StoreReader, TargetsRow, UnsealedError, check_alignment, check_places
+from potstill.storage.loading.joining import first_difference
+
+log = logging.getLogger(__name__)
+
+_MAKERS = {"tokens": "prepare", "targets": "dump", "scores": "score"}  # the command that writes each kind
+
+
+def open_store(path: Path | str, kind: str, key: str, **options: Any) -> StoreReader:
+    """Open a sealed store of the given kind with these options of the reader. Raises UserError naming the key."""
+    if isinstance(path, Path) and not path.is_dir():
+        state = "is a file, not a store" if path.exists() else "does not exist"
+        raise UserError(f"{key} = {path} {state}; give the folder of a {kind} store (potstill {_MAKERS[kind]})")
+    try:
+        reader = StoreReader(path, **options)
+    except UnsealedError as error:
+        raise UserError(
+            f"{key} = {path} is not sealed: units are missing; finish and seal it (potstill status, potstill seal)"
+        ) from error
+    except StoreError as error:
+        raise UserError(f"{key} = {path}: {error}") from error
+    if reader.spec.kind != kind:
+        raise UserError(f"{key} = {path} is a {reader.spec.kind} store; expected a {kind} store")
+    return reader
+
+
+FIELD_NAMES = {"input_digest": "input_digest (the tokens store it was made from)", "num_rows": "number of rows"}
+
+
+def check_belongs(reader: StoreReader, tokens: StoreReader, *, key: str, tokens_key: str) -> None:
+    """Refuse a store that was not made from these tokens. Raises UserError naming field, found and expected."""
+    difference = first_difference(reader, tokens)
+    if difference is not None:
+        field, found, expected = difference
+        raise UserError(
+            f"{key} does not belong to {tokens_key}: its {FIELD_NAMES.get(field, field)} is {found}, expected "
+            f"{expected}; dump or score the tokens store that you train on, or name the other tokens store"
+        )
+
+
+def check_targets(targets: StoreReader, tokens: StoreReader, *, key: str) -> None:
+    """See on some rows that the targets stand at the tokens they are for. Raises UserError; a shift by one trains.
+
+    None may stand where no token is trained on. Whether they are the right ones cannot be seen in stores of draws, or
+    without the label column, which is said.
+    """
+    first = targets.row(0)
+    assert isinstance(first, TargetsRow)
+    has_labels = first.targets.logprobs is not None and first.targets.label_logprob is not None
+    if not has_labels:
+        log.info("%s holds no log-probabilities of labels: its alignment with the tokens cannot be checked", key)
+    try:
+        check = check_alignment if has_labels else check_places
+        check(tokens, targets)
+    except StoreError as error:
+        raise UserError(f"{key}: {error}; dump it again from the tokens store that you train on") from error

@@ -1,0 +1,1 @@
+"""`potstill import tokens`: token ids that another program wrote -> tokens stores (run.py)."""
