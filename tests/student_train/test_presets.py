@@ -90,7 +90,7 @@ def _skip_easy(records: list[dict[str, Any]], config: TrainConfig) -> None:
     assert all(record["selected_share"] == 1.0 and 0.85 <= record["kd_share"] < 0.89 for record in records)
     for record in records:
         # A tenth of CE everywhere, and the rest of it where KD is off: an eighth of the positions. What is left for
-        # these is the CE of positions that are easy to the teacher; to a student of a few steps they are much as others.
+        # these is the CE of what is easy to the teacher; to a student of a few steps they are much as others.
         of_labels = record["loss"] - 0.9 * record["kd"] * record["kd_share"]
         where_off = (of_labels - 0.1 * record["ce"]) / (0.9 * (1.0 - record["kd_share"]))
         assert 0.5 < where_off / record["ce"] < 1.1
