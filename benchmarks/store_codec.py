@@ -4,7 +4,9 @@
 
 Targets come from the seeded stand-in teacher (benchmarks/teacher_stand_in.py) at two entropies, or from a real
 targets store. Store sizes are those of whole unit files with every side column (tail, entropy, label log-probability
-and rank); the tokens store is given beside them. Prints a table; the last line is one JSON object.
+and rank); the tokens store is given beside them. Files that other projects' writers made are read from a folder beside
+the checkout, where it exists, and stand beside the store on the same targets. Prints tables; the last line is one JSON
+object.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +29,7 @@ import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 import zstandard
 
+from benchmarks.foreign_codec import FOLDER, run_foreign
 from benchmarks.teacher_stand_in import TOP, Dump, calibration, make_dumps
 from potstill.storage import RunSpec, SparseTargets, StoreReader, TargetsRow, TokensRow, token_digest
 from potstill.storage.files.unit_file import DecodedBatch, EncodedUnit, encode_unit
@@ -315,6 +320,8 @@ def main() -> None:
     parser.add_argument("--positions", type=int, default=8192)
     parser.add_argument("--vocab", type=int, nargs="+", default=[32000, 128256])
     parser.add_argument("--store", help="a real targets store (path or URL) to measure as well")
+    parser.add_argument("--foreign", type=Path, default=FOLDER, help="folder of other writers' files")
+    parser.add_argument("--foreign-only", action="store_true", help="leave out everything else")
     parser.add_argument("--output", help="also write everything to this file")
     args = parser.parse_args()
     lines: list[str] = []
@@ -328,9 +335,10 @@ def main() -> None:
         f"(load {os.getloadavg()[0]:.1f}), Python {platform.python_version()}, numpy {np.__version__}, pyarrow "
         f"{pa.__version__}, zstandard {zstandard.__version__}; CPU seconds, best of {REPEATS}, {args.positions} tokens"
     )
-    figures = run_stand_in(args.vocab, args.positions, show)
+    figures: dict[str, Any] = {} if args.foreign_only else run_stand_in(args.vocab, args.positions, show)
     if args.store:
         figures |= run_store(args.store, show)
+    figures |= run_foreign(show, args.foreign)
     show(json.dumps(figures))
     if args.output:
         with open(args.output, "w") as file:

@@ -137,11 +137,12 @@ def _scalar(annotation: Any) -> _Scalar | None:
         return _Scalar(str, choices=arguments)
     if origin in (Union, types.UnionType):
         inner = [argument for argument in arguments if argument is not type(None)]
-        plain = [found for found in map(_scalar, inner) if found is not None]
+        if len(inner) == 1:
+            return _scalar(inner[0])
         bare = [get_args(argument)[0] if get_origin(argument) is Annotated else argument for argument in inner]
         if str in bare or Path in bare:
             return _Scalar(str)  # a path or a word; the other forms (a mapping) need a file or --set
-        return plain[0] if len(inner) == len(plain) == 1 else None
+        return None
     if origin in (list, tuple, Sequence) and arguments and arguments[1:] in ((), (Ellipsis,)):
         item = _scalar(arguments[0])
         return None if item is None or item.many else _Scalar(item.kind, many=True, choices=item.choices)

@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup_logging()
     return run_command(
         lambda: int(arguments.run(arguments)),
-        program=f"potstill {arguments.command}",
+        program=arguments.parser.prog,
         show_traceback=arguments.traceback,
     )
 

@@ -1,4 +1,4 @@
-"""What a sub-command is (the table of them is in commands.py)."""
+"""What a sub-command is, and a group of them (the table of all is in commands.py)."""
 
 from __future__ import annotations
 
@@ -17,3 +17,18 @@ class Command:
     examples: tuple[str, ...]
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandGroup:
+    """A name that stands before several commands: `potstill import tokens`, `potstill import targets`."""
+
+    name: str
+    summary: str
+    description: str
+    commands: tuple[Command, ...]
+
+    @property
+    def examples(self) -> tuple[str, ...]:
+        """Those of its commands."""
+        return tuple(example for command in self.commands for example in command.examples)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from potstill.launch.command import Command
+from potstill.launch.command import Command, CommandGroup
 from potstill.launch.completion_command import completion_command
 from potstill.launch.demo_command import DEMO
+from potstill.launch.import_commands import IMPORT
 from potstill.launch.inspect_command import INSPECT
 from potstill.launch.plan import PLAN
 from potstill.launch.status_command import STATUS
@@ -13,9 +14,10 @@ from potstill.launch.student_commands import EVAL, EXPORT, PRESETS, REPORT
 from potstill.launch.teacher_commands import DUMP, PREPARE, SCORE
 from potstill.launch.train_command import TRAIN
 
-_COMPLETED: tuple[Command, ...] = (
+_COMPLETED: tuple[Command | CommandGroup, ...] = (
     PLAN,
     PREPARE,
+    IMPORT,
     DUMP,
     SCORE,
     STATUS,

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from potstill.common.exit_codes import DONE
-from potstill.launch.command import Command
+from potstill.launch.command import Command, CommandGroup
 from potstill.launch.parser import build_parser
 from potstill.launch.presets import list_presets
 
@@ -16,7 +16,7 @@ PRESET_PLACES = {("train", "preset"), ("presets", "name")}
 FILES = {"config", "output", "stores", "store", "runs", "tokens", "tokenizer"}  # by name, where no type says it
 
 
-def completed_parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
+def completed_parser(commands: Sequence[Command | CommandGroup]) -> argparse.ArgumentParser:
     """The parser with the options of every command, each action marked with what completes its value."""
     import shtab
 
@@ -32,9 +32,10 @@ def completed_parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
 
 
 def subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    """The parsers of the commands by name."""
+    """The parsers of the commands by name, those of a group as `group command`."""
     groups = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
-    return {name: child for group in groups for name, child in group.choices.items()}
+    found = {name: child for group in groups for name, child in group.choices.items()}
+    return found | {f"{name} {inner}": one for name, child in found.items() for inner, one in subparsers(child).items()}
 
 
 def is_place(action: argparse.Action) -> bool:
@@ -48,7 +49,7 @@ def _completion_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shell", choices=SHELLS, help="the shell that shall read the script")
 
 
-def completion_command(others: Sequence[Command]) -> Command:
+def completion_command(others: Sequence[Command | CommandGroup]) -> Command:
     """The command that completes `others` and itself."""
 
     def complete(arguments: argparse.Namespace) -> int:

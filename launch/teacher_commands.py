@@ -43,11 +43,17 @@ PREPARE = Command(
     summary="text to rows of tokens",
     description="Read text (.txt, .jsonl, .jsonl.gz/.zst/.xz, .parquet; files, folders or globs) or a Hugging Face "
     "data set (--dataset: a folder of save_to_disk, a folder with data files, a hub name), tokenize it, pack it "
-    "into rows of equal length with the bounds of the documents, and write the stores OUTPUT/train and OUTPUT/heldout.",
+    "into rows with the bounds of the documents, and write the stores OUTPUT/train and OUTPUT/heldout. A record is a "
+    "text (--text-field), a prompt with its response (--prompt-field, --response-field), or a conversation through the "
+    "tokenizer's chat template (--messages-field); of the last two the responses are trained on.",
     examples=(
         "potstill prepare --input books/ --output data --tokenizer models/teacher --row-length 1024 "
         "--heldout-fraction 0.01",
         "potstill prepare --input 'web/*.parquet' --text-field content --output data --vocab-size 32000",
+        "potstill prepare --input maths.jsonl --prompt-field question --response-field answer "
+        "--response-format ' {response}' --packing whole --output data --tokenizer models/teacher",
+        "potstill prepare --input chats.jsonl --messages-field messages --packing whole --output data "
+        "--tokenizer models/teacher-instruct",
         "potstill prepare --dataset HuggingFaceFW/fineweb --dataset-config sample-10BT --dataset-split train "
         "--output data --tokenizer models/teacher",
     ),

@@ -1,6 +1,8 @@
 """The teacher stage: `prepare` text or a data set, `dump` a teacher's targets, `score` rows with a small model.
 
-The heavy libraries are loaded inside the three functions, so that neither the command's help nor the refusal of a path
+`import_tokens` makes of token ids that another program wrote what `prepare` makes of text.
+
+The heavy libraries are loaded inside the functions, so that neither the command's help nor the refusal of a path
 waits for them.
 """
 
@@ -17,8 +19,12 @@ from potstill.teacher_dump.config import (
     TeacherConfig,
     TrainTokenizer,
 )
+from potstill.teacher_dump.importing.targets_config import ImportTargetsConfig
+from potstill.teacher_dump.importing.tokens_config import ImportTokensConfig
 
 if TYPE_CHECKING:
+    from potstill.teacher_dump.importing.import_targets_summary import ImportTargetsSummary
+    from potstill.teacher_dump.importing.tokens import ImportSummary
     from potstill.teacher_dump.preparing import PrepareSummary
     from potstill.teacher_dump.series import SeriesSummary
     from potstill.teacher_dump.worker import WorkerSummary
@@ -26,12 +32,16 @@ if TYPE_CHECKING:
 __all__ = [
     "DatasetInput",
     "DumpConfig",
+    "ImportTargetsConfig",
+    "ImportTokensConfig",
     "PrepareConfig",
     "ScoreConfig",
     "SelectionConfig",
     "TeacherConfig",
     "TrainTokenizer",
     "dump",
+    "import_targets",
+    "import_tokens",
     "prepare",
     "score",
 ]
@@ -42,6 +52,20 @@ def prepare(config: PrepareConfig) -> PrepareSummary:
     from potstill.teacher_dump import preparing
 
     return preparing.prepare(config)
+
+
+def import_tokens(config: ImportTokensConfig) -> ImportSummary:
+    """Token ids that another program wrote -> tokens stores; see potstill.teacher_dump.importing.tokens."""
+    from potstill.teacher_dump.importing import tokens
+
+    return tokens.import_tokens(config)
+
+
+def import_targets(config: ImportTargetsConfig) -> ImportTargetsSummary:
+    """A teacher's targets that another program wrote -> targets store; see potstill.teacher_dump.importing.targets."""
+    from potstill.teacher_dump.importing import targets
+
+    return targets.import_targets(config)
 
 
 def dump(

@@ -10,6 +10,8 @@ from pydantic import BeforeValidator, Field, model_validator
 from potstill.common.config import StorePlace, StrictModel
 from potstill.common.named_entries import NameIn
 from potstill.teacher_dump.engines.table import ENGINES, describe_engines, refusal_text
+from potstill.teacher_dump.packing.table import PACKINGS, describe_packings
+from potstill.teacher_dump.records.table import kind_key
 
 
 def _as_text(value: object) -> object:
@@ -44,6 +46,24 @@ class DatasetInput(StrictModel):
     )
 
 
+# How documents become rows: for whatever writes tokens stores.
+PackingRule = Annotated[str, NameIn(PACKINGS), Field(description=describe_packings())]
+PackingWindow = Annotated[
+    int, Field(ge=1, le=1 << 20, description="Packing whole: documents that are fitted together; memory holds them")
+]
+TooLong = Annotated[
+    Literal["split", "cut", "drop"] | None,
+    Field(
+        description="Packing whole: documents longer than a row are split in pieces, cut to their start, or dropped; "
+        "None: split, or cut where documents have masks"
+    ),
+]
+UntrainedFraction = Annotated[
+    float,
+    Field(ge=0, le=1, description="Share of rows (documents, if whole) without a trained token before an error"),
+]
+
+
 class PrepareConfig(StrictModel):
     """Text files or a data set -> tokens stores `train/` and `heldout/` under `output`."""
 
@@ -52,13 +72,41 @@ class PrepareConfig(StrictModel):
     output: StorePlace = Field(
         description="Folder (or URL) for the stores train/ and heldout/; a folder gets tokenizer/ as well"
     )
-    text_field: str = Field(
-        default="text", min_length=1, description="Field (JSON lines) or column (Parquet, data sets) with the text"
+    text_field: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Field (JSON lines) or column (Parquet, data sets) with the text; None: text",
+    )
+    prompt_field: str | None = Field(
+        default=None, min_length=1, description="Instead of text: field with the prompt, which is read, not trained on"
+    )
+    response_field: str | None = Field(
+        default=None, min_length=1, description="With prompt_field: field with the response, which is trained on"
+    )
+    prompt_format: str | None = Field(
+        default=None, description="With prompt_field: text round {prompt}; None: {prompt} as it stands"
+    )
+    response_format: str | None = Field(
+        default=None, description="With prompt_field: text round {response}; None: {response} as it stands"
+    )
+    messages_field: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Instead of text: field with chat messages (role, content), for the tokenizer's chat template",
+    )
+    train_on: Literal["responses", "marked"] | None = Field(
+        default=None,
+        description="With messages_field: every assistant turn, or what the template marks as generated; "
+        "None: responses",
     )
     tokenizer: PlaceText | None = Field(default=None, description="Hugging Face tokenizer: folder or hub id")
     train_tokenizer: TrainTokenizer | None = Field(default=None, description="Train a tokenizer instead of naming one")
     row_length: int = Field(default=1024, ge=2, le=1 << 20, description="Tokens per row")
     rows_per_unit: int = Field(default=256, ge=1, le=1 << 20, description="Rows per unit of work and of commit")
+    packing: PackingRule = "cut"
+    packing_window: PackingWindow = 1024
+    too_long: TooLong = None
+    max_untrained_fraction: UntrainedFraction = 0.05
     heldout_fraction: float = Field(default=0.0, ge=0, lt=1, description="Share of documents held out, chosen by hash")
     heldout_documents: int = Field(
         default=0, ge=0, description="Or: hold out this many documents, those of smallest hash"
@@ -66,7 +114,10 @@ class PrepareConfig(StrictModel):
     split_salt: str = Field(
         default="potstill", description="Goes into the hash of the split; another salt, another split"
     )
-    append_eos: bool = Field(default=True, description="End each document with the tokenizer's eos token")
+    append_eos: bool | None = Field(
+        default=None,
+        description="End each document with the tokenizer's eos token; None: yes, but for chat (the template ends it)",
+    )
     add_bos: bool = Field(default=False, description="Begin each document with the tokenizer's bos token")
     max_bad_lines: int = Field(
         default=0, ge=0, description="Broken records (lines, rows, files) skipped before an error"
@@ -87,6 +138,22 @@ class PrepareConfig(StrictModel):
         if self.heldout_fraction and self.heldout_documents:
             raise ValueError("give at most one of heldout_fraction and heldout_documents")
         return self
+
+    @model_validator(mode="after")
+    def _one_kind_of_record(self) -> Self:
+        kind_key(dict(self))
+        for name, word in (("prompt_format", "{prompt}"), ("response_format", "{response}")):
+            text = getattr(self, name)
+            if text is not None and text.count(word) != 1:
+                raise ValueError(f"{name} is {text!r}; expected a text with {word} in it, once")
+        if self.packing != "whole" and self.too_long is not None:
+            raise ValueError(f"too_long is of packing=whole, and packing is {self.packing}; leave it out")
+        return self
+
+    @property
+    def record_key(self) -> str:
+        """The key that decides what a record is; see RECORD_KINDS."""
+        return kind_key(dict(self))
 
 
 class EnsembleMember(StrictModel):

@@ -1,4 +1,4 @@
-"""Stream of documents out of input files: place, text, and how many bytes of the files have been read.
+"""Stream of documents out of input files: place, record, and how many bytes of the files have been read.
 
 Memory holds one line, one batch of a Parquet file, or one plain text at a time.
 """
@@ -10,13 +10,16 @@ import io
 import json
 import logging
 import lzma
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO
 
 from potstill.common.errors import UserError
 from potstill.teacher_dump.inputs import InputFile
+from potstill.teacher_dump.records.base import BadRecord, Record, RecordKind, missing_field
+from potstill.teacher_dump.records.table import PLAIN_TEXT
 
 log = logging.getLogger(__name__)
 
@@ -33,15 +36,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Document:
-    """One text; `bad_lines` is the number of broken records before it, from the beginning of the input."""
+    """One record; `bad_lines` is the number of broken records before it, from the beginning of the input."""
 
     place: Place
-    text: str
+    record: Record
     bad_lines: int = 0
-
-
-class BadRecord(Exception):
-    """A record that cannot be used; counted by the reader, never raised to the user."""
 
 
 class BadRecords:
@@ -73,13 +72,13 @@ class DocumentReader:
         self,
         files: Sequence[InputFile],
         *,
-        text_field: str,
+        kind: RecordKind,
         max_bad_lines: int,
         start: Place | None = None,
         bad_lines_before: int = 0,
     ) -> None:
         self._files = files
-        self._text_field = text_field
+        self._kind = kind
         self._start = start if start is not None else Place(0, 0)
         self._bad = BadRecords(allowed=max_bad_lines, before=bad_lines_before)
         self._bytes_before = sum(file.num_bytes for file in files[: self._start.file])
@@ -102,11 +101,11 @@ class DocumentReader:
                 try:
                     raw = stack.enter_context(file.path.open("rb"))
                     self._position = raw.tell
-                    for record, text in READERS[file.kind](file, raw, skip, self._text_field):
-                        if isinstance(text, BadRecord):
-                            self._bad.add(f"{file.path}, {_record_word(file)} {record + 1}", str(text))
+                    for record, found in READERS[file.kind](file, raw, skip, self._kind):
+                        if isinstance(found, BadRecord):
+                            self._bad.add(f"{file.path}, {_record_word(file)} {record + 1}", str(found))
                         else:
-                            yield Document(Place(number, record), text, self.bad_lines)
+                            yield Document(Place(number, record), found, self.bad_lines)
                 except (OSError, EOFError, lzma.LZMAError) as error:
                     raise UserError(f"input file {file.path} cannot be read to its end: {error}") from error
                 finally:
@@ -132,11 +131,11 @@ def _decompressed(file: InputFile, raw: IO[bytes]) -> IO[bytes]:
     return raw
 
 
-Records = Iterator[tuple[int, "str | BadRecord"]]
+Records = Iterator[tuple[int, "Record | BadRecord"]]
 
 
-def _read_jsonl(file: InputFile, raw: IO[bytes], skip: int, text_field: str) -> Records:
-    for record, line in enumerate(_lines(file, raw)):
+def _read_jsonl(file: InputFile, raw: IO[bytes], skip: int, kind: RecordKind) -> Records:
+    for record, line in enumerate(lines_of(file, raw)):
         if record < skip or not line.strip():
             continue
         try:
@@ -147,35 +146,40 @@ def _read_jsonl(file: InputFile, raw: IO[bytes], skip: int, text_field: str) -> 
         if not isinstance(value, dict):
             yield record, BadRecord(f"expected a JSON object, found {type(value).__name__}")
             continue
-        if text_field not in value:
-            raise UserError(
-                f"{file.path}, line {record + 1}: no field {text_field!r}; found {sorted(value)}; set text_field"
-            )
-        yield record, as_text(value[text_field], text_field)
+        missing = missing_field(kind, list(value))
+        if missing is not None and kind.required:
+            raise UserError(f"{file.path}, line {record + 1}: {missing}")
+        yield record, kind.read(value) if missing is None else BadRecord(missing)
 
 
-def _lines(file: InputFile, raw: IO[bytes]) -> Iterator[bytes]:
+def lines_of(file: InputFile, raw: IO[bytes]) -> Iterator[bytes]:
+    """The lines of an opened file, decompressed. Raises OSError, EOFError or LZMAError where it is damaged."""
     try:
         yield from _decompressed(file, raw)
     except Exception as error:
-        # zstandard has an error class of its own; the others are OSError, EOFError and LZMAError.
-        if type(error).__name__ == "ZstdError" or isinstance(error, gzip.BadGzipFile):
+        # zstandard and zlib have error classes of their own; the others are OSError, EOFError and LZMAError.
+        if type(error).__name__ == "ZstdError" or isinstance(error, gzip.BadGzipFile | zlib.error):
             raise OSError(f"damaged {file.compression} data ({error})") from error
         raise
 
 
-def _read_text(file: InputFile, raw: IO[bytes], skip: int, text_field: str) -> Records:
+def _read_text(file: InputFile, raw: IO[bytes], skip: int, kind: RecordKind) -> Records:
     if skip > 0:
         return
-    content = b"".join(_lines(file, raw))
+    if len(kind.fields) != 1 or PLAIN_TEXT not in kind.fields:
+        raise UserError(
+            f"{file.path} is read as one plain text, and {' and '.join(kind.fields)} name fields of a record; give "
+            "JSON lines, Parquet or a data set, or leave them out"
+        )
+    content = b"".join(lines_of(file, raw))
     try:
         # A byte order mark is no part of the text.
-        yield 0, content.decode("utf-8-sig")
+        yield 0, kind.read({kind.fields[PLAIN_TEXT]: content.decode("utf-8-sig")})
     except UnicodeDecodeError as error:
         yield 0, BadRecord(f"not UTF-8 at byte {error.start} (0x{content[error.start]:02x})")
 
 
-def _read_parquet(file: InputFile, raw: IO[bytes], skip: int, text_field: str) -> Records:
+def _read_parquet(file: InputFile, raw: IO[bytes], skip: int, kind: RecordKind) -> Records:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -183,35 +187,24 @@ def _read_parquet(file: InputFile, raw: IO[bytes], skip: int, text_field: str) -
         table = pq.ParquetFile(raw)
     except pa.ArrowInvalid as error:
         raise UserError(f"input file {file.path} is not a readable Parquet file: {error}") from error
-    if text_field not in table.schema_arrow.names:
-        raise UserError(
-            f"{file.path}: no column {text_field!r}; found {sorted(table.schema_arrow.names)}; set text_field"
-        )
+    if missing := missing_field(kind, table.schema_arrow.names):
+        raise UserError(f"{file.path}: {missing.replace('field', 'column', 1)}")
+    columns = list(kind.fields.values())
     record = 0
     for group in range(table.num_row_groups):
         rows = table.metadata.row_group(group).num_rows
         if record + rows <= skip:
             record += rows
             continue
-        for batch in table.iter_batches(batch_size=_PARQUET_BATCH, row_groups=[group], columns=[text_field]):
-            for value in batch.column(0):
+        for batch in table.iter_batches(batch_size=_PARQUET_BATCH, row_groups=[group], columns=columns):
+            for values in zip(*(batch.column(name) for name in columns), strict=True):
                 if record >= skip:
-                    yield record, as_text(value.as_py(), text_field)
+                    found = (value.as_py() for value in values)
+                    yield record, kind.read(dict(zip(columns, found, strict=True)))
                 record += 1
 
 
-def as_text(value: Any, text_field: str) -> str | BadRecord:
-    """The value itself if it can be tokenized, else why not."""
-    if not isinstance(value, str):
-        return BadRecord(f"field {text_field!r} is {type(value).__name__}, expected a text")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        return BadRecord(f"field {text_field!r} holds half of a surrogate pair at character {error.start}")
-    return value
-
-
-READERS: dict[str, Callable[[InputFile, IO[bytes], int, str], Records]] = {
+READERS: dict[str, Callable[[InputFile, IO[bytes], int, RecordKind], Records]] = {
     "jsonl": _read_jsonl,
     "text": _read_text,
     "parquet": _read_parquet,

@@ -19,8 +19,9 @@ from typing import Any
 
 from potstill.common.errors import UserError
 from potstill.teacher_dump.config import DatasetInput
-from potstill.teacher_dump.documents import BadRecords, Document, Place, as_text
+from potstill.teacher_dump.documents import BadRecords, Document, Place
 from potstill.teacher_dump.inputs import InputFile, digest_files
+from potstill.teacher_dump.records.base import Record, RecordKind, missing_field
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ def is_saved(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class DatasetSource:
-    """A data set of text documents.
+    """A data set of documents.
 
     data: Dataset (then one shard) or IterableDataset; name: what a person calls it; identity: what pins its records.
     """
@@ -45,7 +46,7 @@ class DatasetSource:
     num_files: int
     num_bytes: int
     identity: Mapping[str, Any]
-    text_field: str
+    kind: RecordKind
     max_bad_lines: int
 
     @property
@@ -67,8 +68,8 @@ class DatasetSource:
         """How many records the only shard has, 0 where that is not known."""
         return int(getattr(self.data, "num_rows", 0))
 
-    def values(self, shard: int, skip: int) -> Iterator[tuple[int, Any]]:
-        """(number of the record, value of the text column) of a shard, without the first `skip` records."""
+    def values(self, shard: int, skip: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(number of the record, column -> value) of a shard, without the first `skip` records."""
         record = 0
         if hasattr(self.data, "num_rows"):  # memory-mapped: what is skipped is not read
             if skip >= self.data.num_rows:
@@ -76,10 +77,11 @@ class DatasetSource:
             part, record = self.data.select(range(skip, self.data.num_rows)), skip
         else:
             part = self.data.shard(num_shards=self.num_files, index=shard, contiguous=True)
-        for batch in part.select_columns([self.text_field]).iter(_BATCH_RECORDS):
-            for value in batch[self.text_field]:
+        columns = list(self.kind.fields.values())
+        for batch in part.select_columns(columns).iter(_BATCH_RECORDS):
+            for values in zip(*(batch[name] for name in columns), strict=True):
                 if record >= skip:
-                    yield record, value
+                    yield record, dict(zip(columns, values, strict=True))
                 record += 1
 
 
@@ -104,17 +106,17 @@ class DatasetReader:
         source = self._source
         for shard in range(self._start.file, source.num_files):
             skip = self._start.record if shard == self._start.file else 0
-            for record, value in self._values(shard, skip):
-                text = as_text(value, source.text_field)
-                if isinstance(text, str):
-                    yield Document(Place(shard, record), text, self._bad.count)
+            for record, values in self._values(shard, skip):
+                found = source.kind.read(values)
+                if isinstance(found, Record):
+                    yield Document(Place(shard, record), found, self._bad.count)
                 else:
-                    self._bad.add(f"data set {source.name}, shard {shard + 1}, record {record + 1}", str(text))
+                    self._bad.add(f"data set {source.name}, shard {shard + 1}, record {record + 1}", str(found))
                 if source.num_records:
                     self._share = (record + 1) / source.num_records
             self._share = (shard + 1) / source.num_files
 
-    def _values(self, shard: int, skip: int) -> Iterator[tuple[int, Any]]:
+    def _values(self, shard: int, skip: int) -> Iterator[tuple[int, dict[str, Any]]]:
         values, last = self._source.values(shard, skip), skip
         while True:
             try:
@@ -134,7 +136,7 @@ class DatasetReader:
         )
 
 
-def open_dataset(config: DatasetInput, *, text_field: str, max_bad_lines: int) -> DatasetSource:
+def open_dataset(config: DatasetInput, *, kind: RecordKind, max_bad_lines: int) -> DatasetSource:
     """Open a data set without reading its records. Raises UserError for a wrong name, split, config or column."""
     library = _library()
     folder = Path(config.path).expanduser()
@@ -145,13 +147,10 @@ def open_dataset(config: DatasetInput, *, text_field: str, max_bad_lines: int) -
     columns = data.column_names
     if columns is None:  # a stream whose first record has not been seen
         columns = sorted(next(iter(data), {}))
-    if text_field not in columns:
-        raise UserError(
-            f"data set {config.path}: no column {text_field!r}; found {sorted(columns)}; name the one that holds the "
-            "text (--text-field)"
-        )
+    if missing := missing_field(kind, columns):
+        raise UserError(f"data set {config.path}: {missing.replace('field', 'column', 1)}")
     num_files = 1 if hasattr(data, "num_rows") else int(data.num_shards)
-    return DatasetSource(data, config.path, num_files, num_bytes, identity, text_field, max_bad_lines)
+    return DatasetSource(data, config.path, num_files, num_bytes, identity, kind, max_bad_lines)
 
 
 def _library() -> Any:

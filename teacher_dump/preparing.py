@@ -22,7 +22,9 @@ from potstill.storage import RunSpec, check_output
 from potstill.teacher_dump.config import PrepareConfig
 from potstill.teacher_dump.documents import Document, Place
 from potstill.teacher_dump.kept_tokenizer import KeptTokenizer
-from potstill.teacher_dump.prepared import Output, StoreSummary
+from potstill.teacher_dump.prepared import MASK_COLUMN, Output, StoreSummary, check_untrained
+from potstill.teacher_dump.records.base import RecordKind, record_kind
+from potstill.teacher_dump.records.table import RECORD_KINDS
 from potstill.teacher_dump.sources import Documents, Source, open_source
 from potstill.teacher_dump.split import Split
 from potstill.teacher_dump.tokenizer import TextEncoder, context_limit, text_encoder, train_bpe, trained_already
@@ -51,11 +53,7 @@ class PrepareSummary:
 
     def format(self) -> str:
         """A few lines for a person."""
-        lines = [
-            f"{_last_part(store.path)}: {store.documents} documents, {store.tokens} tokens in {store.rows} rows of "
-            f"{self.row_length} -> {store.path}"
-            for store in self.stores
-        ]
+        lines = [line for store in self.stores for line in store.format()]
         lines.append(f"tokenizer: {self.tokenizer} ({self.vocab_size} entries, digest {self.tokenizer_digest[:12]})")
         lines.append(
             f"read {self.num_files} files, {self.input_bytes / 1e6:.1f} MB in {format_seconds(self.seconds)}; "
@@ -72,24 +70,23 @@ def prepare(config: PrepareConfig) -> PrepareSummary:
     """
     started = time.monotonic()
     _check_places(config)
-    source = open_source(config)
+    kind = record_kind(config)
+    source = open_source(config, kind)
     split = _make_split(config, source)
     with ExitStack() as stack:
         tokenizer, encoder, kept = _tokenizer(config, source, split, stack)
         notes = _notes(config, tokenizer, encoder)
-        spec = _run_spec(config, source, encoder, split)
-        outputs = {
-            name: Output(inside(config.output, name), spec(name), force=config.force, tokenizer=kept)
-            for name in ((TRAIN, HELDOUT) if split.threshold else (TRAIN,))
-        }
+        outputs = _outputs(config, _run_spec(config, source, kind, encoder, split), kind, split, kept)
         if kept is not None and any(output.begun for output in outputs.values()):
             kept.place()  # somebody has deleted it since
-        bad_lines = _fill(source, split, encoder, outputs)
+        bad_lines = _fill(config, source, kind, split, encoder, outputs)
+        for output in outputs.values():
+            output.close(Place(source.num_files, 0), bad_lines=bad_lines)
+        check_untrained(list(outputs.values()), allowed=config.max_untrained_fraction, at_end=True)
         for output in outputs.values():
             if output.empty:
                 raise UserError(_nothing_in(output.path, bad_lines, begun=any(one.begun for one in outputs.values())))
-        end = Place(source.num_files, 0)
-        stores = [output.finish(end, bad_lines=bad_lines) for output in outputs.values()]
+        stores = [output.finish(bad_lines=bad_lines) for output in outputs.values()]
     for output in outputs.values():
         output.seal()
     return PrepareSummary(
@@ -130,9 +127,31 @@ def _notes(config: PrepareConfig, tokenizer: str, encoder: TextEncoder) -> tuple
     return (note,)
 
 
+def _outputs(
+    config: PrepareConfig, spec: Callable[[str], RunSpec], kind: RecordKind, split: Split, kept: KeptTokenizer | None
+) -> dict[str, Output]:
+    return {
+        name: Output(
+            inside(config.output, name),
+            spec(name),
+            force=config.force,
+            tokenizer=kept,
+            packing=config.packing,
+            window=config.packing_window,
+            too_long=_too_long(config, kind),
+        )
+        for name in ((TRAIN, HELDOUT) if split.threshold else (TRAIN,))
+    }
+
+
+def _too_long(config: PrepareConfig, kind: RecordKind) -> str:
+    # A piece of an answer without its prompt teaches what no prompt asks for; a piece of a text is text.
+    return config.too_long or ("cut" if kind.masked else "split")
+
+
 def _make_split(config: PrepareConfig, source: Source) -> Split:
     if config.heldout_documents:
-        texts = (document.text for document in source.read() if document.text)
+        texts = (document.record.key for document in source.read() if document.record.key)
         return Split.by_count(texts, count=config.heldout_documents, salt=config.split_salt)
     return Split.by_fraction(config.heldout_fraction, salt=config.split_salt)
 
@@ -145,7 +164,9 @@ def _tokenizer(
     A tokenizer trained now lies in a temporary folder until then, which goes with `stack`.
     """
     folder = Path(config.output) / "tokenizer"
-    ends = {"append_eos": config.append_eos, "add_bos": config.add_bos}
+    # A chat template writes the ends of a conversation itself.
+    default = not RECORD_KINDS[config.record_key].reads_template
+    ends = {"append_eos": default if config.append_eos is None else config.append_eos, "add_bos": config.add_bos}
     if config.train_tokenizer is None:
         assert config.tokenizer is not None
         encoder = text_encoder(config.tokenizer, **ends)
@@ -164,15 +185,19 @@ def _tokenizer(
         def texts() -> Iterator[str]:
             for document in reader:
                 progress.update(max(0, reader.bytes_read - progress.done))
-                if not split.held_out(document.text):
-                    yield document.text
+                if not split.held_out(document.record.key):
+                    yield document.record.text
 
         train_bpe(trained, texts(), settings=settings, input_digest=source.digest, force=False)
     encoder = text_encoder(str(trained), **ends)
     return str(folder), encoder, KeptTokenizer(encoder, folder, force=config.force, trained=trained)
 
 
-def _run_spec(config: PrepareConfig, source: Source, encoder: TextEncoder, split: Split) -> Callable[[str], RunSpec]:
+def _run_spec(
+    config: PrepareConfig, source: Source, kind: RecordKind, encoder: TextEncoder, split: Split
+) -> Callable[[str], RunSpec]:
+    packing = {"rule": config.packing, "window": config.packing_window, "too_long": _too_long(config, kind)}
+
     def spec(part: str) -> RunSpec:
         return RunSpec(
             kind="tokens",
@@ -181,6 +206,7 @@ def _run_spec(config: PrepareConfig, source: Source, encoder: TextEncoder, split
             num_rows=None,
             vocab_size=encoder.vocab_size,
             tokenizer_digest=encoder.digest,
+            columns=(MASK_COLUMN,) if kind.masked else (),
             info={
                 "part": part,
                 "input": {
@@ -189,10 +215,11 @@ def _run_spec(config: PrepareConfig, source: Source, encoder: TextEncoder, split
                     "bytes": source.num_bytes,
                     **source.info(),
                 },
-                "text_field": config.text_field,
+                **kind.info(),
                 "prefix": list(encoder.prefix),
                 "suffix": list(encoder.suffix),
                 "split": {"threshold": str(split.threshold), "salt": split.salt},
+                **({"packing": packing} if config.packing != "cut" else {}),
             },
         )
 
@@ -200,7 +227,9 @@ def _run_spec(config: PrepareConfig, source: Source, encoder: TextEncoder, split
 
 
 def _fill(
+    config: PrepareConfig,
     source: Source,
+    kind: RecordKind,
     split: Split,
     encoder: TextEncoder,
     outputs: dict[str, Output],
@@ -219,12 +248,13 @@ def _fill(
         for batch in _batches(reader):
             wanted = []
             for document in batch:
-                output = outputs[HELDOUT if split.held_out(document.text) else TRAIN]
+                output = outputs[HELDOUT if split.held_out(document.record.key) else TRAIN]
                 if output.wants(document.place):
                     wanted.append((document, output))
-            ids_of = encoder.encode([document.text for document, _ in wanted])
-            for (document, output), ids in zip(wanted, ids_of, strict=True):
-                output.add(document, ids)
+            encoded = kind.encode(encoder, [document.record for document, _ in wanted])
+            for (document, output), (ids, mask) in zip(wanted, encoded, strict=True):
+                output.add(document.place, ids, mask, bad_lines=document.bad_lines)
+            check_untrained(list(outputs.values()), allowed=config.max_untrained_fraction)
             progress.update(max(0, min(reader.bytes_read, total) - progress.done))
             progress.note(rows=sum(output.rows for output in outputs.values()))
         progress.update(max(0, total - progress.done))
@@ -236,7 +266,7 @@ def _batches(reader: Documents) -> Iterator[list[Document]]:
     characters = 0
     for document in reader:
         batch.append(document)
-        characters += len(document.text)
+        characters += len(document.record.text)
         if len(batch) >= _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0

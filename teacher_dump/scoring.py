@@ -9,7 +9,7 @@ import numpy as np
 
 from potstill.kernels.topk import TopK
 from potstill.storage import RunSpec, ScoresRow, StoreReader, token_digest
-from potstill.teacher_dump.batches import TeacherBatch, target_mask
+from potstill.teacher_dump.batches import TeacherBatch
 from potstill.teacher_dump.config import ScoreConfig
 from potstill.teacher_dump.engines.base import TeacherEngine, TopKWanted
 from potstill.teacher_dump.on_device import OnItsWay, batch_topk
@@ -68,7 +68,7 @@ def _score_rows(topk: TopK, batch: TeacherBatch, *, salt_rank: int) -> Iterator[
     rank = np.minimum(topk.label_rank.numpy(), NO_RANK)
     start = 0
     for row in batch.rows:
-        mask = target_mask(row.doc_lens)
+        mask = row.has_target()
         stop = start + int(mask.sum())
         here = slice(start, stop)
         reason = refusal(lse[here], entropy[here], mask)

@@ -13,7 +13,6 @@ import numpy as np
 
 from potstill.storage import SparseTargets, TargetsRow, TokensRow, token_digest
 from potstill.storage.rows.value_grid import WEIGHT_TOP
-from potstill.teacher_dump.batches import target_mask
 from potstill.teacher_dump.config import SelectionConfig
 
 if TYPE_CHECKING:
@@ -93,7 +92,7 @@ def cut_rows(found: HostBatch, rows: Sequence[TokensRow]) -> Iterator[tuple[Targ
     """
     start = 0
     for number, row in enumerate(rows):
-        mask = target_mask(row.doc_lens)
+        mask = row.has_target()
         stop = start + int(mask.sum())
         part = found.targets.slice(start, stop, rows=slice(number, number + 1))
         assert part.entropy is not None

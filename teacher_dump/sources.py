@@ -9,6 +9,7 @@ from potstill.common.errors import UserError
 from potstill.teacher_dump.config import PrepareConfig
 from potstill.teacher_dump.documents import Document, DocumentReader, Place
 from potstill.teacher_dump.inputs import digest_files, find_files
+from potstill.teacher_dump.records.base import RecordKind
 
 
 class Documents(Protocol):
@@ -48,10 +49,10 @@ class Source(Protocol):
 
 
 class FileSource:
-    """Text files, read as they stand."""
+    """Files of records, read as they stand."""
 
-    def __init__(self, config: PrepareConfig) -> None:
-        self._config = config
+    def __init__(self, config: PrepareConfig, kind: RecordKind) -> None:
+        self._config, self._kind = config, kind
         self._files = find_files(config.input)
         self.num_files = len(self._files)
         self.num_bytes = sum(file.num_bytes for file in self._files)
@@ -67,17 +68,17 @@ class FileSource:
         """The documents from `start` on."""
         return DocumentReader(
             self._files,
-            text_field=self._config.text_field,
+            kind=self._kind,
             max_bad_lines=self._config.max_bad_lines,
             start=start,
             bad_lines_before=bad_lines,
         )
 
 
-def open_source(config: PrepareConfig) -> Source:
+def open_source(config: PrepareConfig, kind: RecordKind) -> Source:
     """The input of this configuration. Raises UserError when it cannot be read."""
     if config.dataset is None:
-        return FileSource(config)
+        return FileSource(config, kind)
     from potstill.teacher_dump.hf_datasets import open_dataset
 
-    return open_dataset(config.dataset, text_field=config.text_field, max_bad_lines=config.max_bad_lines)
+    return open_dataset(config.dataset, kind=kind, max_bad_lines=config.max_bad_lines)

@@ -41,15 +41,19 @@ class TextEncoder:
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text, int32 [n]. A text without tokens stays empty, with no bos or eos either."""
-        if not texts:
-            return []
-        batches = self.tokenizer(
-            list(texts), add_special_tokens=False, return_attention_mask=False, split_special_tokens=True, verbose=False
-        )["input_ids"]
         return [
             np.array([*self.prefix, *ids, *self.suffix] if ids else [], dtype=np.int32)  # one small copy per document
-            for ids in batches
+            for ids in self.plain_ids(texts)
         ]
+
+    def plain_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, with nothing around them."""
+        if not texts:
+            return []
+        found: list[list[int]] = self.tokenizer(
+            list(texts), add_special_tokens=False, return_attention_mask=False, split_special_tokens=True, verbose=False
+        )["input_ids"]
+        return found
 
 
 def load_tokenizer(source: str) -> Any:

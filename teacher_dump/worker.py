@@ -179,7 +179,8 @@ def _walk(
     from potstill.teacher_dump.engines.loading import load_engine
 
     engine = load_engine(teacher, job.wanted(tokens.spec.vocab_size))
-    packed = partial(packed_batch, length=tokens.spec.row_length)
+    # A compiled model would be compiled again for each length.
+    packed = partial(packed_batch, length=tokens.spec.row_length, fixed=teacher.compile)
     own = set(units)
     num_rows = sum(len(writer.unit_rows(unit)) for unit in units)
     with StopFlag() as stop, Progress(num_rows, description=job.word) as progress:

@@ -2,7 +2,7 @@
 
 What is added here stands nowhere else. An engine is added in tests/teacher_dump/test_finished_topk.py, a column of
 targets in tests/storage/test_columns.py, a loss term in tests/student_train/test_loss_terms.py, a kernel backend in
-tests/kernels/test_settings.py.
+tests/kernels/test_settings.py, a foreign format of tokens in tests/teacher_dump/test_import_tokens.py.
 """
 
 from __future__ import annotations

@@ -14,10 +14,16 @@ import pytest
 from potstill.common.exit_codes import EXIT_CODES
 from potstill.common.options import OVERRIDES
 from potstill.launch import cli
-from potstill.launch.command import Command
+from potstill.launch.command import Command, CommandGroup
 from potstill.launch.commands import COMMANDS
 
 NAMES = [command.name for command in COMMANDS]
+
+
+def name_in(words: str) -> str:
+    """The command that a line names: one word, or two of a group."""
+    first, second, *_ = [*words.split(), ""]
+    return f"{first} {second}" if first == "import" else first
 
 
 def run(*words: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
@@ -53,12 +59,14 @@ def test_help_is_fast_and_loads_nothing_heavy() -> None:
 
 def test_the_table_holds_every_command_that_is_promised() -> None:
     promised = "plan prepare dump score seal status verify inspect stats gc presets train eval report export demo"
-    promised += " completion"
+    promised += " completion import"
     assert sorted(NAMES) == sorted(promised.split())
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=NAMES)
-def test_help_explains_by_examples_that_parse(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_explains_by_examples_that_parse(
+    command: Command | CommandGroup, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.parse([command.name, "--help"])
     assert caught.value.code == 0
@@ -70,7 +78,17 @@ def test_help_explains_by_examples_that_parse(command: Command, capsys: pytest.C
         assert words[:2] == ["potstill", command.name]
         parsed = cli.parse(words[1:])
         if getattr(parsed, OVERRIDES, None) and parsed.config is None and not getattr(parsed, "preset", None):
-            _tree_of(command.name, parsed)
+            _tree_of(" ".join(words[1:3]) if isinstance(command, CommandGroup) else command.name, parsed)
+
+
+@pytest.mark.parametrize("name", ["tokens", "targets"])
+def test_help_of_a_command_of_a_group_is_its_own(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.parse(["import", name, "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: potstill import {name} ")
+    assert "--tokenizer" in text and "keys of the configuration" in text
 
 
 def _tree_of(name: str, parsed: object) -> object:
@@ -79,8 +97,12 @@ def _tree_of(name: str, parsed: object) -> object:
     from potstill.launch.plan import PlanConfig
     from potstill.student_train.config import train as student
     from potstill.teacher_dump import config as teacher
+    from potstill.teacher_dump.importing.targets import ImportTargetsConfig
+    from potstill.teacher_dump.importing.tokens_config import ImportTokensConfig
 
     trees = {
+        "import tokens": ImportTokensConfig,
+        "import targets": ImportTargetsConfig,
         "plan": PlanConfig,
         "prepare": teacher.PrepareConfig,
         "dump": teacher.DumpConfig,
@@ -105,6 +127,7 @@ def _tree_of(name: str, parsed: object) -> object:
         ("export --outptu x --run r", "use --output"),
         ("train --zzz", "there is no --zzz here; --help lists all flags"),
         ("train runs/x", "unexpected: runs/x"),
+        ("import tokens --tokeniser t", "there is no --tokeniser here; use --tokenizer"),
     ],
 )
 def test_an_unknown_flag_is_answered_with_the_nearest_flag_or_key(
@@ -114,11 +137,20 @@ def test_an_unknown_flag_is_answered_with_the_nearest_flag_or_key(
         cli.main(shlex.split(words))
     assert caught.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith(f"potstill {words.split()[0]}: error: ") and last.endswith(hint)
+    assert last.startswith(f"potstill {name_in(words)}: error: ") and last.endswith(hint)
 
 
 @pytest.mark.parametrize(
-    "words", [(), ("distil",), ("train", "--num-ranks", "two"), ("status",), ("dump", "--no-such")]
+    "words",
+    [
+        (),
+        ("distil",),
+        ("import",),
+        ("import", "token"),
+        ("train", "--num-ranks", "two"),
+        ("status",),
+        ("dump", "--no-such"),
+    ],
 )
 def test_a_wrong_command_line_ends_with_2(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -132,7 +164,7 @@ def fails(words: str, capsys: pytest.CaptureFixture[str]) -> str:
     assert cli.main(shlex.split(words)) == 1
     error = capsys.readouterr().err
     assert "Traceback" not in error
-    assert error.count("potstill " + words.split()[0] + ": error: ") == 1
+    assert error.count(f"potstill {name_in(words)}: error: ") == 1
     return error
 
 
@@ -143,6 +175,7 @@ def fails(words: str, capsys: pytest.CaptureFixture[str]) -> str:
         ("prepare --input a --output o", "exactly one of tokenizer and train_tokenizer"),
         ("prepare --input a --output o --set row_lenght=4", "did you mean 'row_length'?"),
         ("prepare --config absent.yaml", "absent.yaml cannot be read"),
+        ("import tokens --input nowhere --output o --tokenizer m", "nowhere"),
         ("dump --tokens nowhere --teacher m --output o", "nowhere"),
         ("train --preset ml", "did you mean 'lm'?"),
         ("train --preset lm --config a.yaml", "not both"),

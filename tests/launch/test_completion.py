@@ -63,6 +63,10 @@ def test_bash_completes_commands_flags_choices_presets_and_files(scripts: dict[s
     assert offers("train", "--tokens", "sto") == {"stores"}, "a key whose value is a path"
     assert offers("report", "sto") == {"stores"} and offers("status", "sto") == {"stores"}
     assert offers("status", "stores", "--wat") == {"--watch"}
+    assert offers("import", "tok") == {"tokens"}
+    assert {"--config", "--tokenizer", "--packing"} <= offers("import", "tokens", "--")
+    assert offers("import", "tokens", "--config", "my") == {"my-run.yaml"}
+    assert offers("import", "tokens", "--output", "sto") == {"stores"}
     assert "my-run.yaml" not in offers("train", "--num-ranks", "my")
 
 

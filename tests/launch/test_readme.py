@@ -17,6 +17,7 @@ from potstill.launch.plan import PlanConfig
 from potstill.launch.presets import find_preset, list_presets
 from potstill.student_train import __main__ as rank_main
 from potstill.student_train.config.train import EvalConfig, ExportConfig, TrainConfig
+from potstill.teacher_dump import ImportTargetsConfig, ImportTokensConfig
 from potstill.teacher_dump.config import DumpConfig, PrepareConfig, ScoreConfig
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -24,6 +25,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 TREES = {
     "plan": PlanConfig,
     "prepare": PrepareConfig,
+    "import tokens": ImportTokensConfig,
+    "import targets": ImportTargetsConfig,
     "dump": DumpConfig,
     "score": ScoreConfig,
     "train": TrainConfig,
@@ -52,10 +55,11 @@ def test_the_readme_is_short_and_starts_with_the_two_commands() -> None:
 def test_command_lines_are_understood(line: str) -> None:
     words = shlex.split(line)[1:]
     arguments = cli.parse(words)
-    if arguments.command in TREES and arguments.config is None:
+    name = " ".join([arguments.command, *filter(None, [getattr(arguments, "kind", None)])])
+    if name in TREES and arguments.config is None:
         preset = getattr(arguments, "preset", None)
         path = None if preset is None else find_preset(preset).path
-        load_config(TREES[arguments.command], path, getattr(arguments, OVERRIDES))
+        load_config(TREES[name], path, getattr(arguments, OVERRIDES))
 
 
 @pytest.mark.parametrize("line", [line for line in commands() if "potstill.student_train" in line])

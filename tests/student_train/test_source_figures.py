@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from potstill.kernels.types import LossSums
-from potstill.storage import StoreReader, TargetsRow, TokensRow
-from potstill.storage.rows.columns import COLUMNS
+from potstill.storage import StoreReader, TokensRow
 from potstill.student_train.report.build import write_report
 from potstill.student_train.run.metrics import Meter, read_metrics
 from potstill.student_train.run.run_folder import read_done
@@ -34,34 +33,12 @@ def masked_rows(num_rows: int) -> list[TokensRow]:
     return found
 
 
-def trained_targets(row: TokensRow) -> TargetsRow:
-    """Targets of a bigram teacher where the row trains, and none elsewhere."""
-    found, on = tiny.targets_row(row, tiny.transition(5), temperatures=(2.0,)), row.has_target()
-    kept = found.targets.keep_entries(np.repeat(on, np.diff(found.targets.offsets)))
-
-    def where_on(name: str, values: np.ndarray) -> np.ndarray:
-        return (
-            np.where(on, values, COLUMNS[name].fill).astype(values.dtype) if COLUMNS[name].axis == "token" else values
-        )
-
-    return replace(found, targets=kept.each(where_on))
-
-
 @pytest.fixture(scope="module")
 def maths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A tokens store with masks, and targets over it."""
     folder, rows = tmp_path_factory.mktemp("maths"), masked_rows(12)
     tokens = tiny.write_store(folder / "tokens", tiny.spec_of("tokens", num_rows=None, columns=("mask",)), rows)
-    spec = tiny.spec_of(
-        "targets",
-        num_rows=len(rows),
-        input_digest=tokens.digest,
-        selection={"mode": "top_k", "k": tiny.TOP_K},
-        temperatures=(2.0,),
-        stats=("mean_loss", "mean_entropy"),
-        teacher={"id": "bigram", "weights_digest": "0" * 64, "dtype": "float32", "engine": "table"},
-    )
-    tiny.write_store(folder / "teacher", spec, [trained_targets(row) for row in rows])
+    tiny.write_targets(folder / "teacher", tokens, rows, tiny.transition(5))
     return {name: str(folder / name) for name in ("tokens", "teacher")}
 
 

@@ -159,7 +159,7 @@ def test_targets_of_tokens_that_are_not_trained_on(stores, tmp_path: Path, name:
         tiny.sampled_row(row, table, num_draws=20)
         if name == "sampled"
         else tiny.targets_row(row, table, temperatures=spec.temperatures)
-        for row in (replace(row, mask=None) for row in tokens.tokens_rows(range(40)))
+        for row in (replace(row, mask=None) for row in tokens.tokens_rows(range(40)))  # a writer that sees no masks
     ]
     tiny.write_store(tmp_path / "blind", replace(spec, input_digest=tokens.digest), rows)
     data = {"tokens": tokens.url, "targets": {"teacher": str(tmp_path / "blind")}, "scores": {}}

@@ -16,6 +16,7 @@ import zstandard
 from potstill.common.errors import UserError
 from potstill.teacher_dump.documents import DocumentReader, Place
 from potstill.teacher_dump.inputs import digest_files, find_files
+from potstill.teacher_dump.records.text import PlainText
 from tests.teacher_dump.tiny import some_texts, write_jsonl
 
 TEXTS = some_texts(50)
@@ -23,11 +24,11 @@ TEXTS = some_texts(50)
 
 def read(*entries: object, limit: int = 0, start: Place | None = None, field: str = "text") -> DocumentReader:
     files = find_files([str(entry) for entry in entries])
-    return DocumentReader(files, text_field=field, max_bad_lines=limit, start=start)
+    return DocumentReader(files, kind=PlainText(field), max_bad_lines=limit, start=start)
 
 
 def texts_of(*entries: object, **options: object) -> list[str]:
-    return [document.text for document in read(*entries, **options)]  # type: ignore[arg-type]
+    return [document.record.text for document in read(*entries, **options)]  # type: ignore[arg-type]
 
 
 def _zst_frames(data: bytes) -> bytes:
@@ -105,7 +106,7 @@ def test_broken_lines_are_counted_and_skipped_up_to_the_limit(tmp_path: Path) ->
         b'{"text": "one"}\n{"text": \n\n["no", "object"]\n{"text": 7}\n{"text": "\xff"}\n{"text": "two"}\n'
     )
     reader = read(path, limit=4)
-    assert [(d.text, d.bad_lines) for d in reader] == [("one", 0), ("two", 4)]
+    assert [(d.record.text, d.bad_lines) for d in reader] == [("one", 0), ("two", 4)]
     assert reader.bad_lines == 4
     with pytest.raises(UserError, match=rf"{path}, line 5: field 'text' is int.*broken record 3, 2 may be skipped"):
         texts_of(path, limit=2)

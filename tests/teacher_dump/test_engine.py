@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from potstill.common.errors import UserError
-from potstill.teacher_dump.batches import TeacherBatch, apart_batch, packed_batch, restart_positions, target_mask
+from potstill.teacher_dump.batches import TeacherBatch, apart_batch, packed_batch, restart_positions
 from potstill.teacher_dump.config import TeacherConfig
 from potstill.teacher_dump.engines.base import HiddenStates, Logits, TeacherEngine
 from potstill.teacher_dump.engines.head import apply_head
@@ -139,7 +139,6 @@ def test_batch_size_and_padding_do_not_change_a_row(llama: Path, tokens: Path) -
 def test_layout_of_a_batch() -> None:
     lens = np.array([1, 3, 2], np.int32)
     assert restart_positions(lens).tolist() == [0, 0, 1, 2, 0, 1]
-    assert target_mask(lens).tolist() == [False, True, True, False, True, False]
     assert restart_positions(np.zeros(0, np.int32)).tolist() == []
 
 

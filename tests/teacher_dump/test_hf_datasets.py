@@ -19,8 +19,9 @@ from potstill.storage import MismatchError, StoreReader, StoreWriter
 from potstill.teacher_dump import DatasetInput, PrepareConfig, hf_datasets, prepare
 from potstill.teacher_dump.documents import Place
 from potstill.teacher_dump.hf_datasets import open_dataset
+from potstill.teacher_dump.records.text import PlainText
 from tests.teacher_dump.test_prepare import Killed
-from tests.teacher_dump.tiny import some_texts, token_rows, write_jsonl
+from tests.teacher_dump.tiny import chat_tokenizer, some_texts, token_rows, write_jsonl
 
 datasets = pytest.importorskip("datasets")
 NUM_TEXTS, NUM_SHARDS = 150, 3
@@ -71,8 +72,31 @@ def rows(output: Path) -> list[list[list[int]]]:
 
 
 def records(path: Path, **choice: Any) -> list[str]:
-    source = open_dataset(DatasetInput(path=str(path), **choice), text_field="text", max_bad_lines=0)
-    return [document.text for document in source.read()]
+    source = open_dataset(DatasetInput(path=str(path), **choice), kind=PlainText("text"), max_bad_lines=0)
+    return [document.record.text for document in source.read()]
+
+
+@pytest.mark.parametrize(
+    "keys", [{"prompt_field": "q", "response_field": "a"}, {"messages_field": "talk"}], ids=["prompts", "chat"]
+)
+def test_prompts_and_conversations_are_those_of_json_lines(keys: dict[str, str], tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer(tmp_path / "tokenizer")
+    made = [{"q": f"what is n{n}?", "a": text} for n, text in enumerate(some_texts(40)) if text]
+    for one in made:
+        one["talk"] = [{"role": "user", "content": one["q"]}, {"role": "assistant", "content": one["a"]}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(one) + "\n" for one in made))
+    data = datasets.Dataset.from_list(made)
+    data.to_parquet(tmp_path / "a.parquet")
+    data.save_to_disk(tmp_path / "saved")
+    inputs = [{"input": [tmp_path / name]} for name in ("a.jsonl", "a.parquet")]
+    found = []
+    for number, source in enumerate([*inputs, {"dataset": {"path": str(tmp_path / "saved")}}]):
+        prepare(config(tmp_path / f"out{number}", tokenizer, **keys, **source, max_untrained_fraction=1.0))
+        found.append([row.has_target().tolist() for row in token_rows(tmp_path / f"out{number}" / "train")])
+        assert rows(tmp_path / f"out{number}") == rows(tmp_path / "out0") and found[number] == found[0]
+    wrong = {"prompt_field": "q", "response_field": "b", "dataset": {"path": str(tmp_path / "saved")}}
+    with pytest.raises(UserError, match=r"no column 'b'; found .*set response_field \(--response-field\)"):
+        prepare(config(tmp_path / "other", tokenizer, **wrong))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -192,7 +216,7 @@ def test_what_cannot_be_read_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyP
         records(Path("org/name"))
     made = saved(tmp_path / "saved", ["a", "b", "c"])
     with pytest.raises(UserError, match=r"no column 'body'; found \['number', 'text'\].*--text-field"):
-        open_dataset(DatasetInput(path=str(made)), text_field="body", max_bad_lines=0)
+        open_dataset(DatasetInput(path=str(made)), kind=PlainText("body"), max_bad_lines=0)
     (made / "data-00001-of-00003.arrow").unlink()
     with pytest.raises(UserError, match=r"data-00001-of-00003.arrow|cannot be opened"):
         records(made)
@@ -203,10 +227,10 @@ def test_what_cannot_be_read_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_damaged_shard_is_named_and_what_came_before_it_is_used(tmp_path: Path) -> None:
     made = jsonl(tmp_path / "data", ["a", "b", "c"])
-    source = open_dataset(DatasetInput(path=str(made)), text_field="text", max_bad_lines=0)
+    source = open_dataset(DatasetInput(path=str(made)), kind=PlainText("text"), max_bad_lines=0)
     (made / "train-1.jsonl").write_text('{"text": "b"\n')
     documents = iter(source.read())
-    assert next(documents).text == "a"
+    assert next(documents).record.text == "a"
     with pytest.raises(UserError, match=r"shard 2 of 3: cannot be read after record 0: .*run the same command again"):
         next(documents)
 
@@ -215,11 +239,11 @@ def test_a_damaged_shard_is_named_and_what_came_before_it_is_used(tmp_path: Path
 def test_records_without_a_text_are_counted(kind: str, tmp_path: Path) -> None:
     texts: list[Any] = ["a", None, "b", None, "c", "d"]
     made = KINDS[kind](tmp_path / "data", texts)
-    source = open_dataset(DatasetInput(path=str(made)), text_field="text", max_bad_lines=2)
+    source = open_dataset(DatasetInput(path=str(made)), kind=PlainText("text"), max_bad_lines=2)
     found = list(source.read())
-    assert [document.text for document in found] == ["a", "b", "c", "d"]
+    assert [document.record.text for document in found] == ["a", "b", "c", "d"]
     assert [document.bad_lines for document in found] == [0, 1, 2, 2]
-    strict = open_dataset(DatasetInput(path=str(made)), text_field="text", max_bad_lines=1)
+    strict = open_dataset(DatasetInput(path=str(made)), kind=PlainText("text"), max_bad_lines=1)
     with pytest.raises(UserError, match=r"record \d: field 'text' is NoneType, expected a text.*broken record 2"):
         list(strict.read())
 
@@ -228,9 +252,9 @@ def test_records_without_a_text_are_counted(kind: str, tmp_path: Path) -> None:
 def test_reading_from_a_place_is_the_rest_of_reading(kind: str, tmp_path: Path) -> None:
     texts = [f"text {number}" for number in range(NUM_TEXTS)]
     made = KINDS[kind](tmp_path / "data", texts)
-    source = open_dataset(DatasetInput(path=str(made)), text_field="text", max_bad_lines=0)
+    source = open_dataset(DatasetInput(path=str(made)), kind=PlainText("text"), max_bad_lines=0)
     everything = list(source.read())
-    assert [document.text for document in everything] == texts
+    assert [document.record.text for document in everything] == texts
     for number in (0, 1, 49, 50, 70, 101, NUM_TEXTS - 1):
         start = everything[number].place
         assert list(source.read(start=start)) == everything[number:]
@@ -248,7 +272,7 @@ def test_memory_does_not_grow_with_the_data_set(kind: str, tmp_path: Path, monke
     monkeypatch.setattr(sys.modules[__name__], "NUM_SHARDS", 12)
     texts = [f"{number} " + "the copper pot runs slow and clear " * 300 for number in range(3000)]  # 31 MB
     made = KINDS[kind](tmp_path / "data", texts)
-    source = open_dataset(DatasetInput(path=str(made)), text_field="text", max_bad_lines=0)
+    source = open_dataset(DatasetInput(path=str(made)), kind=PlainText("text"), max_bad_lines=0)
     size = sum(map(len, texts))
     count = len(texts)
     del texts

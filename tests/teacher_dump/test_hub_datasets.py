@@ -20,12 +20,13 @@ import json, sys
 from potstill.teacher_dump import DatasetInput
 from potstill.teacher_dump.documents import Place
 from potstill.teacher_dump.hf_datasets import open_dataset
+from potstill.teacher_dump.records.text import PlainText
 
 found = []
 for revision in json.loads(sys.argv[1]):
-    source = open_dataset(DatasetInput(path="org/pot", revision=revision), text_field="text", max_bad_lines=0)
-    texts = [document.text for document in source.read()]
-    rest = [document.text for document in source.read(start=Place(1, 1))]
+    source = open_dataset(DatasetInput(path="org/pot", revision=revision), kind=PlainText("text"), max_bad_lines=0)
+    texts = [document.record.text for document in source.read()]
+    rest = [document.record.text for document in source.read(start=Place(1, 1))]
     found.append({"texts": texts, "rest": rest, "digest": source.digest, **source.info()["dataset"]})
 print(json.dumps(found))
 """

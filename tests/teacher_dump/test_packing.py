@@ -7,30 +7,29 @@ import pytest
 
 from potstill.common.errors import UserError
 from potstill.teacher_dump.batches import restart_positions
-from potstill.teacher_dump.documents import Document, Place
-from potstill.teacher_dump.packing import Cursor, PackedRow, Packer
+from potstill.teacher_dump.documents import Place
+from potstill.teacher_dump.packing.base import Cursor, PackedRow, Packer, PackerStart
+from potstill.teacher_dump.packing.cut import CutPacker
 from potstill.teacher_dump.split import Split, text_hash
 from tests.teacher_dump.tiny import some_texts
 
 LENGTHS = [3, 0, 10, 1, 1, 25, 10, 4, 0, 6]
 
 
-def documents() -> list[tuple[Document, np.ndarray]]:
+def documents() -> list[tuple[Place, np.ndarray]]:
     starts = np.cumsum([0, *LENGTHS])
-    return [
-        (Document(Place(0, i), "", bad_lines=i // 3), np.arange(starts[i], starts[i + 1], dtype=np.int32))
-        for i in range(len(LENGTHS))
-    ]
+    return [(Place(0, i), np.arange(starts[i], starts[i + 1], dtype=np.int32)) for i in range(len(LENGTHS))]
 
 
 def pack(packer: Packer) -> list[PackedRow]:
-    rows = [row for document, ids in documents() if packer.wants(document.place) for row in packer.add(document, ids)]
+    wanted = [(place, ids) for place, ids in documents() if packer.wants(place)]
+    rows = [row for place, ids in wanted for row in packer.add(place, ids, bad_lines=place.record // 3)]
     return [*rows, *packer.finish(Place(1, 0), bad_lines=9)]
 
 
 @pytest.mark.parametrize("row_length", [2, 7, 10, 60, 1000])
 def test_rows_are_the_documents_end_to_end(row_length: int) -> None:
-    rows = [packed.row for packed in pack(Packer(row_length=row_length))]
+    rows = [packed.row for packed in pack(CutPacker(PackerStart(row_length=row_length)))]
     assert np.array_equal(np.concatenate([row.tokens for row in rows]), np.arange(sum(LENGTHS)))
     assert all(len(row.tokens) == row_length for row in rows[:-1])
     assert all(int(row.doc_lens.sum()) == len(row.tokens) and row.doc_lens.min() > 0 for row in rows)
@@ -45,13 +44,13 @@ def test_rows_are_the_documents_end_to_end(row_length: int) -> None:
 
 @pytest.mark.parametrize("row_length", [2, 7, 10])
 def test_each_cursor_goes_on_to_the_same_rows(row_length: int) -> None:
-    whole = pack(Packer(row_length=row_length))
+    whole = pack(CutPacker(PackerStart(row_length=row_length)))
     assert whole[-1].cursor.documents == sum(length > 0 for length in LENGTHS)
     assert whole[-1].cursor.bad_lines == (3 if sum(LENGTHS) % row_length == 0 else 9)
     for done in range(1, len(whole)):
         cursor = Cursor.from_json(whole[done - 1].cursor.to_json())
         assert cursor.tokens == done * row_length
-        rest = pack(Packer(row_length=row_length, first_row=done, start=cursor))
+        rest = pack(CutPacker(PackerStart(row_length=row_length, first_row=done, start=cursor)))
         assert [packed.cursor for packed in rest] == [packed.cursor for packed in whole[done:]]
         for a, b in zip(rest, whole[done:], strict=True):
             assert np.array_equal(a.row.tokens, b.row.tokens) and np.array_equal(a.row.doc_lens, b.row.doc_lens)

@@ -23,8 +23,12 @@ def make_tokens(
     row_length: int = ROW_LENGTH,
     rows_per_unit: int = 2,
     seed: int = 0,
+    masks: Sequence[np.ndarray | None] | None = None,
 ) -> Path:
-    """Sealed tokens store; `rows` gives the document lengths of each row, token ids are random."""
+    """Sealed tokens store; `rows` gives the document lengths of each row, token ids are random.
+
+    masks: of each row, bool [n] or None (all on), for a store with masks.
+    """
     rng = np.random.default_rng(seed)
     spec = RunSpec(
         kind="tokens",
@@ -33,11 +37,12 @@ def make_tokens(
         num_rows=None,
         vocab_size=vocab_size,
         tokenizer_digest=TOKENIZER_DIGEST,
+        columns=() if masks is None else ("mask",),
     )
     writer = StoreWriter.create(path, spec)
     made = [
-        TokensRow(number, rng.integers(0, vocab_size, sum(lens)).astype(np.int32), np.array(lens, np.int32))
-        for number, lens in enumerate(rows)
+        TokensRow(number, rng.integers(0, vocab_size, sum(lens)).astype(np.int32), np.array(lens, np.int32), mask)
+        for number, (lens, mask) in enumerate(zip(rows, masks or [None] * len(rows), strict=True))
     ]
     for unit, first in enumerate(range(0, len(made), rows_per_unit)):
         writer.commit_unit(unit, made[first : first + rows_per_unit])
@@ -85,6 +90,38 @@ def save_model(model: Any, folder: Path, *, sharpen: float = 20.0) -> Path:
 def write_jsonl(path: Path, texts: Sequence[str], *, field: str = "text") -> Path:
     path.write_text("".join(json.dumps({field: text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
     return path
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def chat_tokenizer(folder: Path, template: str | None = CHAT_TEMPLATE) -> Path:
+    """A byte-level tokenizer with a few words, the tokens <|im_start|> and <|im_end|>, and a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the still, the pot and the mash: the worm runs"] * 5, trainer=trainer)
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+        clean_up_tokenization_spaces=False,
+    )
+    made.chat_template = template
+    made.save_pretrained(folder)
+    return folder
 
 
 def some_texts(count: int, *, seed: int = 0) -> list[str]:

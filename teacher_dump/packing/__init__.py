@@ -1,0 +1,1 @@
+"""How documents become rows: one file per rule, and one table of them."""
