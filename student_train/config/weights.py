@@ -125,12 +125,29 @@ class Weights(StrictModel):
         # Statistics of rows are weighed before the run starts; of documents nothing may turn up in the middle of it.
         if self.of == "document" and self.form == "power" and self.a < 0:
             raise ValueError(f"weights.form power of documents with a {self.a:g}; expected >= 0: a figure may be 0")
+        if self.of == "document":
+            self._check_bounds(1.0 if self.column in ("accuracy", "probability") else LARGEST_NATS)
         if self.of == "document" and self.form == "exponential" and self.a > 0:
             raise ValueError(
                 f"weights.form exponential of documents with a {self.a:g}; expected <= 0: a loss is unbounded"
             )
         return self
 
+    def _check_bounds(self, largest: float) -> None:
+        """Refuse a form that a figure of a document, in [0, largest], may lie outside of, or take beyond MAX_WEIGHT."""
+        high = WEIGHT_FORMS[self.form].high
+        if largest > high:
+            raise ValueError(
+                f"weights.form {self.form} takes numbers in [0, {high:g}], but the {self.column} of a document may be "
+                f"up to {largest:g} nats; use column probability or accuracy, or another form"
+            )
+        if self.form == "power" and self.a * math.log(largest) > math.log(MAX_WEIGHT):
+            raise ValueError(
+                f"weights.form power of documents with a {self.a:g}: {self.column} may be up to {largest:g} nats, and "
+                f"weights at most {MAX_WEIGHT:g}; use a <= {math.log(MAX_WEIGHT, largest):.3g}, or column probability"
+            )
 
+
+LARGEST_NATS = 256.0  # stores keep losses and entropies below it
 # Squares of weights are summed in float32 (the effective number of positions).
 MAX_WEIGHT = 1e9

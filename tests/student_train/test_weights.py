@@ -241,6 +241,8 @@ def test_negative_infinite_and_missing_figures_are_named(stores) -> None:
         ({"weights": {**ROW, "form": "beat"}}, "beta"),
         ({"weights": {**ROW, "b": -1.0}}, "expected both >= 0"),
         ({"weights": {**DOCUMENT, "form": "power", "a": -1.0}}, "a figure may be 0"),
+        ({"weights": {**DOCUMENT, "column": "loss"}}, r"form beta takes numbers in \[0, 1\], but the loss"),
+        ({"weights": {**DOCUMENT, "column": "entropy", "form": "power", "a": 4.0}}, "use a <= 3.74"),
         ({"weights": {**ROW, "applies_to": "kd"}, "targets": None}, "no effect in a stage without targets"),
         ({"weights": DOCUMENT, "tokens": {"policy": "top_loss", "share": 0.5}}, "unknown before the forward pass"),
     ],
