@@ -86,7 +86,10 @@ class Weights(StrictModel):
     )
 
     def weigh(self, values: Float64) -> Float64:
-        """Weights [n] of these figures [n]. Raises ValueError naming the first that is not a finite number >= 0."""
+        """Weights [n] of these figures [n], 0 below MIN_WEIGHT.
+
+        Raises ValueError naming the first that is not a finite number >= 0.
+        """
         import numpy as np
 
         entry = WEIGHT_FORMS[self.form]
@@ -106,7 +109,7 @@ class Weights(StrictModel):
                 f"is {values[place]:.6g} at number {place}, of which form {self.form} with a {self.a:g}, b {self.b:g} "
                 f"makes the weight {weights[place]:.6g}; expected a number in [0, {MAX_WEIGHT:g}]"
             )
-        return weights
+        return np.where(weights < MIN_WEIGHT, 0.0, weights)
 
     def describe(self) -> str:
         """In words, for a person."""
@@ -151,3 +154,5 @@ class Weights(StrictModel):
 LARGEST_NATS = 256.0  # stores keep losses and entropies below it
 # Squares of weights are summed in float32 (the effective number of positions).
 MAX_WEIGHT = 1e9
+# Its products with what selectors leave of a position are not 0 in float32: positions are counted before and after.
+MIN_WEIGHT = 1e-30
