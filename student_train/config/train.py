@@ -45,7 +45,11 @@ class RunConfig(StrictModel):
     output_dir: LocalPath = Field(description="Run folder: metrics, checkpoints, resolved configuration")
     seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of the initial weights and of the order of rows")
     max_steps: int | None = Field(default=None, ge=1, description="Optimizer steps; give this or max_tokens")
-    max_tokens: int | None = Field(default=None, ge=1, description="Tokens to train on, rounded up to whole steps")
+    max_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Tokens to train on, rounded up to whole steps, as if all rows were full (shorter: fewer)",
+    )
     max_runtime_minutes: float | None = Field(
         default=None, gt=0, description="Save and stop (exit code 75) after this time"
     )

@@ -86,7 +86,10 @@ class Weights(StrictModel):
     )
 
     def weigh(self, values: Float64) -> Float64:
-        """Weights [n] of these figures [n]. Raises ValueError naming the first that is not a finite number >= 0."""
+        """Weights [n] of these figures [n], 0 below MIN_WEIGHT.
+
+        Raises ValueError naming the first that is not a finite number >= 0.
+        """
         import numpy as np
 
         entry = WEIGHT_FORMS[self.form]
@@ -106,7 +109,7 @@ class Weights(StrictModel):
                 f"is {values[place]:.6g} at number {place}, of which form {self.form} with a {self.a:g}, b {self.b:g} "
                 f"makes the weight {weights[place]:.6g}; expected a number in [0, {MAX_WEIGHT:g}]"
             )
-        return weights
+        return np.where(weights < MIN_WEIGHT, 0.0, weights)
 
     def describe(self) -> str:
         """In words, for a person."""
@@ -125,12 +128,31 @@ class Weights(StrictModel):
         # Statistics of rows are weighed before the run starts; of documents nothing may turn up in the middle of it.
         if self.of == "document" and self.form == "power" and self.a < 0:
             raise ValueError(f"weights.form power of documents with a {self.a:g}; expected >= 0: a figure may be 0")
+        if self.of == "document":
+            self._check_bounds(1.0 if self.column in ("accuracy", "probability") else LARGEST_NATS)
         if self.of == "document" and self.form == "exponential" and self.a > 0:
             raise ValueError(
                 f"weights.form exponential of documents with a {self.a:g}; expected <= 0: a loss is unbounded"
             )
         return self
 
+    def _check_bounds(self, largest: float) -> None:
+        """Refuse a form that a figure of a document, in [0, largest], may lie outside of, or take beyond MAX_WEIGHT."""
+        high = WEIGHT_FORMS[self.form].high
+        if largest > high:
+            raise ValueError(
+                f"weights.form {self.form} takes numbers in [0, {high:g}], but the {self.column} of a document may be "
+                f"up to {largest:g} nats; use column probability or accuracy, or another form"
+            )
+        if self.form == "power" and self.a * math.log(largest) > math.log(MAX_WEIGHT):
+            raise ValueError(
+                f"weights.form power of documents with a {self.a:g}: {self.column} may be up to {largest:g} nats, and "
+                f"weights at most {MAX_WEIGHT:g}; use a <= {math.log(MAX_WEIGHT, largest):.3g}, or column probability"
+            )
 
+
+LARGEST_NATS = 256.0  # stores keep losses and entropies below it
 # Squares of weights are summed in float32 (the effective number of positions).
 MAX_WEIGHT = 1e9
+# Its products with what selectors leave of a position are not 0 in float32: positions are counted before and after.
+MIN_WEIGHT = 1e-30

@@ -89,9 +89,18 @@ class HeldoutEvaluation:
         """Whether the targets are draws: the loss on draws is a cross-entropy, not a KL."""
         return self.targets is not None and (self.targets.spec.selection or {}).get("mode") == "sample"
 
+    @property
+    def has_kl(self) -> bool:
+        """Whether the loss on the targets is a KL to the teacher.
+
+        It is not on draws, nor on log-probabilities relative to the kept entries: what a teacher put on all others is
+        not known of these.
+        """
+        return not self.is_sampled and (self.targets is None or self.targets.spec.normaliser != "kept")
+
     def measure(self, model: RunsRequests) -> dict[str, Any]:
         """Figures over all rows; `model` is a StudentModel or the engine around one (a collective call)."""
-        return figures_of(self.totals(model), self.num_rows, sampled=self.is_sampled)
+        return figures_of(self.totals(model), self.num_rows, has_kl=self.has_kl)
 
     @torch.no_grad()
     def totals(self, model: RunsRequests) -> list[float]:
@@ -128,23 +137,21 @@ class SourcesEvaluation:
     def measure(self, model: RunsRequests) -> dict[str, Any]:
         """Figures over all rows, and under `sources` those of each source (a collective call)."""
         totals = {name: part.totals(model) for name, part in self.parts.items()}
-        found = {
-            name: figures_of(totals[name], part.num_rows, sampled=part.is_sampled) for name, part in self.parts.items()
-        }
+        found = {name: figures_of(totals[name], part.num_rows, has_kl=part.has_kl) for name, part in self.parts.items()}
         if self.whole is not None:
             return {**self.whole.measure(model), "sources": found}
         together = [sum(values) for values in zip(*totals.values(), strict=True)]
         num_rows = sum(part.num_rows for part in self.parts.values())
-        sampled = any(part.is_sampled for part in self.parts.values())
-        return {**figures_of(together, num_rows, sampled=sampled), "sources": found}
+        has_kl = all(part.has_kl for part in self.parts.values())
+        return {**figures_of(together, num_rows, has_kl=has_kl), "sources": found}
 
 
-def figures_of(values: list[float], num_rows: int, *, sampled: bool) -> dict[str, float | None]:
+def figures_of(values: list[float], num_rows: int, *, has_kl: bool) -> dict[str, float | None]:
     """Figures from the sums of `HeldoutEvaluation.totals`, which may be those of several stores added up."""
     names = SparseLoss.sum_names
     figures = heldout_figures(dict(zip(names, values, strict=False)), num_rows)
     figures["calibration_error"] = expected_calibration_error(values[len(names) :])
-    return {**figures, "teacher_kl": None} if sampled else figures
+    return figures if has_kl else {**figures, "teacher_kl": None}
 
 
 def heldout_figures(sums: dict[str, float], num_rows: int) -> dict[str, float | None]:

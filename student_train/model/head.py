@@ -175,6 +175,7 @@ def selection_figures(micro: MicroBatch, token_weights: Tensor, kd_weights: Tens
     """[5] float32, see SELECTION_NAMES; `measured`: positions that went through the head for the choice itself."""
     labelled = (micro.labels != IGNORE_LABEL).sum()
     kd = token_weights if kd_weights is None else token_weights * kd_weights
+    kd = torch.zeros_like(kd) if micro.targets is None else kd * (micro.targets.offsets.diff() > 0)
     figures = [labelled, (token_weights > 0).sum(), (kd > 0).sum(), token_weights.square().sum()]
     # The host's number is filled in on the device: a copy of it would wait for all that runs there.
     host = torch.full((), float(measured), device=token_weights.device)

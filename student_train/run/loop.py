@@ -81,9 +81,10 @@ def agree(run: Run, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor | None
 def check_due(run: Run, micro: MicroBatch, batch: StepBatch) -> bool:
     """True once per stage and process: the stage's loss path is then compared with float64 before it is trusted.
 
-    A micro-batch of sources without targets is not the one to look at where others have them.
+    A micro-batch without a position to train on says nothing of it, nor does one of sources without targets where
+    others have them.
     """
-    whole = micro.targets is not None or batch.objective.targets is None
+    whole = micro.num_active != 0 and (micro.targets is not None or batch.objective.targets is None)
     return whole and run.self_checks.due(run.plan.segment(run.state.step).span.index)
 
 

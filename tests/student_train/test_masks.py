@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,17 +16,21 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
 from potstill.common.errors import UserError
-from potstill.storage import LoadedBatch, SparseTargets, TargetsRow, TokensRow
+from potstill.storage import LoadedBatch, SparseTargets, StoreReader, TargetsRow, TokensRow
 from potstill.student_train.config.stages import Objective, Stage
 from potstill.student_train.curriculum.step_objective import StepObjective, step_objective
 from potstill.student_train.data.batch import GRID_STEP, MicroBatch, collate
+from potstill.student_train.data.stores import build_plan, open_stores
 from potstill.student_train.data.targets import row_targets
 from potstill.student_train.evaluation.bits_per_byte import _written_bytes
-from potstill.student_train.evaluation.heldout import heldout_figures
+from potstill.student_train.evaluation.heldout import HeldoutEvaluation, SourcesEvaluation, heldout_figures
 from potstill.student_train.evaluation.samples import _before_the_answer
 from potstill.student_train.model.hf_config import hf_config
 from potstill.student_train.model.student import StudentModel, TrainRequest, build_student
+from potstill.student_train.run.loop import check_due
+from potstill.student_train.run.run_parts import SelfChecks
 from tests.common.test_packed import NAME, by_contract
+from tests.storage.stores import kept_only
 from tests.student_train import tiny, workers
 
 LENGTH = 3 * GRID_STEP  # of a row in these tests
@@ -159,6 +164,17 @@ def test_a_micro_batch_without_a_trained_position_gives_nothing(student: Student
         assert float(loss) == 0.0 and not grad.any()
 
 
+def test_the_first_micro_batch_of_a_stage_is_not_checked_where_it_trains_nothing(stores: dict[str, Path]) -> None:
+    """Compared with float64 is one that has something to compare; else the stage would never be looked at."""
+    config = workers.config_of(tiny.config_tree(stores, Path("run")))
+    plan = build_plan(config, open_stores(config))
+    run: Any = SimpleNamespace(self_checks=SelfChecks(wanted=True), plan=plan, state=SimpleNamespace(step=0))
+    objective = stage_objective()
+    empty, real = (micro_of(loaded([row_of(0, 12, masked=masked)]), objective) for masked in (range(12), [3]))
+    batch: Any = SimpleNamespace(objective=objective)
+    assert [check_due(run, micro, batch) for micro in (empty, real, real)] == [False, True, False]
+
+
 def test_shares_of_rows_count_trained_positions_alone(student: StudentModel) -> None:
     rows = [row_of(0, 20, masked=range(10)), row_of(1, 30)]
     objective = stage_objective(tokens={"policy": "top_entropy", "share": 0.5})
@@ -176,6 +192,9 @@ def test_a_row_of_a_source_without_a_teacher_has_labels_alone(student: StudentMo
     objective = stage_objective(off_kd="ce", alpha=0.75)
     both = micro_of(loaded(rows, [known, None]), objective)
     assert both.targets is not None and both.targets.offsets.diff()[20:].sum() == 0
+    sums = student(TrainRequest(both, objective, torch.tensor(1.0), 1))[1]
+    counted = dict(zip(student.sum_names, sums.tolist(), strict=True))
+    assert (counted["positions"], counted["kd_positions"]) == (19 + 29, 19), "no KD where there is no target"
     apart = [micro_of(loaded([row], [own]), objective) for row, own in zip(rows, [known, None], strict=True)]
     assert apart[1].targets is None
     found, wanted = outcome(student, both, objective), [outcome(student, micro, objective) for micro in apart]
@@ -202,6 +221,28 @@ def test_rows_of_several_stores_have_what_all_of_them_hold() -> None:
 def test_held_out_rows_without_a_trained_position_are_refused() -> None:
     with pytest.raises(UserError, match="2 held-out rows have no trained position"):
         heldout_figures({"label_weight": 0.0}, 2)
+
+
+def test_held_out_targets_that_do_not_know_their_tail_have_no_kl(
+    stores: dict[str, Path], student: StudentModel, tmp_path: Path
+) -> None:
+    """Relative to the kept entries, the figure would be another one under the same name."""
+    tokens, whole = (StoreReader(stores[name]) for name in ("heldout", "heldout_teacher"))
+    spec = replace(whole.spec, normaliser="kept", temperatures=(), stats=())
+    made = tokens.tokens_rows(range(tokens.num_rows))
+    rows = [tiny.targets_row(row, TABLE, temperatures=()) for row in made]
+    kept = tiny.write_store(
+        tmp_path / "kept", spec, [replace(row, targets=kept_only(row.targets), stats={}) for row in rows]
+    )
+    options: dict[str, Any] = {"max_rows": None, "batch_rows": 4, "rank": 0, "world_size": 1}
+    parts = {
+        name: HeldoutEvaluation.create(tokens, targets, device=torch.device("cpu"), **options)
+        for name, targets in (("whole", whole), ("kept", kept))
+    }
+    found = SourcesEvaluation(parts, None).measure(student)
+    of_whole, of_kept = found["sources"]["whole"], found["sources"]["kept"]
+    assert of_whole["teacher_kl"] > 0 and of_kept["teacher_kl"] is None and found["teacher_kl"] is None
+    assert of_kept["agreement"] == of_whole["agreement"] and of_kept["heldout_loss"] == of_whole["heldout_loss"]
 
 
 def test_a_prompt_is_what_comes_before_the_first_trained_token() -> None:

@@ -181,6 +181,19 @@ def test_only_the_ratio_of_weights_counts(stores, student: StudentModel, applies
         assert not torch.allclose(found, gradient(few, plain), rtol=1e-3, atol=1e-6)
 
 
+def test_a_weight_too_small_to_be_multiplied_is_none(stores, student: StudentModel) -> None:
+    """Else a row that weighs 1e-44 is counted before the forward, and its product with a floor is 0 behind it."""
+    weights = {"of": "row", "store": "slm", "column": "mean_loss", "form": "exponential", "a": -1.0}
+    objective = objective_of(weights, tokens={"policy": "top_entropy", "share": 0.5, "floor": 0.1})
+    batch = batch_of(stores, ROWS)
+    stats = [{"mean_loss": value} for value in (1.0, 2.0, 101.5, 80.0)]
+    rows = [replace(row, stats=own) for row, own in zip(batch.joined["slm"], stats, strict=True)]
+    batch = replace(batch, joined={**batch.joined, "slm": rows})
+    [micro] = collate(batch, objective, micro_batch_rows=4, row_length=tiny.ROW_LENGTH)
+    found, _ = student.hf.lm_head.choice(student.hidden_states(micro), micro, objective)
+    assert micro.num_active == int((found != 0).sum()) == int((micro.labels[micro.row < 2] != -100).sum())
+
+
 def test_the_effective_number_of_positions_follows_the_weights(stores, student: StudentModel) -> None:
     objective, batch = objective_of(DOCUMENT), batch_of(stores, ROWS)
     [micro] = collate(batch, objective, micro_batch_rows=4, row_length=tiny.ROW_LENGTH)
@@ -241,6 +254,8 @@ def test_negative_infinite_and_missing_figures_are_named(stores) -> None:
         ({"weights": {**ROW, "form": "beat"}}, "beta"),
         ({"weights": {**ROW, "b": -1.0}}, "expected both >= 0"),
         ({"weights": {**DOCUMENT, "form": "power", "a": -1.0}}, "a figure may be 0"),
+        ({"weights": {**DOCUMENT, "column": "loss"}}, r"form beta takes numbers in \[0, 1\], but the loss"),
+        ({"weights": {**DOCUMENT, "column": "entropy", "form": "power", "a": 4.0}}, "use a <= 3.74"),
         ({"weights": {**ROW, "applies_to": "kd"}, "targets": None}, "no effect in a stage without targets"),
         ({"weights": DOCUMENT, "tokens": {"policy": "top_loss", "share": 0.5}}, "unknown before the forward pass"),
     ],
