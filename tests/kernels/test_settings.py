@@ -129,10 +129,12 @@ def test_the_student_is_tempered_on_both_sides_only() -> None:
     assert LossSettings(temperature=2, temperature_side="teacher").student_temperature == 1.0
 
 
-def test_without_the_kd_term_it_is_the_loss_on_labels() -> None:
-    call, settings = given(), LossSettings(**CHOSEN)
+@pytest.mark.parametrize(("off_kd", "beyond"), [("nothing", 0.0), ("ce", CHOSEN["alpha"])])
+def test_without_the_kd_term_it_is_the_loss_on_labels(off_kd: str, beyond: float) -> None:
+    call, settings = given(), LossSettings(**{**CHOSEN, "off_kd": off_kd})
     call["targets"] = None
-    plain, _ = linear_sparse_loss(**call, alpha=0.0, ce_weight=0.3, z_loss=0.01, soft_cap=5.0, logit_scale=0.7)
+    label = {"ce_weight": CHOSEN["ce_weight"] + beyond}
+    plain, _ = linear_sparse_loss(**call, **label, alpha=0.0, z_loss=0.01, soft_cap=5.0, logit_scale=0.7)
     assert torch.equal(linear_sparse_loss(**call, settings=settings.without_kd())[0], plain)
 
 
