@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -106,6 +106,50 @@ class Packer(Protocol):
 
     def last_cursor(self, end: Place, *, bad_lines: int) -> Cursor | None:
         """The cursor of a finished store, with the counts of all of it; None: that of its last row says the same."""
+
+
+class CountingPacker:
+    """What the rules have in common: documents, tokens and counts, which go on from where an earlier run stood."""
+
+    def __init__(self, made: PackerStart, *, counted: Sequence[str] = ()) -> None:
+        """`counted`: figures of the rule; those of masks come by themselves."""
+        self._row_length, self._masked = made.row_length, made.masked
+        self._next_row = made.first_row
+        self._start = made.start
+        self._documents = made.start.documents if made.start else 0
+        self._tokens = made.start.tokens if made.start else 0
+        more = made.start.more if made.start else {}
+        names = (*counted, *((TRAINED, JUDGED, UNTRAINED) if made.masked else ()))
+        self._counts = {name: more.get(name, 0) for name in names}
+
+    @property
+    def documents(self) -> int:
+        return self._documents
+
+    @property
+    def tokens(self) -> int:
+        return self._tokens
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        return self._counts
+
+    def wants(self, place: Place) -> bool:
+        return self._start is None or place >= self._start.place
+
+    def _used(self, place: Place) -> int:
+        """Tokens of the document at `place` that earlier rows hold."""
+        return self._start.offset if self._start is not None and place == self._start.place else 0
+
+    def _cursor(self, place: Place, offset: int, bad_lines: int) -> Cursor:
+        return Cursor(place, offset, self._documents, self._tokens, bad_lines, dict(self._counts))
+
+    def _judge(self, num_trained: int) -> bool:
+        """Count a row or document by its positions that are trained on; whether it has any."""
+        self._counts[JUDGED] += 1
+        self._counts[TRAINED] += num_trained
+        self._counts[UNTRAINED] += not num_trained
+        return num_trained > 0
 
 
 def joined_row(row: int, parts: list[tuple[Ids, Mask | None]]) -> TokensRow:

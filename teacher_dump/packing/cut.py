@@ -7,13 +7,11 @@ a row that trains on nothing is left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from potstill.teacher_dump.documents import Place
 from potstill.teacher_dump.packing.base import (
-    JUDGED,
-    TRAINED,
-    UNTRAINED,
+    CountingPacker,
     Cursor,
     Ids,
     Mask,
@@ -23,42 +21,19 @@ from potstill.teacher_dump.packing.base import (
 )
 
 
-class CutPacker:
+class CutPacker(CountingPacker):
     """See Packer."""
 
     what_is_judged = "rows"
 
     def __init__(self, made: PackerStart) -> None:
-        self._row_length, self._masked = made.row_length, made.masked
-        self._next_row = made.first_row
-        self._start = made.start
+        super().__init__(made)
         self._spans: list[tuple[Ids, Mask | None]] = []
         self._filled = 0
-        self._documents = made.start.documents if made.start else 0
-        self._tokens = made.start.tokens if made.start else 0
-        more = made.start.more if made.start else {}
-        self._counts = {name: more.get(name, 0) for name in (TRAINED, JUDGED, UNTRAINED)} if made.masked else {}
-
-    @property
-    def documents(self) -> int:
-        return self._documents
-
-    @property
-    def tokens(self) -> int:
-        return self._tokens
-
-    @property
-    def counts(self) -> Mapping[str, int]:
-        return self._counts
-
-    def wants(self, place: Place) -> bool:
-        return self._start is None or place >= self._start.place
 
     def add(self, place: Place, ids: Ids, mask: Mask | None = None, *, bad_lines: int = 0) -> Iterator[PackedRow]:
         assert mask is None or self._masked, "the packer was made for documents without masks"
-        used = 0
-        if self._start is not None and place == self._start.place:
-            used = self._start.offset
+        used = self._used(place)
         if used == 0 and len(ids):
             self._documents += 1
         while used < len(ids):
@@ -77,23 +52,16 @@ class CutPacker:
             yield from self._take_row(end, 0, bad_lines)
 
     def last_cursor(self, end: Place, *, bad_lines: int) -> Cursor | None:
-        if not self._masked:
-            return None
-        return Cursor(end, 0, self._documents, self._tokens, bad_lines, dict(self._counts))
+        return self._cursor(end, 0, bad_lines) if self._masked else None
 
     def _take_row(self, place: Place, offset: int, bad_lines: int) -> Iterator[PackedRow]:
         row = joined_row(self._next_row, self._spans)
         self._spans, self._filled = [], 0
-        if self._masked:
-            trained = int(row.has_target().sum())
-            self._counts[JUDGED] += 1
-            self._counts[TRAINED] += trained
-            if not trained:
-                self._counts[UNTRAINED] += 1
-                self._tokens -= len(row.tokens)
-                return
+        if self._masked and not self._judge(int(row.has_target().sum())):
+            self._tokens -= len(row.tokens)
+            return
         self._next_row += 1
-        yield PackedRow(row, Cursor(place, offset, self._documents, self._tokens, bad_lines, dict(self._counts)))
+        yield PackedRow(row, self._cursor(place, offset, bad_lines))
 
 
 make = CutPacker

@@ -7,15 +7,13 @@ what it lacks is stored nowhere. With masks a row that trains on nothing is left
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from potstill.teacher_dump.documents import Place
 from potstill.teacher_dump.packing.base import (
-    JUDGED,
     LOST_TOKENS,
     TOO_LONG,
-    TRAINED,
-    UNTRAINED,
+    CountingPacker,
     Cursor,
     Ids,
     Mask,
@@ -30,47 +28,25 @@ def make(made: PackerStart) -> RecordPacker:
     return RecordPacker(made)
 
 
-class RecordPacker:
+class RecordPacker(CountingPacker):
     """See Packer."""
 
     what_is_judged = "rows"
 
     def __init__(self, made: PackerStart) -> None:
-        self._row_length, self._masked, self._parts = made.row_length, made.masked, made.parts
-        self._cuts = made.too_long == "cut"
-        self._next_row = made.first_row
-        self._start = made.start
+        super().__init__(made, counted=(TOO_LONG, LOST_TOKENS))
+        self._parts, self._cuts = made.parts, made.too_long == "cut"
         self._spans: list[tuple[Ids, Mask | None]] = []
         self._filled = 0
         self._last = Place(0, -1)  # of the document that was added last
         self._bad_lines = 0
-        more = made.start.more if made.start else {}
-        self._documents = made.start.documents if made.start else 0
-        self._tokens = made.start.tokens if made.start else 0
-        names = (TOO_LONG, LOST_TOKENS, *((TRAINED, JUDGED, UNTRAINED) if made.masked else ()))
-        self._counts = {name: more.get(name, 0) for name in names}
-
-    @property
-    def documents(self) -> int:
-        return self._documents
-
-    @property
-    def tokens(self) -> int:
-        return self._tokens
-
-    @property
-    def counts(self) -> Mapping[str, int]:
-        return self._counts
-
-    def wants(self, place: Place) -> bool:
-        return self._start is None or place >= self._start.place
 
     def add(self, place: Place, ids: Ids, mask: Mask | None = None, *, bad_lines: int = 0) -> Iterator[PackedRow]:
         assert mask is None or self._masked, "the packer was made for documents without masks"
         if (place.file, place.record // self._parts) != (self._last.file, self._last.record // self._parts):
             yield from self._take_row(Place(self._last.file, self._last.record + 1), 0)
         self._last, self._bad_lines = place, bad_lines
-        used = self._start.offset if self._start is not None and place == self._start.place else 0
+        used = self._used(place)
         while used < len(ids):
             if self._filled == self._row_length and not self._cuts:
                 yield from self._take_row(place, used)
@@ -91,7 +67,7 @@ class RecordPacker:
         yield from self._take_row(end, 0)
 
     def last_cursor(self, end: Place, *, bad_lines: int) -> Cursor | None:
-        return Cursor(end, 0, self._documents, self._tokens, bad_lines, dict(self._counts))
+        return self._cursor(end, 0, bad_lines)
 
     def _take_row(self, place: Place, offset: int) -> Iterator[PackedRow]:
         """The row that is there, if any; a later run continues at token `offset` of the document at `place`."""
@@ -99,14 +75,8 @@ class RecordPacker:
             return
         row = joined_row(self._next_row, self._spans)
         self._spans, self._filled = [], 0
-        if self._masked:
-            trained = int(row.has_target().sum())
-            self._counts[JUDGED] += 1
-            self._counts[TRAINED] += trained
-            if not trained:
-                self._counts[UNTRAINED] += 1
-                return
+        if self._masked and not self._judge(int(row.has_target().sum())):
+            return
         self._tokens += len(row.tokens)
         self._next_row += 1
-        cursor = Cursor(place, offset, self._documents, self._tokens, self._bad_lines, dict(self._counts))
-        yield PackedRow(row, cursor)
+        yield PackedRow(row, self._cursor(place, offset, self._bad_lines))

@@ -15,17 +15,15 @@ again and leaves those out. Memory holds one window.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from potstill.teacher_dump.documents import Place
 from potstill.teacher_dump.packing.base import (
-    JUDGED,
     LOST_TOKENS,
     TOO_LONG,
-    TRAINED,
-    UNTRAINED,
     WINDOW_ROWS,
+    CountingPacker,
     Cursor,
     Ids,
     Mask,
@@ -56,43 +54,23 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
     return sorted(sorted(items) for items in bins)
 
 
-class WholePacker:
+class WholePacker(CountingPacker):
     """See Packer."""
 
     what_is_judged = "documents"
 
     def __init__(self, made: PackerStart) -> None:
-        self._row_length, self._masked = made.row_length, made.masked
+        super().__init__(made, counted=(TOO_LONG, LOST_TOKENS))
         self._size, self._too_long = made.window, made.too_long
-        self._next_row = made.first_row
-        self._start = made.start
         self._window: list[tuple[Ids, Mask | None]] = []
-        more = made.start.more if made.start else {}
-        self._documents = made.start.documents if made.start else 0
-        self._tokens = made.start.tokens if made.start else 0
-        names = (TOO_LONG, LOST_TOKENS, *((TRAINED, JUDGED, UNTRAINED) if made.masked else ()))
-        self._counts = {name: more.get(name, 0) for name in names}
-        self._rows_there = more.get(WINDOW_ROWS, 0)  # of the first window, in the store already
+        self._rows_there = (
+            made.start.more.get(WINDOW_ROWS, 0) if made.start else 0
+        )  # of the first window, in the store already
         self._mark = Cursor(Place(0, 0), 0, 0, 0, 0)  # beginning of the window
-
-    @property
-    def documents(self) -> int:
-        return self._documents
-
-    @property
-    def tokens(self) -> int:
-        return self._tokens
-
-    @property
-    def counts(self) -> Mapping[str, int]:
-        return self._counts
-
-    def wants(self, place: Place) -> bool:
-        return self._start is None or place >= self._start.place
 
     def add(self, place: Place, ids: Ids, mask: Mask | None = None, *, bad_lines: int = 0) -> Iterator[PackedRow]:
         assert mask is None or self._masked, "the packer was made for documents without masks"
-        used = self._start.offset if self._start is not None and place == self._start.place else 0
+        used = self._used(place)
         while used < len(ids):
             if not self._window:
                 self._mark = self._cursor(place, used, bad_lines)
@@ -119,9 +97,6 @@ class WholePacker:
     def last_cursor(self, end: Place, *, bad_lines: int) -> Cursor | None:
         return self._cursor(end, 0, bad_lines)
 
-    def _cursor(self, place: Place, offset: int, bad_lines: int) -> Cursor:
-        return Cursor(place, offset, self._documents, self._tokens, bad_lines, dict(self._counts))
-
     def _begin(self, num_tokens: int) -> None:
         self._documents += 1
         if num_tokens > self._row_length:
@@ -133,11 +108,7 @@ class WholePacker:
         """Whether a document has a target: its first token is predicted by nothing."""
         if not self._masked:
             return True
-        trained = len(part[0]) - 1 if part[1] is None else int(part[1][1:].sum())
-        self._counts[JUDGED] += 1
-        self._counts[TRAINED] += trained
-        self._counts[UNTRAINED] += not trained
-        return trained > 0
+        return self._judge(len(part[0]) - 1 if part[1] is None else int(part[1][1:].sum()))
 
     def _close(self, after: Cursor) -> Iterator[PackedRow]:
         """Rows of the window, but for those that the store has; the last one's cursor is `after` the window."""
