@@ -24,9 +24,8 @@ from potstill.teacher_dump.importing.tokens.config import ImportTokensConfig
 
 if TYPE_CHECKING:
     from potstill.teacher_dump.importing.targets.summary import ImportTargetsSummary
-    from potstill.teacher_dump.importing.tokens.run import ImportSummary
-    from potstill.teacher_dump.preparing import PrepareSummary
     from potstill.teacher_dump.series import SeriesSummary
+    from potstill.teacher_dump.train_and_heldout import PrepareSummary
     from potstill.teacher_dump.worker import WorkerSummary
 
 __all__ = [
@@ -54,7 +53,7 @@ def prepare(config: PrepareConfig) -> PrepareSummary:
     return preparing.prepare(config)
 
 
-def import_tokens(config: ImportTokensConfig) -> ImportSummary:
+def import_tokens(config: ImportTokensConfig) -> PrepareSummary:
     """Token ids that another program wrote -> tokens stores; see potstill.teacher_dump.importing.tokens.run."""
     from potstill.teacher_dump.importing.tokens import run
 

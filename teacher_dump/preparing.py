@@ -11,55 +11,35 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 from potstill.common.config import inside
-from potstill.common.errors import UserError
 from potstill.common.model_place import TOKENIZER_FILES, find_model
-from potstill.common.progress import Progress, format_seconds
+from potstill.common.progress import Progress
 from potstill.storage import RunSpec, check_output
 from potstill.teacher_dump.config import PrepareConfig
-from potstill.teacher_dump.documents import Document, Place
+from potstill.teacher_dump.documents import Document
 from potstill.teacher_dump.kept_tokenizer import KeptTokenizer
-from potstill.teacher_dump.prepared import MASK_COLUMN, Output, StoreSummary, check_untrained
+from potstill.teacher_dump.prepared import MASK_COLUMN, Output, check_untrained
 from potstill.teacher_dump.records.base import RecordKind, record_kind
 from potstill.teacher_dump.records.table import RECORD_KINDS
 from potstill.teacher_dump.sources import Documents, Source, open_source
 from potstill.teacher_dump.split import Split
 from potstill.teacher_dump.tokenizer import TextEncoder, context_limit, text_encoder, train_bpe, trained_already
+from potstill.teacher_dump.train_and_heldout import (
+    HELDOUT,
+    TRAIN,
+    PrepareSummary,
+    bad_lines_of_all,
+    copy_beside,
+    finish_all,
+    place_copy,
+    where_to_begin,
+)
 
 log = logging.getLogger(__name__)
 
-TRAIN, HELDOUT = "train", "heldout"
 _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 256, 1 << 20
-
-
-@dataclass(frozen=True)
-class PrepareSummary:
-    """What `prepare` has made; `resumed_rows` were there from an earlier run."""
-
-    stores: tuple[StoreSummary, ...]
-    tokenizer: str
-    tokenizer_digest: str
-    vocab_size: int
-    row_length: int
-    num_files: int
-    input_bytes: int
-    bad_lines: int
-    resumed_rows: int
-    seconds: float
-    notes: tuple[str, ...] = ()
-
-    def format(self) -> str:
-        """A few lines for a person."""
-        lines = [line for store in self.stores for line in store.format()]
-        lines.append(f"tokenizer: {self.tokenizer} ({self.vocab_size} entries, digest {self.tokenizer_digest[:12]})")
-        lines.append(
-            f"read {self.num_files} files, {self.input_bytes / 1e6:.1f} MB in {format_seconds(self.seconds)}; "
-            f"{self.bad_lines} broken records skipped; {self.resumed_rows} rows were there from an earlier run"
-        )
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
 def prepare(config: PrepareConfig) -> PrepareSummary:
@@ -77,24 +57,15 @@ def prepare(config: PrepareConfig) -> PrepareSummary:
         tokenizer, encoder, kept = _tokenizer(config, source, split, stack)
         notes = _notes(config, tokenizer, encoder)
         outputs = _outputs(config, _run_spec(config, source, kind, encoder, split), kind, split, kept)
-        if kept is not None and any(output.begun for output in outputs.values()):
-            kept.place()  # somebody has deleted it since
+        place_copy(kept, outputs)
         bad_lines = _fill(config, source, kind, split, encoder, outputs)
-        for output in outputs.values():
-            output.close(Place(source.num_files, 0), bad_lines=bad_lines)
-        check_untrained(list(outputs.values()), allowed=config.max_untrained_fraction, at_end=True)
-        for output in outputs.values():
-            if output.empty:
-                raise UserError(_nothing_in(output.path, bad_lines, begun=any(one.begun for one in outputs.values())))
-        stores = [output.finish(bad_lines=bad_lines) for output in outputs.values()]
-    for output in outputs.values():
-        output.seal()
+        allowed = config.max_untrained_fraction
+        stores = finish_all(outputs, num_files=source.num_files, bad_lines=bad_lines, allowed=allowed, word="text")
     return PrepareSummary(
         stores=tuple(stores),
         tokenizer=tokenizer,
         tokenizer_digest=encoder.digest,
         vocab_size=encoder.vocab_size,
-        row_length=config.row_length,
         num_files=source.num_files,
         input_bytes=source.num_bytes,
         bad_lines=bad_lines,
@@ -170,10 +141,7 @@ def _tokenizer(
     if config.train_tokenizer is None:
         assert config.tokenizer is not None
         encoder = text_encoder(config.tokenizer, **ends)
-        itself = folder.is_dir() and Path(config.tokenizer).is_dir() and folder.samefile(config.tokenizer)
-        if itself or not isinstance(config.output, Path):
-            return config.tokenizer, encoder, None
-        return config.tokenizer, encoder, KeptTokenizer(encoder, folder, force=config.force)
+        return config.tokenizer, encoder, copy_beside(config.output, config.tokenizer, encoder, force=config.force)
     settings = config.train_tokenizer
     if trained_already(folder, settings=settings, input_digest=source.digest, force=config.force):
         log.info("tokenizer %s is there already, trained on the same input", folder)
@@ -235,14 +203,13 @@ def _fill(
     outputs: dict[str, Output],
 ) -> int:
     """Read from the earliest cursor to the end; returns the number of broken records over the whole input."""
-    open_outputs = [output for output in outputs.values() if not output.complete]
-    if not open_outputs:
-        return max(int(output.bad_lines or 0) for output in outputs.values())
-    behind = min(open_outputs, key=lambda output: output.start.place if output.start else Place(0, 0))
-    start = behind.start.place if behind.start else Place(0, 0)
-    if behind.start:
+    finished = bad_lines_of_all(outputs)
+    if finished is not None:
+        return finished
+    start, bad_before, continues = where_to_begin(outputs)
+    if continues:
         log.info("prepare continues at file %d of %d, record %d", start.file + 1, source.num_files, start.record + 1)
-    reader = source.read(start=start, bad_lines=behind.start.bad_lines if behind.start else 0)
+    reader = source.read(start=start, bad_lines=bad_before)
     total = source.num_bytes
     with Progress(total or None, unit="bytes", description="prepare") as progress:
         for batch in _batches(reader):
@@ -272,17 +239,3 @@ def _batches(reader: Documents) -> Iterator[list[Document]]:
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-def _last_part(path: Path | str) -> str:
-    return str(path).rsplit("/", 1)[-1]
-
-
-def _nothing_in(path: Path | str, bad_lines: int, *, begun: bool) -> str:
-    if _last_part(path) == HELDOUT:
-        again = "; with --force, because rows of the other part are written already" if begun else ""
-        return (
-            f"{path}: no document fell into the held-out part; the input is too small for this heldout_fraction, "
-            f"raise it or set heldout_documents{again}"
-        )
-    return f"{path}: the input holds no text to train on ({bad_lines} broken records skipped)"

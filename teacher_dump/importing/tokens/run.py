@@ -10,8 +10,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,55 +18,34 @@ from numpy.typing import NDArray
 from potstill.common.config import inside
 from potstill.common.errors import UserError
 from potstill.common.model_place import TOKENIZER_FILES, find_model
-from potstill.common.progress import Progress, format_seconds
+from potstill.common.progress import Progress
 from potstill.storage import RunSpec, check_output
-from potstill.teacher_dump.documents import Place
 from potstill.teacher_dump.importing.format_options import check_options
 from potstill.teacher_dump.importing.tokens.base import Ids, Reading
 from potstill.teacher_dump.importing.tokens.config import ImportTokensConfig
 from potstill.teacher_dump.importing.tokens.formats import TOKEN_FORMATS
 from potstill.teacher_dump.importing.tokens.search import find_token_files
 from potstill.teacher_dump.importing.tokens.source import PARTS, TokenDocument, TokenSource
-from potstill.teacher_dump.kept_tokenizer import KeptTokenizer
-from potstill.teacher_dump.prepared import MASK_COLUMN, Output, StoreSummary, check_untrained
+from potstill.teacher_dump.prepared import MASK_COLUMN, Output, check_untrained
 from potstill.teacher_dump.split import Split
 from potstill.teacher_dump.tokenizer import TextEncoder, context_limit, text_encoder
+from potstill.teacher_dump.train_and_heldout import (
+    HELDOUT,
+    TRAIN,
+    PrepareSummary,
+    bad_lines_of_all,
+    copy_beside,
+    finish_all,
+    place_copy,
+    where_to_begin,
+)
 
 log = logging.getLogger(__name__)
 
-TRAIN, HELDOUT = "train", "heldout"
 _PROGRESS_BYTES = 1 << 20
 
 
-@dataclass(frozen=True)
-class ImportSummary:
-    """What `import tokens` has made; `resumed_rows` were there from an earlier run."""
-
-    stores: tuple[StoreSummary, ...]
-    source_format: str
-    tokenizer: str
-    tokenizer_digest: str
-    vocab_size: int
-    num_files: int
-    input_bytes: int
-    bad_lines: int
-    resumed_rows: int
-    seconds: float
-    notes: tuple[str, ...] = ()
-
-    def format(self) -> str:
-        """A few lines for a person."""
-        lines = [line for store in self.stores for line in store.format()]
-        lines.append(f"tokenizer: {self.tokenizer} ({self.vocab_size} entries, digest {self.tokenizer_digest[:12]})")
-        lines.append(
-            f"read {self.num_files} files of format {self.source_format}, {self.input_bytes / 1e6:.1f} MB in "
-            f"{format_seconds(self.seconds)}; {self.bad_lines} broken records skipped; {self.resumed_rows} rows were "
-            "there from an earlier run"
-        )
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
-
-
-def import_tokens(config: ImportTokensConfig) -> ImportSummary:
+def import_tokens(config: ImportTokensConfig) -> PrepareSummary:
     """Pack the ids of `config.input` into sealed tokens stores under `config.output`.
 
     After a kill the same call continues; after the end it does nothing. A run that fails before its first unit
@@ -87,7 +64,7 @@ def import_tokens(config: ImportTokensConfig) -> ImportSummary:
     source = TokenSource(found, reading, longest=longest, max_bad_lines=config.max_bad_lines)
     _note_settings(config, source, encoder)
     split = _make_split(config, source)
-    kept = _kept_tokenizer(config, encoder)
+    kept = copy_beside(config.output, config.tokenizer, encoder, force=config.force)
     spec = _run_spec(config, source, encoder, split)
     outputs = {
         name: Output(
@@ -102,19 +79,11 @@ def import_tokens(config: ImportTokensConfig) -> ImportSummary:
         )
         for name in parts
     }
-    if kept is not None and any(output.begun for output in outputs.values()):
-        kept.place()  # somebody has deleted it since
+    place_copy(kept, outputs)
     bad_lines = _fill(config, source, split, outputs)
-    for output in outputs.values():
-        output.close(Place(source.num_files, 0), bad_lines=bad_lines)
-    check_untrained(list(outputs.values()), allowed=config.max_untrained_fraction, at_end=True)
-    for output in outputs.values():
-        if output.empty:
-            raise UserError(_nothing_in(str(output.path), bad_lines))
-    stores = [output.finish(bad_lines=bad_lines) for output in outputs.values()]
-    for output in outputs.values():
-        output.seal()
-    return ImportSummary(
+    allowed = config.max_untrained_fraction
+    stores = finish_all(outputs, num_files=source.num_files, bad_lines=bad_lines, allowed=allowed, word="tokens")
+    return PrepareSummary(
         stores=tuple(stores),
         source_format=found[0].format,
         tokenizer=config.tokenizer,
@@ -173,15 +142,6 @@ def _make_split(config: ImportTokensConfig, source: TokenSource) -> Split:
     return Split.by_fraction(config.heldout_fraction, salt=config.split_salt)
 
 
-def _kept_tokenizer(config: ImportTokensConfig, encoder: TextEncoder) -> KeptTokenizer | None:
-    """The copy beside the stores; None where it is the one that was named, or the output is no folder."""
-    folder = Path(config.output) / "tokenizer"
-    itself = folder.is_dir() and Path(config.tokenizer).is_dir() and folder.samefile(config.tokenizer)
-    if itself or not isinstance(config.output, Path):
-        return None
-    return KeptTokenizer(encoder, folder, force=config.force)
-
-
 def _too_long(config: ImportTokensConfig, source: TokenSource) -> str:
     # As prepare does: a piece of an answer without its prompt is no text.
     return config.too_long or ("cut" if source.has_mask else "split")
@@ -218,16 +178,15 @@ def _run_spec(
 
 def _fill(config: ImportTokensConfig, source: TokenSource, split: Split, outputs: dict[str, Output]) -> int:
     """Read from the earliest cursor to the end; returns the number of broken records over the whole input."""
-    open_outputs = [output for output in outputs.values() if not output.complete]
-    if not open_outputs:
-        return max(int(output.bad_lines or 0) for output in outputs.values())
-    behind = min(open_outputs, key=lambda output: output.start.place if output.start else Place(0, 0))
-    start = behind.start.place if behind.start else Place(0, 0)
-    if behind.start:
+    finished = bad_lines_of_all(outputs)
+    if finished is not None:
+        return finished
+    start, bad_before, continues = where_to_begin(outputs)
+    if continues:
         log.info(
             "import continues at file %d of %d, record %d", start.file + 1, source.num_files, start.record // PARTS + 1
         )
-    reader = source.read(start=start, bad_lines=behind.start.bad_lines if behind.start else 0)
+    reader = source.read(start=start, bad_lines=bad_before)
     end = source.reading.end_token if config.append_eos else None
     total = source.num_bytes
     with Progress(total or None, unit="bytes", description="import") as progress:
@@ -252,12 +211,3 @@ def _ended(document: TokenDocument, end: int | None) -> tuple[Ids, NDArray[np.bo
         return ids, mask
     # As int32, because the file's own type may be too narrow for it.
     return np.append(ids.astype(np.int32), np.int32(end)), None if mask is None else np.append(mask, mask[-1])
-
-
-def _nothing_in(path: str, bad_lines: int) -> str:
-    if path.rsplit("/", 1)[-1] == HELDOUT:
-        return (
-            f"{path}: no document fell into the held-out part; the input is too small for this heldout_fraction, raise "
-            "it or set heldout_documents (with --force, if rows of the other part are written already)"
-        )
-    return f"{path}: the input holds no tokens to train on ({bad_lines} broken records skipped)"
