@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -25,17 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel
 
+from benchmarks.claims.runs import run_jobs, told_keys
 from benchmarks.methods_report import PresetResult, Table, write_report
 from benchmarks.methods_stores import SERIES, RealText
 from potstill.common.config import build_config, load_config
 from potstill.common.errors import UserError
-from potstill.common.jobs import Job, JobRunner, Starter, say
-from potstill.common.processes import start
+from potstill.common.jobs import Job
 from potstill.launch.presets import find_preset, list_presets
-from potstill.launch.ranks import count_devices
-from potstill.launch.warm_server import WarmChild, warm_up
 from potstill.student_train.config.train import TrainConfig
 from potstill.student_train.run.metrics import read_metrics
 
@@ -155,36 +151,6 @@ class Comparison:
             runs = [read_metrics(self.folder(tree, seed)) for seed in seeds]
             found[name] = [[record for record in run if record["kind"] == "eval"] for run in runs]
         return PresetResult(preset, found)
-
-
-def told_keys(value: Any) -> Any:
-    """A configuration as plain values without the keys that stand at their defaults (`kind` always says what it is)."""
-    if isinstance(value, BaseModel):
-        fields = type(value).model_fields
-        told = {name: getattr(value, name) for name, field in fields.items()}
-        return {
-            name: told_keys(found)
-            for name, found in told.items()
-            if name == "kind" or found != fields[name].get_default(call_default_factory=True)
-        }
-    if isinstance(value, dict):
-        return {name: told_keys(found) for name, found in value.items()}
-    return [told_keys(found) for found in value] if isinstance(value, list | tuple) else value
-
-
-def run_jobs(jobs: list[Job], work: Path, parallel: int) -> None:
-    """Run what is missing, `parallel` at a time with one thread each."""
-    on_gpu = count_devices() > 0
-    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if not on_gpu:
-        os.environ["DS_ACCELERATOR"] = "cpu"
-        warm_up()  # a fork of a process that has imported torch, instead of seconds of imports for each run
-
-    def cold(words: Any, output: Path) -> Any:
-        return start([sys.executable, "-m", "potstill.launch", *words], output=output)
-
-    starter: Starter = cold if on_gpu else WarmChild
-    JobRunner(jobs, starter=starter, slots=parallel, log_folder=work / "logs", show=say).run()
 
 
 @dataclass(frozen=True)
