@@ -5,11 +5,11 @@
 
 What the methods are held to, each in a setting of its own: `python -m benchmarks.claims`. Here the arms are `labels`,
 `kd` (plain KD of the same targets, alpha 0.9) and the preset. They differ in curriculum and objective alone, so that a
-preset's learning-rate schedule is that of its baselines. Runs stand in --work under the digest of their configuration: what is
-done is not done again, presets share the baselines that are equal, and the command started again continues. Printed are
-means and standard deviations over seeds of the held-out loss and the calibration error, the differences paired by seed
-with their 95 % interval, and the steps after which an arm first reaches the final loss of the label-only run of its
-seed; the last line is JSON.
+preset's learning-rate schedule is that of its baselines. Runs stand in --work under the digest of their configuration:
+what is done is not done again, presets share the baselines that are equal, and the command started again continues.
+Printed are means and standard deviations over seeds of the held-out loss and the calibration error, the differences
+paired by seed with their 95 % interval, and the steps after which an arm first reaches the final loss of the label-only
+run of its seed; the last line is JSON.
 """
 
 from __future__ import annotations
