@@ -72,9 +72,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument("--claim", choices=CLAIMS, action="append", help="run this one; may be given again")
     what.add_argument("--all", action="store_true", help="run every claim")
     what.add_argument("--list", action="store_true", help="say what each claim is, and run nothing")
-    what.add_argument(
-        "--tell", action="store_true", help="write what claims.json holds into README and docs/methods.md"
-    )
+    what.add_argument("--tell", action="store_true", help="write what claims.json holds into the pages")
     parser.add_argument("--seeds", type=parse_seeds, help="of the students (1,2,3,4,5; with --quick 1,2)")
     parser.add_argument(
         "--quick", action="store_true", help="tiny sizes that show the machinery; says nothing of a method"

@@ -201,9 +201,9 @@ def test_pages_say_what_the_results_hold(tmp_path: Path) -> None:
         "findings": [vars(compare("a beats b", [1.0, 1.1], [1.5, 1.61]))],
     }
     page = tmp_path / "page.md"
-    page.write_text(
-        "# P\n<!-- claims -->\nold\n<!-- end -->\nkept\n<!-- claim: a -->\n<!-- end -->\n<!-- claim: b -->\n<!-- end -->\n"
-    )
+    parts = ["# P", "<!-- claims -->", "old", "<!-- end -->", "kept"]
+    parts += [line for name in "ab" for line in (f"<!-- claim: {name} -->", "<!-- end -->")]
+    page.write_text("\n".join([*parts, ""]))
     text = told(page, {"a": result})
     assert "old" not in text and "\nkept\n" in text
     assert "| no | a beats b | +0.0123 nats | -0.0100 to +0.0300 | 2 |" in text
