@@ -201,11 +201,11 @@ def test_pages_say_what_the_results_hold(tmp_path: Path) -> None:
         "findings": [vars(compare("a beats b", [1.0, 1.1], [1.5, 1.61]))],
     }
     page = tmp_path / "page.md"
-    parts = ["# P", "<!-- claims -->", "old", "<!-- end -->", "kept"]
+    parts = ["# P", "<!-- claims -->", "of before", "<!-- end -->", "kept"]
     parts += [line for name in "ab" for line in (f"<!-- claim: {name} -->", "<!-- end -->")]
     page.write_text("\n".join([*parts, ""]))
     text = told(page, {"a": result})
-    assert "old" not in text and "\nkept\n" in text
+    assert "of before" not in text and "\nkept\n" in text
     assert "| no | a beats b | +0.0123 nats | -0.0100 to +0.0300 | 2 |" in text
     assert "**Does not hold at this scale**: A helps." in text and "a_loss.svg)" in text
     assert text.count("Not run yet") == 1
