@@ -1,4 +1,4 @@
-"""`potstill rollout` from text to text: a run answers, ROUGE-L grades, and a student trains on what was kept."""
+"""`potstill rollout` from text to text: a run answers, a function grades, and a student trains on what was kept."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from potstill.common.grading import rouge_l
 from potstill.launch.cli import main
 from potstill.storage import StoreReader, TokensRow
 from potstill.student_train.model.hf_config import hf_config
@@ -65,6 +64,11 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def shared_letters(answer: str, reference: str) -> float:
+    """A grader of one's own."""
+    return len(set(answer) & set(reference)) / len(set(answer) | set(reference))
+
+
 def parts(row: TokensRow, *, trained: bool) -> list[list[int]]:
     """Ids of each document that are trained on, or those that are not."""
     assert row.mask is not None
@@ -77,8 +81,9 @@ def test_a_run_answers_and_a_student_trains_on_what_is_kept(
     data: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out"
-    words = f"rollout --tokens {data / 'train'} --model {run} --output {output} --samples 2 --grader rouge_l"
-    assert main([*words.split(), "--set", "grader.threshold=0.01"]) == 0
+    words = f"rollout --tokens {data / 'train'} --model {run} --output {output} --samples 2 --grader function"
+    grader = ["grader.function=tests.launch.test_rollout_command:shared_letters", "grader.threshold=0.01"]
+    assert main([*words.split(), "--set", *grader]) == 0
     told = capsys.readouterr().out
     assert "grade of the greedy answer: mean" in told and "pass rate of 11 prompts" in told
     scores, answers = StoreReader(output / "scores"), StoreReader(output / "answers")
@@ -93,13 +98,13 @@ def test_a_run_answers_and_a_student_trains_on_what_is_kept(
         for number, reference in enumerate(references):
             assert reference[-1] == about["stop_ids"][0]  # the mark is no word of either text
             greedy, wanted = (tokenizer.decode(ids) for ids in (mine[3 * number], reference))
-            grades.append(rouge_l(greedy, wanted))
+            grades.append(shared_letters(greedy, wanted))
     found = np.concatenate([row.more["greedy_score"] for row in scores.scores_rows(range(scores.num_rows))])
     np.testing.assert_allclose(found, grades, atol=1e-6)
     assert 0.0 < sum(grades) < len(grades), "a grader that gives all answers one grade shows nothing"
     assert (output / "tokenizer" / "tokenizer.json").is_file()
     # Again: nothing to do, and the export of the checkpoint is the same model.
-    assert main([*words.split(), "--set", "grader.threshold=0.01"]) == 0
+    assert main([*words.split(), "--set", *grader]) == 0
     assert "did 0 units" in capsys.readouterr().out
     changed = tree(data, tmp_path / "run")
     changed["run"] |= {"max_steps": 2}
