@@ -12,6 +12,7 @@ from potstill.common.options import add_config_options, read_config
 from potstill.launch.command import Command
 
 if TYPE_CHECKING:
+    from potstill.teacher_dump.rollouts.run import RolloutSummary
     from potstill.teacher_dump.series import SeriesSummary
     from potstill.teacher_dump.worker import WorkerSummary
 
@@ -62,7 +63,7 @@ PREPARE = Command(
 )
 
 
-def _walked(work: Callable[[], WorkerSummary | SeriesSummary]) -> int:
+def walked(work: Callable[[], WorkerSummary | SeriesSummary | RolloutSummary]) -> int:
     """Run a worker and say how its part of the work stands: one of several answers for its own share only."""
     from potstill.teacher_dump.worker import StoppedError
 
@@ -91,7 +92,7 @@ def _dump(arguments: argparse.Namespace) -> int:
     from potstill.teacher_dump.config import DumpConfig
 
     config = read_config(DumpConfig, arguments)
-    return _walked(lambda: dump(config))
+    return walked(lambda: dump(config))
 
 
 DUMP = Command(
@@ -121,7 +122,7 @@ def _score(arguments: argparse.Namespace) -> int:
     from potstill.teacher_dump.config import ScoreConfig
 
     config = read_config(ScoreConfig, arguments)
-    return _walked(lambda: score(config))
+    return walked(lambda: score(config))
 
 
 SCORE = Command(
