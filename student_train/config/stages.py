@@ -104,6 +104,9 @@ class Stage(StrictModel):
     )
     rows: RowSelector | None = Field(default=None, description="Which rows of each source; null takes all")
     tokens: TokenSelector | None = Field(default=None, description="Which token positions; null takes all")
+    restart_optimizer: bool = Field(
+        default=False, description="Whether the optimizer's moments and step counter start anew at its first step"
+    )
     weights: Weights | None = Field(
         default=None, description="What a row or a document counts, mean 1 over each global batch; null: all alike"
     )

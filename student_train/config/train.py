@@ -335,6 +335,16 @@ class TrainConfig(StrictModel):
         return self
 
     @model_validator(mode="after")
+    def _restarts(self) -> TrainConfig:
+        offload = self.deepspeed.get("zero_optimization", {}).get("offload_optimizer") or {}
+        if offload.get("device") == "nvme" and any(stage.restart_optimizer for stage in self.curriculum):
+            raise ValueError(
+                "restart_optimizer of a stage does not reach moments on a disk "
+                "(deepspeed.zero_optimization.offload_optimizer.device nvme); keep them in memory (cpu), or do without"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _stages(self) -> TrainConfig:
         for number, stage in enumerate(self.curriculum):
             last = number == len(self.curriculum) - 1

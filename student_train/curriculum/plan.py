@@ -120,6 +120,11 @@ class CurriculumPlan:
             step, total_steps=self.total_steps, first_step=span.first_step, end_step=span.end_step
         )
 
+    def restarts_optimizer(self, step: int) -> bool:
+        """Whether the optimizer starts anew before step `step`: the first of a stage that asks for it."""
+        span = self.segment(step).span
+        return span.stage.restart_optimizer and step == span.first_step and step > 0
+
     def joined(self, batch: int) -> frozenset[str]:
         """Exactly the stores that this batch's loss reads; none but those of terms where nothing distils or selects."""
         return self.objective(batch).stores | self._term_stores
@@ -156,6 +161,7 @@ def describe(plan: CurriculumPlan) -> list[Mapping[str, Any]]:
             "rows": segment.pool_size,
             "targets": segment.span.stage.targets,
             **({} if len(plan.source_names) == 1 else {"mix": plan.mix(segment.first_batch)}),
+            **({"restarts_optimizer": True} if plan.restarts_optimizer(segment.first_batch) else {}),
         }
         for segment in plan.segments
     ]

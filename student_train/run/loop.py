@@ -15,6 +15,7 @@ from potstill.student_train.evaluation.heldout import HeldoutEvaluation, Sources
 from potstill.student_train.evaluation.samples import ON_CONSOLE, TextSampler, sample_line
 from potstill.student_train.model.student import TrainRequest
 from potstill.student_train.run.engine import plain_gradient_norm, set_learning_rate
+from potstill.student_train.run.optimizer_state import clear_optimizer
 from potstill.student_train.run.run_parts import Run
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,8 @@ def train_steps(run: Run, progress: Progress) -> str:
         if reason is not None:
             save(run)
             return reason
+        if run.plan.restarts_optimizer(batch.batch):
+            restart_optimizer(run)
         run.lines.lr = run.config.optimizer.lr * run.plan.lr_factor(batch.batch)
         set_learning_rate(run.engine, run.lines.lr)
         for micro in run.batches.on_device(batch):
@@ -56,6 +59,14 @@ def train_steps(run: Run, progress: Progress) -> str:
         if run.state.step == run.plan.total_steps:
             return "done"
     raise AssertionError("the loader of a plan without end has ended")
+
+
+def restart_optimizer(run: Run) -> None:
+    """Forget the optimizer's moments at the first step of a stage; a run that resumes there does it as well."""
+    clear_optimizer(run.engine.optimizer)
+    if run.topology.is_main:
+        stage = run.plan.segment(run.state.step).span.name
+        log.info("step %d: stage %s begins with an optimizer without moments", run.state.step, stage)
 
 
 def agree(run: Run, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor | None, str | None]:
