@@ -60,7 +60,7 @@ def _check_ties_of_column(value: Float64, size: NDArray[np.int64], reference: St
     if score.ties == "row_id" and most > max(FEW_TIED, MAX_TIED_IN_FUSION * num_rows):
         raise ValueError(
             f"{of} is {at} in {most} of {num_rows} rows ({most / num_rows:.0%}), which would be ranked by their row "
-            f"ids (more than {MAX_TIED_IN_FUSION:.0%} are refused); set rows.score.ties: mean, which gives them one rank"
+            f"ids (more than {MAX_TIED_IN_FUSION:.0%} are refused); rows.score.ties: mean gives them one rank"
         )
 
 

@@ -61,7 +61,7 @@ def test_a_cut_among_equal_scores_is_refused_in_every_kind(kind: str) -> None:
 
 
 def test_the_cut_at_the_near_end_of_a_window_is_looked_at_too() -> None:
-    with pytest.raises(UserError, match="pool .share 0.2, skip 0.1. is cut among them"):
+    with pytest.raises(UserError, match=r"pool .share 0.2, skip 0.1. is cut among them"):
         plan_of({"kind": "stat", "of": of("salt_median_zero")}, keep="lowest", share=0.2, skip=0.1)
 
 
@@ -86,8 +86,8 @@ def test_equal_figures_in_a_fusion_have_their_mean_rank_or_are_refused() -> None
         [MOSTLY_ZERO.astype(float), LOSS.astype(float)], RowScore.model_validate({**fused, "ties": "mean"}), NUM_ROWS, 0
     )
     for row in (0, 1, 44, 199):
-        greater, equal = (MOSTLY_ZERO > MOSTLY_ZERO[row]).sum(), (MOSTLY_ZERO == MOSTLY_ZERO[row]).sum()
-        ranks = greater + (equal + 1) / 2, (LOSS < LOSS[row]).sum() + 1
+        greater, equal = (MOSTLY_ZERO[row] < MOSTLY_ZERO).sum(), (MOSTLY_ZERO[row] == MOSTLY_ZERO).sum()
+        ranks = greater + (equal + 1) / 2, (LOSS[row] > LOSS).sum() + 1
         assert scores[row] == pytest.approx(sum(1 / (60 + rank) for rank in ranks), rel=1e-12)
     assert plan_of({**fused, "ties": "mean"}).segments[0].pool_size == 100
     with pytest.raises(UserError, match="'same' of store 'slm' is 1 in all 200 rows, so it ranks none"):
