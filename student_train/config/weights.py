@@ -84,6 +84,11 @@ class Weights(StrictModel):
     applies_to: Literal["all", "kd"] = Field(
         default="all", description="all: the whole loss of its positions; kd: only their KD term"
     )
+    mean_over: Literal["positions", "units"] = Field(
+        default="positions",
+        description="The mean over the global batch that divides them: of the trained positions, each with the weight "
+        "of its row or document; units: of the rows or documents, each counting once, whatever its length",
+    )
 
     def weigh(self, values: Float64) -> Float64:
         """Weights [n] of these figures [n], 0 below MIN_WEIGHT.
@@ -115,7 +120,8 @@ class Weights(StrictModel):
         """In words, for a person."""
         form = f"{self.form} (a {self.a:g}, b {self.b:g})"
         of = "the whole loss" if self.applies_to == "all" else "KD alone"
-        return f"{self.of}s weighted by {form} of their {self.column} in {self.store}, for {of}"
+        mean = "" if self.mean_over == "positions" else f", mean 1 over the {self.of}s of a batch"
+        return f"{self.of}s weighted by {form} of their {self.column} in {self.store}, for {of}{mean}"
 
     @model_validator(mode="after")
     def _check(self) -> Weights:

@@ -17,6 +17,7 @@ from potstill.student_train.model.student import TrainRequest
 from potstill.student_train.run.engine import plain_gradient_norm, set_learning_rate
 from potstill.student_train.run.optimizer_state import clear_optimizer
 from potstill.student_train.run.run_parts import Run
+from potstill.student_train.run.step_watch import GlobalSums
 
 log = logging.getLogger(__name__)
 
@@ -74,19 +75,36 @@ def agree(run: Run, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor | None
 
     The normalizer is the global weight sum over the number of ranks, because DeepSpeed then averages gradients over
     ranks. The factor, None where rows and documents have no weights of KD alone, makes the mean of these 1 over the
-    global batch; where they are all 0 there is no KD. The reason is given if any rank has one to stop before the step.
+    global batch; where they are all 0 there is no KD (step_normalizer has both). The reason is given if any rank has
+    one to stop before the step.
     Raises what StepWatch.read raises of an earlier step, and UserError when there is nothing to train on.
     """
-    weight, kd_weight, reason = run.watch.begin_step(batch.weight_sum, batch.kd_weight_sum)
+    sums, reason = run.watch.begin_step(batch.weight_sum, batch.kd_weight_sum, batch.unit_sums)
     # A rank with a position of its own knows, without asking the device, that the sum of all ranks is not 0.
-    if reason is None and batch.weight_sum <= 0 and float(weight) <= 0:
+    if reason is None and batch.weight_sum <= 0 and float(sums.weight) <= 0:
         raise UserError(
             f"step {run.state.step}: no position of the global batch is selected, so there is nothing to train on; "
             "widen the token selector (share, floor, max_rank) of this stage, or the form of its weights, and see that "
             "its rows have trained positions (masks)"
         )
-    kd_scale = torch.where(kd_weight > 0, weight / kd_weight, 0.0).float() if batch.weighs_kd else None
+    weight, kd_scale = step_normalizer(sums, weighs_kd=batch.weighs_kd, means_units=batch.means_units)
     return (weight / run.topology.world_size).float(), kd_scale, reason
+
+
+def step_normalizer(
+    sums: GlobalSums, *, weighs_kd: bool, means_units: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What the sum of the step's losses is divided by (float64 []), and the factor of its KD weights (float32 []).
+
+    The weights' mean over the positions, each with its row's or document's weight, is 1 if the sum is divided by the
+    sum of the weights. If the mean shall be over the rows or documents themselves, it is divided by the number of
+    chosen positions times that mean.
+    """
+    if not weighs_kd:
+        of_units = sums.chosen * sums.unit_weight / sums.units
+        return (of_units if means_units else sums.weight), None
+    above, below = (sums.units, sums.unit_weight) if means_units else (sums.weight, sums.kd_weight)
+    return sums.weight, torch.where(below > 0, above / below, 0.0).float()
 
 
 def check_due(run: Run, micro: MicroBatch, batch: StepBatch) -> bool:
