@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potstill.common.errors import UserError
+from potstill.storage import HELD
 from potstill.student_train.config.row_scores import FEW_TIED, ROW_SCORES, RowScore, StatRef
 from potstill.student_train.config.stages import RowSelector
 
@@ -27,6 +28,11 @@ def _column(reference: StatRef, stats: RowStats, key: str) -> Float64:
         raise UserError(
             f"{key}: store {reference.store!r} has no row statistic {reference.stat!r}; it has {sorted(store)}. "
             "Score again with that statistic, or name one of these"
+        )
+    if HELD in store and not np.asarray(store[HELD]).all():
+        raise UserError(
+            f"{key}: store {reference.store!r} holds targets of some rows only (potstill dump --only-rows-of), so it "
+            "cannot rank all of them; rank by a store of all rows"
         )
     column = np.asarray(store[reference.stat], np.float64)
     bad = np.flatnonzero(~np.isfinite(column))
