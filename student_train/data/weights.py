@@ -124,7 +124,7 @@ def _document_factors(weights: Weights, row: TokensRow, figures: Figures) -> Flo
         column = _column(figures, entry.of)
         assert column is not None
         chosen = np.asarray(column[trained] == 0 if entry.of == "rank" else column[trained], np.float64)
-        totals = np.bincount(document, chosen, minlength=num_documents)
+        totals = np.bincount(document, chosen, minlength=num_documents).astype(np.float64)
         values = entry.fold(totals[known], counts[known].astype(np.float64))
     found = np.zeros(num_documents, np.float64)
     found[known] = weights.weigh(values)
