@@ -63,11 +63,11 @@ class CurriculumPlan:
         self.source_names = tuple(source.name for source in sources)
         self._config = config
         self._term_stores = term_stores
-        self._num_rows = sum(source.num_rows for source in sources)
-        if self._num_rows < self.global_batch:
+        self.num_rows = sum(source.num_rows for source in sources)
+        if self.num_rows < self.global_batch:
             place = "data.tokens holds" if len(sources) == 1 else "data.sources hold"
             raise UserError(
-                f"{place} {self._num_rows} rows, fewer than one global batch of {self.global_batch} "
+                f"{place} {self.num_rows} rows, fewer than one global batch of {self.global_batch} "
                 "(data.global_batch_rows); take a smaller batch or more text"
             )
         self.spans = stage_spans(config, total_steps)
@@ -85,6 +85,11 @@ class CurriculumPlan:
         segment = self.segment(batch)
         start = (batch - segment.first_batch) * self.global_batch
         return segment.order.rows(np.arange(start, start + self.global_batch, dtype=np.int64))
+
+    def source_bounds(self, number: int) -> tuple[int, int]:
+        """Global ids of the first row of source `number`, and of the first behind it."""
+        before = sum(source.num_rows for source in self._sources[:number])
+        return before, before + self._sources[number].num_rows
 
     def row_share(self, batch: int) -> float:
         """Share of the rows of its stage's sources that batch `batch` is drawn from; 1 where no selector works."""
@@ -132,7 +137,7 @@ class CurriculumPlan:
     def position(self, batch: int) -> dict[str, int]:
         """Where batch `batch` stands, for people and for the saved state."""
         consumed = batch * self.global_batch
-        return {"epoch": consumed // self._num_rows, "stage": self.segment(batch).span.index, "rows_consumed": consumed}
+        return {"epoch": consumed // self.num_rows, "stage": self.segment(batch).span.index, "rows_consumed": consumed}
 
     def identity(self) -> dict[str, Any]:
         """What pins the order of rows. The end of the last stage is left out: a run may be made longer."""
@@ -140,7 +145,7 @@ class CurriculumPlan:
         found = {
             "kind": "curriculum",
             "version": PLAN_VERSION,
-            "num_rows": self._num_rows,
+            "num_rows": self.num_rows,
             "global_batch": self.global_batch,
             "seed": self._config.run.seed,
             "mode": data.order,

@@ -19,6 +19,7 @@ from potstill.storage import Loader, StoreError
 from potstill.student_train.config.batch_arithmetic import accumulation_steps
 from potstill.student_train.config.train import TrainConfig
 from potstill.student_train.curriculum.plan import CurriculumPlan
+from potstill.student_train.data.rows_read import check_rows_held
 from potstill.student_train.data.stores import Stores, build_plan, check_objectives, open_stores
 from potstill.student_train.evaluation.samples import TextSampler, text_sampler
 from potstill.student_train.model.hf_config import hf_config
@@ -70,6 +71,7 @@ def check_run(config: TrainConfig, *, world_size: int) -> CheckedRun:
     stores = open_stores(config)
     check_objectives(config, stores)
     plan = build_plan(config, stores)
+    check_rows_held(plan, stores)
     sampler = text_sampler(config, stores)
     student_config = hf_config(config.model, vocab_size=stores.vocab_size, row_length=stores.spec.row_length)
     return CheckedRun(stores, plan, student_config, accumulation, sampler)
