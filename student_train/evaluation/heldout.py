@@ -1,4 +1,4 @@
-"""Held-out figures: loss, perplexity, accuracy, agreement with the teacher and KL to it.
+"""Held-out figures: loss, perplexity, accuracy, whole answers, agreement with the teacher and KL to it.
 
 The same measurement runs inside training (through the DeepSpeed engine, all ranks) and on any Hugging Face folder
 (one process). Every rank runs the same number of forwards; short shares are filled with rows of weight 0.
@@ -19,6 +19,7 @@ from potstill.kernels.settings import LossSettings
 from potstill.storage import LoadedBatch, StoreReader, TokensRow
 from potstill.student_train.curriculum.step_objective import StepObjective
 from potstill.student_train.data.batch import JoinedRow, MicroBatch, collate
+from potstill.student_train.evaluation.answers import NUM_COUNTS, answer_figures
 from potstill.student_train.evaluation.calibration import NUM_BINS, expected_calibration_error
 from potstill.student_train.model.head import SparseLoss
 from potstill.student_train.model.probe import HeldoutRequest
@@ -104,11 +105,15 @@ class HeldoutEvaluation:
 
     @torch.no_grad()
     def totals(self, model: RunsRequests) -> list[float]:
-        """Sums of the loss and of the calibration bins over all rows, on every rank (a collective call)."""
+        """Sums of the loss, of the calibration bins and of the answers, over all rows, on every rank (collective).
+
+        Where the store has no mask every token is trained on, and no part of a document is an answer: none is counted.
+        """
         from torch import distributed
 
         objective = measuring_objective(with_targets=self.targets is not None, sampled=self.is_sampled)
-        total = torch.zeros(len(SparseLoss.sum_names) + 3 * NUM_BINS, dtype=torch.float64, device=self.device)
+        size = len(SparseLoss.sum_names) + 3 * NUM_BINS + NUM_COUNTS
+        total = torch.zeros(size, dtype=torch.float64, device=self.device)
         was_training = bool(getattr(model, "training", False))
         model.eval()  # type: ignore[attr-defined]
         for rows, counted in self._batches():
@@ -118,6 +123,8 @@ class HeldoutEvaluation:
                     micro, token_weights=torch.zeros(micro.labels.shape[0], device=self.device), num_active=0
                 )
             total += torch.cat(model(HeldoutRequest(micro, objective)))
+        if not self.tokens.spec.stores("mask"):
+            total[-NUM_COUNTS:] = 0.0
         model.train(was_training)  # type: ignore[attr-defined]
         if distributed.is_available() and distributed.is_initialized() and self.world_size > 1:
             distributed.all_reduce(total)
@@ -150,7 +157,8 @@ def figures_of(values: list[float], num_rows: int, *, has_kl: bool) -> dict[str,
     """Figures from the sums of `HeldoutEvaluation.totals`, which may be those of several stores added up."""
     names = SparseLoss.sum_names
     figures = heldout_figures(dict(zip(names, values, strict=False)), num_rows)
-    figures["calibration_error"] = expected_calibration_error(values[len(names) :])
+    figures["calibration_error"] = expected_calibration_error(values[len(names) : -NUM_COUNTS])
+    figures |= answer_figures(values[-NUM_COUNTS:])
     return figures if has_kl else {**figures, "teacher_kl": None}
 
 
@@ -176,11 +184,13 @@ def heldout_figures(sums: dict[str, float], num_rows: int) -> dict[str, float | 
 
 
 def evaluation_line(figures: Mapping[str, Any]) -> str:
-    """Loss and perplexity of held-out rows for the console, and agreement and KL where a teacher was compared with.
+    """Loss and perplexity of held-out rows for the console; right answers, agreement and KL where there are any.
 
     The loss of each source behind them, where sources have held-out rows of their own.
     """
     parts = [f"held-out loss {figures['heldout_loss']:.4f}", f"perplexity {figures['perplexity']:.4g}"]
+    if "answer_accuracy" in figures:
+        parts.append(f"answers right {figures['answer_accuracy']:.3f}")
     if figures.get("agreement") is not None:
         parts.append(f"agreement {figures['agreement']:.3f}")
     if figures.get("teacher_kl") is not None:

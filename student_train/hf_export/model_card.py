@@ -22,6 +22,7 @@ FIGURES = {
     "heldout_loss": "loss (nats per token)",
     "perplexity": "perplexity",
     "accuracy": "accuracy (top 1)",
+    "answer_accuracy": "answers right (greedy)",
     "agreement": "agreement with the teacher (top 1)",
     "teacher_kl": "KL to the teacher (nats)",
     "calibration_error": "calibration error",

@@ -26,12 +26,14 @@ HELDOUT = (
     ("loss (nats)", "eval", "heldout_loss"),
     ("perplexity", "eval", "perplexity"),
     ("accuracy", "eval", "accuracy"),
+    ("answers right (greedy)", "eval", "answer_accuracy"),
     ("entropy (nats)", "eval", "entropy"),
     ("calibration error", "eval", "calibration_error"),
     ("agreement with the teacher", "eval", "agreement"),
     ("KL to the teacher (nats)", "eval", "teacher_kl"),
     ("rows", "eval", "rows"),
     ("positions", "eval", "positions"),
+    ("answers", "eval", "answers"),
 )
 TRAINING = (
     ("steps", "train", "step"),
