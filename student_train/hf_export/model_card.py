@@ -23,6 +23,8 @@ FIGURES = {
     "perplexity": "perplexity",
     "accuracy": "accuracy (top 1)",
     "answer_accuracy": "answers right (greedy)",
+    "answer_exact": "answers written exactly",
+    "answer_pass_rate": "answers passed",
     "agreement": "agreement with the teacher (top 1)",
     "teacher_kl": "KL to the teacher (nats)",
     "calibration_error": "calibration error",

@@ -50,8 +50,15 @@ class _HeldoutOfHead:
         one = torch.ones((), device=hidden.device)
         _, sums = SparseLossRequest(self.micro, self.objective, one).run(head, hidden)
         weights, _ = head.choice(hidden, self.micro, self.objective)
-        cap = {"soft_cap": head.soft_cap, "logit_scale": head.logit_scale}
-        choices = top_choices(hidden, head.weight, head.bias, self.micro.labels, weights, **cap)
+        choices = top_choices(
+            hidden,
+            head.weight,
+            head.bias,
+            self.micro.labels,
+            weights,
+            soft_cap=head.soft_cap,
+            logit_scale=head.logit_scale,
+        )
         return sums, calibration_bins(choices, weights), answer_counts(self.micro, choices)
 
 

@@ -27,6 +27,9 @@ HELDOUT = (
     ("perplexity", "eval", "perplexity"),
     ("accuracy", "eval", "accuracy"),
     ("answers right (greedy)", "eval", "answer_accuracy"),
+    ("answers written exactly", "eval", "answer_exact"),
+    ("mean grade of answers", "eval", "answer_grade"),
+    ("answers passed", "eval", "answer_pass_rate"),
     ("entropy (nats)", "eval", "entropy"),
     ("calibration error", "eval", "calibration_error"),
     ("agreement with the teacher", "eval", "agreement"),
@@ -34,6 +37,7 @@ HELDOUT = (
     ("rows", "eval", "rows"),
     ("positions", "eval", "positions"),
     ("answers", "eval", "answers"),
+    ("answers written", "eval", "answers_written"),
 )
 TRAINING = (
     ("steps", "train", "step"),
