@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from potstill.common.config import LocalPath, StorePlace, StrictModel
+from potstill.student_train.config.answers import AnswersConfig
 from potstill.student_train.config.lr_schedule import LrSchedule
 from potstill.student_train.config.optimizers import OptimizerConfig
 from potstill.student_train.config.rescoring import Rescoring
@@ -234,7 +235,10 @@ class HeldoutConfig(StrictModel):
         description="0 takes the most probable token each time; above 0 draws, by run.seed alike at each evaluation",
     )
     tokenizer: LocalPath | None = Field(
-        default=None, description="Tokenizer folder for the samples; null looks beside the tokens store"
+        default=None, description="Tokenizer folder for samples and grades; null looks beside the tokens store"
+    )
+    answers: AnswersConfig = Field(
+        default_factory=AnswersConfig, description="Answers written after the prompts of held-out rows with masks"
     )
 
 
@@ -326,6 +330,13 @@ class TrainConfig(StrictModel):
         return self
 
     @model_validator(mode="after")
+    def _answers(self) -> TrainConfig:
+        own = (source.heldout for source in self.data.sources.values())
+        if self.eval.answers.generate and self.data.heldout is None and all(place is None for place in own):
+            raise ValueError("eval.answers takes its prompts from held-out rows; name data.heldout, or leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _skip(self) -> TrainConfig:
         if self.nan_policy == "skip" and self.zero_stage not in (1, 2):
             raise ValueError(
@@ -391,6 +402,9 @@ class EvalConfig(StrictModel):
     )
     max_rows: int | None = Field(default=None, ge=1, description="Rows to use; null takes all")
     batch_rows: int = Field(default=4, ge=1, description="Rows per forward")
+    answers: AnswersConfig = Field(
+        default_factory=AnswersConfig, description="Answers written after the prompts of rows with masks"
+    )
     dtype: Dtype = Field(default="float32", description="Arithmetic")
     output: Path | None = Field(default=None, description="JSON file to write the figures to")
     force: bool = Field(default=False, description="Overwrite output")

@@ -11,7 +11,8 @@ from torch import Tensor
 from potstill.kernels.types import IGNORE_LABEL
 from potstill.student_train.curriculum.step_objective import StepObjective
 from potstill.student_train.data.batch import MicroBatch
-from potstill.student_train.evaluation.calibration import calibration_bins
+from potstill.student_train.evaluation.answers import answer_counts
+from potstill.student_train.evaluation.calibration import calibration_bins, top_choices
 from potstill.student_train.model.head import DistillationHead, SparseLossRequest
 
 if TYPE_CHECKING:
@@ -20,20 +21,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HeldoutRequest:
-    """Sums of the sparse loss float32 [S] (SparseLoss.sum_names) and calibration bins [3 * NUM_BINS] of a micro-batch.
+    """Sums of the sparse loss float32 [S] (SparseLoss.sum_names), calibration bins [3 * NUM_BINS] and counts of answers
 
-    No other term of the loss is part of it: held-out figures are those of the model, however it was trained.
+    [2] (answer_counts) of a micro-batch. No other term of the loss is part of it: held-out figures are those of the
+    model, however it was trained.
     """
 
     micro: MicroBatch
     objective: StepObjective
 
-    def run(self, student: StudentModel) -> tuple[Tensor, Tensor]:
-        """Both, to be added up over micro-batches."""
+    def run(self, student: StudentModel) -> tuple[Tensor, Tensor, Tensor]:
+        """All three, to be added up over micro-batches."""
+        hidden = student.hidden_states(self.micro)
         sums: Tensor
         bins: Tensor
-        sums, bins = student.hf.lm_head(student.hidden_states(self.micro), _HeldoutOfHead(self.micro, self.objective))
-        return sums, bins
+        answers: Tensor
+        sums, bins, answers = student.hf.lm_head(hidden, _HeldoutOfHead(self.micro, self.objective))
+        return sums, bins, answers
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,11 @@ class _HeldoutOfHead:
     micro: MicroBatch
     objective: StepObjective
 
-    def run(self, head: DistillationHead, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def run(self, head: DistillationHead, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         one = torch.ones((), device=hidden.device)
         _, sums = SparseLossRequest(self.micro, self.objective, one).run(head, hidden)
         weights, _ = head.choice(hidden, self.micro, self.objective)
-        return sums, calibration_bins(
+        choices = top_choices(
             hidden,
             head.weight,
             head.bias,
@@ -56,6 +60,7 @@ class _HeldoutOfHead:
             soft_cap=head.soft_cap,
             logit_scale=head.logit_scale,
         )
+        return sums, calibration_bins(choices, weights), answer_counts(self.micro, choices)
 
 
 @dataclass(frozen=True)
