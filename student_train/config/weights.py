@@ -61,6 +61,7 @@ WEIGHT_FORMS: dict[str, WeightForm] = {
     "beta": WeightForm(_beta, high=1.0),
 }
 
+PROBABILITY = "probability"  # of a row: exp(-mean_loss)
 LARGEST_NATS = 256.0  # stores keep losses and entropies below it
 
 

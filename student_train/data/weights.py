@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 
 from potstill.common.errors import UserError
 from potstill.storage import ScoresRow, StoreReader, TargetsRow, TokensRow
-from potstill.student_train.config.weights import DOCUMENT_COLUMNS, Weights
+from potstill.student_train.config.weights import DOCUMENT_COLUMNS, PROBABILITY, Weights
+from potstill.student_train.curriculum.live_scores import LiveRow
 
 log = logging.getLogger(__name__)
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
-Figures = TargetsRow | ScoresRow
-PROBABILITY = "probability"  # of a row: exp(-mean_loss)
+Figures = TargetsRow | ScoresRow | LiveRow
 
 
 def token_factors(
@@ -109,26 +109,36 @@ def _row_factors(weights: Weights, row: TokensRow, figures: Figures) -> Float32:
 def _document_factors(weights: Weights, row: TokensRow, figures: Figures) -> Float32:
     """The weight of its document at each token [n]; documents without a trained position count 0."""
     entry = DOCUMENT_COLUMNS[weights.column]
-    trained = row.has_target()
-    if isinstance(figures, TargetsRow):
-        trained = trained & (np.diff(figures.targets.offsets) > 0)  # the store says nothing of the others
-    num_documents = len(row.doc_lens)
-    document = np.repeat(np.arange(num_documents), row.doc_lens)[trained]
-    counts = np.bincount(document, minlength=num_documents)
+    counts, total = _sums(row, figures, entry.of)
     known = counts > 0
     if entry.of is None:
         values = np.asarray(_per_document(figures)[weights.column], np.float64)
         known &= ~np.isnan(values)
         values = values[known]
     else:
-        column = _column(figures, entry.of)
-        assert column is not None
-        chosen = np.asarray(column[trained] == 0 if entry.of == "rank" else column[trained], np.float64)
-        totals = np.bincount(document, chosen, minlength=num_documents).astype(np.float64)
-        values = entry.fold(totals[known], counts[known].astype(np.float64))
-    found = np.zeros(num_documents, np.float64)
+        values = entry.fold(total[known], counts[known])
+    found = np.zeros(len(row.doc_lens), np.float64)
     found[known] = weights.weigh(values)
     return np.repeat(found.astype(np.float32), row.doc_lens)
+
+
+def _sums(row: TokensRow, figures: Figures, of: str | None) -> tuple[Float64, Float64]:
+    """Trained positions of each document [d], and the sum over them of a column of the labels (0 without one) [d]."""
+    if isinstance(figures, LiveRow):
+        count = figures.count.astype(np.float64)
+        return count, np.zeros_like(count) if of is None else figures.sums[of].astype(np.float64)
+    trained = row.has_target()
+    if isinstance(figures, TargetsRow):
+        trained = trained & (np.diff(figures.targets.offsets) > 0)  # the store says nothing of the others
+    num_documents = len(row.doc_lens)
+    document = np.repeat(np.arange(num_documents), row.doc_lens)[trained]
+    values = np.zeros(len(document))
+    if of is not None:
+        column = _column(figures, of)
+        assert column is not None
+        values = np.asarray(column[trained] == 0 if of == "rank" else column[trained], np.float64)
+    count = np.bincount(document, minlength=num_documents).astype(np.float64)
+    return count, np.bincount(document, values, minlength=num_documents).astype(np.float64)
 
 
 def _per_document(figures: Figures) -> Mapping[str, NDArray[np.generic]]:
@@ -136,7 +146,7 @@ def _per_document(figures: Figures) -> Mapping[str, NDArray[np.generic]]:
     return getattr(figures, "more", {})
 
 
-def _column(figures: Figures, name: str) -> Float64 | None:
+def _column(figures: TargetsRow | ScoresRow, name: str) -> Float64 | None:
     """loss, rank or entropy of a row's labels [n] float64, or None where the store does not hold it."""
     side = figures.targets if isinstance(figures, TargetsRow) else figures
     values = getattr(side, {"loss": "label_logprob", "rank": "label_rank", "entropy": "entropy"}[name])
