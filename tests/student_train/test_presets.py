@@ -125,7 +125,7 @@ CHECKS = {
 
 def test_the_mse_and_nll_variants_of_pd_by_override(stores, tmp_path: Path) -> None:
     tree = tree_of("pd_wsd", stores, tmp_path / "mse")
-    tree["objective"]["divergence"] = "mse_logprobs"
+    tree["objective"]["divergence"] = "mse_probs"
     assert run_ranks(workers.train_run, tree, world=1)[0]["status"] == "done"
 
 
