@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from potstill.student_train.data.packed import PackedBatch, collate_rows
     from potstill.student_train.evaluation.folder import EvalSummary
     from potstill.student_train.hf_export.hf_folder import ExportSummary
-    from potstill.student_train.prune.folder import PruneSummary
+    from potstill.student_train.pruning.folder import PruneSummary
     from potstill.student_train.run.preflight import CheckedRun
     from potstill.student_train.run.summary import TrainSummary
 
@@ -44,7 +44,7 @@ _LAZY = {
     "ExportSummary": "hf_export.hf_folder",
     "PackedBatch": "data.packed",
     "PruneConfig": "config.prune",
-    "PruneSummary": "prune.folder",
+    "PruneSummary": "pruning.folder",
     "TrainConfig": "config.train",
     "TrainSummary": "run.summary",
     "collate_rows": "data.packed",
@@ -77,7 +77,7 @@ def export(config: ExportConfig) -> ExportSummary:
 
 def prune(config: PruneConfig) -> PruneSummary:
     """Write a Hugging Face folder with a part of a model's weights, which a student can start from."""
-    from potstill.student_train.prune import folder
+    from potstill.student_train.pruning import folder
 
     return folder.prune(config)
 

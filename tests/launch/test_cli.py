@@ -59,7 +59,7 @@ def test_help_is_fast_and_loads_nothing_heavy() -> None:
 
 def test_the_table_holds_every_command_that_is_promised() -> None:
     promised = "plan prepare dump score seal status verify inspect stats gc presets train eval report export demo"
-    promised += " completion import"
+    promised += " completion import prune"
     assert sorted(NAMES) == sorted(promised.split())
 
 

@@ -17,11 +17,11 @@ from potstill.common.packed import probe_ids
 from potstill.storage import StoreReader
 from potstill.student_train import PruneConfig, prune
 from potstill.student_train.data.packed import collate_rows
-from potstill.student_train.prune import importance as importances
-from potstill.student_train.prune.cutting import Kept, choose, cut, norm_factors
-from potstill.student_train.prune.folder import PRUNE_FILE, calibration_rows
-from potstill.student_train.prune.importance import Importance, measure
-from potstill.student_train.prune.shape import ARCHITECTURES, Shape, shape_of, wanted_shape
+from potstill.student_train.pruning import importance as importances
+from potstill.student_train.pruning.cutting import Kept, choose, cut, norm_factors
+from potstill.student_train.pruning.folder import PRUNE_FILE, _cast, calibration_rows
+from potstill.student_train.pruning.importance import Importance, measure
+from potstill.student_train.pruning.shape import ARCHITECTURES, Shape, shape_of, wanted_shape
 from tests.student_train import tiny
 
 SIZES = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "max_position_embeddings": 64}
@@ -200,7 +200,7 @@ def test_the_folder_is_a_model_and_says_what_was_kept(teacher: Path, stores: dic
     from transformers import AutoModelForCausalLM
 
     output = tmp_path / "start"
-    summary = prune(config_of(teacher, stores, output, **SMALLER, dtype="bfloat16", check=True))
+    summary = prune(config_of(teacher, stores, output, **SMALLER, dtype="bfloat16"))
     model = AutoModelForCausalLM.from_pretrained(output)
     assert model.dtype == torch.bfloat16
     found = shape_of(model.config)
@@ -221,9 +221,23 @@ def test_the_folder_is_a_model_and_says_what_was_kept(teacher: Path, stores: dic
     assert "Not trained since" in card and "| hidden_size | 24 | 16 |" in card and str(tmp_path) not in card
     assert (output / "tokenizer.json").read_text() == "{}"
     text = summary.format()
-    assert "hidden_size 16 of 24" in text and summary.logits_difference is not None and summary.losses[1] > 0
+    assert "hidden_size 16 of 24" in text and "not checked" in text and summary.losses[1] > 0
     with pytest.raises(UserError, match=r"output_dir .* exists; name another folder, or replace it with --force"):
         prune(config_of(teacher, stores, output, **SMALLER))
+
+
+def test_a_cast_spares_what_a_reload_computes_anew() -> None:
+    """Frequencies of the rotary embedding in bfloat16 give other logits than the folder does."""
+    model = _cast(model_of().float(), "bfloat16")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+@pytest.mark.slow
+def test_the_folder_is_compared_in_a_fresh_process(teacher: Path, stores: dict[str, Path], tmp_path: Path) -> None:
+    for dtype in ("float32", "bfloat16"):
+        summary = prune(config_of(teacher, stores, tmp_path / dtype, **SMALLER, dtype=dtype, check=True))
+        assert summary.logits_difference is not None and summary.logits_difference < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -28,10 +28,10 @@ from potstill.student_train.hf_export.hf_folder import (
 )
 from potstill.student_train.hf_export.weights import Source, find_source, load_model
 from potstill.student_train.model.parameters import DTYPES, count_parameters
-from potstill.student_train.prune.card import PruneFacts, prune_card
-from potstill.student_train.prune.cutting import Kept, choose, cut, norm_factors
-from potstill.student_train.prune.importance import Importance, mean_loss, measure
-from potstill.student_train.prune.shape import Shape, shape_of, wanted_shape
+from potstill.student_train.pruning.card import PruneFacts, prune_card
+from potstill.student_train.pruning.cutting import Kept, choose, cut, norm_factors
+from potstill.student_train.pruning.importance import Importance, mean_loss, measure
+from potstill.student_train.pruning.shape import Shape, shape_of, wanted_shape
 from potstill.student_train.run.checkpoint import write_json_atomically, write_text_atomically
 from potstill.student_train.run.run_folder import read_run_config
 

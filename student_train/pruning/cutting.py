@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from potstill.common.errors import UserError
-from potstill.student_train.prune.importance import Importance, norms_of
-from potstill.student_train.prune.shape import Axis, Shape, axes_of
+from potstill.student_train.pruning.importance import Importance, norms_of
+from potstill.student_train.pruning.shape import Axis, Shape, axes_of
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from potstill.student_train.config.prune import DepthBy
 from potstill.student_train.hf_export.model_card import LICENSE_PLACEHOLDER, markdown_table
-from potstill.student_train.prune.shape import Shape
+from potstill.student_train.pruning.shape import Shape
 
 DEPTH_WORDS = {"cosine": "1 - cosine of a layer's input and output", "loss": "the rise of the loss without the layer"}
 
