@@ -164,6 +164,15 @@ class CurriculumPlan:
         """
         return (self.objective(batch).stores | self._term_stores) - {self.scored_name}
 
+    def may_join(self, batch: int) -> frozenset[str]:
+        """Every store that this batch's loss may come to read, where that is decided while the run trains."""
+        return self.joined(batch)
+
+    def rows_are_decided(self, batch: int) -> bool:
+        """Whether the rows of this batch are known before the run; not where it ranks them by scores of its own."""
+        rescoring = self._config.rescoring
+        return rescoring is None or not rescoring.ranks(self.segment(batch).span.stage)
+
     def position(self, batch: int) -> dict[str, int]:
         """Where batch `batch` stands, for people and for the saved state."""
         consumed = batch * self.global_batch

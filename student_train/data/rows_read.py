@@ -7,6 +7,7 @@ otherwise cost as many whole dumps (`potstill dump --only-rows-of`).
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from potstill.student_train.curriculum.plan import CurriculumPlan, total_steps
 from potstill.student_train.curriculum.row_selector import needed_stats
 from potstill.student_train.curriculum.segments import PlanSource
 from potstill.student_train.data.opening import open_store
-from potstill.student_train.data.stores import Stores
+from potstill.student_train.data.stores import Stores, unscored
 from potstill.student_train.model.loss_terms import term_stores
 
 Int64 = NDArray[np.int64]
@@ -41,11 +42,20 @@ class NamedStore:
 
 
 def rows_read(plan: CurriculumPlan, name: str) -> Int64:
-    """Global ids of the rows that the steps of the run read of the stores called `name`, ascending."""
+    """Global ids of the rows that the steps of the run may read of the stores called `name`, ascending.
+
+    Raises UserError where the run chooses them by scores that it makes itself.
+    """
     mask = np.zeros(plan.num_rows, np.bool_)
     for batch in range(plan.total_steps):
-        if name in plan.joined(batch):
-            mask[plan.rows(batch)] = True
+        if name not in plan.may_join(batch):
+            continue
+        if not plan.rows_are_decided(batch):
+            raise UserError(
+                f"which rows the run reads of store {name!r} is decided while it trains (step {batch} is of stage "
+                f"{plan.segment(batch).span.name!r}, which ranks rows by rescoring); dump all rows of that store"
+            )
+        mask[plan.rows(batch)] = True
     return np.flatnonzero(mask)
 
 
@@ -116,11 +126,11 @@ def _plan(config: TrainConfig, wanted: NamedStore) -> CurriculumPlan:
     for named in config.data.named_sources():
         tokens = open_store(named.config.tokens, "tokens", f"{named.key}.tokens")
         row_length = tokens.spec.row_length
-        stats = {}
+        stats: dict[str, Mapping[str, NDArray[np.float32]]] = {}
         for kind, group in (("targets", named.config.targets), ("scores", named.config.scores)):
             for name in sorted(names & group.keys()):
                 stats[name] = open_store(group[name], kind, f"{named.key}.{kind}.{name}").row_stats
-        sources.append(PlanSource(named.name, tokens.num_rows, stats))
+        sources.append(PlanSource(named.name, tokens.num_rows, stats | unscored(config, tokens.num_rows)))
     steps = total_steps(config, row_length=row_length)
     return CurriculumPlan(config, total_steps=steps, sources=sources, term_stores=term_stores(config.model))
 

@@ -111,6 +111,12 @@ def test_what_cannot_be_found_is_said(stores, tmp_path: Path) -> None:
     tree["curriculum"][0]["rows"]["score"] = {"of": [{"store": "early", "stat": "mean_loss"}]}
     with pytest.raises(UserError, match=r"selected by data\.targets\.early itself, which is to be dumped"):
         read_of(workers.config_of(tree), stores)
+    tree["rescoring"] = {"every_steps": 3, "rows": "all"}
+    tree["curriculum"][0]["rows"]["score"] = {"of": [{"store": "current"}]}
+    with pytest.raises(UserError, match=r"decided while it trains .step 0 is of stage 'stage_0'"):
+        read_of(workers.config_of(tree), stores)
+    assert read_of(workers.config_of(tree), stores, "teacher")
+    del tree["rescoring"]
     tree["curriculum"] = [{"targets": "teacher"}]
     with pytest.raises(UserError, match=r"no step of the run reads data\.targets\.early"):
         read_of(workers.config_of(tree), stores)
