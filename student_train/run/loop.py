@@ -15,7 +15,10 @@ from potstill.student_train.evaluation.heldout import HeldoutEvaluation, Sources
 from potstill.student_train.evaluation.samples import ON_CONSOLE, TextSampler, sample_line
 from potstill.student_train.model.student import TrainRequest
 from potstill.student_train.run.engine import plain_gradient_norm, set_learning_rate
+from potstill.student_train.run.legs import DecisionPoint
+from potstill.student_train.run.optimizer_state import clear_optimizer
 from potstill.student_train.run.run_parts import Run
+from potstill.student_train.run.step_watch import GlobalSums
 
 log = logging.getLogger(__name__)
 
@@ -26,14 +29,17 @@ def train_steps(run: Run, progress: Progress) -> str:
     if run.state.step >= run.plan.total_steps:
         return "done"
     run.watch.settle()  # who was asked to stop before the first step trains none
-    for batch in run.batches:
+    decide(run, None)
+    for batch in run.legs:
         normalizer, kd_scale, reason = agree(run, batch)
         if reason is not None:
             save(run)
             return reason
+        if run.plan.restarts_optimizer(batch.batch):
+            restart_optimizer(run)
         run.lines.lr = run.config.optimizer.lr * run.plan.lr_factor(batch.batch)
         set_learning_rate(run.engine, run.lines.lr)
-        for micro in run.batches.on_device(batch):
+        for micro in run.legs.on_device(batch):
             count, check = len(batch.micros), check_due(run, micro, batch)
             request = TrainRequest(
                 micro,
@@ -50,12 +56,20 @@ def train_steps(run: Run, progress: Progress) -> str:
             run.lines.plain_norm = plain_gradient_norm(run.engine)
             run.engine.step()
             note_micro_batch(run, micro, loss / world_size, sums)
-        run.loader.commit(batch.batch)
+        run.legs.commit(batch.batch)
         after_step(run, batch)
         progress.update()
         if run.state.step == run.plan.total_steps:
             return "done"
-    raise AssertionError("the loader of a plan without end has ended")
+    raise AssertionError(f"the batches ended before step {run.state.step}, not at the last one")
+
+
+def restart_optimizer(run: Run) -> None:
+    """Forget the optimizer's moments at the first step of a stage; a run that resumes there does it as well."""
+    clear_optimizer(run.engine.optimizer)
+    if run.topology.is_main:
+        stage = run.plan.segment(run.state.step).span.name
+        log.info("step %d: stage %s begins with an optimizer without moments", run.state.step, stage)
 
 
 def agree(run: Run, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor | None, str | None]:
@@ -63,19 +77,36 @@ def agree(run: Run, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor | None
 
     The normalizer is the global weight sum over the number of ranks, because DeepSpeed then averages gradients over
     ranks. The factor, None where rows and documents have no weights of KD alone, makes the mean of these 1 over the
-    global batch; where they are all 0 there is no KD. The reason is given if any rank has one to stop before the step.
+    global batch; where they are all 0 there is no KD (step_normalizer has both). The reason is given if any rank has
+    one to stop before the step.
     Raises what StepWatch.read raises of an earlier step, and UserError when there is nothing to train on.
     """
-    weight, kd_weight, reason = run.watch.begin_step(batch.weight_sum, batch.kd_weight_sum)
+    sums, reason = run.watch.begin_step(batch.weight_sum, batch.kd_weight_sum, batch.unit_sums)
     # A rank with a position of its own knows, without asking the device, that the sum of all ranks is not 0.
-    if reason is None and batch.weight_sum <= 0 and float(weight) <= 0:
+    if reason is None and batch.weight_sum <= 0 and float(sums.weight) <= 0:
         raise UserError(
             f"step {run.state.step}: no position of the global batch is selected, so there is nothing to train on; "
             "widen the token selector (share, floor, max_rank) of this stage, or the form of its weights, and see that "
             "its rows have trained positions (masks)"
         )
-    kd_scale = torch.where(kd_weight > 0, weight / kd_weight, 0.0).float() if batch.weighs_kd else None
+    weight, kd_scale = step_normalizer(sums, weighs_kd=batch.weighs_kd, means_units=batch.means_units)
     return (weight / run.topology.world_size).float(), kd_scale, reason
+
+
+def step_normalizer(
+    sums: GlobalSums, *, weighs_kd: bool, means_units: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What the sum of the step's losses is divided by (float64 []), and the factor of its KD weights (float32 []).
+
+    The weights' mean over the positions, each with its row's or document's weight, is 1 if the sum is divided by the
+    sum of the weights. If the mean shall be over the rows or documents themselves, it is divided by the number of
+    chosen positions times that mean.
+    """
+    if not weighs_kd:
+        of_units = sums.chosen * sums.unit_weight / sums.units
+        return (of_units if means_units else sums.weight), None
+    above, below = (sums.units, sums.unit_weight) if means_units else (sums.weight, sums.kd_weight)
+    return sums.weight, torch.where(below > 0, above / below, 0.0).float()
 
 
 def check_due(run: Run, micro: MicroBatch, batch: StepBatch) -> bool:
@@ -103,17 +134,35 @@ def after_step(run: Run, batch: StepBatch) -> None:
     save_due = last or (config.checkpoint.every_steps is not None and step % config.checkpoint.every_steps == 0)
     if step % config.logging.every_steps == 0:
         run.lines.end()
+    heldout: dict[str, Any] | None = None
     if last or (config.eval.every_steps is not None and step % config.eval.every_steps == 0):
         if run.evaluation is not None:
-            evaluate(run, run.evaluation)
+            heldout = evaluate(run, run.evaluation)
         if run.sampler is not None:
             sample(run, run.sampler)
+    decide(run, heldout)  # before a checkpoint, which holds what the next step is trained by
     if save_due:
         save(run)
 
 
-def evaluate(run: Run, evaluation: HeldoutEvaluation | SourcesEvaluation) -> None:
-    """Measure on the held-out rows and write the figures; the time that it takes is no time of training.
+def decide(run: Run, heldout: dict[str, Any] | None) -> None:
+    """Let all that is due before the next step be decided (legs.py), and write a line of metrics of each.
+
+    It ends a line of metrics: that of the steps before is of the plan that they were trained by.
+    """
+    if not run.legs.is_due(run.state.step):
+        return
+    run.watch.settle()
+    if run.lines.is_open:
+        run.lines.end()
+    with run.meter.paused():
+        found = run.legs.decide(DecisionPoint(run, heldout))
+    for name, figures in found:
+        run.metrics.write({"kind": name, **place(run), **figures})
+
+
+def evaluate(run: Run, evaluation: HeldoutEvaluation | SourcesEvaluation) -> dict[str, Any]:
+    """Measure on the held-out rows, write the figures and return them; the time that it takes is no time of training.
 
     It ends a line of metrics, so that the figures stand at the tokens that the model has seen.
     """
@@ -125,6 +174,7 @@ def evaluate(run: Run, evaluation: HeldoutEvaluation | SourcesEvaluation) -> Non
     run.metrics.write({"kind": "eval", **place(run), **figures})
     if run.topology.is_main:
         log.info("step %d/%d %s", run.state.step, run.plan.total_steps, evaluation_line(figures))
+    return figures
 
 
 def sample(run: Run, sampler: TextSampler) -> None:

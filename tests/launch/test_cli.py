@@ -61,7 +61,7 @@ def test_the_table_holds_every_command_that_is_promised() -> None:
     promised = (
         "plan prepare dump score rollout seal status verify inspect stats gc presets train eval report export demo"
     )
-    promised += " completion import"
+    promised += " completion import prune"
     assert sorted(NAMES) == sorted(promised.split())
 
 
@@ -98,6 +98,7 @@ def _tree_of(name: str, parsed: object) -> object:
     from potstill.common.options import read_config
     from potstill.launch.plan import PlanConfig
     from potstill.student_train.config import train as student
+    from potstill.student_train.config.prune import PruneConfig
     from potstill.teacher_dump import config as teacher
     from potstill.teacher_dump.importing.targets.config import ImportTargetsConfig
     from potstill.teacher_dump.importing.tokens.config import ImportTokensConfig
@@ -113,6 +114,7 @@ def _tree_of(name: str, parsed: object) -> object:
         "rollout": RolloutConfig,
         "eval": student.EvalConfig,
         "export": student.ExportConfig,
+        "prune": PruneConfig,
     }
     return read_config(trees[name], parsed)  # type: ignore[type-var,arg-type]
 
