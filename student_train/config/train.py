@@ -347,10 +347,20 @@ class TrainConfig(StrictModel):
             if not last and stage.until is None:
                 raise ValueError(f"curriculum.{number}.until is missing: only the last stage may go to the end")
             check_stage_stores(stage, self.objective, self.data.named_sources(), key=f"curriculum.{number}")
+            self._check_clock(stage, key=f"curriculum.{number}.targets_clock")
         shares = [stage.until for stage in self.curriculum if isinstance(stage.until, float)]
         if any(after <= before for before, after in pairwise(shares)):
             raise ValueError(f"curriculum: the stages' until {shares} must rise, else stages overlap")
         return self
+
+    def _check_clock(self, stage: Stage, *, key: str) -> None:
+        """A clock that looks at evaluations needs some."""
+        if stage.targets_clock is None or stage.targets_clock.switch_on != "saturation":
+            return
+        has_rows = self.data.heldout is not None or any(source.heldout for source in self.data.sources.values())
+        if self.eval.every_steps is None or not has_rows:
+            missing = "eval.every_steps" if has_rows else "data.heldout"
+            raise ValueError(f"{key}.switch_on saturation looks at evaluations during the run; set {missing}")
 
 
 class EvalConfig(StrictModel):

@@ -64,7 +64,9 @@ class StageFigures:
     name: str
     first_step: int
     end_step: int
-    targets: str | None
+    targets: str | None  # the first, where it has a clock
+    clock: tuple[tuple[int, str, int], ...]  # first step, store and teacher step of each part; none without a clock
+    next_on: str | None  # what the run decides by when to take the next store; None where that is known
     divergence: str
     missing_mass: str
     alpha: tuple[float, float]
@@ -255,14 +257,17 @@ def stage_figures(config: TrainConfig, plan: CurriculumPlan, span: StageSpan) ->
     divergence, missing_mass, temperature = (
         stage_value(config.objective, span.stage, name) for name in ("divergence", "missing_mass", "temperature")
     )
-    selector = span.stage.tokens
+    selector, clock = span.stage.tokens, span.stage.targets_clock
     shares = [1.0 if at.tokens is None else at.tokens.share for at in (begin, end)]
-    reads = frozenset().union(*(plan.joined(step) for step in (span.first_step, (span.first_step + last) // 2, last)))
+    looked_at = {span.first_step, (span.first_step + last) // 2, last, *(part[0] for part in plan.clock_parts(span))}
+    reads = frozenset().union(*(plan.joined(step) for step in looked_at))
     return StageFigures(
         name=span.name,
         first_step=span.first_step,
         end_step=span.end_step,
-        targets=span.stage.targets,
+        targets=plan.targets(span.first_step),
+        clock=plan.clock_parts(span),
+        next_on=None if clock is None or clock.switch_on == "step" else clock.switch_on,
         divergence=divergence,
         missing_mass=missing_mass,
         alpha=(begin.settings.alpha, end.settings.alpha),
