@@ -47,13 +47,14 @@ class Switch:
     number(clock, teacher_steps, switched, step): number of the store at a step, of stores by rising teacher step;
     beyond the last is the last. switched: the steps at which the run decided to move on. looks(clock, switched,
     num_steps): the steps behind 0 at which the number may change. needs: keys of the clock that it cannot do without;
-    takes: further keys of its own.
+    takes: further keys of its own; decided: whether it is decided during the run, by the figures of evaluations.
     """
 
     number: Callable[[TargetsClock, Steps, Steps, int], int]
     looks: Callable[[TargetsClock, Steps, int], Steps]
     needs: tuple[str, ...] = ()
     takes: tuple[str, ...] = ()
+    decided: bool = False
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -62,7 +63,9 @@ class Switch:
 
 SWITCHES: dict[str, Switch] = {
     "step": Switch(_number_by_step, _looks_by_step, needs=("refresh",), takes=("speed", "offset")),
-    "saturation": Switch(_number_as_decided, _looks_as_decided, takes=("figure", "window", "min_gain", "max_steps")),
+    "saturation": Switch(
+        _number_as_decided, _looks_as_decided, takes=("figure", "window", "min_gain", "max_steps"), decided=True
+    ),
 }
 
 

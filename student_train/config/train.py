@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from potstill.common.config import LocalPath, StorePlace, StrictModel
+from potstill.student_train.config.clocks import SWITCHES
 from potstill.student_train.config.lr_schedule import LrSchedule
 from potstill.student_train.config.optimizers import OptimizerConfig
 from potstill.student_train.config.sources import (
@@ -355,12 +356,13 @@ class TrainConfig(StrictModel):
 
     def _check_clock(self, stage: Stage, *, key: str) -> None:
         """A clock that looks at evaluations needs some."""
-        if stage.targets_clock is None or stage.targets_clock.switch_on != "saturation":
+        if stage.targets_clock is None or not SWITCHES[stage.targets_clock.switch_on].decided:
             return
         has_rows = self.data.heldout is not None or any(source.heldout for source in self.data.sources.values())
         if self.eval.every_steps is None or not has_rows:
             missing = "eval.every_steps" if has_rows else "data.heldout"
-            raise ValueError(f"{key}.switch_on saturation looks at evaluations during the run; set {missing}")
+            switch = stage.targets_clock.switch_on
+            raise ValueError(f"{key}.switch_on {switch} looks at evaluations during the run; set {missing}")
 
 
 class EvalConfig(StrictModel):

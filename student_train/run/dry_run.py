@@ -17,6 +17,7 @@ import torch
 from potstill.common.errors import UserError
 from potstill.kernels.loss import logits_chunk_bytes
 from potstill.storage import Loader, SourceRows, StoreReader
+from potstill.student_train.config.clocks import SWITCHES
 from potstill.student_train.config.train import TrainConfig
 from potstill.student_train.curriculum.plan import CurriculumPlan
 from potstill.student_train.curriculum.schedules import scalar_value
@@ -267,7 +268,7 @@ def stage_figures(config: TrainConfig, plan: CurriculumPlan, span: StageSpan) ->
         end_step=span.end_step,
         targets=plan.targets(span.first_step),
         clock=plan.clock_parts(span),
-        next_on=None if clock is None or clock.switch_on == "step" else clock.switch_on,
+        next_on=clock.switch_on if clock is not None and SWITCHES[clock.switch_on].decided else None,
         divergence=divergence,
         missing_mass=missing_mass,
         alpha=(begin.settings.alpha, end.settings.alpha),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from potstill.common.errors import ConfigError, UserError
-from potstill.student_train.config.clocks import TargetsClock
+from potstill.student_train.config.clocks import SWITCHES, Switch, TargetsClock
 from potstill.student_train.curriculum.clock import StageClock, stage_clock
 from potstill.student_train.data.stores import build_plan, open_stores
 from potstill.student_train.run.dry_run import dry_run
@@ -147,6 +147,16 @@ def test_a_dry_run_says_which_store_when_and_reads_only_those(stores, tmp_path: 
     assert "then the next store on saturation, decided during the run" in text
 
 
+def test_another_way_to_move_on_is_one_entry(stores, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = Switch(lambda clock, teacher_steps, switched, step: step // 5, lambda clock, switched, num_steps: [5])
+    monkeypatch.setitem(SWITCHES, "fifth", entry)
+    clock = {"stores": {"t0": 3, "t1": 9}, "switch_on": "fifth"}
+    config = workers.config_of(tree_of(stores, tmp_path / "run", clock))
+    plan = build_plan(config, open_stores(config))
+    assert [plan.targets(step) for step in range(8)] == ["t0"] * 5 + ["t1"] * 3
+    assert plan.clock_parts(plan.spans[0]) == ((0, "t0", 3), (5, "t1", 9))
+
+
 def paper_rule(figures: list[float]) -> list[int]:
     """Numbers of the evaluations at which the paper's code takes the next teacher."""
     last, found = 0.0, []
@@ -197,25 +207,21 @@ def test_a_store_is_left_after_most_steps_at_the_latest() -> None:
     assert [step for step in range(10, 130, 10) if watched.takes_next(clock, step, 0.5)] == [40, 80, 120]
 
 
-@pytest.mark.parametrize("stopped", [4, 6])
-def test_a_run_moves_on_by_its_evaluations_and_a_resumed_one_alike(stores, tmp_path: Path, stopped: int) -> None:
+def test_a_run_moves_on_by_its_evaluations_and_a_resumed_one_alike(stores, tmp_path: Path) -> None:
+    """Stopped where it moves on, which is decided after the run was made longer, and behind that."""
     clock = {"stores": {"t0": 3, "t1": 9}, "switch_on": "saturation", "max_steps": 4}
     options = {"eval": {"every_steps": 2}, "logging": {"every_steps": 1}, "schedule": {"kind": "constant"}}
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run_ranks(workers.train_run, tree_of(stores, whole, clock, **options), world=2)
-    short = tree_of(stores, parts, clock, **options, run={"max_steps": stopped})
-    run_ranks(workers.train_run, short, world=2)
-    run_ranks(workers.train_run, tree_of(stores, parts, clock, **options), world=2)
     seen = {}
-    for run in (whole, parts):
-        records = read_metrics(run)
-        seen[run] = [(r["step"], r["step_losses"]) for r in records if r["kind"] == "train"]
+    for name, parts in {"whole": (8,), "at": (4, 8), "behind": (6, 8)}.items():
+        for steps in parts:
+            tree = tree_of(stores, tmp_path / name, clock, **options, run={"max_steps": steps})
+            run_ranks(workers.train_run, tree, world=2)
+        records = read_metrics(tmp_path / name)
+        seen[name] = [record["step_losses"] for record in records if record["kind"] == "train"]
         [switch] = [record for record in records if record["kind"] == "targets_clock"]
         assert (switch["step"], switch["from"], switch["to"]) == (4, "t0", "t1")
-    assert seen[parts] == seen[whole]
-    alone = tree_of(stores, tmp_path / "alone", {"stores": {"t0": 3}, "refresh": 1}, **options)
-    run_ranks(workers.train_run, alone, world=2)
-    only = [record for record in read_metrics(tmp_path / "alone") if record["kind"] == "train"]
-    losses = [record["step_losses"] for record in only]
-    assert losses[:4] == [found for _, found in seen[whole][:4]], "the first store until then"
-    assert losses[4] != seen[whole][4][1], "and the second from there on"
+    assert seen["whole"] == seen["at"] == seen["behind"]
+    as_stages = tree_of(stores, tmp_path / "stages", {"stores": {"t0": 4, "t1": 9}, "refresh": 4}, **options)
+    run_ranks(workers.train_run, as_stages, world=2)
+    records = [record for record in read_metrics(tmp_path / "stages") if record["kind"] == "train"]
+    assert [record["step_losses"] for record in records] == seen["whole"]
