@@ -49,11 +49,11 @@ SIZES = {
     "cpu": Size(
         vocab_size=512,
         teacher_documents=5,
-        noisy_documents=4,
-        clean_documents=7,
-        teacher=Lm(hidden=128, layers=3, heads=4, steps=1500, rows=2, lr=3e-3),
-        small=Lm(hidden=48, layers=2, heads=2, steps=500, rows=2, lr=6e-3),
-        student=Lm(hidden=64, layers=2, heads=2, steps=470, rows=4, lr=6e-3),
+        noisy_documents=6,
+        clean_documents=10,
+        teacher=Lm(hidden=96, layers=3, heads=3, steps=600, rows=4, lr=5e-3),
+        small=Lm(hidden=48, layers=2, heads=2, steps=300, rows=2, lr=6e-3),
+        student=Lm(hidden=64, layers=2, heads=2, steps=300, rows=4, lr=6e-3),
     ),
     "gpu": Size(
         vocab_size=512,

@@ -39,6 +39,7 @@ KD = {"alpha": 0.9, "divergence": "forward_kl", "missing_mass": "tail"}
 ALL, NAMED, RANDOM = "KD, all", "rows: difference", "rows: random"
 EXCESS, RANDOM_TOKENS = "tokens: excess", "tokens: random"
 CE_KEPT = ", CE on all"
+BOTH = "both: difference, excess"
 SMALL_LOSS = {"store": "small", "stat": "mean_loss"}
 TEACHER_LOSS = {"store": "teacher", "stat": "mean_loss"}
 ROWS: dict[str, dict[str, Any]] = {
@@ -102,7 +103,7 @@ def arms(bench: Bench) -> dict[str, Arm]:
     for name, tokens in TOKENS.items():
         kd(name, {"tokens": tokens})
         kd(name + CE_KEPT, {"tokens": {**tokens, "applies_to": "kd"}}, off_kd="ce")
-    kd("both: difference, excess", {"rows": {**ROWS[NAMED], "share": SHARE}, "tokens": TOKENS[EXCESS]})
+    kd(BOTH, {"rows": {**ROWS[NAMED], "share": SHARE}, "tokens": TOKENS[EXCESS]})
     evals = {
         part: (
             "--heldout",
@@ -117,31 +118,35 @@ def arms(bench: Bench) -> dict[str, Arm]:
     return {name: Arm(config=tree, evals=evals if name in TOLD_APART else {}) for name, tree in found.items()}
 
 
-def judge(bench: Bench, runs: Runs) -> Outcome:
-    """Final losses on clean text, targets read to the final loss of KD on everything, and what each choice keeps."""
-    size = Noisy(bench).size
-    last = float(size.student.steps)
+def findings(bench: Bench, runs: Runs) -> tuple[Finding, ...]:
+    """The comparisons of the choice that was named beforehand, and what is told beside."""
     final = {name: runs.final(name) for name in runs.arms}
-    reach = {name: runs.reach(name, final[ALL]) for name in runs.arms}
-    fewer = [step is not None and step < last for step in reach[NAMED]]
+    last = float(Noisy(bench).size.student.steps)
+    fewer = [step is not None and step < last for step in runs.reach(NAMED, final[ALL])]
 
     def beside(better: str, worse: str) -> Finding:
         return compare(f"{better} ends lower than {worse}", final[better], final[worse], rule=False)
 
-    findings = (
+    return (
         compare(f"{NAMED} ends lower than {RANDOM}", final[NAMED], final[RANDOM]),
         compare(f"{NAMED} ends lower than {ALL}", final[NAMED], final[ALL]),
         count(f"{NAMED} comes to the final loss of {ALL} having read fewer targets", fewer, most(len(fewer))),
         beside(ALL, "labels"),
         beside(RANDOM, ALL),
         beside(f"{NAMED}, then all", ALL),
+        beside(f"{NAMED}, then all", NAMED),
         beside(f"{NAMED}, labels", "labels"),
         *(beside(name, RANDOM) for name in ROWS if name not in (NAMED, RANDOM)),
         *(beside(name, RANDOM_TOKENS) for name in TOKENS if name != RANDOM_TOKENS),
         *(beside(name + CE_KEPT, RANDOM_TOKENS + CE_KEPT) for name in TOKENS if name != RANDOM_TOKENS),
-        beside("both: difference, excess", NAMED),
+        beside(EXCESS, ALL),
+        beside(EXCESS + CE_KEPT, ALL),
+        beside(BOTH, NAMED),
     )
-    tables = (losses_table(bench, runs, final, reach), apart_table(runs), kept_table(bench))
+
+
+def judge(bench: Bench, runs: Runs) -> Outcome:
+    """Final losses on clean text, targets read to the final loss of KD on everything, and what each choice keeps."""
     shown = ("labels", ALL, NAMED, RANDOM, f"{NAMED}, then all", EXCESS, RANDOM_TOKENS)
     plot = Plot(
         name="loss",
@@ -150,13 +155,14 @@ def judge(bench: Bench, runs: Runs) -> Outcome:
         y="held-out loss, nats per token",
         curves={name: [curve[2:] for curve in runs.curves(name)] for name in shown},
     )
-    return Outcome(findings=findings, tables=tables, plots=(plot,))
+    tables = (losses_table(bench, runs), apart_table(runs), kept_table(bench))
+    return Outcome(findings=findings(bench, runs), tables=tables, plots=(plot,))
 
 
-def losses_table(
-    bench: Bench, runs: Runs, final: dict[str, list[float]], reach: dict[str, list[float | None]]
-) -> Table:
+def losses_table(bench: Bench, runs: Runs) -> Table:
     """A line for each arm: final loss, when it comes to the final loss of KD on everything, what it reads."""
+    final = {name: runs.final(name) for name in runs.arms}
+    reach = {name: runs.reach(name, final[ALL]) for name in runs.arms}
     setting = Noisy(bench)
     lm, store = setting.size.student, setting.stages.targets("noisy")
     num_rows = StoreReader(store).num_rows

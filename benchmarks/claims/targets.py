@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.claims.base import Arm, Bench, Claim, Outcome, Plot, Table
+from benchmarks.claims.base import Arm, Bench, Claim, Finding, Outcome, Plot, Table
 from benchmarks.claims.noisy import NEEDS, Noisy, build_models
 from benchmarks.claims.paired import compare, mean_and_sd
 from benchmarks.claims.runs import Runs
@@ -67,11 +67,10 @@ def arms(bench: Bench) -> dict[str, Arm]:
     return found
 
 
-def judge(bench: Bench, runs: Runs) -> Outcome:
-    """Loss, calibration error and bytes of each kind of store."""
-    loss = {name: runs.final(name) for name in runs.arms}
-    error = {name: [100 * value for value in runs.final(name, "calibration_error")] for name in runs.arms}
-    findings = (
+def findings(runs: Runs) -> tuple[Finding, ...]:
+    """The order of the study, in loss and calibration."""
+    loss, error = figures(runs)
+    return (
         compare(f"{FULL} ends lower than {RENORM}", loss[FULL], loss[RENORM]),
         compare(f"{DRAWS} end lower than {RENORM}", loss[DRAWS], loss[RENORM]),
         compare(f"{FULL} is better calibrated than {RENORM}", error[FULL], error[RENORM], unit="points"),
@@ -84,6 +83,17 @@ def judge(bench: Bench, runs: Runs) -> Outcome:
         compare(f"12 draws end as low as {FULL}", loss["12 draws"], loss[FULL], margin=MARGIN, rule=False),
         compare(f"top-p-k ends as low as {FULL}", loss["top-p-k"], loss[FULL], margin=MARGIN, rule=False),
     )
+
+
+def figures(runs: Runs) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Final loss in nats, and calibration error in per cent, of each arm by seed."""
+    loss = {name: runs.final(name) for name in runs.arms}
+    error = {name: [100 * value for value in runs.final(name, "calibration_error")] for name in runs.arms}
+    return loss, error
+
+
+def judge(bench: Bench, runs: Runs) -> Outcome:
+    """Loss, calibration error and bytes of each kind of store."""
     plot = Plot(
         name="loss",
         title="The same teacher, stored in different ways",
@@ -91,12 +101,13 @@ def judge(bench: Bench, runs: Runs) -> Outcome:
         y="held-out loss, nats per token",
         curves={name: [curve[2:] for curve in runs.curves(name)] for name in runs.arms},
     )
-    return Outcome(findings=findings, tables=(stores_table(bench, runs, loss, error),), plots=(plot,))
+    return Outcome(findings=findings(runs), tables=(stores_table(bench, runs),), plots=(plot,))
 
 
-def stores_table(bench: Bench, runs: Runs, loss: dict[str, list[float]], error: dict[str, list[float]]) -> Table:
+def stores_table(bench: Bench, runs: Runs) -> Table:
     """A line for each arm: loss, gain, calibration, and what a token of its store takes."""
     stages = Noisy(bench).stages
+    loss, error = figures(runs)
     gain = sum(loss["labels"]) - sum(loss[FULL])
     lines = []
     for name in runs.arms:
