@@ -23,6 +23,7 @@ from benchmarks.claims.base import SCALES, Bench, Claim, Scale
 from benchmarks.claims.report import keep, result_of, result_text
 from benchmarks.claims.runs import run_arms, run_jobs
 from benchmarks.claims.table import CLAIMS, find_claim, head
+from benchmarks.claims.tell import tell
 from potstill.common.errors import UserError
 
 QUICK_SEEDS = (1, 2)
@@ -71,6 +72,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument("--claim", choices=CLAIMS, action="append", help="run this one; may be given again")
     what.add_argument("--all", action="store_true", help="run every claim")
     what.add_argument("--list", action="store_true", help="say what each claim is, and run nothing")
+    what.add_argument("--tell", action="store_true", help="write what claims.json holds into the pages")
     parser.add_argument("--seeds", type=parse_seeds, help="of the students (1,2,3,4,5; with --quick 1,2)")
     parser.add_argument(
         "--quick", action="store_true", help="tiny sizes that show the machinery; says nothing of a method"
@@ -95,6 +97,9 @@ def main(words: Sequence[str] | None = None) -> int:
     if options.list:
         for name in CLAIMS:
             print(f"{name}\n\n{head(name)}\n")
+        return 0
+    if options.tell:
+        print("\n".join(f"written: {page}" for page in tell()) or "nothing to change")
         return 0
     scale: Scale = "quick" if options.quick else options.scale or "cpu"
     seeds = options.seeds or (QUICK_SEEDS if scale == "quick" else SEEDS)

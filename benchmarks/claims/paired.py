@@ -70,7 +70,7 @@ def most(seeds: int) -> int:
 
 def written(values: Sequence[float | None], digits: int = 4) -> tuple[str, ...]:
     """Figures by seed as text; None is "never"."""
-    return tuple("never" if value is None else f"{value:.{digits}f}".rstrip("0").rstrip(".") for value in values)
+    return tuple("never" if value is None else f"{value:.{digits}f}" for value in values)
 
 
 def mean_and_sd(values: Sequence[float], digits: int = 4) -> str:

@@ -18,6 +18,7 @@ from benchmarks.claims.paired import cohens_d, compare, count, most
 from benchmarks.claims.runs import Run, Runs, source_digest, value_of
 from benchmarks.claims.svg import draw, mean_curve, ticks
 from benchmarks.claims.table import CLAIMS, find_claim, head
+from benchmarks.claims.tell import PAGES, PART, RESULTS, told
 from potstill.common.errors import UserError
 
 
@@ -184,3 +185,37 @@ def test_a_claim_says_what_it_is(name: str) -> None:
     for word in ("Paper", "Set-up", "Arms", "Pass", "Cost"):
         assert f"{word}:" in text, f"{name}: its head has no line that begins with {word}:"
     assert claim.name == name
+
+
+def test_pages_say_what_the_results_hold(tmp_path: Path) -> None:
+    result: dict[str, Any] = {
+        "pass": False,
+        "title": "A helps",
+        "headline": "a beats b",
+        "effect": 0.0123,
+        "unit": "nats",
+        "interval": [-0.01, 0.03],
+        "seeds": [1, 2],
+        "command": "python -m benchmarks.claims --claim a",
+        "plots": ["claims/a_loss.svg"],
+        "findings": [vars(compare("a beats b", [1.0, 1.1], [1.5, 1.61]))],
+    }
+    page = tmp_path / "page.md"
+    parts = ["# P", "<!-- claims -->", "of before", "<!-- end -->", "kept"]
+    parts += [line for name in "ab" for line in (f"<!-- claim: {name} -->", "<!-- end -->")]
+    page.write_text("\n".join([*parts, ""]))
+    text = told(page, {"a": result})
+    assert "of before" not in text and "\nkept\n" in text
+    assert "| no | a beats b | +0.0123 nats | -0.0100 to +0.0300 | 2 |" in text
+    assert "**Does not hold at this scale**: A helps." in text and "a_loss.svg)" in text
+    assert text.count("Not run yet") == 1
+    page.write_text(text)
+    assert told(page, {"a": result}) == text
+
+
+def test_readme_and_methods_page_are_those_of_the_results() -> None:
+    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    for page in PAGES:
+        assert page.read_text() == told(page, results), f"{page.name}: run python -m benchmarks.claims --tell"
+    marked = {found["name"] for found in PART.finditer(PAGES[1].read_text())}
+    assert marked - {None} == set(CLAIMS)
