@@ -36,6 +36,7 @@ from potstill.storage.rows.columns import COLUMNS
 from potstill.storage.rows.id_map import IdMap
 from potstill.storage.rows.k_bound import KBound, bound_positions
 from potstill.storage.rows.row_types import NO_LABEL, Row, ScoresRow, TargetsRow, TokensRow, token_digest
+from potstill.storage.rows.scores_columns import SCORES_COLUMNS, ScoresColumn
 from potstill.storage.rows.sparse_targets import Candidates, SparseTargets, concatenate
 from potstill.storage.rows.tokens_columns import TOKENS_COLUMNS, TokensColumn
 from potstill.storage.rows.vocabulary import VocabularyMap, dropped_mass
@@ -55,6 +56,7 @@ __all__ = [
     "MIXTURE_VERSION",
     "NO_LABEL",
     "ORDER_VERSION",
+    "SCORES_COLUMNS",
     "TOKENS_COLUMNS",
     "AlignmentReport",
     "Candidates",
@@ -83,6 +85,7 @@ __all__ = [
     "RowPlan",
     "RowSample",
     "RunSpec",
+    "ScoresColumn",
     "ScoresRow",
     "Source",
     "SourceRows",

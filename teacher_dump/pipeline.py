@@ -44,12 +44,13 @@ class HostResult(Protocol):
 class BatchRows:
     """Rows of one batch; `figures` are sums that the worker adds up (e.g. excluded mass) and notes in its records.
 
-    `shown` are further sums, added up for the summary and not noted anywhere.
+    `shown` are further sums, added up for the summary and not noted anywhere. `beside` are rows for the store beside.
     """
 
     rows: Sequence[FinishedRow]
     figures: Mapping[str, float] = field(default_factory=dict)
     shown: Mapping[str, float] = field(default_factory=dict)
+    beside: Sequence[Row] = ()
 
 
 @dataclass
@@ -78,7 +79,8 @@ class Walk:
 
     `compute(batch)` runs in the calling thread; the object it returns finishes in another. `refused_allowed` is the
     number of refused rows above which the run stops; `refused_elsewhere()` counts those in the units of others and of
-    earlier runs: all workers together may not have more than that.
+    earlier runs: all workers together may not have more than that. `beside` is a store of the same units whose rows
+    come of the same work (`BatchRows.beside`): a unit is committed there first, and is there when `writer` has it.
     """
 
     def __init__(
@@ -96,8 +98,9 @@ class Walk:
         on_rows: Callable[[int, int], None] = lambda rows, tokens: None,
         on_unit: Callable[[int, WalkTotals], None] = lambda unit, totals: None,
         stop_reason: Callable[[], str | None] = lambda: None,
+        beside: StoreWriter | None = None,
     ) -> None:
-        self._reader, self._writer = reader, writer
+        self._reader, self._writer, self._beside = reader, writer, beside
         self._compute, self._layout = compute, layout
         self._batch_rows = batch_rows
         self._finish_threads = finish_threads
@@ -202,6 +205,8 @@ class Walk:
         # Row counts are added up here, at the one place where it is known that the rows are safe.
         if self._too_many(refused):
             return _Committed(number, 0, 0, refused, figures | shown, too_many=True)
+        if self._beside is not None:
+            self._beside.commit_unit(number, [row for part in done for row in part.beside])
         self._writer.commit_unit(number, rows, extra=extra)
         return _Committed(number, len(rows), sum(_num_tokens(row) for row in rows), refused, figures | shown)
 

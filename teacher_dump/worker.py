@@ -52,6 +52,10 @@ class Job(Protocol):
     def compute(self, engine: TeacherEngine, batch: TeacherBatch, vocab_size: int) -> HostResult:
         """Run the model over a batch; the result finishes in another thread."""
 
+    def beside(self, tokens: StoreReader) -> StoreWriter | None:
+        """The writer of a second store, of the same units, that comes of the same work; None: there is none."""
+        return None
+
     def k_bound(self, figures: Mapping[str, float]) -> KBound | None:
         """How often the selection stopped at k, from the sums of `BatchRows`; None where it has no such bound."""
         return None
@@ -134,6 +138,7 @@ def run_worker(
         raise UserError("force deletes the store and may be used by a single worker only; delete it first")
     ranking = job.id_frequencies(tokens)
     writer = StoreWriter.create(config.output, spec, force=config.force, id_frequencies=ranking)
+    beside = job.beside(tokens)
     units = writer.todo(worker=place.worker, num_workers=place.num_workers)
     log.info(
         "%s: worker %d of %d (%s) has %d units to do",
@@ -148,7 +153,8 @@ def run_worker(
     most_passes = ranks.largest(passes)
     totals = WalkTotals()
     if most_passes:
-        totals = _walk(config, teacher, job, tokens, writer, units, ranks, idle_passes=most_passes - passes)
+        idle = most_passes - passes
+        totals = _walk(config, teacher, job, tokens, writer, units, ranks, idle_passes=idle, beside=beside)
     if totals.stopped_by is not None:
         raise StoppedError(
             f"{job.word}: stopped by {totals.stopped_by} after {totals.units} of {len(units)} units of worker "
@@ -175,6 +181,7 @@ def _walk(
     ranks: Ranks,
     *,
     idle_passes: int,
+    beside: StoreWriter | None = None,
 ) -> WalkTotals:
     from potstill.teacher_dump.engines.loading import load_engine
 
@@ -210,6 +217,7 @@ def _walk(
             on_rows=on_rows,
             on_unit=partial(_warn_of_k, job, writer),
             stop_reason=stop_reason,
+            beside=beside,
         )
         totals = walk.run(units)
         while idle_passes and totals.stopped_by is None:

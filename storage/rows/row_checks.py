@@ -12,6 +12,7 @@ from potstill.storage.rows.array_types import Float32
 from potstill.storage.rows.column import Column, Values
 from potstill.storage.rows.columns import COLUMNS, misfit
 from potstill.storage.rows.row_types import Row, ScoresRow, TargetsRow, TokensRow
+from potstill.storage.rows.scores_columns import check_scores_columns
 from potstill.storage.rows.target_checks import check_kept_normaliser
 from potstill.storage.rows.tokens_columns import TOKENS_COLUMNS
 from potstill.storage.rows.validation import validate
@@ -66,6 +67,7 @@ def _check_row(row: Row, spec: RunSpec) -> None:
         _check_targets(row, spec)
     else:
         _check_scores(row)
+        check_scores_columns(row.more, spec)
 
 
 def _check_tokens(row: TokensRow, spec: RunSpec) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 from potstill.storage.errors import CorruptError, MismatchError, StoreError, VersionError
 from potstill.storage.files.checked_json import canonical, get_list
-from potstill.storage.rows.columns import COLUMNS, column_features, namable_columns
+from potstill.storage.rows.columns import COLUMNS, AnyColumn, column_features, namable_columns
+from potstill.storage.rows.scores_columns import SCORES_COLUMNS
 from potstill.storage.rows.tokens_columns import TOKENS_COLUMNS
 from potstill.storage.rows.value_grid import ODDS_STEP, ODDS_ZERO, SCORE_STEP, VALUE_STEP
 
@@ -44,8 +45,8 @@ class RunSpec:
     """Meaning of one store (see docs/format.md, run.json); validated on construction, raises StoreError.
 
     `num_rows` is None only for kind tokens, whose length is known at seal. `id_map_sha256` names the table of
-    frequency-ranked ids when the store uses one. `columns` names the columns of targets or of tokens that the store has
-    although no other field says so (`storage/rows/columns.py`, `storage/rows/tokens_columns.py`). `normaliser` is
+    frequency-ranked ids when the store uses one. `columns` names the columns that the store has although no other field
+    says so (`storage/rows/columns.py`, `tokens_columns.py` and `scores_columns.py` beside it). `normaliser` is
     `kept` where the log-probabilities are relative to the entries alone, as a renormalising writer left them: then the
     tail is unknown, and -inf in the file. `unknown` keeps optional fields of newer minor versions.
     """
@@ -85,9 +86,9 @@ class RunSpec:
         return int(self.selection["num_draws"]) if self.selection and self.selection["mode"] == "sample" else None
 
     def stores(self, column: str) -> bool:
-        """Whether the store has that column of targets or of tokens."""
-        found = TOKENS_COLUMNS[column] if self.kind == "tokens" else COLUMNS[column]
-        return found.is_stored(self)
+        """Whether the store has that column of its kind."""
+        tables: dict[str, Mapping[str, AnyColumn]] = {"tokens": TOKENS_COLUMNS, "scores": SCORES_COLUMNS}
+        return tables.get(self.kind, COLUMNS)[column].is_stored(self)
 
     @property
     def required_features(self) -> list[str]:
@@ -194,7 +195,7 @@ def _check_version(value: Mapping[str, Any], *, where: str) -> None:
     if alien:
         raise VersionError(f"{where}: store needs the features {alien}, which this reader does not know; upgrade")
     named = get_list({"columns": [], **value}, "columns", where=where)
-    known = {*COLUMNS, *TOKENS_COLUMNS}
+    known = {*COLUMNS, *TOKENS_COLUMNS, *SCORES_COLUMNS}
     alien = [name for name in named if not isinstance(name, str) or name not in known]
     if alien:
         raise VersionError(f"{where}: store has the columns {alien}, which this reader does not know; upgrade")

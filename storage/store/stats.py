@@ -10,6 +10,7 @@ import numpy as np
 from potstill.storage.files.folder import StorePath
 from potstill.storage.rows.k_bound import KBound, bound_positions
 from potstill.storage.rows.row_types import ScoresRow, TargetsRow, TokensRow
+from potstill.storage.rows.scores_columns import SCORES_COLUMNS
 from potstill.storage.rows.sparse_targets import SparseTargets
 from potstill.storage.rows.target_checks import segment_sums
 from potstill.storage.store.reader import StoreReader
@@ -122,11 +123,14 @@ def store_stats(path: StorePath, *, max_rows: int = MAX_ROWS) -> StoreStats:
         elif isinstance(found, ScoresRow):
             values["entropy (nats)"].append(found.entropy)
             values["label rank"].append(found.label_rank)
+            for name, of_documents in found.more.items():
+                values.setdefault(name, []).append(of_documents[~np.isnan(of_documents)])
             tokens += len(found.entropy)
         else:
             token_rows.append(found)
             tokens += len(found.tokens)
     joined = {name: np.concatenate(parts) for name, parts in values.items() if parts}
+    bins = BINS | {name: column.bins for name, column in SCORES_COLUMNS.items()}
     column_bytes, batch_tokens = reader.column_bytes(picks)
     scale = tokens / max(1, batch_tokens)
     return StoreStats(
@@ -139,7 +143,7 @@ def store_stats(path: StorePath, *, max_rows: int = MAX_ROWS) -> StoreStats:
         sampled_rows=len(picks),
         sampled_tokens=tokens,
         column_bytes={name: round(n * scale) for name, n in column_bytes.items()},
-        histograms={name: _histogram(x, BINS[name]) for name, x in joined.items() if x.size},
+        histograms={name: _histogram(x, bins[name]) for name, x in joined.items() if x.size},
         k_bound=_k_bound(reader.spec, targets),
         rows=_row_figures(reader, token_rows),
         normaliser=reader.spec.normaliser,

@@ -16,6 +16,7 @@ from potstill.common.config import LocalPath, StorePlace, StrictModel
 from potstill.student_train.config.answers import AnswersConfig
 from potstill.student_train.config.lr_schedule import LrSchedule
 from potstill.student_train.config.optimizers import OptimizerConfig
+from potstill.student_train.config.rescoring import Rescoring
 from potstill.student_train.config.sources import (
     NamedSource,
     SourceConfig,
@@ -275,6 +276,9 @@ class TrainConfig(StrictModel):
     curriculum: tuple[Stage, ...] = Field(
         default=(Stage(),), min_length=1, description="Stages in order; one is plain training"
     )
+    rescoring: Rescoring | None = Field(
+        default=None, description="Scores of rows and documents by the student in training; null: none"
+    )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="AdamW or Muon")
     schedule: LrSchedule = Field(default_factory=LrSchedule, description="Learning rate")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Saving and resuming")
@@ -307,6 +311,21 @@ class TrainConfig(StrictModel):
         if self.eval.samples and self.data.heldout is None:
             raise ValueError(
                 "eval.samples takes its prompts from data.heldout; name that store, or eval.sample_prompts"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rescoring(self) -> TrainConfig:
+        if self.rescoring is None:
+            return self
+        name = self.rescoring.name
+        taken = frozenset({"student"}).union(*(source.store_names for source in self.data.named_sources()))
+        if name in taken:
+            raise ValueError(f"rescoring.name is {name!r}, which names a store already, or the student; take another")
+        if not any(self.rescoring.is_read_by(stage) for stage in self.curriculum):
+            raise ValueError(
+                f"rescoring is on, but no stage reads {name!r}; name it in weights.store or rows.score.of of a stage, "
+                "or remove rescoring"
             )
         return self
 
@@ -357,7 +376,10 @@ class TrainConfig(StrictModel):
                 )
             if not last and stage.until is None:
                 raise ValueError(f"curriculum.{number}.until is missing: only the last stage may go to the end")
-            check_stage_stores(stage, self.objective, self.data.named_sources(), key=f"curriculum.{number}")
+            key, scored = f"curriculum.{number}", None if self.rescoring is None else self.rescoring.name
+            if self.rescoring is not None:
+                self.rescoring.check_stage(stage, key=key)
+            check_stage_stores(stage, self.objective, self.data.named_sources(), key=key, scored=scored)
         shares = [stage.until for stage in self.curriculum if isinstance(stage.until, float)]
         if any(after <= before for before, after in pairwise(shares)):
             raise ValueError(f"curriculum: the stages' until {shares} must rise, else stages overlap")

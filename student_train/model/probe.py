@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from potstill.kernels.types import IGNORE_LABEL
 from potstill.student_train.curriculum.step_objective import StepObjective
 from potstill.student_train.data.batch import MicroBatch
 from potstill.student_train.evaluation.answers import answer_counts
@@ -60,6 +61,38 @@ class _HeldoutOfHead:
             logit_scale=head.logit_scale,
         )
         return sums, calibration_bins(choices, weights), answer_counts(self.micro, choices)
+
+
+@dataclass(frozen=True)
+class LabelFiguresRequest:
+    """What the student says of each label of a micro-batch."""
+
+    micro: MicroBatch
+
+    def run(self, student: StudentModel) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, whether the label is the most probable token (1 or 0), and entropy, each float32 [N]; 0 without one."""
+        hidden = student.hidden_states(self.micro)
+        loss: Tensor
+        correct: Tensor
+        entropy: Tensor
+        loss, correct, entropy = student.hf.lm_head(hidden, _LabelFiguresOfHead(self.micro))
+        return loss, correct, entropy
+
+
+@dataclass(frozen=True)
+class _LabelFiguresOfHead:
+    """LabelFiguresRequest, from the hidden states on."""
+
+    micro: MicroBatch
+
+    def run(self, head: DistillationHead, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        labels = self.micro.labels
+        places = (labels != IGNORE_LABEL).nonzero()[:, 0]  # an answer is often a small part of its row
+        found = torch.zeros(3, len(labels), device=hidden.device)
+        if len(places):
+            figures = head.statistics(hidden[places], replace(self.micro, labels=labels[places]), None)
+            found[:, places] = torch.stack([-figures.label_logprob, figures.correct, figures.entropy]).float()
+        return found[0], found[1], found[2]
 
 
 @dataclass(frozen=True)
