@@ -7,9 +7,10 @@ from collections.abc import Callable
 from potstill.student_train.config.train import TrainConfig
 from potstill.student_train.run.legs import Decider
 from potstill.student_train.run.preflight import CheckedRun
+from potstill.student_train.run.rescoring import rescoring_decider
 
 # Each makes its decider of a checked run, or None where the configuration asks for none. They decide in this order.
-DECIDERS: dict[str, Callable[[TrainConfig, CheckedRun], Decider | None]] = {}
+DECIDERS: dict[str, Callable[[TrainConfig, CheckedRun], Decider | None]] = {"rescoring": rescoring_decider}
 
 
 def build_deciders(config: TrainConfig, checked: CheckedRun) -> tuple[Decider, ...]:
