@@ -22,6 +22,7 @@ from potstill.student_train.curriculum.live_scores import LiveScores
 from potstill.student_train.curriculum.plan import rows_digest
 from potstill.student_train.data.stores import build_plan, open_stores
 from potstill.student_train.evaluation.drawn_answers import AnswerDrawing
+from potstill.student_train.evaluation.row_figures import curriculum_step
 from potstill.student_train.evaluation.written_answers import answer_writing, answers_of
 from potstill.student_train.model.hf_config import hf_config
 from potstill.student_train.model.student import StudentModel, build_student
@@ -256,7 +257,7 @@ def test_statistics_of_rows_are_means_over_their_positions_and_documents(student
     assert scores.statistics_of(0, 3)["num_targets"].tolist() == [0, *found["num_targets"][:2]]
     [row] = scores.of_rows([2])
     assert row.stats["mean_loss"] == found["mean_loss"][1]
-    with pytest.raises(UserError, match="row 0 has no scores of 'current', which were made before step 0 of 4 rows"):
+    with pytest.raises(UserError, match="row 0 has no scores of 'current': before step 0 4 rows were scored"):
         scores.of_rows([2, 0])
 
 
@@ -296,7 +297,7 @@ RANKED = {"targets": "teacher", "rows": {**BY_LOSS, "segments": 3}}
             {
                 "curriculum": [
                     {"until": 4, "weights": BY_ANSWER},
-                    {"tokens": {"policy": "top_loss", "source": "current"}},
+                    {"tokens": {"policy": "top_loss", "share": 0.5, "source": "current"}},
                 ]
             },
             r"curriculum\.1\.tokens names 'current', .* source: student",
@@ -329,3 +330,20 @@ def test_a_run_that_was_made_longer_scores_the_rows_that_come(masked, tmp_path: 
     other["rescoring"]["every_steps"] = 3
     with pytest.raises(UserError, match="rescoring: the checkpoint has"):
         check_start(workers.config_of(other), num_ranks=1)
+
+
+def test_what_a_start_would_cost_and_what_a_step_weighed_are_told(masked, whole: Path, tmp_path: Path) -> None:
+    drawn = {"rescoring": {"rows": "upcoming", "measure": "generated"}, "curriculum": [{"weights": BY_PASS_RATE}]}
+    notes = check_start(workers.config_of(tree_of(masked, tmp_path / "run", **drawn)), num_ranks=1).notes
+    assert (
+        "rescoring 'current': 3 times, every 4 steps, at most 16 rows each; 12 forwards of 5 rows in all" in notes[-1]
+    )
+    assert "8 answers of each document are drawn" in notes[-1]
+    config, tokens = workers.config_of(tree_of(masked, whole)), StoreReader(masked["tokens"])
+    at = curriculum_step(config, tokens, step=9, default=0, checkpoints=list_checkpoints(whole))
+    scores, micro = scores_at(whole, 8), at.micro_batch(5)
+    document = np.repeat(np.arange(3), tokens.tokens_rows([5])[0].doc_lens)
+    chance = np.exp(-0.5 * scores.sums["loss"].reshape(NUM_ROWS, 3)[5])[document]
+    np.testing.assert_allclose(micro.token_weights, np.where(micro.labels == -100, 0, chance), rtol=1e-5)
+    with pytest.raises(UserError, match="no checkpoint holds those of this step"):
+        curriculum_step(config, tokens, step=9, default=0)
