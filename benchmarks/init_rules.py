@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from benchmarks.about import about, about_line
-from benchmarks.methods import run_jobs
+from benchmarks.claims.runs import run_jobs
 from potstill.common.jobs import Job
 from potstill.common.text_tables import table
 from potstill.launch.cli import main as potstill

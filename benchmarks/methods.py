@@ -1,325 +1,159 @@
-"""Presets against label-only training and plain KD: same stores, student, steps and learning rate, several seeds.
+"""A preset against label-only training and plain KD on your stores: same student, steps and schedule, several seeds.
 
     python -m benchmarks.methods --preset salt --tokens data/train --heldout data/heldout --targets teacher=targets \
-        --scores slm=scores --model-config configs/small --steps 400 --seeds 3 --work runs/methods
-    python -m benchmarks.methods --all --data ../shared/data --work runs/methods --output benchmarks/results/methods.md
+        --scores slm=scores --model-config configs/small --steps 400 --seeds 1,2,3,4,5 --work runs/methods
 
-The first form compares one preset on your stores. The second makes stores of real text, runs every preset from random
-weights, those of --trained from a trained student too, and writes the tables. Runs stand in --work under the digest
-of their configuration: what is done is not done again, presets share the baselines that are equal, and the command
-started again continues. Printed are means and spreads (standard deviations over seeds) of the held-out loss and the
-calibration error at the end, the differences to plain KD and to labels by seed, and the steps after which an arm first
-reaches the final loss of the label-only run of its seed; the last line is JSON.
+What the methods are held to, each in a setting of its own: `python -m benchmarks.claims`. Here the arms are `labels`,
+`kd` (plain KD of the same targets, alpha 0.9) and the preset. They differ in curriculum and objective alone, so that a
+preset's learning-rate schedule is that of its baselines. Runs stand in --work under the digest of their configuration:
+what is done is not done again, presets share the baselines that are equal, and the command started again continues.
+Printed are means and standard deviations over seeds of the held-out loss and the calibration error, the differences
+paired by seed with their 95 % interval, and the steps after which an arm first reaches the final loss of the label-only
+run of its seed; the last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel
-
-from benchmarks.methods_report import PresetResult, Table, write_report
-from benchmarks.methods_stores import SERIES, RealText
-from potstill.common.config import build_config, load_config
+from benchmarks.about import about
+from benchmarks.claims.__main__ import parse_seeds
+from benchmarks.claims.base import Arm, Bench, Finding
+from benchmarks.claims.paired import compare, mean_and_sd, written
+from benchmarks.claims.report import finding_line
+from benchmarks.claims.runs import Runs, run_arms
+from potstill.common.config import load_config
 from potstill.common.errors import UserError
-from potstill.common.jobs import Job, JobRunner, Starter, say
-from potstill.common.processes import start
-from potstill.launch.presets import find_preset, list_presets
-from potstill.launch.ranks import count_devices
-from potstill.launch.warm_server import WarmChild, warm_up
+from potstill.common.text_tables import table
+from potstill.launch.presets import find_preset
 from potstill.student_train.config.train import TrainConfig
-from potstill.student_train.run.metrics import read_metrics
 
-# Methods whose papers start from a trained student: their positions or rows are chosen by what it knows.
-FROM_TRAINED = ("paced", "pocl", "se_kd", "tip")
 PLAIN_KD = {"alpha": 0.9}  # forward KL at T = 1 with the tail bucket: the defaults of `objective`
-STUDENT: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_size": 96,
-    "intermediate_size": 256,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 3,
-    "max_position_embeddings": 256,
-    "tie_word_embeddings": True,
-}
+EVALUATIONS = 10
 
 
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """What all arms have in common, and where their runs stand."""
-
-    work: Path
-    tokens: str
-    heldout: str
-    targets: dict[str, str]
-    scores: dict[str, str]
-    model: Any  # Hugging Face config of the student; None: the preset's
-    weights: str | None = None  # folder of a trained student, instead of random weights
-    steps: int = 400
-    batch_rows: int = 8
-    micro_batch_rows: int = 8
-    seeds: int = 3
-    evaluations: int = 10
-    heldout_rows: int | None = None
-    overrides: tuple[str, ...] = ()
-    kd_targets: str | None = None  # store of the plain KD arm; None: the preset's last one
-    renamed: dict[str, str] = field(default_factory=dict)  # a preset's store name -> one of `targets`
-
-    def arms(self, preset: str) -> dict[str, dict[str, Any]]:
-        """Configuration of each arm: the preset, and two that differ from it in curriculum and objective alone."""
-        loaded = load_config(TrainConfig, find_preset(preset).path, [*self.overrides]).model_dump(mode="json")
-        wanted = {name: self.targets[self.renamed.get(name, name)] for name in loaded["data"]["targets"]}
-        tree = self._common(loaded)
-        used = [stage["targets"] for stage in tree["curriculum"] if stage["targets"] is not None]
-        labels = {**tree, "curriculum": [{}], "objective": {}}
-        arms = {"labels": labels}
-        if used:
-            store = self.targets[self.kd_targets] if self.kd_targets else wanted[used[-1]]
-            data = {**tree["data"], "targets": {"teacher": store}}
-            arms["kd"] = {**labels, "data": data, "curriculum": [{"targets": "teacher"}], "objective": PLAIN_KD}
-        scores = {name: self.scores[name] for name in loaded["data"]["scores"]}
-        arms[preset] = {**tree, "data": {**tree["data"], "targets": wanted, "scores": scores}}
-        return arms
-
-    def _common(self, tree: dict[str, Any]) -> dict[str, Any]:
-        data = {**tree["data"], "tokens": self.tokens, "heldout": self.heldout, "targets": {}, "scores": {}}
-        data |= {"global_batch_rows": self.batch_rows, "micro_batch_rows": self.micro_batch_rows}
-        model = tree["model"] if self.model is None else {**tree["model"], "config": self.model}
-        if self.weights is not None:
-            model = {**model, "config": None, "path": self.weights}
-        run = {"name": "methods", "output_dir": "", "seed": 0, "max_steps": self.steps, "num_threads": 1}
-        return {
-            **tree,
-            "run": run,
-            "model": model,
-            "data": data,
-            "eval": {"every_steps": max(1, self.steps // self.evaluations), "max_rows": self.heldout_rows},
-            "checkpoint": {"keep_last": 1},
-        }
-
-    def folder(self, tree: dict[str, Any], seed: int) -> Path:
-        """Where the run of this configuration stands; equal configurations stand in one place.
-
-        Keys at their defaults do not count, so that a key that comes later does not part a run from its folder.
-        """
-        named = {**tree, "run": {**tree["run"], "output_dir": "run"}}
-        told = told_keys(build_config(TrainConfig, named, source="methods"))
-        digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:12]
-        return self.work / "runs" / f"{digest}-{seed}"
-
-    def jobs(self, presets: list[str]) -> list[Job]:
-        """All runs of all arms that these presets need, each once; their configurations are written."""
-        made: dict[str, Job] = {}
-        for seed in range(self.seeds):  # one seed of everything first, so that a table can be made early
-            for preset in presets:
-                for tree in self.arms(preset).values():
-                    job = self._job(tree, seed)
-                    made[job.name] = job
-        return list(made.values())
-
-    def _job(self, tree: dict[str, Any], seed: int) -> Job:
-        folder = self.folder(tree, seed)
-        path = folder.parent.parent / "configs" / f"{folder.name}.yaml"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tree = {**tree, "run": {**tree["run"], "output_dir": str(folder), "seed": seed}}
-        path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
-        command = ("potstill", "train", "--config", str(path), "--num-ranks", "1")
-        return Job(name=folder.name, command=command, is_done=(folder / "done.json").is_file)
-
-    def finished_seeds(self, preset: str) -> list[int]:
-        """Seeds of which every arm is done."""
-        trees = self.arms(preset).values()
-        return [
-            seed
-            for seed in range(self.seeds)
-            if all((self.folder(tree, seed) / "done.json").is_file() for tree in trees)
-        ]
-
-    def result(self, preset: str) -> PresetResult:
-        """The evaluations of all arms and finished seeds, read from the run folders. UserError: no seed is finished."""
-        seeds = self.finished_seeds(preset)
-        if not seeds:
-            raise UserError(f"preset {preset}: no seed has all its runs done in {self.work}; run without --table-only")
-        found = {}
-        for name, tree in self.arms(preset).items():
-            runs = [read_metrics(self.folder(tree, seed)) for seed in seeds]
-            found[name] = [[record for record in run if record["kind"] == "eval"] for run in runs]
-        return PresetResult(preset, found)
+def arms_of(options: argparse.Namespace) -> dict[str, Arm]:
+    """Each arm's configuration: the preset, and two that differ from it in curriculum and objective alone."""
+    preset = options.preset
+    loaded = load_config(TrainConfig, find_preset(preset).path, [*options.overrides]).model_dump(mode="json")
+    targets, scores = (_chosen(loaded["data"][kind], getattr(options, kind), kind) for kind in ("targets", "scores"))
+    tree = _common(loaded, options)
+    used = [stage["targets"] for stage in tree["curriculum"] if stage["targets"] is not None]
+    labels = {**tree, "curriculum": [{}], "objective": {}}
+    arms = {"labels": labels}
+    if used:
+        store = options.targets[options.kd_targets] if options.kd_targets else targets[used[-1]]
+        data = {**tree["data"], "targets": {"teacher": store}}
+        arms["kd"] = {**labels, "data": data, "curriculum": [{"targets": "teacher"}], "objective": PLAIN_KD}
+    arms[preset] = {**tree, "data": {**tree["data"], "targets": targets, "scores": scores}}
+    return {name: Arm(config=arm) for name, arm in arms.items()}
 
 
-def told_keys(value: Any) -> Any:
-    """A configuration as plain values without the keys that stand at their defaults (`kind` always says what it is)."""
-    if isinstance(value, BaseModel):
-        fields = type(value).model_fields
-        told = {name: getattr(value, name) for name, field in fields.items()}
-        return {
-            name: told_keys(found)
-            for name, found in told.items()
-            if name == "kind" or found != fields[name].get_default(call_default_factory=True)
-        }
-    if isinstance(value, dict):
-        return {name: told_keys(found) for name, found in value.items()}
-    return [told_keys(found) for found in value] if isinstance(value, list | tuple) else value
+def _chosen(wanted: Mapping[str, Any], given: Mapping[str, str], kind: str) -> dict[str, str]:
+    missing = [name for name in wanted if name not in given]
+    if missing:
+        raise UserError(f"the preset reads {kind} {', '.join(wanted)}; give --{kind} {missing[0]}=STORE")
+    return {name: given[name] for name in wanted}
 
 
-def run_jobs(jobs: list[Job], work: Path, parallel: int) -> None:
-    """Run what is missing, `parallel` at a time with one thread each."""
-    on_gpu = count_devices() > 0
-    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if not on_gpu:
-        os.environ["DS_ACCELERATOR"] = "cpu"
-        warm_up()  # a fork of a process that has imported torch, instead of seconds of imports for each run
-
-    def cold(words: Any, output: Path) -> Any:
-        return start([sys.executable, "-m", "potstill.launch", *words], output=output)
-
-    starter: Starter = cold if on_gpu else WarmChild
-    JobRunner(jobs, starter=starter, slots=parallel, log_folder=work / "logs", show=say).run()
-
-
-@dataclass(frozen=True)
-class Section:
-    """One table: presets, each with the comparison that it is part of."""
-
-    title: str
-    comparisons: dict[str, Comparison]
-
-    def jobs(self) -> list[Job]:
-        return [job for preset, comparison in self.comparisons.items() for job in comparison.jobs([preset])]
-
-    def results(self) -> list[PresetResult]:
-        return [comparison.result(preset) for preset, comparison in self.comparisons.items()]
-
-    def table(self) -> Table:
-        one = next(iter(self.comparisons.values()))
-        return Table(self.title, self.results(), steps=one.steps, batch_rows=one.batch_rows)
-
-
-def real_text(options: argparse.Namespace, work: Path, presets: list[str]) -> list[Section]:
-    """Make the stores of real text; returns the presets from random weights, and those from a trained student."""
-    text = RealText(data=Path(options.data).resolve(), work=work, every_document=options.every_document)
-    text.check()
-    text.write_corpora()
-    if not options.table_only:
-        run_jobs(text.jobs(series=bool({"progressive", "salt"} & set(presets))), work, options.parallel)
-    targets = {name: str(text.targets(name)) for name in ("teacher", "sampled")}
-    targets |= {name: str(text.targets("series") / name) for name in SERIES}
-    scores = {name: str(text.scores(name)) for name in ("teacher", "slm", "early")}
-    common: dict[str, Any] = {
-        "work": work,
-        "tokens": str(text.tokens),
-        "heldout": str(text.heldout),
-        "targets": targets,
-        "scores": scores,
-        "seeds": options.seeds,
-        "heldout_rows": 64,
+def _common(tree: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """What all arms have in common."""
+    data = {**tree["data"], "tokens": options.tokens, "heldout": options.heldout, "targets": {}, "scores": {}}
+    data |= {"global_batch_rows": options.batch_rows, "micro_batch_rows": options.micro_batch_rows}
+    model = tree["model"]
+    if options.model_config is not None:
+        model = {**model, "config": options.model_config}
+    if options.model is not None:
+        model = {**model, "config": None, "path": options.model}
+    return {
+        **tree,
+        "run": {"name": "methods", "max_steps": options.steps, "num_threads": 1},
+        "model": model,
+        "data": data,
+        "eval": {"every_steps": max(1, options.steps // EVALUATIONS)},
+        "checkpoint": {"keep_last": 1},
     }
-    random = {**common, "model": STUDENT, "steps": options.steps, "overrides": ("optimizer.lr=3e-3",)}
-    special = {
-        # An early checkpoint as teacher, scored by an earlier one; plain KD with it throughout is the paper's RKD.
-        "salt": {"renamed": {"teacher": "middle"}, "scores": {**scores, "slm": scores["early"]}},
-        "rs_kd": {"renamed": {"teacher": "sampled"}, "kd_targets": "teacher"},
-        "minillm_plm": {"scores": {**scores, "reference": scores["slm"]}},
-    }
-    sections = [Section("From random weights", {p: Comparison(**random | special.get(p, {})) for p in presets})]
-    chosen = [preset for preset in options.trained if preset in presets]
-    if chosen:
-        trained = {**common, "model": None, "weights": str(text.slm), "steps": options.trained_steps}
-        trained["overrides"] = ("optimizer.lr=5e-4",)
-        sections.append(Section("From a trained student", {p: Comparison(**trained) for p in chosen}))
-    return sections
 
 
-def own_stores(options: argparse.Namespace, work: Path) -> Comparison:
-    """The comparison on the stores named on the command line."""
-    return Comparison(
-        work=work,
-        tokens=options.tokens,
-        heldout=options.heldout,
-        targets=dict(pair.split("=", 1) for pair in options.targets),
-        scores=dict(pair.split("=", 1) for pair in options.scores),
-        model=options.model_config,
-        steps=options.steps,
-        batch_rows=options.batch_rows,
-        micro_batch_rows=options.micro_batch_rows,
-        seeds=options.seeds,
-        overrides=tuple(options.overrides),
-        kd_targets=options.kd_targets,
-    )
+def findings_of(runs: Runs, preset: str) -> list[Finding]:
+    """The preset's gain over each baseline, paired by seed."""
+    baselines = {"kd": "plain KD", "labels": "labels"}
+    return [
+        compare(f"{preset} ahead of {words}", runs.final(preset), runs.final(arm))
+        for arm, words in baselines.items()
+        if arm in runs.arms and arm != preset
+    ]
 
 
-def parse() -> argparse.Namespace:
+def arms_table(runs: Runs) -> str:
+    """A line for each arm: loss, calibration error, steps to the final loss of labels."""
+    goals = runs.final("labels")
+    rows = [
+        (
+            arm,
+            mean_and_sd(runs.final(arm)),
+            mean_and_sd(runs.final(arm, "calibration_error")),
+            "/".join(written(runs.reach(arm, goals), 0)),
+        )
+        for arm in runs.arms
+    ]
+    return table(["arm", "held-out loss", "calibration error", "steps to labels, by seed"], rows)
+
+
+def _pairs(texts: Sequence[str]) -> dict[str, str]:
+    wrong = [text for text in texts if "=" not in text]
+    if wrong:
+        raise UserError(f"{wrong[0]!r}: expected NAME=STORE")
+    return dict(text.split("=", 1) for text in texts)
+
+
+def parse(words: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--preset", help="compare this one, on --tokens, --heldout, --targets and --scores")
-    what.add_argument("--all", action="store_true", help="every preset, on stores made of --data")
-    parser.add_argument("--tokens")
-    parser.add_argument("--heldout")
+    parser.add_argument("--preset", required=True)
+    parser.add_argument("--tokens", required=True)
+    parser.add_argument("--heldout", required=True)
     parser.add_argument("--targets", nargs="*", default=[], metavar="NAME=PATH")
     parser.add_argument("--scores", nargs="*", default=[], metavar="NAME=PATH")
     parser.add_argument("--kd-targets", metavar="NAME", help="targets of the plain KD arm; default: the preset's last")
     parser.add_argument("--model-config", help="Hugging Face config of the student; default: the preset's")
+    parser.add_argument("--model", help="folder of a trained student, in the place of random weights")
     parser.add_argument("--set", dest="overrides", nargs="*", default=[], metavar="a.b=value")
     parser.add_argument("--batch-rows", type=int, default=8)
     parser.add_argument("--micro-batch-rows", type=int, default=8)
-    parser.add_argument("--data", help="folder of texts and models for --all")
-    parser.add_argument("--every-document", type=int, default=2, help="with --all: take each so many documents")
-    parser.add_argument("--presets", nargs="*", help="with --all: only these")
-    parser.add_argument(
-        "--trained", nargs="*", default=list(FROM_TRAINED), help="with --all: of these a table from a trained student"
-    )
-    parser.add_argument("--trained-steps", type=int, default=150, help="with --all: length of the runs of that table")
-    parser.add_argument("--table-only", action="store_true", help="run nothing; the table of the seeds that are done")
-    parser.add_argument("--output", type=Path, help="also write the table to this file (--all)")
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=parse_seeds, default=(1, 2, 3, 4, 5), help="default 1,2,3,4,5")
     parser.add_argument("--parallel", type=int, default=2, help="runs at a time, each with one thread on a CPU")
-    parser.add_argument("--work", type=Path, help="folder for runs (and stores); default: a temporary one")
-    options = parser.parse_args()
-    if options.preset and not (options.tokens and options.heldout):
-        parser.error("--preset needs --tokens and --heldout")
-    if options.all and not options.data:
-        parser.error("--all needs --data")
+    parser.add_argument("--work", type=Path, help="folder for runs; default: a temporary one")
+    options = parser.parse_args(words)
+    options.targets, options.scores = _pairs(options.targets), _pairs(options.scores)
     return options
 
 
-def main() -> None:
-    """Run what is missing, print the tables and one JSON line."""
-    options = parse()
+def main(words: Sequence[str] | None = None) -> int:
+    """Run what is missing, print the table and one JSON line."""
+    options = parse(words)
     with tempfile.TemporaryDirectory() as temporary:
         work = (options.work or Path(temporary)).resolve()
-        if options.all:
-            # `lm` is the label-only arm itself.
-            presets = options.presets or [preset.name for preset in list_presets() if preset.name != "lm"]
-            sections = real_text(options, work, presets)
-        else:
-            sections = [Section(options.preset, {options.preset: own_stores(options, work)})]
-        jobs = {job.name: job for section in sections for job in section.jobs()}
-        by_seed = sorted(jobs.values(), key=lambda job: int(job.name.rsplit("-", 1)[1]))
-        if not options.table_only:
-            run_jobs(by_seed, work, options.parallel)
-        tables = [section.table() for section in sections]
-    for made in tables:
-        print(made.title, made.format(), sep="\n\n", end="\n\n")
-    if options.output:
-        write_report(options.output, tables, seeds=options.seeds)
-    figures = [{result.preset: result.figures() for result in made.results} for made in tables]
-    line = {"steps": tables[0].steps, "seeds": options.seeds, "presets": figures[0]}
-    print(json.dumps(line | ({"from_trained": figures[1]} if len(figures) > 1 else {})))
+        bench = Bench(work=work, data=work, scale="cpu", seeds=options.seeds)
+        runs = run_arms(bench, arms_of(options), options.parallel, any_source=True)
+        findings = findings_of(runs, options.preset)
+        print(arms_table(runs), "", *map(finding_line, findings), sep="\n")
+        losses = {arm: runs.final(arm) for arm in runs.arms}
+    told = [{"text": found.text, "effect": found.effect, "interval": found.interval} for found in findings]
+    line = {"benchmark": "methods", "preset": options.preset, "seeds": list(options.seeds), "steps": options.steps}
+    print(json.dumps({**line, "losses": losses, "findings": told, **about()}))
+    return 0
 
 
 if __name__ == "__main__":
     try:
-        main()
+        sys.exit(main())
     except UserError as error:
         sys.exit(f"benchmarks.methods: error: {error}")

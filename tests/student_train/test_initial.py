@@ -158,14 +158,14 @@ def test_the_checkpoint_pins_the_rule(stores: Any, tmp_path: Path) -> None:
 @pytest.mark.timeout(3600)
 def test_what_it_is_for_the_spread_over_seeds_falls(tmp_path: Path) -> None:
     """The label arm of the demo's first student, five seeds: by width the spread is less than a third."""
+    from benchmarks.claims.runs import run_jobs
     from benchmarks.init_rules import SIZES, Grid
-    from benchmarks.methods import run_stages
 
     torch.set_num_threads(1)
     size = next(size for size in SIZES if size.hidden == 96)
     grid = Grid(tmp_path, (size,), (1, 2, 3, 4, 5), rules=("config", "width_residual"))
     grid.prepare()
-    run_stages(grid.stages(), tmp_path, 2)
+    run_jobs(grid.jobs(), tmp_path, 2)
     spread = {rule: statistics.stdev(grid.losses(size, rule)) for rule in grid.rules}
     mean = {rule: statistics.mean(grid.losses(size, rule)) for rule in grid.rules}
     assert spread["width_residual"] < spread["config"] / 3, (spread, mean)
