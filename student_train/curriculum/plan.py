@@ -6,11 +6,11 @@ number (= the optimizer step), so any rank, world size and resume sees the same 
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -92,7 +92,7 @@ class CurriculumPlan:
 
         Segments before the step at which they were made are then not those that were trained on.
         """
-        plan = copy.copy(self)
+        plan = copy(self)
         plan.live = scores
         rescoring = self._config.rescoring
         if rescoring is not None and any(rescoring.ranks(span.stage) for span in self.spans):
@@ -167,7 +167,7 @@ class CurriculumPlan:
 
     def with_clocks(self, clocks: Mapping[int, StageClock]) -> CurriculumPlan:
         """The same plan with these clocks in the place of its own, by number of the stage."""
-        found = copy.copy(self)
+        found = copy(self)
         found.clocks = {**self.clocks, **clocks}
         return found
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,7 +23,10 @@ from potstill.student_train.evaluation.written_answers import AnswerWriting
 from potstill.student_train.run.engine import Topology
 from potstill.student_train.run.legs import DecisionPoint
 from potstill.student_train.run.live_scoring import RowScorer
-from potstill.student_train.run.preflight import CheckedRun
+
+if TYPE_CHECKING:
+    from potstill.student_train.run.checkpoint import Checkpoint
+    from potstill.student_train.run.preflight import CheckedRun
 
 log = logging.getLogger(__name__)
 FILE = "rescoring.npz"  # in a checkpoint's folder
@@ -104,6 +107,12 @@ class RescoringDecider:
         ]
         return np.concatenate(parts)
 
+    def num_rows(self, plan: CurriculumPlan, step: int) -> int:
+        """How many rows are scored before `step` at most."""
+        if self.options.rows == "all":
+            return len(self.rows_to_score(plan, step))
+        return min(len(self._reading(step)) * plan.global_batch, self.stores.num_rows)
+
     def _scorer(self, topology: Topology) -> RowScorer:
         stores, options = self.stores, self.options
         answers = None
@@ -169,3 +178,38 @@ def rescoring_decider(config: TrainConfig, checked: CheckedRun) -> RescoringDeci
         return None
     spans = tuple((span.first_step, span.end_step, span.stage) for span in checked.plan.spans)
     return RescoringDecider(config, config.rescoring, checked.stores, checked.drawing, spans)
+
+
+def rescoring_notes(config: TrainConfig, checked: CheckedRun, *, first_step: int) -> tuple[str, ...]:
+    """What scoring from `first_step` on costs, in words; nothing where the run does not rescore."""
+    decider = rescoring_decider(config, checked)
+    if decider is None:
+        return ()
+    options, plan = decider.options, checked.plan
+    counts: dict[int, int] = {}
+    step = decider.next_step(first_step)
+    while step is not None:
+        counts[step] = decider.num_rows(plan, step)
+        step = decider.next_step(step + 1)
+    forwards = sum(-(-count // options.batch_rows) for count in counts.values())
+    drawn = options.generated
+    tokens = drawn.max_new_tokens or "its own answer's length"
+    answers = f"; {drawn.per_prompt} answers of each document are drawn, a forward per token, {tokens} at most"
+    return (
+        f"rescoring {options.name!r}: {len(counts)} times, every {options.every_steps} steps, at most "
+        f"{max(counts.values(), default=0):,} rows each; {forwards:,} forwards of {options.batch_rows} rows in all, "
+        f"divided over the ranks{answers if options.measure == 'generated' else ''}",
+    )
+
+
+def saved_scores(config: TrainConfig, checkpoints: Sequence[Checkpoint], step: int) -> LiveScores | None:
+    """The scores that a step of a run was trained by, from one of its checkpoints; None where none holds them."""
+    if config.rescoring is None:
+        return None
+    for checkpoint in checkpoints:
+        saved = checkpoint.manifest.get("decisions", {}).get("rescoring", {"step": None})
+        if saved["step"] is None or not saved["step"] <= step < saved["step"] + config.rescoring.every_steps:
+            continue
+        path = checkpoint.folder / saved["file"]
+        return LiveScores.read(path, name=config.rescoring.name, step=saved["step"], sha256=saved["sha256"])
+    return None
