@@ -68,7 +68,7 @@ def _common(tree: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]
     data |= {"global_batch_rows": options.batch_rows, "micro_batch_rows": options.micro_batch_rows}
     model = tree["model"]
     if options.model_config is not None:
-        model = {**model, "config": options.model_config}
+        model = {**model, "config": options.model_config, "path": None}
     if options.model is not None:
         model = {**model, "config": None, "path": options.model}
     return {

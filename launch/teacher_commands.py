@@ -67,7 +67,7 @@ PREPARE = Command(
 )
 
 
-def _walked(work: Callable[[], WorkerSummary | SeriesSummary]) -> int:
+def walked(work: Callable[[], WorkerSummary | SeriesSummary | RolloutSummary]) -> int:
     """Run a worker and say how its part of the work stands: one of several answers for its own share only."""
     from potstill.teacher_dump.worker import StoppedError
 
@@ -106,7 +106,7 @@ def _dump(arguments: argparse.Namespace) -> int:
 
     config = read_config(DumpConfig, arguments)
     only_rows = None if arguments.only_rows_of is None and arguments.store_name is None else _rows_of(arguments, config)
-    return _walked(lambda: dump(config, only_rows=only_rows))
+    return walked(lambda: dump(config, only_rows=only_rows))
 
 
 def _rows_of(arguments: argparse.Namespace, config: DumpConfig) -> RowsOf:
@@ -158,7 +158,7 @@ def _score(arguments: argparse.Namespace) -> int:
     from potstill.teacher_dump.config import ScoreConfig
 
     config = read_config(ScoreConfig, arguments)
-    return _walked(lambda: score(config))
+    return walked(lambda: score(config))
 
 
 SCORE = Command(

@@ -58,7 +58,9 @@ def test_help_is_fast_and_loads_nothing_heavy() -> None:
 
 
 def test_the_table_holds_every_command_that_is_promised() -> None:
-    promised = "plan prepare dump score seal status verify inspect stats gc presets train eval report export demo"
+    promised = (
+        "plan prepare dump score rollout seal status verify inspect stats gc presets train eval report export demo"
+    )
     promised += " completion import prune"
     assert sorted(NAMES) == sorted(promised.split())
 
@@ -100,6 +102,7 @@ def _tree_of(name: str, parsed: object) -> object:
     from potstill.teacher_dump import config as teacher
     from potstill.teacher_dump.importing.targets.config import ImportTargetsConfig
     from potstill.teacher_dump.importing.tokens.config import ImportTokensConfig
+    from potstill.teacher_dump.rollouts.config import RolloutConfig
 
     trees = {
         "import tokens": ImportTokensConfig,
@@ -108,6 +111,7 @@ def _tree_of(name: str, parsed: object) -> object:
         "prepare": teacher.PrepareConfig,
         "dump": teacher.DumpConfig,
         "score": teacher.ScoreConfig,
+        "rollout": RolloutConfig,
         "eval": student.EvalConfig,
         "export": student.ExportConfig,
         "prune": PruneConfig,
