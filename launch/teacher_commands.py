@@ -16,6 +16,7 @@ from potstill.launch.command import Command
 if TYPE_CHECKING:
     from potstill.teacher_dump.config import DumpConfig
     from potstill.teacher_dump.left_out import RowsOf
+    from potstill.teacher_dump.rollouts.run import RolloutSummary
     from potstill.teacher_dump.series import SeriesSummary
     from potstill.teacher_dump.worker import WorkerSummary
 
