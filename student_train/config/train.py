@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from potstill.common.config import LocalPath, StorePlace, StrictModel
 from potstill.student_train.config.answers import AnswersConfig
+from potstill.student_train.config.clocks import SWITCHES
 from potstill.student_train.config.lr_schedule import LrSchedule
 from potstill.student_train.config.optimizers import OptimizerConfig
 from potstill.student_train.config.rescoring import Rescoring
@@ -390,10 +391,21 @@ class TrainConfig(StrictModel):
             if self.rescoring is not None:
                 self.rescoring.check_stage(stage, key=key)
             check_stage_stores(stage, self.objective, self.data.named_sources(), key=key, scored=scored)
+            self._check_clock(stage, key=f"{key}.targets_clock")
         shares = [stage.until for stage in self.curriculum if isinstance(stage.until, float)]
         if any(after <= before for before, after in pairwise(shares)):
             raise ValueError(f"curriculum: the stages' until {shares} must rise, else stages overlap")
         return self
+
+    def _check_clock(self, stage: Stage, *, key: str) -> None:
+        """A clock that looks at evaluations needs some."""
+        if stage.targets_clock is None or not SWITCHES[stage.targets_clock.switch_on].decided:
+            return
+        has_rows = self.data.heldout is not None or any(source.heldout for source in self.data.sources.values())
+        if self.eval.every_steps is None or not has_rows:
+            missing = "eval.every_steps" if has_rows else "data.heldout"
+            switch = stage.targets_clock.switch_on
+            raise ValueError(f"{key}.switch_on {switch} looks at evaluations during the run; set {missing}")
 
 
 class EvalConfig(StrictModel):

@@ -6,11 +6,11 @@ number (= the optimizer step), so any rank, world size and resume sees the same 
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -20,11 +20,13 @@ from numpy.typing import NDArray
 from potstill.common.errors import UserError
 from potstill.storage import MIXTURE_VERSION
 from potstill.student_train.config.train import TrainConfig
+from potstill.student_train.curriculum.clock import StageClock
 from potstill.student_train.curriculum.live_scores import LiveScores
 from potstill.student_train.curriculum.schedules import share_of_span
 from potstill.student_train.curriculum.segments import (
     PlanSource,
     Segment,
+    StageSpan,
     check_warmup,
     plan_segments,
     segments_digest,
@@ -59,13 +61,18 @@ class CurriculumPlan:
         total_steps: int,
         sources: Sequence[PlanSource],
         term_stores: frozenset[str] = frozenset(),
+        clocks: Mapping[int, StageClock] | None = None,
     ) -> None:
-        """`sources`: in the order of the configuration; `term_stores`: what loss terms read at every step."""
+        """`sources`: in the order of the configuration; `term_stores`: what loss terms read at every step.
+
+        `clocks`: by number of the stage, of those that learn from several stores one after another.
+        """
         self.global_batch = config.data.global_batch_rows
         self.total_steps = total_steps
         self.source_names = tuple(source.name for source in sources)
         self._config = config
         self._term_stores = term_stores
+        self.clocks = dict(clocks or {})
         self.num_rows = sum(source.num_rows for source in sources)
         if self.num_rows < self.global_batch:
             place = "data.tokens holds" if len(sources) == 1 else "data.sources hold"
@@ -85,7 +92,7 @@ class CurriculumPlan:
 
         Segments before the step at which they were made are then not those that were trained on.
         """
-        plan = copy.copy(self)
+        plan = copy(self)
         plan.live = scores
         rescoring = self._config.rescoring
         if rescoring is not None and any(rescoring.ranks(span.stage) for span in self.spans):
@@ -143,7 +150,26 @@ class CurriculumPlan:
         """Loss settings of optimizer step `step`."""
         span = self.segment(step).span
         x = share_of_span(step, span.first_step, span.end_step)
-        return step_objective(self._config.objective, span.stage, x)
+        return step_objective(self._config.objective, span.stage, x, targets=self.targets(step))
+
+    def targets(self, step: int) -> str | None:
+        """The store that optimizer step `step` learns from; None in a stage on labels alone."""
+        span = self.segment(step).span
+        clock = self.clocks.get(span.index)
+        return span.stage.targets if clock is None else clock.store(step - span.first_step)
+
+    def clock_parts(self, span: StageSpan) -> tuple[tuple[int, str, int], ...]:
+        """First step, store and teacher step of each part of a stage with a clock, as far as decided; else none."""
+        if span.index not in self.clocks:
+            return ()
+        parts = self.clocks[span.index].parts(span.end_step - span.first_step)
+        return tuple((span.first_step + first, store, teacher_step) for first, store, teacher_step in parts)
+
+    def with_clocks(self, clocks: Mapping[int, StageClock]) -> CurriculumPlan:
+        """The same plan with these clocks in the place of its own, by number of the stage."""
+        found = copy(self)
+        found.clocks = {**self.clocks, **clocks}
+        return found
 
     def lr_factor(self, step: int) -> float:
         """Factor on the peak learning rate at optimizer step `step`."""
@@ -166,7 +192,10 @@ class CurriculumPlan:
 
     def may_join(self, batch: int) -> frozenset[str]:
         """Every store that this batch's loss may come to read, where that is decided while the run trains."""
-        return self.joined(batch)
+        clock = self.clocks.get(self.segment(batch).span.index)
+        if clock is None or not clock.is_decided or self.objective(batch).targets is None:
+            return self.joined(batch)
+        return self.joined(batch) | set(clock.stores)
 
     def rows_are_decided(self, batch: int) -> bool:
         """Whether the rows of this batch are known before the run; not where it ranks them by scores of its own."""
@@ -204,6 +233,7 @@ def describe(plan: CurriculumPlan) -> list[Mapping[str, Any]]:
             "first_step": segment.first_batch,
             "rows": segment.pool_size,
             "targets": segment.span.stage.targets,
+            **({"targets_clock": plan.clock_parts(segment.span)} if segment.span.index in plan.clocks else {}),
             **({} if len(plan.source_names) == 1 else {"mix": plan.mix(segment.first_batch)}),
             **({"restarts_optimizer": True} if plan.restarts_optimizer(segment.first_batch) else {}),
         }

@@ -21,6 +21,7 @@ from potstill.student_train.config.train import TrainConfig
 from potstill.student_train.curriculum.plan import CurriculumPlan, total_steps
 from potstill.student_train.curriculum.row_selector import needed_stats
 from potstill.student_train.curriculum.segments import PlanSource
+from potstill.student_train.data.clocks import configured_clocks
 from potstill.student_train.data.opening import open_store
 from potstill.student_train.data.stores import Stores, unscored
 from potstill.student_train.model.loss_terms import term_stores
@@ -132,7 +133,13 @@ def _plan(config: TrainConfig, wanted: NamedStore) -> CurriculumPlan:
                 stats[name] = open_store(group[name], kind, f"{named.key}.{kind}.{name}").row_stats
         sources.append(PlanSource(named.name, tokens.num_rows, stats | unscored(config, tokens.num_rows)))
     steps = total_steps(config, row_length=row_length)
-    return CurriculumPlan(config, total_steps=steps, sources=sources, term_stores=term_stores(config.model))
+    return CurriculumPlan(
+        config,
+        total_steps=steps,
+        sources=sources,
+        term_stores=term_stores(config.model),
+        clocks=configured_clocks(config),
+    )
 
 
 def _same_place(one: Path | str, other: str) -> bool:

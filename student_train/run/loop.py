@@ -155,7 +155,10 @@ def decide(run: Run, heldout: dict[str, Any] | None) -> None:
     run.watch.settle()
     if run.lines.is_open:
         run.lines.end()
+    every = run.config.eval.every_steps
     with run.meter.paused():
+        if heldout is None and run.evaluation is not None and every and run.state.step and run.state.step % every == 0:
+            heldout = run.evaluation.measure(run.engine)  # of a run that ended here and was made longer
         found = run.legs.decide(DecisionPoint(run, heldout))
     for name, figures in found:
         run.metrics.write({"kind": name, **place(run), **figures})

@@ -22,9 +22,10 @@ from tests.student_train import tiny, workers
 
 STORES = {
     "targets": "teacher",
-    "targets-early": "early_teacher",
-    "targets-middle": "teacher",
-    "targets-final": "teacher",
+    "targets/step_250": "early_teacher",
+    "targets/step_500": "teacher",
+    "targets/step_750": "teacher",
+    "targets/step_1000": "teacher",
 }
 NAMES = [preset.name for preset in list_presets()]
 
@@ -73,7 +74,7 @@ def test_a_preset_trains(name: str, stores, tmp_path: Path) -> None:
     stages = [record["stage"] for record in records]
     config = load_config(TrainConfig, run / "config.yaml")
     assert list(dict.fromkeys(stages)) == [stage.name for stage in config.curriculum]
-    distils = {stage.name: stage.targets is not None for stage in config.curriculum}
+    distils = {stage.name: stage.distils for stage in config.curriculum}
     for record in records:
         if not distils[record["stage"]]:
             assert record["kd"] is None and record["kept_mass"] is None
@@ -99,6 +100,14 @@ def _pocl(records: list[dict[str, Any]], config: TrainConfig) -> None:
 
 def _teacher_side(records: list[dict[str, Any]], config: TrainConfig) -> None:
     assert config.objective.temperature_side == "teacher" and config.objective.temperature == 1.0
+
+
+def _progressive(records: list[dict[str, Any]], config: TrainConfig) -> None:
+    # The names say the teacher's steps; a clock of its own speed would read more than the first in 10 steps.
+    [stage] = config.curriculum
+    assert stage.targets_clock is not None and stage.targets_clock.wanted_step(999) == 1000
+    assert stage.target_names(config.data.targets) == tuple(config.data.targets)
+    _teacher_side(records, config)
 
 
 def _se_kd(records: list[dict[str, Any]], config: TrainConfig) -> None:
@@ -146,7 +155,7 @@ def _pd_wsd(records: list[dict[str, Any]], config: TrainConfig) -> None:
 CHECKS = {
     "salt": _salt,
     "pocl": _pocl,
-    "progressive": _teacher_side,
+    "progressive": _progressive,
     "se_kd": _se_kd,
     "tip": _tip,
     "skip_easy": _skip_easy,
@@ -185,7 +194,7 @@ def test_each_preset_that_distils_says_what_its_paper_does_where_kd_is_off() -> 
     said = {}
     for preset in list_presets():
         tree = yaml.safe_load(preset.path.read_text())
-        if any("targets" in stage for stage in tree["curriculum"]):
+        if any({"targets", "targets_clock"} & set(stage) for stage in tree["curriculum"]):
             said[preset.name] = tree["objective"]["off_kd"]
     assert said == OFF_KD
 
