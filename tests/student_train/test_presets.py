@@ -131,15 +131,17 @@ def _skip_easy(records: list[dict[str, Any]], config: TrainConfig) -> None:
 
 
 def _paced(records: list[dict[str, Any]], config: TrainConfig) -> None:
-    # Every position is trained on, and documents count unevenly.
-    assert all(record["selected_share"] > 0.99 for record in records)
-    assert all(0 < record["effective_positions"] < 0.9 * 4 * tiny.ROW_LENGTH for record in records)
+    # A student that was never trained writes short answers right at best, so few documents count.
+    assert all(record["loss"] > 0 for record in records)
+    assert all(0 < record["effective_positions"] < 0.2 * 4 * tiny.ROW_LENGTH for record in records)
     assert [stage.divergence for stage in config.curriculum] == ["forward_kl", "reverse_kl"]
+    assert {stage.weights.mean_over for stage in config.curriculum} == {"units"}
 
 
 def _paced_text(records: list[dict[str, Any]], config: TrainConfig) -> None:
-    # The weights are of KD: labels count everywhere.
-    assert all(record["selected_share"] > 0.99 and record["ce"] > 0 and record["kd"] > 0 for record in records)
+    # The weights are of KD alone, and 0 where the student has not one token right: labels count everywhere.
+    assert all(record["selected_share"] == 1.0 and record["ce"] > 0 for record in records)
+    assert all(record["kd_share"] is None or record["kd_share"] < 1.0 for record in records)
 
 
 def _distill(records: list[dict[str, Any]], config: TrainConfig) -> None:
