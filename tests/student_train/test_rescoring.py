@@ -31,7 +31,7 @@ from potstill.student_train.run.engine import Topology
 from potstill.student_train.run.live_scoring import RowScorer
 from potstill.student_train.run.metrics import read_metrics
 from potstill.student_train.run.preflight import check_run, check_start
-from potstill.student_train.run.rescoring import FILE
+from potstill.student_train.run.rescoring import FILE, rescoring_decider
 from tests.dist_harness import run_ranks
 from tests.student_train import tiny, workers
 from tests.student_train.test_answers import answers as answers  # fixtures
@@ -319,17 +319,28 @@ def test_generated_answers_need_masks(stores, masked, tmp_path: Path) -> None:
         check_run(workers.config_of(tree), world_size=1)
 
 
-def test_a_run_that_was_made_longer_scores_the_rows_that_come(masked, tmp_path: Path) -> None:
-    """Its rows were scored up to its old end only; and another rescoring than the run's is refused."""
+def test_a_run_that_was_made_longer_scores_the_rows_that_come(masked, whole: Path, tmp_path: Path) -> None:
+    """Its rows were scored up to its old end, step 6, only."""
     options = {"curriculum": [{"targets": "teacher", "weights": BY_ANSWER}], "rescoring": {"rows": "upcoming"}}
-    run = tmp_path / "run"
-    for steps in (6, 9):
-        run_ranks(workers.train_run, tree_of(masked, run, **options, run={"max_steps": steps}), world=1)
-    assert [line["step"] for line in told(run)[2]] == [0, 4, 6, 8]
-    other = tree_of(masked, run, **options)
-    other["rescoring"]["every_steps"] = 3
-    with pytest.raises(UserError, match="rescoring: the checkpoint has"):
-        check_start(workers.config_of(other), num_ranks=1)
+    config = workers.config_of(tree_of(masked, tmp_path / "run", **options, run={"max_steps": 9}))
+    checked = check_run(config, world_size=1)
+    decider = rescoring_decider(config, checked)
+    assert decider is not None
+    [saved] = [one.manifest["decisions"]["rescoring"] for one in list_checkpoints(whole) if one.step == 4]
+    decider.read(checkpoint_folder(whole, 4), {**saved, "until": 6})
+    assert decider.decided_step == 4
+    assert [decider.next_step(step) for step in range(4, 9)] == [4, 6, 6, 8, 8]
+    assert decider.next_step(9) is None
+    wanted = np.unique([checked.plan.rows(step) for step in (6, 7)])
+    assert decider.rows_to_score(checked.plan, 6).tolist() == wanted.tolist()
+
+
+def test_another_rescoring_is_another_run(masked, whole: Path) -> None:
+    for changes in ({"every_steps": 8}, {"batch_rows": 4}):
+        other = tree_of(masked, whole, rescoring=changes)
+        other["curriculum"][0]["rows"]["segments"] = 8 // other["rescoring"]["every_steps"]
+        with pytest.raises(UserError, match="rescoring: the checkpoint has"):
+            check_start(workers.config_of(other), num_ranks=1)
 
 
 def test_what_a_start_would_cost_and_what_a_step_weighed_are_told(masked, whole: Path, tmp_path: Path) -> None:
