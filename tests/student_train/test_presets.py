@@ -201,6 +201,21 @@ def test_each_preset_that_distils_says_what_its_paper_does_where_kd_is_off() -> 
     assert said == OFF_KD
 
 
+def test_the_second_stage_of_paced_may_be_on_answers_of_the_student(stores, tmp_path: Path) -> None:
+    tree = tree_of("paced", stores, tmp_path / "run")
+    tree["data"] |= {"tokens": None, "targets": {}}
+    tree["data"]["sources"] = {
+        "responses": {"tokens": str(stores["tokens"]), "targets": {"teacher": str(stores["teacher"])}},
+        "answers": {"tokens": str(stores["heldout"]), "targets": {"teacher": str(stores["heldout_teacher"])}},
+    }
+    for stage, name in zip(tree["curriculum"], ("responses", "answers"), strict=True):
+        stage["mix"] = {name: 1.0}
+    assert run_ranks(workers.train_run, tree, world=1)[0]["status"] == "done"
+    records = [record for record in read_metrics(tmp_path / "run") if record["kind"] == "train"]
+    read = [[name for name, own in record["sources"].items() if own["rows"]] for record in records]
+    assert read == [["responses"]] * 5 + [["answers"]] * 5
+
+
 def test_pocl_ranks_by_grade_and_loss_alike(stores, tmp_path: Path) -> None:
     """By slow, plain code: rank of the loss, and one rank for all rows of a grade."""
     config = workers.config_of(tree_of("pocl", stores, tmp_path / "run"))
