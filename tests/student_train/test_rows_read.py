@@ -57,7 +57,9 @@ def read_of(config: TrainConfig, stores: dict[str, Path], place: str = "early_te
     return rows_to_dump(config, output=str(stores[place]), tokens=str(stores["tokens"]), **given).tolist()
 
 
-def test_they_are_those_of_the_steps_that_read_the_store(stores, tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_once", [1, 8, 1 << 17])
+def test_they_are_those_of_the_steps_that_read_the_store(stores, tmp_path: Path, monkeypatch, at_once: int) -> None:
+    monkeypatch.setattr("potstill.student_train.data.rows_read.ROWS_AT_ONCE", at_once)
     config = workers.config_of(tree_of(stores, tmp_path / "run"))
     plan = build_plan(config, open_stores(config))
     early = {int(row) for step in range(3) for row in plan.rows(step)}
