@@ -116,9 +116,13 @@ class CurriculumPlan:
 
     def rows(self, batch: int) -> NDArray[np.int64]:
         """Row ids [global_batch] of global batch `batch`."""
-        segment = self.segment(batch)
-        start = (batch - segment.first_batch) * self.global_batch
-        return segment.order.rows(np.arange(start, start + self.global_batch, dtype=np.int64))
+        return self.rows_of(batch, batch + 1)
+
+    def rows_of(self, first: int, end: int) -> NDArray[np.int64]:
+        """Row ids of the global batches [first, end), one after another; they must be of one segment."""
+        segment = self.segment(first)
+        start, stop = ((batch - segment.first_batch) * self.global_batch for batch in (first, end))
+        return segment.order.rows(np.arange(start, stop, dtype=np.int64))
 
     def source_bounds(self, number: int) -> tuple[int, int]:
         """Global ids of the first row of source `number`, and of the first behind it."""
@@ -192,7 +196,10 @@ class CurriculumPlan:
 
     def may_join(self, batch: int) -> frozenset[str]:
         """Every store that this batch's loss may come to read, where that is decided while the run trains."""
-        return self.joined(batch)
+        clock = self.clocks.get(self.segment(batch).span.index)
+        if clock is None or not clock.is_decided or self.objective(batch).targets is None:
+            return self.joined(batch)
+        return self.joined(batch) | set(clock.stores)
 
     def rows_are_decided(self, batch: int) -> bool:
         """Whether the rows of this batch are known before the run; not where it ranks them by scores of its own."""

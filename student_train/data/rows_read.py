@@ -7,7 +7,7 @@ otherwise cost as many whole dumps (`potstill dump --only-rows-of`).
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +21,13 @@ from potstill.student_train.config.train import TrainConfig
 from potstill.student_train.curriculum.plan import CurriculumPlan, total_steps
 from potstill.student_train.curriculum.row_selector import needed_stats
 from potstill.student_train.curriculum.segments import PlanSource
+from potstill.student_train.data.clocks import configured_clocks
 from potstill.student_train.data.opening import open_store
 from potstill.student_train.data.stores import Stores, unscored
 from potstill.student_train.model.loss_terms import term_stores
 
 Int64 = NDArray[np.int64]
+ROWS_AT_ONCE = 1 << 17  # of which the order is worked out: less overhead than batch by batch
 
 
 @dataclass(frozen=True)
@@ -47,16 +49,27 @@ def rows_read(plan: CurriculumPlan, name: str) -> Int64:
     Raises UserError where the run chooses them by scores that it makes itself.
     """
     mask = np.zeros(plan.num_rows, np.bool_)
-    for batch in range(plan.total_steps):
-        if name not in plan.may_join(batch):
-            continue
-        if not plan.rows_are_decided(batch):
+    for first, end in _reading_spans(plan, name):
+        if not plan.rows_are_decided(first):
             raise UserError(
-                f"which rows the run reads of store {name!r} is decided while it trains (step {batch} is of stage "
-                f"{plan.segment(batch).span.name!r}, which ranks rows by rescoring); dump all rows of that store"
+                f"which rows the run reads of store {name!r} is decided while it trains (step {first} is of stage "
+                f"{plan.segment(first).span.name!r}, which ranks rows by rescoring); dump all rows of that store"
             )
-        mask[plan.rows(batch)] = True
+        mask[plan.rows_of(first, end)] = True
     return np.flatnonzero(mask)
+
+
+def _reading_spans(plan: CurriculumPlan, name: str) -> Iterator[tuple[int, int]]:
+    """Steps [first, end) of one segment, and at most so many at once, that may read the stores of that name."""
+    most = max(1, ROWS_AT_ONCE // plan.global_batch)
+    first: int | None = None
+    for step in range(plan.total_steps + 1):
+        reads = step < plan.total_steps and name in plan.may_join(step)
+        if first is not None:
+            if reads and step - first < most and plan.segment(step) is plan.segment(first):
+                continue
+            yield first, step
+        first = step if reads else None
 
 
 def rows_to_dump(config: TrainConfig, *, output: str, tokens: str, name: str | None = None) -> Int64:
@@ -132,7 +145,13 @@ def _plan(config: TrainConfig, wanted: NamedStore) -> CurriculumPlan:
                 stats[name] = open_store(group[name], kind, f"{named.key}.{kind}.{name}").row_stats
         sources.append(PlanSource(named.name, tokens.num_rows, stats | unscored(config, tokens.num_rows)))
     steps = total_steps(config, row_length=row_length)
-    return CurriculumPlan(config, total_steps=steps, sources=sources, term_stores=term_stores(config.model))
+    return CurriculumPlan(
+        config,
+        total_steps=steps,
+        sources=sources,
+        term_stores=term_stores(config.model),
+        clocks=configured_clocks(config),
+    )
 
 
 def _same_place(one: Path | str, other: str) -> bool:

@@ -57,7 +57,9 @@ def read_of(config: TrainConfig, stores: dict[str, Path], place: str = "early_te
     return rows_to_dump(config, output=str(stores[place]), tokens=str(stores["tokens"]), **given).tolist()
 
 
-def test_they_are_those_of_the_steps_that_read_the_store(stores, tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_once", [1, 8, 1 << 17])
+def test_they_are_those_of_the_steps_that_read_the_store(stores, tmp_path: Path, monkeypatch, at_once: int) -> None:
+    monkeypatch.setattr("potstill.student_train.data.rows_read.ROWS_AT_ONCE", at_once)
     config = workers.config_of(tree_of(stores, tmp_path / "run"))
     plan = build_plan(config, open_stores(config))
     early = {int(row) for step in range(3) for row in plan.rows(step)}
@@ -71,6 +73,23 @@ def test_they_are_those_of_the_steps_that_read_the_store(stores, tmp_path: Path)
     )
     assert read_of(gone, {**stores, "early_teacher": tmp_path / "no"}) == sorted(early)
     assert read_of(config, stores, "scores", name="early") == sorted(early)
+
+
+def test_of_a_series_each_checkpoint_is_read_where_the_clock_stands(stores, tmp_path: Path) -> None:
+    clock = {"stores": {"early": 3, "teacher": 8}, "refresh": 3}
+    stage = {"targets_clock": clock, "off_kd": "nothing"}
+    config = workers.config_of(tree_of(stores, tmp_path / "run", curriculum=[stage]))
+    plan = build_plan(config, open_stores(config))
+    read = {name: {int(row) for step in steps for row in plan.rows(step)}
+            for name, steps in (("early_teacher", range(3)), ("teacher", range(3, STEPS)))}  # fmt: skip
+    for name, rows in read.items():
+        assert read_of(config, stores, name) == sorted(rows)
+    # On saturation the run decides: every store may be read at any step.
+    clock = {"stores": {"early": 3, "teacher": 8}, "switch_on": "saturation"}
+    tree = tree_of(stores, tmp_path / "run", curriculum=[{**stage, "targets_clock": clock}], eval={"every_steps": 2})
+    tree["data"] |= {"heldout": str(stores["heldout"])}
+    for name in read:
+        assert read_of(workers.config_of(tree), stores, name) == sorted(read["early_teacher"] | read["teacher"])
 
 
 def test_a_run_learns_the_same_from_them(stores, tmp_path: Path) -> None:

@@ -79,9 +79,11 @@ FOLDED = ("loss", "accuracy", "exact", "answer_probability")
 @pytest.mark.parametrize("form", sorted(WEIGHT_FORMS))
 def test_forms_equal_their_formulas(form: str) -> None:
     x, a, b = 0.3, 0.5, 2.0
-    wanted = {"identity": x, "power": x**a, "exponential": math.exp(a * x), "beta": x**a * (1 - x) ** b}
+    wanted = {"identity": x, "power": x**a, "exponential": math.exp(a * x), "beta": x**a * (1 - x) ** b, "band": 0.0}
     weights = Weights(of="row", store="slm", column="mean_loss", form=form, a=a, b=b)
     assert weights.weigh(np.array([x]))[0] == pytest.approx(wanted[form], rel=1e-14)
+    if form == "band":
+        assert weights.weigh(np.array([0.5, 2.0, 0.499, 2.01])).tolist() == [1.0, 1.0, 0.0, 0.0]
 
 
 def test_documents_weigh_by_the_mean_of_their_trained_positions(stores) -> None:
@@ -333,6 +335,7 @@ def test_negative_infinite_and_missing_figures_are_named(stores) -> None:
             "of a document there are accuracy, answer_prob",
         ),
         ({"weights": {**ROW, "form": "beat"}}, "beta"),
+        ({"weights": {**ROW, "form": "band"}}, "band with a 1, b 1; expected a below b"),
         ({"weights": {**ROW, "b": -1.0}}, "expected both >= 0"),
         ({"weights": {**DOCUMENT, "form": "power", "a": -1.0}}, "a figure may be 0"),
         ({"weights": {**DOCUMENT, "column": "loss"}}, r"form beta takes numbers in \[0, 1\], but the loss"),
