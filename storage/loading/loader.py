@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ class _Share:
 
 
 class Loader(Generic[T]):
-    """Iterator over batches, without end; any world size and any resume give the same global batches.
+    """Iterator over batches, without end where none is given; any world size and resume give the same global batches.
 
     A batch is a LoadedBatch, or what `finish` makes of it in the threads that read.
     """
@@ -86,6 +87,8 @@ class Loader(Generic[T]):
         world: int = 1,
         prefetch_batches: int = 2,
         num_threads: int = 2,
+        first_batch: int = 0,
+        end_batch: int | None = None,
     ) -> None: ...
 
     @overload
@@ -100,6 +103,8 @@ class Loader(Generic[T]):
         world: int = 1,
         prefetch_batches: int = 2,
         num_threads: int = 2,
+        first_batch: int = 0,
+        end_batch: int | None = None,
     ) -> None: ...
 
     def __init__(
@@ -113,6 +118,8 @@ class Loader(Generic[T]):
         world: int = 1,
         prefetch_batches: int = 2,
         num_threads: int = 2,
+        first_batch: int = 0,
+        end_batch: int | None = None,
     ) -> None:
         """`tokens` and the stores `joined` by name, or several sources, each with its own; the plan counts rows of all.
 
@@ -123,16 +130,21 @@ class Loader(Generic[T]):
         for stores on object storage, where a read mostly waits). `finish` must be a pure function of the batch: it runs
         in one of the threads once the whole batch is there, several batches may be finished at once, and what it
         raises is raised by `next` in its batch's turn.
+
+        The batches are [first_batch, end_batch), as if those before had been committed; nothing is read of others.
         """
         if not 0 <= rank < world or prefetch_batches < 1 or num_threads < 1:
             raise StoreError(
                 f"loader: rank {rank} of {world}, {prefetch_batches} batches ahead, {num_threads} threads is no setting"
             )
+        if first_batch < 0 or (end_batch is not None and end_batch < first_batch):
+            raise StoreError(f"loader: batches [{first_batch}, {end_batch}) are no range of batches")
         self._plan, self._sources = plan, SourceRows(as_sources(tokens, joined))
         self._rank, self._world = rank, world
         self._finish: Callable[[LoadedBatch], T] = finish or _as_loaded
         self._prefetch_batches, self._num_threads = prefetch_batches, num_threads
-        self._committed, self._next_batch, self._submitted = 0, 0, 0
+        self._committed = self._next_batch = self._submitted = first_batch
+        self._end_batch: float = math.inf if end_batch is None else end_batch
         self._prefetcher: Prefetcher[T] | None = None
         self._closed = False
 
@@ -143,9 +155,11 @@ class Loader(Generic[T]):
         """The next batch in order; errors of the threads surface here."""
         if self._closed:
             raise StoreError("loader: closed; build a new one")
+        if self._next_batch >= self._end_batch:
+            raise StopIteration
         if self._prefetcher is None:
             self._prefetcher = Prefetcher(num_threads=self._num_threads, name="potstill-loader")
-        while self._submitted <= self._next_batch + self._prefetch_batches:
+        while self._submitted <= self._next_batch + self._prefetch_batches and self._submitted < self._end_batch:
             self._submit(self._prefetcher, self._submitted)
             self._submitted += 1
         try:

@@ -13,8 +13,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from potstill.common.config import LocalPath, StorePlace, StrictModel
+from potstill.student_train.config.answers import AnswersConfig
 from potstill.student_train.config.lr_schedule import LrSchedule
 from potstill.student_train.config.optimizers import OptimizerConfig
+from potstill.student_train.config.rescoring import Rescoring
 from potstill.student_train.config.sources import (
     NamedSource,
     SourceConfig,
@@ -233,7 +235,10 @@ class HeldoutConfig(StrictModel):
         description="0 takes the most probable token each time; above 0 draws, by run.seed alike at each evaluation",
     )
     tokenizer: LocalPath | None = Field(
-        default=None, description="Tokenizer folder for the samples; null looks beside the tokens store"
+        default=None, description="Tokenizer folder for samples and grades; null looks beside the tokens store"
+    )
+    answers: AnswersConfig = Field(
+        default_factory=AnswersConfig, description="Answers written after the prompts of held-out rows with masks"
     )
 
 
@@ -271,6 +276,9 @@ class TrainConfig(StrictModel):
     curriculum: tuple[Stage, ...] = Field(
         default=(Stage(),), min_length=1, description="Stages in order; one is plain training"
     )
+    rescoring: Rescoring | None = Field(
+        default=None, description="Scores of rows and documents by the student in training; null: none"
+    )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="AdamW or Muon")
     schedule: LrSchedule = Field(default_factory=LrSchedule, description="Learning rate")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Saving and resuming")
@@ -304,6 +312,28 @@ class TrainConfig(StrictModel):
             raise ValueError(
                 "eval.samples takes its prompts from data.heldout; name that store, or eval.sample_prompts"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _rescoring(self) -> TrainConfig:
+        if self.rescoring is None:
+            return self
+        name = self.rescoring.name
+        taken = frozenset({"student"}).union(*(source.store_names for source in self.data.named_sources()))
+        if name in taken:
+            raise ValueError(f"rescoring.name is {name!r}, which names a store already, or the student; take another")
+        if not any(self.rescoring.is_read_by(stage) for stage in self.curriculum):
+            raise ValueError(
+                f"rescoring is on, but no stage reads {name!r}; name it in weights.store or rows.score.of of a stage, "
+                "or remove rescoring"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _answers(self) -> TrainConfig:
+        own = (source.heldout for source in self.data.sources.values())
+        if self.eval.answers.generate and self.data.heldout is None and all(place is None for place in own):
+            raise ValueError("eval.answers takes its prompts from held-out rows; name data.heldout, or leave it out")
         return self
 
     @model_validator(mode="after")
@@ -346,7 +376,10 @@ class TrainConfig(StrictModel):
                 )
             if not last and stage.until is None:
                 raise ValueError(f"curriculum.{number}.until is missing: only the last stage may go to the end")
-            check_stage_stores(stage, self.objective, self.data.named_sources(), key=f"curriculum.{number}")
+            key, scored = f"curriculum.{number}", None if self.rescoring is None else self.rescoring.name
+            if self.rescoring is not None:
+                self.rescoring.check_stage(stage, key=key)
+            check_stage_stores(stage, self.objective, self.data.named_sources(), key=key, scored=scored)
         shares = [stage.until for stage in self.curriculum if isinstance(stage.until, float)]
         if any(after <= before for before, after in pairwise(shares)):
             raise ValueError(f"curriculum: the stages' until {shares} must rise, else stages overlap")
@@ -369,6 +402,9 @@ class EvalConfig(StrictModel):
     )
     max_rows: int | None = Field(default=None, ge=1, description="Rows to use; null takes all")
     batch_rows: int = Field(default=4, ge=1, description="Rows per forward")
+    answers: AnswersConfig = Field(
+        default_factory=AnswersConfig, description="Answers written after the prompts of rows with masks"
+    )
     dtype: Dtype = Field(default="float32", description="Arithmetic")
     output: Path | None = Field(default=None, description="JSON file to write the figures to")
     force: bool = Field(default=False, description="Overwrite output")

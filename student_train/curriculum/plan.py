@@ -6,10 +6,12 @@ number (= the optimizer step), so any rank, world size and resume sees the same 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from numpy.typing import NDArray
 from potstill.common.errors import UserError
 from potstill.storage import MIXTURE_VERSION
 from potstill.student_train.config.train import TrainConfig
+from potstill.student_train.curriculum.live_scores import LiveScores
 from potstill.student_train.curriculum.schedules import share_of_span
 from potstill.student_train.curriculum.segments import (
     PlanSource,
@@ -75,6 +78,30 @@ class CurriculumPlan:
         self.segments = plan_segments(config, self.spans, sources)
         self._sources = tuple(sources)
         self._starts = [segment.first_batch for segment in self.segments]
+        self.live: LiveScores | None = None  # what the run has scored itself; None before the first time
+
+    def with_scores(self, scores: LiveScores) -> CurriculumPlan:
+        """This plan behind a rescoring: weights are by these scores, and rows are ranked by them. Raises UserError.
+
+        Segments before the step at which they were made are then not those that were trained on.
+        """
+        plan = copy.copy(self)
+        plan.live = scores
+        rescoring = self._config.rescoring
+        if rescoring is not None and any(rescoring.ranks(span.stage) for span in self.spans):
+            sources, first = [], 0
+            for source in self._sources:
+                found = scores.statistics_of(first, source.num_rows)
+                sources.append(replace(source, stats={**source.stats, scores.name: found}))
+                first += source.num_rows
+            plan._sources = tuple(sources)
+            plan.segments = plan_segments(self._config, self.spans, sources)
+        return plan
+
+    @property
+    def scored_name(self) -> str | None:
+        """Name of the scores that the run makes itself; None where it makes none."""
+        return None if self._config.rescoring is None else self._config.rescoring.name
 
     def segment(self, batch: int) -> Segment:
         """The segment that global batch `batch` lies in."""
@@ -121,8 +148,11 @@ class CurriculumPlan:
         )
 
     def joined(self, batch: int) -> frozenset[str]:
-        """Exactly the stores that this batch's loss reads; none but those of terms where nothing distils or selects."""
-        return self.objective(batch).stores | self._term_stores
+        """Exactly the stores that this batch's loss reads; none but those of terms where nothing distils or selects.
+
+        Scores that the run makes itself are no store: `live` holds them.
+        """
+        return (self.objective(batch).stores | self._term_stores) - {self.scored_name}
 
     def position(self, batch: int) -> dict[str, int]:
         """Where batch `batch` stands, for people and for the saved state."""
@@ -139,7 +169,7 @@ class CurriculumPlan:
             "global_batch": self.global_batch,
             "seed": self._config.run.seed,
             "mode": data.order,
-            "segments": segments_digest(self.segments),
+            "segments": segments_digest(self.segments, rescoring=self._config.rescoring),
         }
         if len(self._sources) == 1:
             return found

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from potstill.kernels.types import IGNORE_LABEL, SparseTargetTensors
 from potstill.storage import LoadedBatch, ScoresRow, TargetsRow, TokensRow
+from potstill.student_train.config.weights import Weights
+from potstill.student_train.curriculum.live_scores import LiveRow, LiveScores
 from potstill.student_train.curriculum.step_objective import StepObjective, TokenChoice
 from potstill.student_train.curriculum.token_selector import choose, known_active, known_weight_sum
 from potstill.student_train.data.targets import row_targets
@@ -138,13 +140,16 @@ def collate(
     row_length: int,
     terms: Sequence[LossTerm] = (),
     fixed_length: bool = False,
+    live: LiveScores | None = None,
 ) -> list[MicroBatch]:
     """Cut this rank's rows into micro-batches, on the CPU, with what these loss terms take from the rows.
 
+    live: the scores that the run has made itself, if weights are by them.
     fixed_length: lay every micro-batch out to row_length, for a compiled backbone; else to its longest row.
     """
     parts = [slice(first, first + micro_batch_rows) for first in range(0, len(batch.tokens), micro_batch_rows)]
-    micros = [_micro_batch(batch, objective, part, row_length=row_length, fixed_length=fixed_length) for part in parts]
+    sizes: dict[str, Any] = {"row_length": row_length, "fixed_length": fixed_length}
+    micros = [_micro_batch(batch, objective, part, live=live, **sizes) for part in parts]
     if not terms:
         return micros
     return [
@@ -159,7 +164,13 @@ def grid_length(longest: int, row_length: int) -> int:
 
 
 def _micro_batch(
-    batch: LoadedBatch, objective: StepObjective, part: slice, *, row_length: int, fixed_length: bool
+    batch: LoadedBatch,
+    objective: StepObjective,
+    part: slice,
+    *,
+    row_length: int,
+    fixed_length: bool,
+    live: LiveScores | None,
 ) -> MicroBatch:
     rows = batch.tokens[part]
     lengths = [len(row.tokens) for row in rows]
@@ -196,10 +207,20 @@ def _micro_batch(
     )
     columns = {} if objective.tokens is None else _columns(objective.tokens, batch, part)
     if objective.weights is not None:
-        figures = cast("list[JoinedRow | None]", batch.joined[objective.weights.store][part])
-        factors = torch.from_numpy(token_factors(objective.weights, rows, figures))
+        factors = torch.from_numpy(
+            token_factors(objective.weights, rows, _figures(batch, objective.weights, part, live))
+        )
         micro = _weighed(micro, factors, of_kd=objective.weights.applies_to == "kd")
     return micro if objective.tokens is None else _chosen(micro, objective.tokens, columns)
+
+
+def _figures(
+    batch: LoadedBatch, weights: Weights, part: slice, live: LiveScores | None
+) -> Sequence[JoinedRow | LiveRow | None]:
+    """What the rows are weighed by: of a store, or of the scores that the run has made itself."""
+    if live is not None and live.name == weights.store:
+        return live.of_rows(batch.rows[part])
+    return batch.joined[weights.store][part]
 
 
 def _weighed(micro: MicroBatch, factors: Tensor, *, of_kd: bool) -> MicroBatch:

@@ -67,6 +67,7 @@ class BatchFinisher:
             micro_batch_rows=self.micro_batch_rows,
             row_length=self.row_length,
             fixed_length=self.fixed_length,
+            live=self.plan.live,
         )
         if self.device.type == "cuda":
             # Of this thread as well: without it, every rank would open a context of its own on the first GPU.

@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,10 +195,12 @@ def save_checkpoint(
     data: dict[str, Any],
     pinned: dict[str, Any],
     extra: dict[str, Any],
+    write_decisions: Callable[[Path], dict[str, Any]],
     last_saved: str | None = None,
 ) -> Path:
     """Save on all ranks (a collective call), then commit by the manifest on rank 0.
 
+    `write_decisions` writes what the run has decided into the folder and returns what the manifest says of it (Legs).
     `last_saved` is the checkpoint that stands, for the message. Raises CheckpointWriteError on all ranks when one of
     them could not write its files; nothing of the new checkpoint is left then.
     """
@@ -214,6 +217,8 @@ def save_checkpoint(
     with save.part():
         if topology.is_main:
             about = {"loop": loop, "data": data, "pinned": pinned, "world_size": topology.world_size, **extra}
+            if decisions := write_decisions(folder):
+                about["decisions"] = decisions
             size = commit_checkpoint(folder, about)
             log.info("saved %s: %.1f MB in %.1f s", folder, size / 1e6, time.monotonic() - started)
     return folder

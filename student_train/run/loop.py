@@ -15,6 +15,7 @@ from potstill.student_train.evaluation.heldout import HeldoutEvaluation, Sources
 from potstill.student_train.evaluation.samples import ON_CONSOLE, TextSampler, sample_line
 from potstill.student_train.model.student import TrainRequest
 from potstill.student_train.run.engine import plain_gradient_norm, set_learning_rate
+from potstill.student_train.run.legs import DecisionPoint
 from potstill.student_train.run.run_parts import Run
 
 log = logging.getLogger(__name__)
@@ -26,14 +27,15 @@ def train_steps(run: Run, progress: Progress) -> str:
     if run.state.step >= run.plan.total_steps:
         return "done"
     run.watch.settle()  # who was asked to stop before the first step trains none
-    for batch in run.batches:
+    decide(run, None)
+    for batch in run.legs:
         normalizer, kd_scale, reason = agree(run, batch)
         if reason is not None:
             save(run)
             return reason
         run.lines.lr = run.config.optimizer.lr * run.plan.lr_factor(batch.batch)
         set_learning_rate(run.engine, run.lines.lr)
-        for micro in run.batches.on_device(batch):
+        for micro in run.legs.on_device(batch):
             count, check = len(batch.micros), check_due(run, micro, batch)
             request = TrainRequest(
                 micro,
@@ -50,12 +52,12 @@ def train_steps(run: Run, progress: Progress) -> str:
             run.lines.plain_norm = plain_gradient_norm(run.engine)
             run.engine.step()
             note_micro_batch(run, micro, loss / world_size, sums)
-        run.loader.commit(batch.batch)
+        run.legs.commit(batch.batch)
         after_step(run, batch)
         progress.update()
         if run.state.step == run.plan.total_steps:
             return "done"
-    raise AssertionError("the loader of a plan without end has ended")
+    raise AssertionError(f"the batches ended before step {run.state.step}, not at the last one")
 
 
 def agree(run: Run, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor | None, str | None]:
@@ -103,17 +105,35 @@ def after_step(run: Run, batch: StepBatch) -> None:
     save_due = last or (config.checkpoint.every_steps is not None and step % config.checkpoint.every_steps == 0)
     if step % config.logging.every_steps == 0:
         run.lines.end()
+    heldout: dict[str, Any] | None = None
     if last or (config.eval.every_steps is not None and step % config.eval.every_steps == 0):
         if run.evaluation is not None:
-            evaluate(run, run.evaluation)
+            heldout = evaluate(run, run.evaluation)
         if run.sampler is not None:
             sample(run, run.sampler)
+    decide(run, heldout)  # before a checkpoint, which holds what the next step is trained by
     if save_due:
         save(run)
 
 
-def evaluate(run: Run, evaluation: HeldoutEvaluation | SourcesEvaluation) -> None:
-    """Measure on the held-out rows and write the figures; the time that it takes is no time of training.
+def decide(run: Run, heldout: dict[str, Any] | None) -> None:
+    """Let all that is due before the next step be decided (legs.py), and write a line of metrics of each.
+
+    It ends a line of metrics: that of the steps before is of the plan that they were trained by.
+    """
+    if not run.legs.is_due(run.state.step):
+        return
+    run.watch.settle()
+    if run.lines.is_open:
+        run.lines.end()
+    with run.meter.paused():
+        found = run.legs.decide(DecisionPoint(run, heldout))
+    for name, figures in found:
+        run.metrics.write({"kind": name, **place(run), **figures})
+
+
+def evaluate(run: Run, evaluation: HeldoutEvaluation | SourcesEvaluation) -> dict[str, Any]:
+    """Measure on the held-out rows, write the figures and return them; the time that it takes is no time of training.
 
     It ends a line of metrics, so that the figures stand at the tokens that the model has seen.
     """
@@ -125,6 +145,7 @@ def evaluate(run: Run, evaluation: HeldoutEvaluation | SourcesEvaluation) -> Non
     run.metrics.write({"kind": "eval", **place(run), **figures})
     if run.topology.is_main:
         log.info("step %d/%d %s", run.state.step, run.plan.total_steps, evaluation_line(figures))
+    return figures
 
 
 def sample(run: Run, sampler: TextSampler) -> None:

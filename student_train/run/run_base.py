@@ -9,19 +9,25 @@ from typing import Any
 from potstill.student_train.config.train import TrainConfig
 from potstill.student_train.curriculum.plan import CurriculumPlan
 from potstill.student_train.run.engine import Topology
+from potstill.student_train.run.legs import Legs
 from potstill.student_train.run.loop_state import LoopState
 
 
 @dataclass(frozen=True)
 class RunBase:
-    """Fixed from the start of the run; `state` alone changes, step by step."""
+    """Fixed from the start of the run; `state` changes step by step, the plan in `legs` where something is decided."""
 
     config: TrainConfig
     topology: Topology
     engine: Any  # of DeepSpeed, around the student
-    plan: CurriculumPlan
+    legs: Legs
     state: LoopState
 
     @property
     def folder(self) -> Path:
         return self.config.run.output_dir
+
+    @property
+    def plan(self) -> CurriculumPlan:
+        """The plan of the leg that the run is in; of the steps before it this may say what was not so."""
+        return self.legs.plan

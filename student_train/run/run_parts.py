@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from potstill.storage import Loader
-from potstill.student_train.data.step_batch import StepBatch
 from potstill.student_train.evaluation.heldout import HeldoutEvaluation, SourcesEvaluation
 from potstill.student_train.evaluation.samples import TextSampler
-from potstill.student_train.run.device_batches import DeviceBatches
 from potstill.student_train.run.metrics import Meter, MetricsLog
 from potstill.student_train.run.run_base import RunBase
 from potstill.student_train.run.saves import Saves
@@ -34,8 +31,6 @@ class SelfChecks:
 class Run(RunBase):
     """Everything one training process works with."""
 
-    loader: Loader[StepBatch]
-    batches: DeviceBatches
     watch: StepWatch
     self_checks: SelfChecks
     meter: Meter

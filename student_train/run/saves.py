@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from potstill.storage import Loader
 from potstill.student_train.run.checkpoint import apply_retention, checkpoint_folder, save_checkpoint
 from potstill.student_train.run.run_base import RunBase
 
@@ -13,10 +12,8 @@ from potstill.student_train.run.run_base import RunBase
 class Saves:
     """Writes checkpoints; `last` is the folder of the newest, which messages name."""
 
-    def __init__(
-        self, base: RunBase, *, loader: Loader[Any], pinned: dict[str, Any], extra: dict[str, Any], last: str | None
-    ) -> None:
-        self._base, self._loader, self._pinned, self._extra = base, loader, pinned, extra
+    def __init__(self, base: RunBase, *, pinned: dict[str, Any], extra: dict[str, Any], last: str | None) -> None:
+        self._base, self._pinned, self._extra = base, pinned, extra
         self.last = last
 
     @property
@@ -33,7 +30,8 @@ class Saves:
             run=base.folder,
             topology=base.topology,
             state=base.state,
-            data=self._loader.state_dict(),
+            data=base.legs.state_dict(),
+            write_decisions=base.legs.write,
             pinned=self._pinned,
             extra=self._extra,
             last_saved=self.last,

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from potstill.student_train.run.device_batches import DeviceBatches
 from potstill.student_train.run.metrics import Meter, MetricsLog, ModelCost, loss_figures, peak_memory_bytes
 from potstill.student_train.run.run_base import RunBase
 from potstill.student_train.run.source_figures import source_figures, source_text
@@ -23,13 +22,12 @@ class TrainLines:
         self,
         base: RunBase,
         *,
-        batches: DeviceBatches,
         watch: StepWatch,
         meter: Meter,
         metrics: MetricsLog,
         cost: ModelCost,
     ) -> None:
-        self._base, self._batches, self._watch = base, batches, watch
+        self._base, self._watch = base, watch
         self._meter, self._metrics, self._cost = meter, metrics, cost
         self._waited_seconds = 0.0  # of data, when the last line was written
         self.lr = 0.0  # of the last step
@@ -62,7 +60,7 @@ class TrainLines:
         base, state, num_steps = self._base, self._base.state, len(losses)
         norm = base.engine.get_global_grad_norm() if self.plain_norm is None else self.plain_norm
         sources = source_figures(sums, base.plan.source_names)
-        waited, self._waited_seconds = self._batches.wait_seconds - self._waited_seconds, self._batches.wait_seconds
+        waited, self._waited_seconds = base.legs.wait_seconds - self._waited_seconds, base.legs.wait_seconds
         return {
             "kind": "train",
             "step": state.step,

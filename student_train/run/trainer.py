@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +19,12 @@ from potstill.student_train.curriculum.plan import CurriculumPlan, describe
 from potstill.student_train.data.step_batch import BatchFinisher, StepBatch
 from potstill.student_train.data.stores import Stores
 from potstill.student_train.evaluation.heldout import HeldoutEvaluation, SourcesEvaluation
+from potstill.student_train.evaluation.written_answers import AnswerWriting
 from potstill.student_train.model.checks import check_model
 from potstill.student_train.model.parameters import active_parameters, count_parameters
 from potstill.student_train.model.student import StudentModel, build_student
 from potstill.student_train.run.checkpoint import Checkpoint, ResumeError, choose_resume, load_checkpoint
-from potstill.student_train.run.device_batches import DeviceBatches
+from potstill.student_train.run.deciders import build_deciders
 from potstill.student_train.run.engine import (
     Topology,
     broadcast_object,
@@ -33,6 +35,7 @@ from potstill.student_train.run.engine import (
     world_from_environment,
     zero3_construction,
 )
+from potstill.student_train.run.legs import Legs
 from potstill.student_train.run.loop import train_steps
 from potstill.student_train.run.loop_state import LoopState
 from potstill.student_train.run.metrics import (
@@ -139,50 +142,53 @@ def open_run(
         on_main(topology, report_changes, config)
     on_main(topology, start_run_folder, config, student_config, ds_config, plan)
     student, engine = build_model(config, topology, stores, student_config, ds_config)
-    loader = open_loader(config, topology, stores, plan, student)
+    open_leg = partial(open_loader, config, topology, stores, student)
+    legs = Legs(plan, open_leg, deciders=build_deciders(config, checked), device=topology.device)
     metrics: MetricsLog | None = None
     try:
-        state = resume(engine, loader, checkpoint, config, topology, universal=universal)
+        state = resume(engine, legs, checkpoint, config, topology, universal=universal)
         metrics = MetricsLog(config.run.output_dir, config.logging, name=config.run.name)
         on_main(topology, metrics.open)
         with StopRequest(config.run.output_dir, max_runtime_minutes=config.run.max_runtime_minutes) as stop:
-            base = RunBase(config, topology, engine, plan, state)
+            base = RunBase(config, topology, engine, legs, state)
             saves = Saves(
                 base,
-                loader=loader,
                 pinned=pinned_values(config),
                 extra={"stores": stores.digests(), "num_parameters": count_parameters(student)},
                 last=None if checkpoint is None else str(checkpoint.folder),
             )
             watch = StepWatch(base, metrics=metrics, stop=stop, saves=saves)
             meter = Meter(topology.device, student.sum_names, sources=plan.source_names)
-            batches = DeviceBatches(loader, device=topology.device, end=plan.total_steps)
             cost = model_cost(student, student_config, stores.spec.row_length, topology)
             yield Run(
                 **vars(base),
-                loader=loader,
-                batches=batches,
                 watch=watch,
                 self_checks=SelfChecks(wanted=config.run.self_check),
                 meter=meter,
                 metrics=metrics,
-                lines=TrainLines(base, batches=batches, watch=watch, meter=meter, metrics=metrics, cost=cost),
+                lines=TrainLines(base, watch=watch, meter=meter, metrics=metrics, cost=cost),
                 saves=saves,
-                evaluation=heldout_evaluation(config, stores, topology),
+                evaluation=heldout_evaluation(config, stores, topology, checked.writing),
                 sampler=checked.sampler,
                 num_parameters=count_parameters(student),
             )
     finally:
-        loader.close()
+        legs.close()
         if metrics is not None:
             metrics.close()
         engine.destroy()
 
 
 def open_loader(
-    config: TrainConfig, topology: Topology, stores: Stores, plan: CurriculumPlan, student: StudentModel
+    config: TrainConfig,
+    topology: Topology,
+    stores: Stores,
+    student: StudentModel,
+    plan: CurriculumPlan,
+    first_step: int,
+    end_step: int,
 ) -> Loader[StepBatch]:
-    """This rank's loader, whose threads make finished micro-batches."""
+    """This rank's loader of the steps [first_step, end_step), whose threads make finished micro-batches."""
     return Loader(
         plan,
         stores.sources,
@@ -198,12 +204,14 @@ def open_loader(
         world=topology.world_size,
         prefetch_batches=config.data.prefetch_batches,
         num_threads=config.data.num_threads,
+        first_batch=first_step,
+        end_batch=end_step,
     )
 
 
 def resume(
     engine: Any,
-    loader: Loader[StepBatch],
+    legs: Legs,
     checkpoint: Checkpoint | None,
     config: TrainConfig,
     topology: Topology,
@@ -214,11 +222,12 @@ def resume(
     run = config.run.output_dir
     if checkpoint is None:
         log.info("starting at step 0 (checkpoint.resume %s; no checkpoint in %s)", config.checkpoint.resume, run)
-        on_main(topology, cut_metrics, run, 0)
+        on_main(topology, cut_metrics, run, -1)  # what was decided before step 0 is decided again
+        legs.start(0)
         return LoopState()
     state = checkpoint.state()
     try:
-        loader.load_state_dict(checkpoint.manifest["data"])
+        legs.resume(state.step, checkpoint.folder, checkpoint.manifest)
     except StoreError as error:
         raise ResumeError(f"{checkpoint.folder} was trained on other data: {error}") from error
     folder = checkpoint.folder
@@ -249,7 +258,7 @@ def start_run_folder(config: TrainConfig, student_config: Any, ds_config: dict[s
 
 
 def heldout_evaluation(
-    config: TrainConfig, stores: Stores, topology: Topology
+    config: TrainConfig, stores: Stores, topology: Topology, writing: AnswerWriting | None
 ) -> HeldoutEvaluation | SourcesEvaluation | None:
     """The evaluation of a run, if it has held-out rows, of its own or of its sources."""
 
@@ -263,6 +272,7 @@ def heldout_evaluation(
             world_size=topology.world_size,
             device=topology.device,
             fixed_length=config.model.compile,
+            writing=writing,
         )
 
     whole = None if stores.heldout is None else of(stores.heldout, stores.heldout_targets)

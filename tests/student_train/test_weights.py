@@ -60,6 +60,9 @@ def step_gradient(student: StudentModel, micros: list[MicroBatch], objective: St
     return torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
 
 
+FOLDED = ("loss", "accuracy", "exact", "answer_probability")
+
+
 @pytest.mark.parametrize("form", sorted(WEIGHT_FORMS))
 def test_forms_equal_their_formulas(form: str) -> None:
     x, a, b = 0.3, 0.5, 2.0
@@ -75,8 +78,9 @@ def test_documents_weigh_by_the_mean_of_their_trained_positions(stores) -> None:
     mask = np.ones(len(first.tokens), bool)
     mask[2:8] = False
     mask[int(first.doc_lens[0]) : int(first.doc_lens[:2].sum())] = False
-    rows = [replace(first, mask=mask), *batch.tokens[1:]]
     scores = batch.joined["slm"]
+    right = np.append(False, scores[2].label_rank[:-1] == 0)  # of this row only labels that are the most probable token
+    rows = [replace(first, mask=mask), batch.tokens[1], replace(batch.tokens[2], mask=right), batch.tokens[3]]
     figures = {
         "loss": lambda own, t: -float(own.label_logprob[t]),
         "entropy": lambda own, t: float(own.entropy[t]),
@@ -93,8 +97,17 @@ def test_documents_weigh_by_the_mean_of_their_trained_positions(stores) -> None:
                 wanted += [mean] * size
                 start += size
         np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    plain = {**DOCUMENT, "form": "identity"}
+    loss, accuracy, exact, answer = (
+        token_factors(Weights(**{**plain, "column": name}), rows, scores) for name in FOLDED
+    )
+    trained = [part.sum() for row in rows for part in np.split(row.has_target(), np.cumsum(row.doc_lens)[:-1])]
+    counts = np.repeat(trained, np.concatenate([row.doc_lens for row in rows]))
+    known = counts > 0
+    np.testing.assert_array_equal(exact, accuracy == 1)
+    assert 0 < exact[known].mean() < 1
+    np.testing.assert_allclose(answer, np.where(known, np.exp(-loss * counts), 0), rtol=1e-4)
     beta = token_factors(Weights(**DOCUMENT), rows, scores)
-    loss = token_factors(Weights(**{**DOCUMENT, "column": "loss", "form": "identity"}), rows, scores)
     p = np.exp(-loss)
     np.testing.assert_allclose(beta[loss > 0], (p * (1 - p))[loss > 0], rtol=1e-5)
 
@@ -250,7 +263,10 @@ def test_negative_infinite_and_missing_figures_are_named(stores) -> None:
 @pytest.mark.parametrize(
     ("stage", "message"),
     [
-        ({"weights": {**DOCUMENT, "column": "mean_loss"}}, "of a document there are accuracy, entropy, loss"),
+        (
+            {"weights": {**DOCUMENT, "column": "mean_loss"}},
+            "of a document there are accuracy, answer_prob",
+        ),
         ({"weights": {**ROW, "form": "beat"}}, "beta"),
         ({"weights": {**ROW, "b": -1.0}}, "expected both >= 0"),
         ({"weights": {**DOCUMENT, "form": "power", "a": -1.0}}, "a figure may be 0"),

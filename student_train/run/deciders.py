@@ -1,0 +1,19 @@
+"""What a run decides on its way. A new kind is a class (legs.Decider) and an entry here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from potstill.student_train.config.train import TrainConfig
+from potstill.student_train.run.legs import Decider
+from potstill.student_train.run.preflight import CheckedRun
+from potstill.student_train.run.rescoring import rescoring_decider
+
+# Each makes its decider of a checked run, or None where the configuration asks for none. They decide in this order.
+DECIDERS: dict[str, Callable[[TrainConfig, CheckedRun], Decider | None]] = {"rescoring": rescoring_decider}
+
+
+def build_deciders(config: TrainConfig, checked: CheckedRun) -> tuple[Decider, ...]:
+    """The deciders of a run, in their order."""
+    made = (make(config, checked) for make in DECIDERS.values())
+    return tuple(decider for decider in made if decider is not None)
