@@ -73,7 +73,10 @@ def test_the_loader_hands_them_out(tokens: StoreReader, rolled: StoreReader) -> 
         ({}, r"columns per document are \[\], the run names \['greedy_score', 'pass_rate'\]"),
         ({"pass_rate": [1.5, 0.0]}, r"pass_rate: document 0 has 1.5, expected a number in \[0, 1\], or NaN"),
         ({"greedy_score": [0.0, -np.inf]}, r"greedy_score: document 1 has -inf"),
-        ({"pass_rate": [0.5]}, r"columns per document are of different numbers of documents: \{'pass_rate': 1, 'greedy_score': 2\}"),
+        (
+            {"pass_rate": [0.5]},
+            r"columns per document are of different numbers of documents: \{'pass_rate': 1, 'greedy_score': 2\}",
+        ),
         ({"pass_rate": []}, r"pass_rate: found float32 of shape \(0,\), expected float32 \[documents\]"),
         ({"other": [0.5, 0.5]}, r"columns per document are \['greedy_score', 'other', 'pass_rate'\]"),
     ],

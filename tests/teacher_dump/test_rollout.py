@@ -15,6 +15,7 @@ from potstill.storage import (
     StoreReader,
     StoreWriter,
     TokensRow,
+    WriteFailedError,
     format_row,
     seal_store,
     store_stats,
@@ -24,6 +25,7 @@ from potstill.teacher_dump import RolloutConfig, ScoreConfig, rollout, score
 from tests.teacher_dump.tiny import ROW_LENGTH, make_tokens, save_llama, token_rows
 
 STOP = 3
+NAMES = ("answers", "scores", "tokens")
 # Tokens of (prompt, answer) of the documents of each row.
 ROWS: tuple[tuple[tuple[int, int], ...], ...] = (((3, 3), (4, 6)), ((5, 3),), ((2, 4), (6, 2)), ((3, 5),), ((7, 9),))
 
@@ -84,7 +86,7 @@ def config(tokens: Path, output: Path, model: Path, **changes: Any) -> RolloutCo
 
 
 def digests(output: Path) -> list[str]:
-    return [StoreReader(output / name).digest for name in ("scores", "answers", "tokens")]
+    return [StoreReader(output / name).digest for name in NAMES]
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +172,7 @@ def test_the_tokens_hold_the_same_answers_in_rows_of_the_input(whole: Path, toke
 
 
 def test_the_commands_that_look_at_stores_know_them(whole: Path, tokens: Path) -> None:
-    for name in ("scores", "answers", "tokens"):
+    for name in NAMES:
         assert verify_store(whole / name, deep=True).ok
     stats = store_stats(whole / "scores")
     assert stats.histograms["pass_rate"].total == stats.histograms["greedy_score"].total == 7
@@ -179,23 +181,35 @@ def test_the_commands_that_look_at_stores_know_them(whole: Path, tokens: Path) -
     assert "mean_pass_rate" in text and "pass_rate of each document: [" in text
 
 
-def test_several_workers_and_a_kill_between_the_two_commits_change_no_byte(
-    whole: Path, tokens: Path, model: Path, tmp_path: Path
+def test_several_workers_and_an_end_between_the_two_commits_change_no_byte(
+    whole: Path, tokens: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "out"
     summary = rollout(config(tokens, output, model), worker=1, num_workers=2)
     assert not summary.sealed and "once more as a single worker" in summary.format()
-    rollout(config(tokens, output, model), worker=0, num_workers=2)
-    assert [path.name for path in sorted(output.iterdir())] == ["answers", "scores"]
-    # As after a kill between the commits of a unit: the answers are there, the scores are not.
-    record = next((output / "scores" / "units").glob("*0000001*.json"))
-    record.unlink()
+    commit = StoreWriter.commit_unit
+
+    def full_disk(writer: StoreWriter, *arguments: Any, **options: Any) -> bool:
+        if writer.spec.kind == "scores":
+            raise WriteFailedError("no space left")
+        return commit(writer, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreWriter, "commit_unit", full_disk)
+        with pytest.raises(WriteFailedError):
+            rollout(config(tokens, output, model), worker=0, num_workers=2)
+    # A unit whose scores are there has its answers: the other way round it would be passed over.
+    answers, scores = ({path.name for path in (output / name / "units").glob("*.json")} for name in NAMES[:2])
+    assert answers >= {"u0000000.json", "u0000001.json"} and scores == {"u0000001.json"}
+    assert not (output / "tokens").exists()
     summary = rollout(config(tokens, output, model))
-    assert summary.sealed and summary.worker.units == 1 and digests(output) == digests(whole)
+    assert summary.sealed and summary.worker.units == 2 and digests(output) == digests(whole)
     again = rollout(config(tokens, output, model))
     assert again.worker.units == 0 and digests(output) == digests(whole)
     with pytest.raises(MismatchError, match=r"info.rollout.temperature is 0.1 in the store, 0.5 is wanted now"):
         rollout(config(tokens, output, model, temperature=0.5))
+    rollout(config(tokens, output, model, temperature=0.5, force=True))
+    assert all(one != other for one, other in zip(digests(output), digests(whole), strict=True))
 
 
 @pytest.mark.parametrize("keep", ["passed", "failed", "first", "none"])
