@@ -32,8 +32,8 @@ ROWS: tuple[tuple[tuple[int, int], ...], ...] = (((3, 3), (4, 6)), ((5, 3),), ((
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Not so sharp that every sample is the greedy answer."""
-    return save_llama(tmp_path_factory.mktemp("model") / "student", sharpen=14.0)
+    """Sharp enough that some samples are the greedy answer, and not all."""
+    return save_llama(tmp_path_factory.mktemp("model") / "student", sharpen=140.0)
 
 
 def greedy_answers(model: Path, prompts: Sequence[np.ndarray], num_tokens: int) -> list[list[int]]:
@@ -77,7 +77,6 @@ def config(tokens: Path, output: Path, model: Path, **changes: Any) -> RolloutCo
         "output": output,
         "model": {"model": model, "check_tokenizer": False, "batch_rows": 2},
         "samples": 4,
-        "temperature": 0.1,
         "grade_ids": True,
         "stop_ids": [STOP],
         "seed": 7,
@@ -140,6 +139,24 @@ def test_answers_grades_and_rates(whole: Path, tokens: Path, model: Path) -> Non
         assert row.stats["mean_pass_rate"] == pytest.approx(rates.mean())
         assert row.stats["mean_greedy_score"] == pytest.approx(grades.mean())
     assert len(seen) > 2, "this store must tell some pass rates apart"
+
+
+def test_the_pass_rate_of_exact_match_is_the_probability_of_the_reference(
+    tokens: Path, model: Path, tmp_path: Path
+) -> None:
+    """Which the losses of the same store give: sampling, ends and limits are those of the distribution."""
+    samples = 96
+    rollout(config(tokens, tmp_path / "out", model, samples=samples, greedy=False, keep="none"))
+    between = 0
+    for given, row in zip(
+        token_rows(tokens), StoreReader(tmp_path / "out" / "scores").scores_rows(range(5)), strict=True
+    ):
+        document = np.repeat(np.arange(len(given.doc_lens)), given.doc_lens)[given.has_target()]
+        wanted = np.exp(np.bincount(document, row.label_logprob[given.has_target()]))
+        error = 4.5 * np.sqrt(wanted * (1 - wanted) / samples) + 1 / samples
+        assert (np.abs(row.more["pass_rate"] - wanted) <= error).all(), (row.more["pass_rate"], wanted)
+        between += int(((wanted > 0.1) & (wanted < 0.9)).sum())
+    assert between >= 2, "this store must ask something whose answer is open"
 
 
 def test_the_scores_are_those_of_score(whole: Path, tokens: Path, model: Path, tmp_path: Path) -> None:
@@ -206,7 +223,7 @@ def test_several_workers_and_an_end_between_the_two_commits_change_no_byte(
     assert summary.sealed and summary.worker.units == 2 and digests(output) == digests(whole)
     again = rollout(config(tokens, output, model))
     assert again.worker.units == 0 and digests(output) == digests(whole)
-    with pytest.raises(MismatchError, match=r"info.rollout.temperature is 0.1 in the store, 0.5 is wanted now"):
+    with pytest.raises(MismatchError, match=r"info.rollout.temperature is 1.0 in the store, 0.5 is wanted now"):
         rollout(config(tokens, output, model, temperature=0.5))
     rollout(config(tokens, output, model, temperature=0.5, force=True))
     assert all(one != other for one, other in zip(digests(output), digests(whole), strict=True))
