@@ -78,7 +78,7 @@ def _quarters(text: Text) -> list[Job]:
     jobs = []
     for name, rows in zip(QUARTERS, np.array_split(np.argsort(losses, kind="stable"), len(QUARTERS)), strict=True):
         path = folder / f"{name}.jsonl"
-        found = [json.dumps({"input_ids": tokens.row(int(row)).tokens.tolist()}) for row in np.sort(rows)]
+        found = [json.dumps({"input_ids": row.tokens.tolist()}) for row in tokens.tokens_rows(np.sort(rows))]
         path.write_text("\n".join([*found, ""]), encoding="utf-8")
         jobs.append(text.import_rows(f"quarter-{name}", path, quarter(text, name).parent))
     return jobs
