@@ -15,8 +15,9 @@ from potstill.student_train.config.weights import Weights
 
 # The keys of potstill.kernels.divergences.DIVERGENCES; a test compares the two.
 Divergence = Literal[
-    "forward_kl", "reverse_kl", "skew_forward", "skew_reverse", "jsd", "total_variation", "mse_logprobs", "sampled"
-]
+    "forward_kl", "reverse_kl", "skew_forward", "skew_reverse", "jsd", "total_variation",
+    "mse_logprobs", "mse_probs", "sampled",
+]  # fmt: skip
 MissingMass = Literal["tail", "renorm", "support", "label", "raw"]
 TemperatureSide = Literal["both", "teacher"]  # kernels.settings.TEMPERATURE_SIDES, compared too
 OffKd = Literal["nothing", "ce"]  # kernels.settings.OFF_KD, compared too

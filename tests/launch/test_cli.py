@@ -59,7 +59,7 @@ def test_help_is_fast_and_loads_nothing_heavy() -> None:
 
 def test_the_table_holds_every_command_that_is_promised() -> None:
     promised = "plan prepare dump score seal status verify inspect stats gc presets train eval report export demo"
-    promised += " completion import"
+    promised += " completion import prune"
     assert sorted(NAMES) == sorted(promised.split())
 
 
@@ -96,6 +96,7 @@ def _tree_of(name: str, parsed: object) -> object:
     from potstill.common.options import read_config
     from potstill.launch.plan import PlanConfig
     from potstill.student_train.config import train as student
+    from potstill.student_train.config.prune import PruneConfig
     from potstill.teacher_dump import config as teacher
     from potstill.teacher_dump.importing.targets.config import ImportTargetsConfig
     from potstill.teacher_dump.importing.tokens.config import ImportTokensConfig
@@ -109,6 +110,7 @@ def _tree_of(name: str, parsed: object) -> object:
         "score": teacher.ScoreConfig,
         "eval": student.EvalConfig,
         "export": student.ExportConfig,
+        "prune": PruneConfig,
     }
     return read_config(trees[name], parsed)  # type: ignore[type-var,arg-type]
 

@@ -35,7 +35,7 @@ def tree_of(name: str, stores: dict[str, Path], run: Path) -> dict[str, Any]:
     if name == "rs_kd":
         data["targets"] = {"teacher": str(stores["sampled"])}
     data |= {"global_batch_rows": 4, "micro_batch_rows": 2}
-    tree["model"]["config"] = dict(tiny.STUDENT)
+    tree["model"] |= {"config": dict(tiny.STUDENT), "path": None}
     tree["run"] |= {"output_dir": str(run), "max_steps": 10, "num_threads": 1}
     tree["logging"]["every_steps"] = 1
     return tree
@@ -125,7 +125,7 @@ CHECKS = {
 
 def test_the_mse_and_nll_variants_of_pd_by_override(stores, tmp_path: Path) -> None:
     tree = tree_of("pd_wsd", stores, tmp_path / "mse")
-    tree["objective"]["divergence"] = "mse_logprobs"
+    tree["objective"]["divergence"] = "mse_probs"
     assert run_ranks(workers.train_run, tree, world=1)[0]["status"] == "done"
 
 
@@ -142,7 +142,7 @@ def test_the_argmax_labels_of_progressive_by_override(stores, tmp_path: Path) ->
 
 OFF_KD = {
     "distill": "nothing", "paced": "ce", "pd_wsd": "nothing", "pocl": "nothing", "progressive": "nothing",
-    "rs_kd": "nothing", "salt": "nothing", "se_kd": "nothing", "skip_easy": "ce", "tip": "nothing",
+    "pruned": "nothing", "rs_kd": "nothing", "salt": "nothing", "se_kd": "nothing", "skip_easy": "ce", "tip": "nothing",
 }  # fmt: skip
 
 
@@ -156,7 +156,7 @@ def test_each_preset_that_distils_says_what_its_paper_does_where_kd_is_off() -> 
 
 
 def test_all_the_presets_of_the_field_are_there() -> None:
-    wanted = "lm distill salt pd_wsd pocl progressive paced rs_kd minillm_plm skip_easy se_kd tip"
+    wanted = "lm distill salt pd_wsd pocl progressive paced rs_kd minillm_plm skip_easy se_kd tip pruned"
     assert set(wanted.split()) <= set(NAMES)
     for preset in list_presets():
         assert len(preset.path.read_text().splitlines()) <= 80, preset.name
