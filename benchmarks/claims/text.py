@@ -77,7 +77,7 @@ SIZES: dict[str, TextSize] = {
         heldout_every=120,
         vocab_size=300,
         row_length=32,
-        student=Model(shape=Shape(32, 1), steps=8, batch_rows=4, lr=4e-3),
+        student=Model(shape=Shape(32, 2), steps=8, batch_rows=4, lr=4e-3),
         teacher=Model(shape=Shape(64, 1), steps=8, batch_rows=4, lr=4e-3),
     ),
     "cpu": TextSize(
@@ -86,8 +86,8 @@ SIZES: dict[str, TextSize] = {
         heldout_every=11,
         vocab_size=1024,
         row_length=128,
-        student=Model(shape=Shape(96, 3), steps=500, batch_rows=8, lr=4e-3),
-        teacher=Model(shape=Shape(160, 4), steps=1500, batch_rows=16, lr=4e-3),
+        student=Model(shape=Shape(64, 3), steps=500, batch_rows=8, lr=6e-3),
+        teacher=Model(shape=Shape(128, 4), steps=1000, batch_rows=16, lr=4e-3),
     ),
     "gpu": TextSize(
         student_every=1,
