@@ -180,7 +180,7 @@ class Text:
         full = {**model.shape.config(row_length=self.size.row_length), "vocab_size": self.size.vocab_size}
         config.write_text(json.dumps(full), encoding="utf-8")
         run = self.folder / "runs" / name
-        every = early or model.steps
+        every = early or max(1, model.steps // 5)
         settings = {
             "run.name": name,
             "run.num_threads": 1,
@@ -190,7 +190,7 @@ class Text:
             "optimizer.lr": model.lr,
             "schedule.min_ratio": 0.0,
             "checkpoint.every_steps": every,
-            "checkpoint.keep_last": -(-model.steps // every),
+            "checkpoint.keep_last": 1 if early is None else -(-model.steps // every),
         }
         words = ["train", "--preset", "lm", "--output", run, "--steps", model.steps, "--num-ranks", 1]
         words += ["--tokens", tokens or self.tokens, "--model-config", config.parent, "--set"]
