@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.claims import pd, salt
+from benchmarks.claims import pd, pruned, salt
 from benchmarks.claims.base import SCALES, Arm, Bench, Claim, Scale
 from benchmarks.claims.ends import ends_table, taught_steps
 from benchmarks.claims.runs import Run, Runs
@@ -30,7 +30,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("claim", [salt.CLAIM, pd.CLAIM], ids=lambda claim: claim.name)
+@pytest.mark.parametrize("claim", [salt.CLAIM, pd.CLAIM, pruned.CLAIM], ids=lambda claim: claim.name)
 def test_arms_are_configurations_that_share_their_schedule(claim: Claim, scale: Scale, tmp_path: Path) -> None:
     bench = _bench(tmp_path, scale)
     arms = claim.arms(bench)
