@@ -5,9 +5,9 @@ Paper: Minitron (arXiv 2407.14679): pruning a trained model and distilling its l
     depth once it is trained. Ministral 3 (arXiv 2601.08584) makes a family of models so.
 Set-up: the novels of the text setting in rows of 128 tokens; its teacher (4 layers of 128) cut once by `potstill prune`
     on 128 rows: by width to half the channels, neurons and heads, and by depth to half the layers. Random starts have
-    the same two shapes, with initial weights by width. All arms: the student's steps, rows, learning rate and WSD schedule,
-    forward KL at temperature 1 with the tail, alpha 1 for KD and 0 for labels. Seeds differ in the order of the rows
-    and, where the start is random, in the weights.
+    the same two shapes, with initial weights by width. All arms: the student's steps, rows, learning rate and WSD
+    schedule, forward KL at temperature 1 with the tail, alpha 1 for KD and 0 for labels. Seeds differ in the order of
+    the rows and, where the start is random, in the weights.
 Arms: pruned and random, width and depth, KD and labels: eight.
 Pass: for width and for depth: pruned with KD ends below random with KD, and below pruned with labels, each beyond the
     95 % interval of the paired differences.
