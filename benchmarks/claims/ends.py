@@ -68,7 +68,7 @@ def ends_table(title: str, runs: Runs, baselines: dict[str, str]) -> Table:
                 "" if arm == baseline else mean_and_sd(differences(labels, ends)),
                 _step(runs.reach(arm, labels)),
                 mean_and_sd(runs.final(arm, "runtime_seconds"), 0),
-                f"{_target_megabytes(runs.arms[arm]):.1f}",
+                f"{_target_megabytes(runs.arms[arm]):.3f}",
             )
         )
     return Table(title=title, header=HEADER, rows=tuple(lines))

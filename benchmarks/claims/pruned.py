@@ -3,17 +3,17 @@
 Paper: Minitron (arXiv 2407.14679): pruning a trained model and distilling its logits takes up to 40 times fewer tokens
     than training from random weights; KD alone beats the label loss for such a start; cutting width beats cutting
     depth once it is trained. Ministral 3 (arXiv 2601.08584) makes a family of models so.
-Set-up: the novels of the text setting in rows of 128 tokens; its teacher (4 layers of 160) cut once by `potstill prune`
-    on 128 rows: by width to 96 channels, 256 neurons and 3 heads, and by depth to 2 layers. Random starts have the
-    same two shapes, with initial weights by width. All arms: the student's steps, rows, learning rate and WSD schedule,
-    forward KL at temperature 1 with the tail, alpha 1 for KD and 0 for labels. Seeds differ in the order of the rows
-    and, where the start is random, in the weights.
+Set-up: the novels of the text setting in rows of 128 tokens; its teacher (4 layers of 128) cut once by `potstill prune`
+    on 128 rows: by width to half the channels, neurons and heads, and by depth to half the layers. Random starts have
+    the same two shapes, with initial weights by width. All arms: the student's steps, rows, learning rate and WSD
+    schedule, forward KL at temperature 1 with the tail, alpha 1 for KD and 0 for labels. Seeds differ in the order of
+    the rows and, where the start is random, in the weights.
 Arms: pruned and random, width and depth, KD and labels: eight.
 Pass: for width and for depth: pruned with KD ends below random with KD, and below pruned with labels, each beyond the
     95 % interval of the paired differences.
 Beside the rule: tokens after which the pruned start with KD has come to what the random one ends at; width against
     depth (the shapes differ in parameters: the table has them); the order after KD against the order before it.
-Cost: 8 arms x 5 seeds of half a minute on one core; the teacher's ten minutes are those of the other claims on text.
+Cost: 8 arms x 5 seeds of half a minute on one core; the teacher's five minutes are those of the other claims on text.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.claims.base import Arm, Bench, Claim, Outcome, Plot, Table
+from benchmarks.claims.ends import ends_table
 from benchmarks.claims.paired import compare, mean_and_sd, written
 from benchmarks.claims.runs import Runs
 from benchmarks.claims.text import NEEDS, Shape, Text
@@ -110,19 +111,24 @@ def judge(bench: Bench, runs: Runs) -> Outcome:
             title=f"Starts pruned by {cut}, and random ones of that shape",
             x="tokens",
             y="held-out loss, nats per token",
-            curves={name: runs.curves(name, x="tokens") for name in runs.arms if f" {cut}," in name},
+            curves={name: runs.curves(name, x="tokens") for name in runs.arms if _cut_of(name) == cut},
         )
         for cut in CUTS
     ]
-    return Outcome(findings=tuple(findings), tables=(_ends(runs, final), _cuts(bench)), plots=tuple(plots))
+    labels_of = {name: f"random {_cut_of(name)}, labels" for name in runs.arms}
+    price = ends_table("Price; labels are those from random weights of the shape", runs, labels_of)
+    return Outcome(findings=tuple(findings), tables=(_ends(runs, final), price, _cuts(bench)), plots=tuple(plots))
+
+
+def _cut_of(arm: str) -> str:
+    return next(cut for cut in CUTS if f" {cut}," in arm)
 
 
 def _ends(runs: Runs, final: dict[str, list[float]]) -> Table:
     """A line for each arm: its end, and the steps to the end of KD from random weights of its shape."""
     rows = []
     for name, losses in final.items():
-        cut = next(cut for cut in CUTS if f" {cut}," in name)
-        reached = runs.reach(name, final[f"random {cut}, KD"])
+        reached = runs.reach(name, final[f"random {_cut_of(name)}, KD"])
         rows.append((name, mean_and_sd(losses), "/".join(written(reached, 0))))
     header = ("arm", "held-out loss", "steps to the end of KD from random weights, by seed")
     return Table(title="At equal tokens", header=header, rows=tuple(rows))

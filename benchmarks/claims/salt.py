@@ -1,6 +1,6 @@
 """SALT: a smaller model teaches early, then plain training. arXiv 2410.18779, "A Little Help Goes a Long Way".
 
-The paper: a 2.8B student that a 1.5B model teaches for the first 36K of 208K steps comes to the few-shot average of
+Paper: a 2.8B student that a 1.5B model teaches for the first 36K of 208K steps comes to the few-shot average of
 plain training in less than 70 % of its steps and ends above it (47.94 against 47.32); kept throughout, the teacher
 costs more than it gives; SALT_DS, which chooses the rows of the first part by an early checkpoint of the small model,
 ends close to SALT. What is easy for the small model is learned earlier for its help, what is hard is not.
@@ -50,7 +50,7 @@ BESIDE = (
 )
 SMALL = {
     "quick": Model(shape=Shape(32, 1), steps=4, batch_rows=4, lr=8e-3),
-    "cpu": Model(shape=Shape(32, 2), steps=150, batch_rows=8, lr=8e-3),
+    "cpu": Model(shape=Shape(40, 2), steps=500, batch_rows=8, lr=8e-3),
     "gpu": Model(shape=Shape(128, 4), steps=180, batch_rows=12, lr=4e-3),
 }
 
@@ -66,10 +66,10 @@ def build(bench: Bench) -> Iterator[list[Job]]:
         text.score("small-early", "small-early"),
         text.score_heldout("small"),
     ]
-    yield _quarters(text)
+    yield quarter_jobs(text)
 
 
-def _quarters(text: Text) -> list[Job]:
+def quarter_jobs(text: Text) -> list[Job]:
     """Cut the held-out rows into quarters by the small model's mean loss; jobs that make a tokens store of each."""
     tokens = StoreReader(text.heldout)
     losses = StoreReader(text.heldout_scores("small")).row_stats["mean_loss"]
@@ -78,7 +78,7 @@ def _quarters(text: Text) -> list[Job]:
     jobs = []
     for name, rows in zip(QUARTERS, np.array_split(np.argsort(losses, kind="stable"), len(QUARTERS)), strict=True):
         path = folder / f"{name}.jsonl"
-        found = [json.dumps({"input_ids": tokens.row(int(row)).tokens.tolist()}) for row in np.sort(rows)]
+        found = [json.dumps({"input_ids": row.tokens.tolist()}) for row in tokens.tokens_rows(np.sort(rows))]
         path.write_text("\n".join([*found, ""]), encoding="utf-8")
         jobs.append(text.import_rows(f"quarter-{name}", path, quarter(text, name).parent))
     return jobs

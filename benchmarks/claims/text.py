@@ -77,7 +77,7 @@ SIZES: dict[str, TextSize] = {
         heldout_every=120,
         vocab_size=300,
         row_length=32,
-        student=Model(shape=Shape(32, 1), steps=8, batch_rows=4, lr=4e-3),
+        student=Model(shape=Shape(32, 2), steps=8, batch_rows=4, lr=4e-3),
         teacher=Model(shape=Shape(64, 1), steps=8, batch_rows=4, lr=4e-3),
     ),
     "cpu": TextSize(
@@ -86,8 +86,8 @@ SIZES: dict[str, TextSize] = {
         heldout_every=11,
         vocab_size=1024,
         row_length=128,
-        student=Model(shape=Shape(96, 3), steps=500, batch_rows=8, lr=4e-3),
-        teacher=Model(shape=Shape(160, 4), steps=1500, batch_rows=16, lr=4e-3),
+        student=Model(shape=Shape(64, 3), steps=500, batch_rows=8, lr=6e-3),
+        teacher=Model(shape=Shape(128, 4), steps=1000, batch_rows=16, lr=4e-3),
     ),
     "gpu": TextSize(
         student_every=1,
@@ -180,7 +180,7 @@ class Text:
         full = {**model.shape.config(row_length=self.size.row_length), "vocab_size": self.size.vocab_size}
         config.write_text(json.dumps(full), encoding="utf-8")
         run = self.folder / "runs" / name
-        every = early or model.steps
+        every = early or max(1, model.steps // 5)
         settings = {
             "run.name": name,
             "run.num_threads": 1,
@@ -190,7 +190,7 @@ class Text:
             "optimizer.lr": model.lr,
             "schedule.min_ratio": 0.0,
             "checkpoint.every_steps": every,
-            "checkpoint.keep_last": -(-model.steps // every),
+            "checkpoint.keep_last": 1 if early is None else -(-model.steps // every),
         }
         words = ["train", "--preset", "lm", "--output", run, "--steps", model.steps, "--num-ranks", 1]
         words += ["--tokens", tokens or self.tokens, "--model-config", config.parent, "--set"]

@@ -57,8 +57,8 @@ def rows(stores: dict[str, Path]) -> list[Any]:
 
 
 def measured(model: Any, rows: list[Any], **options: Any) -> Importance:
-    """The importance in batches of two rows."""
-    batches = [(collate_rows(part), torch.tensor([len(row.tokens) for row in part])) for part in (rows[:2], rows[2:])]
+    """The importance in batches of one row and of two, of which one is padded."""
+    batches = [(collate_rows(part), torch.tensor([len(row.tokens) for row in part])) for part in (rows[:1], rows[1:])]
     return measure(model, lambda: iter(batches), head_dim=HEADS["head_dim"], **{"depth_by": "cosine", **options})
 
 
@@ -84,7 +84,7 @@ def test_the_same_size_gives_the_same_logits(kind: str, tied: bool, rows: list[A
 
 @torch.no_grad()
 def silence(model: Any) -> None:
-    """Make channels 1, 7, 8, neurons 0 and 5 of layer 0 and 3 and 4 of layer 1, query heads 0 and 3, and layer 2 add
+    """Make channels 1, 7, 8, neurons 0 and 5 of layer 0 and 3 and 4 of layer 2, query heads 0 and 3, and layer 1 add
     nothing to anything."""
     channels, inner = [1, 7, 8], torch.arange(HEADS["head_dim"])
     core = model.model
@@ -92,10 +92,10 @@ def silence(model: Any) -> None:
     for number, layer in enumerate(core.layers):
         for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
             projection.weight[channels] = 0
-            if number == 2:
+            if number == 1:
                 projection.weight.zero_()
         layer.self_attn.o_proj.weight[:, torch.cat([inner, 3 * HEADS["head_dim"] + inner])] = 0
-    for layer, neurons in zip(core.layers, ([0, 5], [3, 4]), strict=False):
+    for layer, neurons in zip(core.layers[::2], ([0, 5], [3, 4]), strict=True):
         layer.mlp.up_proj.weight[neurons] = 0
 
 
@@ -107,8 +107,8 @@ def test_cutting_what_is_zero_changes_nothing(kind: str, rows: list[Any]) -> Non
     sizes = {"hidden_size": 21, "intermediate_size": 38, "num_layers": 2}
     wanted = Shape(**{**whole.as_dict(), **sizes})
     kept = choose(found, whole, wanted)
-    assert sorted({*range(24)} - {*kept.channels.tolist()}) == [1, 7, 8] and kept.layers.tolist() == [0, 1]
-    assert [sorted({*range(40)} - {*kept.neurons[n].tolist()}) for n in (0, 1)] == [[0, 5], [3, 4]]
+    assert sorted({*range(24)} - {*kept.channels.tolist()}) == [1, 7, 8] and kept.layers.tolist() == [0, 2]
+    assert [sorted({*range(40)} - {*kept.neurons[n].tolist()}) for n in (0, 2)] == [[0, 5], [3, 4]]
     smaller = cut(model, kept, whole, wanted, norm_factors(found, kept))
     exact = {"rtol": 0.0, "atol": 2e-5}  # the norms of transformers compute in float32
     torch.testing.assert_close(logits(smaller), logits(model), **exact)
@@ -157,14 +157,14 @@ def test_depth_by_loss_leaves_out_what_the_loss_does_not_miss(rows: list[Any]) -
     model = model_of()
     silence(model)
     whole = measured(model, rows, depth_by="loss")
-    assert abs(float(whole.layers[2])) < 1e-9 and float(whole.layers[:2].abs().min()) > 1e-3
+    assert abs(float(whole.layers[1])) < 1e-9 and float(whole.layers[::2].abs().min()) > 1e-3
     with torch.no_grad():
         one_less = model_of()
         silence(one_less)
-        del one_less.model.layers[1]
+        del one_less.model.layers[2]
         batches = [collate_rows([row]) for row in rows]
         rise = importances.mean_loss(one_less, batches) - importances.mean_loss(model, batches)
-    assert float(whole.layers[1]) == pytest.approx(rise, abs=1e-6)
+    assert float(whole.layers[2]) == pytest.approx(rise, abs=1e-6)
 
 
 def test_heads_keep_their_groups() -> None:
