@@ -134,13 +134,27 @@ def check_stage_stores(
                 raise ValueError(f"{where} names store {name!r}{of}; known: {sorted(source.store_names)}")
 
 
+def target_names(stage: Stage, sources: Sequence[NamedSource], *, key: str) -> tuple[str, ...]:
+    """The targets stores that a stage learns from, at one step or another. Raises ValueError that names the key."""
+    try:
+        return stage.target_names(dict.fromkeys(name for source in sources for name in source.config.targets))
+    except ValueError as error:
+        raise ValueError(f"{key}.{error}") from error
+
+
 def _check_targets(stage: Stage, objective: Objective, sources: Sequence[NamedSource], key: str) -> None:
-    """Each source of a stage names its own store under the stage's targets, or its rows can do without."""
-    lacking = [source for source in sources if stage.targets not in source.config.targets]
-    if stage.targets is None or not lacking:
+    """Each source of a stage names its own stores under the stage's targets, or its rows can do without."""
+    where = f"{key}.targets" if stage.targets_clock is None else f"{key}.targets_clock"
+    for name in target_names(stage, sources, key=key):
+        _check_target(name, stage, objective, sources, where)
+
+
+def _check_target(name: str, stage: Stage, objective: Objective, sources: Sequence[NamedSource], where: str) -> None:
+    lacking = [source for source in sources if name not in source.config.targets]
+    if not lacking:
         return
     first = lacking[0]
-    message = f"{key}.targets names {stage.targets!r}; {first.key}.targets has {sorted(first.config.targets)}"
+    message = f"{where} names {name!r}; {first.key}.targets has {sorted(first.config.targets)}"
     if len(lacking) == len(sources):
         raise ValueError(message)
     if not trains_without_targets(stage, objective):

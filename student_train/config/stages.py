@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from potstill.common.config import StrictModel
+from potstill.student_train.config.clocks import TargetsClock
 from potstill.student_train.config.curves import Scalar, check_bounds
 from potstill.student_train.config.row_scores import RowScore
 from potstill.student_train.config.sources import check_mix
@@ -15,8 +17,9 @@ from potstill.student_train.config.weights import Weights
 
 # The keys of potstill.kernels.divergences.DIVERGENCES; a test compares the two.
 Divergence = Literal[
-    "forward_kl", "reverse_kl", "skew_forward", "skew_reverse", "jsd", "total_variation", "mse_logprobs", "sampled"
-]
+    "forward_kl", "reverse_kl", "skew_forward", "skew_reverse", "jsd", "total_variation",
+    "mse_logprobs", "mse_probs", "sampled",
+]  # fmt: skip
 MissingMass = Literal["tail", "renorm", "support", "label", "raw"]
 TemperatureSide = Literal["both", "teacher"]  # kernels.settings.TEMPERATURE_SIDES, compared too
 OffKd = Literal["nothing", "ce"]  # kernels.settings.OFF_KD, compared too
@@ -86,6 +89,9 @@ class Stage(StrictModel):
     targets: str | None = Field(
         default=None, description="Store of data.targets to learn from; null trains on labels only"
     )
+    targets_clock: TargetsClock | None = Field(
+        default=None, description="In place of targets: stores of a teacher's checkpoints, one after another"
+    )
     alpha: Scalar | None = Field(default=None, description="Overrides objective.alpha")
     ce_weight: Scalar | None = Field(default=None, description="Overrides objective.ce_weight")
     off_kd: OffKd | None = Field(default=None, description="Overrides objective.off_kd")
@@ -104,18 +110,36 @@ class Stage(StrictModel):
     )
     rows: RowSelector | None = Field(default=None, description="Which rows of each source; null takes all")
     tokens: TokenSelector | None = Field(default=None, description="Which token positions; null takes all")
+    restart_optimizer: bool = Field(
+        default=False, description="Whether the optimizer's moments and step counter start anew at its first step"
+    )
     weights: Weights | None = Field(
         default=None, description="What a row or a document counts, mean 1 over each global batch; null: all alike"
     )
 
+    @property
+    def distils(self) -> bool:
+        """Whether it has targets to learn from."""
+        return self.targets is not None or self.targets_clock is not None
+
+    def target_names(self, known: Iterable[str]) -> tuple[str, ...]:
+        """The stores that it learns from, at one step or another, of the names in data.targets. Raises ValueError."""
+        if self.targets_clock is not None:
+            return self.targets_clock.names(known)
+        return () if self.targets is None else (self.targets,)
+
     @model_validator(mode="after")
     def _bounds(self) -> Stage:
         _check_objective(self)
+        if self.targets is not None and self.targets_clock is not None:
+            raise ValueError(
+                "targets and targets_clock are both given; a clock names the stores itself: remove targets"
+            )
         if self.mix is not None:
             check_mix(self.mix)
         if self.rows is not None and not self.repeat:
             raise ValueError("repeat false does not go with rows: pools of rows overlap; remove one of the two")
-        if self.targets is None and self.tokens is not None:
+        if not self.distils and self.tokens is not None:
             if self.tokens.entry.needs_targets:
                 raise ValueError(f"tokens.policy {self.tokens.policy} needs the stage's targets")
             if self.tokens.applies_to == "kd":
@@ -126,7 +150,7 @@ class Stage(StrictModel):
     def _check_weights(self) -> None:
         if self.weights is None:
             return
-        if self.targets is None and self.weights.applies_to == "kd":
+        if not self.distils and self.weights.applies_to == "kd":
             raise ValueError("weights.applies_to kd has no effect in a stage without targets; remove the weights")
         tokens = self.tokens
         if self.weights.of == "document" and tokens is not None and tokens.uses_student and tokens.applies_to == "all":

@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from potstill.common.config import LocalPath, StorePlace, StrictModel
 from potstill.student_train.config.answers import AnswersConfig
+from potstill.student_train.config.clocks import SWITCHES
 from potstill.student_train.config.lr_schedule import LrSchedule
 from potstill.student_train.config.optimizers import OptimizerConfig
 from potstill.student_train.config.rescoring import Rescoring
@@ -276,14 +277,14 @@ class TrainConfig(StrictModel):
     curriculum: tuple[Stage, ...] = Field(
         default=(Stage(),), min_length=1, description="Stages in order; one is plain training"
     )
-    rescoring: Rescoring | None = Field(
-        default=None, description="Scores of rows and documents by the student in training; null: none"
-    )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="AdamW or Muon")
     schedule: LrSchedule = Field(default_factory=LrSchedule, description="Learning rate")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Saving and resuming")
     logging: LoggingConfig = Field(default_factory=LoggingConfig, description="Metrics")
     eval: HeldoutConfig = Field(default_factory=HeldoutConfig, description="Held-out evaluation during the run")
+    rescoring: Rescoring | None = Field(
+        default=None, description="Scores of rows and documents by the student in training; null: none"
+    )
     nan_policy: Literal["stop", "skip"] = Field(
         default="stop",
         description="A loss that is not finite: stop with an error, or drop that step's update and count it",
@@ -365,6 +366,16 @@ class TrainConfig(StrictModel):
         return self
 
     @model_validator(mode="after")
+    def _restarts(self) -> TrainConfig:
+        offload = self.deepspeed.get("zero_optimization", {}).get("offload_optimizer") or {}
+        if offload.get("device") == "nvme" and any(stage.restart_optimizer for stage in self.curriculum):
+            raise ValueError(
+                "restart_optimizer of a stage does not reach moments on a disk "
+                "(deepspeed.zero_optimization.offload_optimizer.device nvme); keep them in memory (cpu), or do without"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _stages(self) -> TrainConfig:
         for number, stage in enumerate(self.curriculum):
             last = number == len(self.curriculum) - 1
@@ -380,10 +391,21 @@ class TrainConfig(StrictModel):
             if self.rescoring is not None:
                 self.rescoring.check_stage(stage, key=key)
             check_stage_stores(stage, self.objective, self.data.named_sources(), key=key, scored=scored)
+            self._check_clock(stage, key=f"{key}.targets_clock")
         shares = [stage.until for stage in self.curriculum if isinstance(stage.until, float)]
         if any(after <= before for before, after in pairwise(shares)):
             raise ValueError(f"curriculum: the stages' until {shares} must rise, else stages overlap")
         return self
+
+    def _check_clock(self, stage: Stage, *, key: str) -> None:
+        """A clock that looks at evaluations needs some."""
+        if stage.targets_clock is None or not SWITCHES[stage.targets_clock.switch_on].decided:
+            return
+        has_rows = self.data.heldout is not None or any(source.heldout for source in self.data.sources.values())
+        if self.eval.every_steps is None or not has_rows:
+            missing = "eval.every_steps" if has_rows else "data.heldout"
+            switch = stage.targets_clock.switch_on
+            raise ValueError(f"{key}.switch_on {switch} looks at evaluations during the run; set {missing}")
 
 
 class EvalConfig(StrictModel):

@@ -102,9 +102,8 @@ class LiveScores:
         missing = ids if not len(self.rows) else ids[self.rows[places] != ids]
         if len(missing):
             raise UserError(
-                f"row {missing[0]} has no scores of {self.name!r}, which were made before step {self.step} of "
-                f"{len(self.rows)} rows; the plan was changed since: continue with the configuration of the run, or "
-                "set rescoring.rows: all in a new one"
+                f"row {missing[0]} has no scores of {self.name!r}: before step {self.step} {len(self.rows)} rows were "
+                "scored, with rescoring.rows upcoming those of the steps behind it; set rescoring.rows: all for others"
             )
         return [self._row(int(place)) for place in places]
 

@@ -75,9 +75,10 @@ def distillation_settings(defaults: Objective, stage: Stage, *, temperature: flo
     )
 
 
-def step_objective(defaults: Objective, stage: Stage, x: float) -> StepObjective:
+def step_objective(defaults: Objective, stage: Stage, x: float, *, targets: str | None = None) -> StepObjective:
     """Read the stage (null fields: `defaults`) at x in [0, 1] of its span. Raises KernelInputError.
 
+    `targets`: the store that a stage with a clock learns from here.
     A stage without targets, or a moment with alpha 0, is plain next-token training and reads no targets; ce_weight
     null is 1 - alpha there as well.
     """
@@ -85,14 +86,14 @@ def step_objective(defaults: Objective, stage: Stage, x: float) -> StepObjective
     def value(name: str) -> float:
         return scalar_value(stage_value(defaults, stage, name), x)
 
-    alpha = 0.0 if stage.targets is None else value("alpha")
-    ce_weight = stage_value(defaults, stage, "ce_weight") if stage.targets is not None else stage.ce_weight
+    alpha = value("alpha") if stage.distils else 0.0
+    ce_weight = stage_value(defaults, stage, "ce_weight") if stage.distils else stage.ce_weight
     factors: dict[str, Any] = {
         "alpha": alpha,
         "ce_weight": None if ce_weight is None else scalar_value(ce_weight, x),
         "z_loss": value("z_loss"),
     }
-    if stage.targets is None:
+    if not stage.distils:
         settings = LossSettings(**factors)
     else:
         settings = distillation_settings(defaults, stage, temperature=value("temperature"), **factors)
@@ -104,5 +105,5 @@ def step_objective(defaults: Objective, stage: Stage, x: float) -> StepObjective
     if weights is not None and weights.applies_to == "kd" and alpha == 0.0:
         weights = None
     needs_targets = alpha > 0.0 or (tokens is not None and tokens.selector.entry.needs_targets)
-    targets = stage.targets if needs_targets else None
-    return StepObjective(targets=targets, settings=settings, tokens=tokens, weights=weights)
+    store = stage.targets if targets is None else targets
+    return StepObjective(targets=store if needs_targets else None, settings=settings, tokens=tokens, weights=weights)

@@ -17,7 +17,7 @@ from potstill.kernels.types import KernelInputError
 from potstill.storage import RunSpec, Source, StoreError, StoreReader
 from potstill.storage.loading.sources import tokens_difference
 from potstill.student_train.config.curves import Scalar
-from potstill.student_train.config.sources import NamedSource, stage_sources
+from potstill.student_train.config.sources import NamedSource, stage_sources, target_names
 from potstill.student_train.config.stages import Stage
 from potstill.student_train.config.token_policies import TokenSelector
 from potstill.student_train.config.train import DataConfig, TrainConfig
@@ -26,6 +26,7 @@ from potstill.student_train.curriculum.row_selector import needed_stats
 from potstill.student_train.curriculum.schedules import scalar_bounds
 from potstill.student_train.curriculum.segments import PlanSource
 from potstill.student_train.curriculum.step_objective import distillation_settings, stage_value
+from potstill.student_train.data.clocks import stage_clocks
 from potstill.student_train.data.heldout_stores import HeldoutStores, open_heldout
 from potstill.student_train.data.opening import check_belongs, check_targets, open_store
 from potstill.student_train.data.store_tokenizer import tokenizers_beside
@@ -238,20 +239,21 @@ def check_objectives(config: TrainConfig, stores: Stores) -> None:
             for source in sources:
                 store = source.joined[stage.weights.store]
                 check_weights(stage.weights, store, key=f"{key}.weights", of=_of(source, stores))
-        if stage.targets is None:
+        if not stage.distils:
             continue
-        _check_one_kind(stage.targets, sources, key)
+        names = target_names(stage, config.data.named_sources(), key=key)
+        _check_one_kind(names, sources, key)
         temperature = stage_value(config.objective, stage, "temperature")
         try:
             for bound in scalar_bounds(temperature):
                 settings = distillation_settings(config.objective, stage, temperature=bound)
         except KernelInputError as error:
             raise UserError(f"{key}: {error}") from error
-        for source in sources:
-            if (targets := source.joined.get(stage.targets)) is None:
-                continue  # its rows have no teacher, which the configuration allowed
+        of_all = [(source, name) for name in names for source in sources if name in source.joined]
+        for source, target in of_all:  # a source that lacks one was allowed to by the configuration
+            targets = source.joined[target]
             mode = _selection(targets)["mode"]
-            name = f"{stage.targets!r}{_of(source, stores)}"
+            name = f"{target!r}{_of(source, stores)}"
             try:
                 check_draws(settings.divergence, holds_draws=mode == "sample")
             except KernelInputError as error:
@@ -281,20 +283,21 @@ def _selection(targets: StoreReader) -> dict[str, Any]:
     return {"mode": mode, "num_draws": chosen.get("num_draws"), "power": chosen.get("power", 1.0)}
 
 
-def _check_one_kind(name: str, sources: Sequence[Source], key: str) -> None:
-    """The targets of a stage go into one batch: log-probabilities, or draws of one number and power."""
-    kinds: list[tuple[str, str]] = []
-    for source in sources:
-        if name in source.joined:
-            chosen, kind = _selection(source.joined[name]), "log-probabilities"
-            if chosen["mode"] == "sample":
-                kind = f"{chosen['num_draws']} draws a token at power {chosen['power']}"
-            kinds.append((source.name, kind))
-    for where, kind in kinds[1:]:
-        first, expected = kinds[0]
+def _check_one_kind(names: Sequence[str], sources: Sequence[Source], key: str) -> None:
+    """The targets of a stage go into one batch, and its settings into one loss: log-probabilities, or draws of one
+    number and power."""
+    kinds: list[tuple[str, str, str]] = []
+    for source, name in ((source, name) for name in names for source in sources if name in source.joined):
+        chosen, kind = _selection(source.joined[name]), "log-probabilities"
+        if chosen["mode"] == "sample":
+            kind = f"{chosen['num_draws']} draws a token at power {chosen['power']}"
+        kinds.append((name, source.name, kind))
+    for name, where, kind in kinds[1:]:
+        first_name, first, expected = kinds[0]
         if kind != expected:
+            other = "that" if name == first_name else f"store {first_name!r}"
             raise UserError(
-                f"{key}.targets: store {name!r} of data.sources.{where} holds {kind}, that of data.sources.{first} "
+                f"{key}.targets: store {name!r} of data.sources.{where} holds {kind}, {other} of data.sources.{first} "
                 f"{expected}; one stage reads one kind: dump both alike, or draw from them in stages of their own (mix)"
             )
 
@@ -338,16 +341,21 @@ def build_plan(config: TrainConfig, stores: Stores) -> CurriculumPlan:
                 source.name,
                 source.tokens.num_rows,
                 {name: source.joined[name].row_stats for name in names if name in source.joined}
-                | _unscored(config, source.tokens.num_rows),
+                | unscored(config, source.tokens.num_rows),
             )
             for source in stores.sources
         ],
         term_stores=wanted,
+        clocks=stage_clocks(config, stores.sources),
     )
 
 
-def _unscored(config: TrainConfig, num_rows: int) -> dict[str, dict[str, NDArray[np.float32]]]:
-    """Row statistics of what the run scores itself, before the first time: all rows alike, in their own order."""
+def unscored(config: TrainConfig, num_rows: int) -> dict[str, dict[str, NDArray[np.float32]]]:
+    """Row statistics of what the run scores itself, before the first time: any figures, of which no two are alike."""
     if config.rescoring is None:
         return {}
-    return {config.rescoring.name: dict.fromkeys(config.rescoring.row_statistics, np.ones(num_rows, np.float32))}
+    figures = {
+        name: 1 + np.random.Generator(np.random.Philox(number)).random(num_rows, np.float32)
+        for number, name in enumerate(config.rescoring.row_statistics)
+    }
+    return {config.rescoring.name: figures}

@@ -99,7 +99,7 @@ class AnswerWriting:
                 ),
             )
             for number, text in zip(mine, texts, strict=False):  # a rank without a share writes one that is not counted
-                for at, value in enumerate(self._compare(text[: limits[number]], answers[number].reference)):
+                for at, value in enumerate(self.compare(text[: limits[number]], answers[number].reference)):
                     found[at] += value
         return found
 
@@ -123,7 +123,7 @@ class AnswerWriting:
         torch.distributed.all_reduce(waiting)
         return float(waiting) == 0.0
 
-    def _compare(self, text: Sequence[int], reference: Sequence[int]) -> tuple[float, ...]:
+    def compare(self, text: Sequence[int], reference: Sequence[int]) -> tuple[float, ...]:
         """What one answer adds to the counts."""
         mine, wanted = self._before_end(text), self._before_end(reference)
         has_end = len(wanted) < len(reference)

@@ -49,7 +49,7 @@ def model_card(facts: CardFacts) -> str:
 
 
 def _distils(facts: CardFacts) -> bool:
-    return any(stage.targets is not None for stage in facts.config.curriculum)
+    return any(stage.distils for stage in facts.config.curriculum)
 
 
 def _front_matter(facts: CardFacts) -> str:
@@ -84,7 +84,8 @@ def _use() -> str:
 def _teachers(facts: CardFacts) -> str:
     if not _distils(facts):
         return "## Teacher\n\nNone: no stage of the curriculum read targets."
-    used = {stage.targets for stage in facts.config.curriculum}
+    known = dict.fromkeys(name for named in facts.config.data.named_sources() for name in named.config.targets)
+    used = {name for stage in facts.config.curriculum for name in stage.target_names(known)}
     rows = []
     for record in facts.stores:
         if record["kind"] == "targets" and record.get("key") in used:
@@ -161,7 +162,7 @@ def _stage_row(config: TrainConfig, number: int, stage: Stage) -> tuple[str, ...
     positions = "all" if stage.tokens is None else _positions_text(stage.tokens)
     if stage.weights is not None:
         positions += f", {stage.weights.describe()}"
-    if stage.targets is None:
+    if not stage.distils:
         return (name, until, "none (labels)", "0", scalar_text(1.0 if stage.ce_weight is None else stage.ce_weight),
                 "-", "-", rows, positions)  # fmt: skip
     weight = value("ce_weight")
@@ -170,7 +171,8 @@ def _stage_row(config: TrainConfig, number: int, stage: Stage) -> tuple[str, ...
         label += ", + alpha where KD is off"
     temperature = f"{scalar_text(value('temperature'))} ({value('temperature_side')})"
     divergence = f"{value('divergence')}, missing mass {value('missing_mass')}"
-    return (name, until, stage.targets, scalar_text(value("alpha")), label, temperature, divergence, rows, positions)
+    targets = str(stage.targets) if stage.targets_clock is None else stage.targets_clock.describe()
+    return (name, until, targets, scalar_text(value("alpha")), label, temperature, divergence, rows, positions)
 
 
 def _positions_text(tokens: TokenSelector) -> str:

@@ -17,6 +17,7 @@ import torch
 from potstill.common.errors import UserError
 from potstill.kernels.loss import logits_chunk_bytes
 from potstill.storage import Loader, SourceRows, StoreReader
+from potstill.student_train.config.clocks import SWITCHES
 from potstill.student_train.config.train import TrainConfig
 from potstill.student_train.curriculum.plan import CurriculumPlan
 from potstill.student_train.curriculum.schedules import scalar_value
@@ -64,7 +65,9 @@ class StageFigures:
     name: str
     first_step: int
     end_step: int
-    targets: str | None
+    targets: str | None  # the first, where it has a clock
+    clock: tuple[tuple[int, str, int], ...]  # first step, store and teacher step of each part; none without a clock
+    next_on: str | None  # what the run decides by when to take the next store; None where that is known
     divergence: str
     missing_mass: str
     alpha: tuple[float, float]
@@ -255,14 +258,17 @@ def stage_figures(config: TrainConfig, plan: CurriculumPlan, span: StageSpan) ->
     divergence, missing_mass, temperature = (
         stage_value(config.objective, span.stage, name) for name in ("divergence", "missing_mass", "temperature")
     )
-    selector = span.stage.tokens
+    selector, clock = span.stage.tokens, span.stage.targets_clock
     shares = [1.0 if at.tokens is None else at.tokens.share for at in (begin, end)]
-    reads = frozenset().union(*(plan.joined(step) for step in (span.first_step, (span.first_step + last) // 2, last)))
+    looked_at = {span.first_step, (span.first_step + last) // 2, last, *(part[0] for part in plan.clock_parts(span))}
+    reads = frozenset().union(*(plan.joined(step) for step in looked_at))
     return StageFigures(
         name=span.name,
         first_step=span.first_step,
         end_step=span.end_step,
-        targets=span.stage.targets,
+        targets=plan.targets(span.first_step),
+        clock=plan.clock_parts(span),
+        next_on=clock.switch_on if clock is not None and SWITCHES[clock.switch_on].decided else None,
         divergence=divergence,
         missing_mass=missing_mass,
         alpha=(begin.settings.alpha, end.settings.alpha),

@@ -78,11 +78,16 @@ def _stage(stage: StageFigures, run: DryRun) -> Iterator[str]:
     if stage.targets is None:
         yield "  labels only"
     else:
+        targets = f"{stage.targets}, " if not stage.clock else "by the clock below, "
         yield (
-            f"  targets {stage.targets}, {stage.divergence} with missing mass {stage.missing_mass}; "
+            f"  targets {targets}{stage.divergence} with missing mass {stage.missing_mass}; "
             f"alpha {_curve(stage.alpha)}, temperature {_curve(stage.temperature)}"
             + (", labels fully where KD is off" if stage.off_kd == "ce" else "")
         )
+    for first, store, teacher_step in stage.clock:
+        yield f"  from step {first:,}: {store}, step {teacher_step:,} of the teacher"
+    if stage.next_on is not None:
+        yield f"  then the next store on {stage.next_on}, decided during the run"
     if len(run.sources) > 1:
         yield f"  mix of rows: {', '.join(f'{name} {100 * share:.4g} %' for name, share in stage.mix.items())}"
     rows = "all rows" if stage.row_share == (1.0, 1.0) else f"rows: share {_curve(stage.row_share)} of all"

@@ -19,12 +19,15 @@ from potstill.storage import Loader, StoreError
 from potstill.student_train.config.batch_arithmetic import accumulation_steps
 from potstill.student_train.config.train import TrainConfig
 from potstill.student_train.curriculum.plan import CurriculumPlan
+from potstill.student_train.data.rows_read import check_rows_held
 from potstill.student_train.data.stores import Stores, build_plan, check_objectives, open_stores
+from potstill.student_train.evaluation.drawn_answers import drawn_writing
 from potstill.student_train.evaluation.samples import TextSampler, text_sampler
 from potstill.student_train.evaluation.written_answers import AnswerWriting, answer_writing_of
 from potstill.student_train.model.hf_config import hf_config
 from potstill.student_train.run.checkpoint import Checkpoint, ResumeError, check_pinned, find_resume
 from potstill.student_train.run.engine import check_deepspeed, deepspeed_config
+from potstill.student_train.run.rescoring import rescoring_notes
 from potstill.student_train.run.run_folder import check_run_folder, check_student, pinned_values
 from potstill.student_train.run.trackers import check_trackers
 
@@ -41,6 +44,7 @@ class CheckedRun:
     accumulation: int  # micro-batches per rank and step
     sampler: TextSampler | None  # of the texts that the run writes, if it shall
     writing: AnswerWriting | None  # of the held-out answers that it writes, if it shall
+    drawing: AnswerWriting | None  # of the answers that rescoring draws, if it does
 
 
 @dataclass(frozen=True)
@@ -72,9 +76,10 @@ def check_run(config: TrainConfig, *, world_size: int) -> CheckedRun:
     stores = open_stores(config)
     check_objectives(config, stores)
     plan = build_plan(config, stores)
+    check_rows_held(plan, stores)
     sampler, writing = text_sampler(config, stores), answer_writing_of(config, stores)
     student_config = hf_config(config.model, vocab_size=stores.vocab_size, row_length=stores.spec.row_length)
-    return CheckedRun(stores, plan, student_config, accumulation, sampler, writing)
+    return CheckedRun(stores, plan, student_config, accumulation, sampler, writing, drawn_writing(config, stores))
 
 
 def check_start(config: TrainConfig, *, num_ranks: int, planning: bool = False) -> CheckedStart:
@@ -89,6 +94,7 @@ def check_start(config: TrainConfig, *, num_ranks: int, planning: bool = False) 
     if config.deepspeed:  # ours alone are known to be fine, and importing DeepSpeed takes seconds
         check_deepspeed(deepspeed_config(config, world_size=num_ranks))
     checkpoint = check_resume(config, checked)
+    notes += rescoring_notes(config, checked, first_step=0 if checkpoint is None else checkpoint.step)
     return CheckedStart(config, num_ranks, checked, machine, checkpoint, notes)
 
 

@@ -30,6 +30,7 @@ def read_store(path):
         "importance_weights",
         "loss_mask",
         "kept_normaliser",
+        "only_rows",
     }
     fingerprint = hashlib.sha256((path / "run.json").read_bytes()[:-21] + b"}").hexdigest()
     assert fingerprint == manifest["fingerprint"]

@@ -154,8 +154,8 @@ class _Alone(AnswerWriting):
 )
 def test_answers_are_compared_up_to_their_end(text: list[int], reference: list[int], exact: bool) -> None:
     graded = writing(end_ids={7}, grader=GraderConfig(kind="regex", pattern=r"w\d+"))
-    assert graded._compare(text, reference)[:2] == (1.0, float(exact))
-    assert writing(end_ids={7})._compare(text, reference)[1] == float(exact)
+    assert graded.compare(text, reference)[:2] == (1.0, float(exact))
+    assert writing(end_ids={7}).compare(text, reference)[1] == float(exact)
 
 
 def test_an_answer_is_the_first_unbroken_run_of_trained_tokens() -> None:
