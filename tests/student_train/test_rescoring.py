@@ -356,3 +356,29 @@ def test_what_a_start_would_cost_and_what_a_step_weighed_are_told(masked, whole:
     np.testing.assert_allclose(micro.token_weights, np.where(micro.labels == -100, 0, chance), rtol=1e-5)
     with pytest.raises(UserError, match="no checkpoint holds those of this step"):
         curriculum_step(config, tokens, step=9, default=0)
+
+
+def test_of_several_sources_those_are_scored_that_the_stage_draws_from(stores, masked, student, tmp_path: Path) -> None:
+    """Rows are named over all sources, and ranked within the one that is drawn from."""
+    tree = tree_of(masked, tmp_path / "run", run={"max_steps": 8})
+    ends = {"other": str(stores["tokens"]), "answers": str(masked["tokens"])}
+    tree["data"] = {"sources": {name: {"tokens": place} for name, place in ends.items()}, "global_batch_rows": 4}
+    tree["curriculum"] = [{"until": 4}, {"mix": {"answers": 1}, "rows": {**BY_LOSS, "segments": 1}}]
+    config = workers.config_of(tree)
+    checked = check_run(config, world_size=1)
+    decider = rescoring_decider(config, checked)
+    assert decider is not None
+    assert [decider.next_step(step) for step in (0, 5)] == [4, None], "no stage reads them before step 4"
+    rows = decider.rows_to_score(checked.plan, 4)
+    first = StoreReader(stores["tokens"]).num_rows
+    assert rows.tolist() == list(range(first, first + NUM_ROWS))
+    scorer = RowScorer(decider.options, SourceRows(checked.stores.sources), tiny.ROW_LENGTH, Topology(0, 1, CPU))
+    scores = scorer.score(student, rows, step=4)
+    plan = checked.plan.with_scores(scores)
+    best = np.argsort(-scores.statistics["mean_loss"], kind="stable")[: NUM_ROWS // 2] + first
+    drawn = np.concatenate([plan.rows(step) for step in range(4, 7)])
+    assert sorted(drawn) == sorted(best)
+    assert plan.identity() == checked.plan.identity(), "a checkpoint is told by the rule, not by what it came to"
+    alone = scorer_of(StoreReader(masked["tokens"]), batch_rows=5).score(student, np.arange(NUM_ROWS), step=4)
+    for name, values in alone.sums.items():
+        np.testing.assert_array_equal(values, scores.sums[name])
