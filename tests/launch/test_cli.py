@@ -120,11 +120,15 @@ def _tree_of(name: str, parsed: object) -> object:
 @pytest.mark.parametrize(
     ("words", "hint"),
     [
-        ("train --temperature 2.0", "use --set objective.temperature=2.0 or --set curriculum.0.temperature=2.0"),
+        (
+            "train --temperature 2.0",
+            "use --set objective.temperature=2.0 or --set rescoring.generated.temperature=2.0 or "
+            "--set curriculum.0.temperature=2.0",
+        ),
         ("train --learning-rate=1e-3", "use --set optimizer.lr=1e-3"),
         (
             "train --every-steps 5",
-            "checkpoint.every_steps=5 or --set logging.every_steps=5 or --set eval.every_steps=5",
+            "use --set rescoring.every_steps=5 or --set checkpoint.every_steps=5 or --set logging.every_steps=5",
         ),
         ("train --num-rank 2", "there is no --num-rank here; use --num-ranks"),
         ("train --max-steps 4", "use --steps"),
