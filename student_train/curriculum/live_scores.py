@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potstill.common.errors import UserError
-from potstill.student_train.config.weights import DOCUMENT_COLUMNS
+from potstill.student_train.config.weights import DOCUMENT_COLUMNS, PROBABILITY
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
@@ -94,6 +94,16 @@ class LiveScores:
             is_known = ~np.isnan(values)
             found[f"mean_{name}"] = mean(per_row(np.where(is_known, values, 0.0)), per_row(is_known))
         return found
+
+    def values(self, of: str, column: str) -> Float64:
+        """What rows or documents (`of`) are weighed by, of those of which something is known."""
+        if of == "document":
+            found = self.documents[column][self.count > 0]
+            return found[~np.isnan(found)]
+        known = self.statistics["num_targets"] > 0
+        if column == PROBABILITY:
+            return np.exp(-self.statistics["mean_loss"][known].astype(np.float64))
+        return self.statistics[column][known].astype(np.float64)
 
     def of_rows(self, rows: Sequence[int] | NDArray[np.int64]) -> list[LiveRow]:
         """The figures of these rows. Raises UserError for one that was not scored."""

@@ -105,6 +105,11 @@ class CurriculumPlan:
             plan.segments = plan_segments(self._config, self.spans, sources)
         return plan
 
+    def weighs_by_scores(self, batch: int) -> bool:
+        """Whether rows or documents of batch `batch` count by the scores that the run has made itself."""
+        weights = self.objective(batch).weights
+        return weights is not None and weights.store == self.scored_name
+
     @property
     def scored_name(self) -> str | None:
         """Name of the scores that the run makes itself; None where it makes none."""

@@ -28,6 +28,7 @@ from potstill.student_train.data.vocabulary import tail_line
 from potstill.student_train.model.parameters import DTYPES, count_parameters
 from potstill.student_train.run.parameter_groups import hidden_matrices
 from potstill.student_train.run.preflight import CheckedStart
+from potstill.student_train.run.rescoring import rescoring_notes
 from potstill.student_train.run.universal import needs_conversion
 
 SAMPLED_ROWS = 50_000  # row ids looked up for the estimate of bytes; a run with fewer is counted whole
@@ -164,7 +165,7 @@ def dry_run(start: CheckedStart) -> DryRun:
             start=start,
             device=start.machine.device,
         ),
-        notes=start.notes,
+        notes=(*start.notes, *rescoring_notes(config, start.run, first_step=first)),
     )
 
 

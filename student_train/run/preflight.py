@@ -27,7 +27,6 @@ from potstill.student_train.evaluation.written_answers import AnswerWriting, ans
 from potstill.student_train.model.hf_config import hf_config
 from potstill.student_train.run.checkpoint import Checkpoint, ResumeError, check_pinned, find_resume
 from potstill.student_train.run.engine import check_deepspeed, deepspeed_config
-from potstill.student_train.run.rescoring import rescoring_notes
 from potstill.student_train.run.run_folder import check_run_folder, check_student, pinned_values
 from potstill.student_train.run.trackers import check_trackers
 
@@ -94,7 +93,6 @@ def check_start(config: TrainConfig, *, num_ranks: int, planning: bool = False) 
     if config.deepspeed:  # ours alone are known to be fine, and importing DeepSpeed takes seconds
         check_deepspeed(deepspeed_config(config, world_size=num_ranks))
     checkpoint = check_resume(config, checked)
-    notes += rescoring_notes(config, checked, first_step=0 if checkpoint is None else checkpoint.step)
     return CheckedStart(config, num_ranks, checked, machine, checkpoint, notes)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from potstill.common.errors import UserError
 from potstill.storage import SourceRows
 from potstill.student_train.config.rescoring import PASS_RATE, Rescoring
 from potstill.student_train.config.stages import Stage
@@ -78,7 +79,9 @@ class RescoringDecider:
         started = time.monotonic()
         run = at.run
         rows = self.rows_to_score(run.plan, at.step)
+        is_first = self.scores is None
         self.scores = self._scorer(run.topology).score(run.engine, rows, step=at.step)
+        self._check_weights(at.step, is_first=is_first)
         self.scored_until = self._reading(at.step)[-1] + 1 if self.options.rows == "upcoming" else None
         seconds = time.monotonic() - started
         figures = figures_of(self.scores, self.options)
@@ -89,6 +92,28 @@ class RescoringDecider:
                 *(at.step, run.plan.total_steps, f"{len(rows):,}", f"{figures['documents']:,}", seconds, told),
             )
         return {**figures, "seconds": seconds}
+
+    def _check_weights(self, step: int, *, is_first: bool) -> None:
+        """Refuse a beginning from which nothing follows; later a student may have come to know all that is asked."""
+        assert self.scores is not None
+        steps = self._reading(step)
+        for first, end, stage in self.spans:
+            weights = stage.weights
+            if weights is None or weights.store != self.options.name or first > steps[-1] or end <= steps[0]:
+                continue
+            values = self.scores.values(weights.of, weights.column)
+            if weights.weigh(values).any():
+                continue
+            found = (
+                f"rescoring before step {step}: all that was scored weighs 0, so there is nothing to train on: "
+                f"{weights.describe()}, which is {values.max(initial=0.0):.4g} at most"
+            )
+            if is_first:
+                raise UserError(
+                    f"{found}; let a stage without weights come first, so that the student can do some of it, or take "
+                    "another form, or a column that is never 0 (answer_probability)"
+                )
+            log.warning("%s", found)
 
     def _told(self) -> list[str]:
         return ["loss", "accuracy", "exact", *([PASS_RATE] if self.options.measure == "generated" else [])]

@@ -27,6 +27,7 @@ from potstill.student_train.evaluation.written_answers import answer_writing, an
 from potstill.student_train.model.hf_config import hf_config
 from potstill.student_train.model.student import StudentModel, build_student
 from potstill.student_train.run.checkpoint import checkpoint_folder, list_checkpoints, remove_checkpoint
+from potstill.student_train.run.dry_run import dry_run
 from potstill.student_train.run.engine import Topology
 from potstill.student_train.run.live_scoring import RowScorer
 from potstill.student_train.run.metrics import read_metrics
@@ -40,7 +41,7 @@ from tests.student_train.test_answers import student as student
 CPU = torch.device("cpu")
 STEPS, EVERY, NUM_ROWS = 12, 4, 24
 BY_ANSWER = {"of": "document", "store": "current", "column": "answer_probability", "form": "power", "a": 0.5}
-BY_PASS_RATE = {**BY_ANSWER, "column": "pass_rate", "form": "exponential", "a": -1.0}
+BY_PASS_RATE = {**BY_ANSWER, "column": "pass_rate"}
 BY_LOSS = {"score": {"of": [{"store": "current"}]}, "share": 0.5}
 
 
@@ -156,6 +157,7 @@ def test_a_resumed_run_trains_as_if_not_stopped(masked, whole: Path, tmp_path: P
 
 
 def test_two_ranks_under_zero_3_score_and_draw_as_one_does(masked, tmp_path: Path) -> None:
+    """With few answers that pass: a batch without any of them has no loss, which is told."""
     options = {
         "rescoring": {"measure": "generated", "rows": "upcoming", "generated": {"per_prompt": 3}},
         "curriculum": [{"targets": "teacher", "weights": BY_PASS_RATE}],
@@ -172,6 +174,10 @@ def test_two_ranks_under_zero_3_score_and_draw_as_one_does(masked, tmp_path: Pat
     assert one[2][0] == two[2][0], "the same weights, and so the same scores to the bit"
     assert [line["rows"] for line in one[2]] == [16, 4], "of the steps 0 to 3, and of the one that is left"
     assert 0 < one[2][0]["means"]["pass_rate"] < 0.5
+    empty = sum(loss == 0 for loss in one[0])
+    assert 0 < empty < 5
+    records = [record for record in read_metrics(tmp_path / "2") if record["kind"] == "train"]
+    assert sum(record.get("empty_steps", 0) for record in records) == empty
 
 
 def test_documents_weigh_by_the_student_of_the_last_scoring(masked, tmp_path: Path) -> None:
@@ -335,6 +341,19 @@ def test_a_run_that_was_made_longer_scores_the_rows_that_come(masked, whole: Pat
     assert decider.rows_to_score(checked.plan, 6).tolist() == wanted.tolist()
 
 
+def test_a_beginning_from_which_nothing_follows_is_refused(masked, whole: Path, tmp_path: Path, caplog) -> None:
+    options = {"curriculum": [{"targets": "teacher", "weights": {**BY_ANSWER, "column": "exact"}}]}
+    config = workers.config_of(tree_of(masked, tmp_path / "run", **options))
+    decider = rescoring_decider(config, check_run(config, world_size=1))
+    assert decider is not None
+    scores = scores_at(whole, 4)
+    decider.scores = replace(scores, sums={**scores.sums, "rank": np.zeros_like(scores.sums["rank"])})
+    with pytest.raises(UserError, match=r"all that was scored weighs 0, .* is 0 at most; let a stage without weights"):
+        decider._check_weights(0, is_first=True)
+    decider._check_weights(4, is_first=False)
+    assert "rescoring before step 4: all that was scored weighs 0" in caplog.text
+
+
 def test_another_rescoring_is_another_run(masked, whole: Path) -> None:
     for changes in ({"every_steps": 8}, {"batch_rows": 4}):
         other = tree_of(masked, whole, rescoring=changes)
@@ -345,7 +364,7 @@ def test_another_rescoring_is_another_run(masked, whole: Path) -> None:
 
 def test_what_a_start_would_cost_and_what_a_step_weighed_are_told(masked, whole: Path, tmp_path: Path) -> None:
     drawn = {"rescoring": {"rows": "upcoming", "measure": "generated"}, "curriculum": [{"weights": BY_PASS_RATE}]}
-    notes = check_start(workers.config_of(tree_of(masked, tmp_path / "run", **drawn)), num_ranks=1).notes
+    notes = dry_run(check_start(workers.config_of(tree_of(masked, tmp_path / "run", **drawn)), num_ranks=1)).notes
     for words in ("3 times, every 4 steps, at most 16 rows each; 12 forwards of 5 rows in all", "8 answers of each"):
         assert words in notes[-1]
     config, tokens = workers.config_of(tree_of(masked, whole)), StoreReader(masked["tokens"])
@@ -356,3 +375,29 @@ def test_what_a_start_would_cost_and_what_a_step_weighed_are_told(masked, whole:
     np.testing.assert_allclose(micro.token_weights, np.where(micro.labels == -100, 0, chance), rtol=1e-5)
     with pytest.raises(UserError, match="no checkpoint holds those of this step"):
         curriculum_step(config, tokens, step=9, default=0)
+
+
+def test_of_several_sources_those_are_scored_that_the_stage_draws_from(stores, masked, student, tmp_path: Path) -> None:
+    """Rows are named over all sources, and ranked within the one that is drawn from."""
+    tree = tree_of(masked, tmp_path / "run", run={"max_steps": 8})
+    ends = {"other": str(stores["tokens"]), "answers": str(masked["tokens"])}
+    tree["data"] = {"sources": {name: {"tokens": place} for name, place in ends.items()}, "global_batch_rows": 4}
+    tree["curriculum"] = [{"until": 4}, {"mix": {"answers": 1}, "rows": {**BY_LOSS, "segments": 1}}]
+    config = workers.config_of(tree)
+    checked = check_run(config, world_size=1)
+    decider = rescoring_decider(config, checked)
+    assert decider is not None
+    assert [decider.next_step(step) for step in (0, 5)] == [4, None], "no stage reads them before step 4"
+    rows = decider.rows_to_score(checked.plan, 4)
+    first = StoreReader(stores["tokens"]).num_rows
+    assert rows.tolist() == list(range(first, first + NUM_ROWS))
+    scorer = RowScorer(decider.options, SourceRows(checked.stores.sources), tiny.ROW_LENGTH, Topology(0, 1, CPU))
+    scores = scorer.score(student, rows, step=4)
+    plan = checked.plan.with_scores(scores)
+    best = np.argsort(-scores.statistics["mean_loss"], kind="stable")[: NUM_ROWS // 2] + first
+    drawn = np.concatenate([plan.rows(step) for step in range(4, 7)])
+    assert sorted(drawn) == sorted(best)
+    assert plan.identity() == checked.plan.identity(), "a checkpoint is told by the rule, not by what it came to"
+    alone = scorer_of(StoreReader(masked["tokens"]), batch_rows=5).score(student, np.arange(NUM_ROWS), step=4)
+    for name, values in alone.sums.items():
+        np.testing.assert_array_equal(values, scores.sums[name])
