@@ -18,7 +18,7 @@ from potstill.student_train.config.stages import RowSelector
 
 Float64 = NDArray[np.float64]
 # Share of the scored rows that may have the score at which a pool is cut.
-MAX_TIED = 0.05
+MAX_TIED = 0.1
 RowStats = Mapping[str, Mapping[str, NDArray[np.float32]]]  # store name -> statistic -> [num_rows]
 
 

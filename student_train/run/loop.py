@@ -78,24 +78,23 @@ def agree(run: Run, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor | None
     The normalizer is the global weight sum over the number of ranks, because DeepSpeed then averages gradients over
     ranks. The factor, None where rows and documents have no weights of KD alone, makes the mean of these 1 over the
     global batch; where they are all 0 there is no KD (step_normalizer has both). The reason is given if any rank has
-    one to stop before the step.
-    Raises what StepWatch.read raises of an earlier step, and UserError when there is nothing to train on, unless that
-    is by scores that the run has made itself (rescoring): the normalizer is then 1.
+    one to stop before the step. Raises what StepWatch.read raises of an earlier step, and UserError when there is
+    nothing to train on, unless that is by scores that the run has made itself (rescoring): the normalizer is then 1.
     """
     sums, reason = run.watch.begin_step(batch.weight_sum, batch.kd_weight_sum, batch.unit_sums)
     # A rank with a position of its own knows, without asking the device, that the sum of all ranks is not 0.
-    if reason is None and batch.weight_sum <= 0 and float(sums.weight) <= 0:
-        if not run.plan.weighs_by_scores(batch.batch):
-            raise UserError(
-                f"step {run.state.step}: no position of the global batch is selected, so there is nothing to train on; "
-                "widen the token selector (share, floor, max_rank) of this stage, or the form of its weights, and see "
-                "that its rows have trained positions (masks)"
-            )
+    is_empty = reason is None and batch.weight_sum <= 0 and float(sums.weight) <= 0
+    if is_empty and not run.plan.weighs_by_scores(batch.batch):
+        raise UserError(
+            f"step {run.state.step}: no position of the global batch is selected, so there is nothing to train on; "
+            "widen the token selector (share, floor, max_rank) of this stage, or the form of its weights, and see that "
+            "its rows have trained positions (masks)"
+        )
+    weight, kd_scale = step_normalizer(sums, weighs_kd=batch.weighs_kd, means_units=batch.means_units)
+    if is_empty:
         # By what the student can do now no document of this batch counts: the step's loss is 0.
         run.lines.empty_steps += 1
-        no_kd = torch.zeros_like(sums.weight).float() if batch.weighs_kd else None
-        return torch.ones_like(sums.weight).float(), no_kd, reason
-    weight, kd_scale = step_normalizer(sums, weighs_kd=batch.weighs_kd, means_units=batch.means_units)
+        weight = torch.ones_like(weight)
     return (weight / run.topology.world_size).float(), kd_scale, reason
 
 
