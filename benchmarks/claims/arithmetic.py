@@ -23,7 +23,9 @@ from typing import Any
 
 import yaml
 
-from benchmarks.claims.base import Bench
+from benchmarks.claims.base import Bench, Table
+from benchmarks.claims.paired import mean_and_sd
+from benchmarks.claims.runs import Runs
 from potstill.common.jobs import Job
 
 ROW_LENGTH = 16
@@ -219,7 +221,14 @@ class Arithmetic:
         words += f" --grade-ids --set grader.kind=rouge_l keep=none --output {self.folder / 'answers'}"
         done = "answers/scores/manifest.json"
         jobs.append(self._job("answers", words.split(), done, "prepare-problems", "export-start"))
-        return jobs
+        return jobs + [self._figures(model, level) for model in ("start", "teacher") for level in NAMES]
+
+    def _figures(self, model: str, level: str) -> Job:
+        """What a model scores on a level."""
+        output = f"figures/{model}_{level}.json"
+        words = f"eval --model {self.model(model)} --heldout {self.tokens(level)} --set batch_rows=100"
+        words += f" --output {self.folder / output}"
+        return self._job(f"{model}-{level}", words.split(), output, f"export-{model}", f"prepare-{level}")
 
     def _job(self, name: str, words: Sequence[str], done: str, *needs: str) -> Job:
         path = self.folder / done
@@ -237,7 +246,8 @@ class Arithmetic:
             write_problems(path, shares, number, seed=seed, forgotten=forgotten)
         words = (
             f"prepare --input {path} --output {self.tokens(name).parent} --tokenizer {self.folder / 'tokenizer'} "
-            f"--prompt-field prompt --response-field response --packing rows --row-length {ROW_LENGTH} --rows-per-unit 500"
+            f"--prompt-field prompt --response-field response --packing rows --row-length {ROW_LENGTH} "
+            "--rows-per-unit 500"
         )
         return self._job(f"prepare-{name}", words.split(), f"tokens/{name}/train/manifest.json")
 
@@ -289,6 +299,34 @@ class Arithmetic:
             eval={"every_steps": max(1, steps // 10)},
             **groups,
         )
+
+
+def exact_match(runs: Runs, arm: str, levels: Sequence[str] = NAMES) -> list[float]:
+    """Mean exact match over levels at the end, in points, by seed."""
+    by_level = [runs.final(arm, f"{name}/answer_accuracy") for name in levels]
+    return [100.0 * sum(values) / len(levels) for values in zip(*by_level, strict=True)]
+
+
+def curves(runs: Runs, arm: str) -> list[list[tuple[float, float]]]:
+    """Mean exact match over the levels in points, at each evaluation."""
+    return [[(step, 100.0 * value) for step, value in curve] for curve in runs.curves(arm, "answer_accuracy")]
+
+
+def level_table(bench: Bench, runs: Runs, title: str) -> Table:
+    """Exact match of each arm by level at the end, and over all."""
+    start = start_figures(bench)
+    lines = [("as it comes", *(f"{100 * start[name]:.1f}" for name in NAMES), f"{100 * sum(start.values()) / 8:.1f}")]
+    for arm in runs.arms:
+        means = (sum(exact_match(runs, arm, [name])) / len(runs.bench.seeds) for name in NAMES)
+        lines.append((arm, *(f"{mean:.1f}" for mean in means), mean_and_sd(exact_match(runs, arm), 2)))
+    return Table(title=title, header=("arm", *NAMES, "all"), rows=tuple(lines))
+
+
+def start_figures(bench: Bench, model: str = "start") -> dict[str, float]:
+    """Exact match by level of the student as it comes, or of the teacher."""
+    setting = Arithmetic(bench)
+    paths = {name: setting.folder / "figures" / f"{model}_{name}.json" for name in NAMES}
+    return {name: json.loads(path.read_text(encoding="utf-8"))["answer_accuracy"] for name, path in paths.items()}
 
 
 def gpt2(width: int) -> dict[str, Any]:
