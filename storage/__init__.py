@@ -41,6 +41,7 @@ from potstill.storage.rows.sparse_targets import Candidates, SparseTargets, conc
 from potstill.storage.rows.tokens_columns import TOKENS_COLUMNS, TokensColumn
 from potstill.storage.rows.vocabulary import VocabularyMap, dropped_mass
 from potstill.storage.store.gc import GcReport, collect_garbage
+from potstill.storage.store.held_rows import HELD, held_mask, held_rows, missing_text, only_rows_field
 from potstill.storage.store.inspect import format_row
 from potstill.storage.store.reader import StoreReader
 from potstill.storage.store.seal import Manifest, seal_store
@@ -53,6 +54,7 @@ from potstill.storage.store.writer import StoreWriter, check_output, discard_unu
 
 __all__ = [
     "COLUMNS",
+    "HELD",
     "MIXTURE_VERSION",
     "NO_LABEL",
     "ORDER_VERSION",
@@ -116,6 +118,10 @@ __all__ = [
     "discard_unused",
     "dropped_mass",
     "format_row",
+    "held_mask",
+    "held_rows",
+    "missing_text",
+    "only_rows_field",
     "permute",
     "seal_store",
     "source_seed",

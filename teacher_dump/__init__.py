@@ -27,6 +27,7 @@ from potstill.teacher_dump.rollouts.config import RolloutConfig
 
 if TYPE_CHECKING:
     from potstill.teacher_dump.importing.targets.summary import ImportTargetsSummary
+    from potstill.teacher_dump.left_out import RowsOf
     from potstill.teacher_dump.rollouts.run import RolloutSummary
     from potstill.teacher_dump.series import SeriesSummary
     from potstill.teacher_dump.train_and_heldout import PrepareSummary
@@ -74,7 +75,11 @@ def import_targets(config: ImportTargetsConfig) -> ImportTargetsSummary:
 
 
 def dump(
-    config: DumpConfig, worker: int | None = None, num_workers: int | None = None
+    config: DumpConfig,
+    worker: int | None = None,
+    num_workers: int | None = None,
+    *,
+    only_rows: RowsOf | None = None,
 ) -> WorkerSummary | SeriesSummary:
     """Teacher over a tokens store -> targets store; see potstill.teacher_dump.dumping."""
     from potstill.teacher_dump.early import early_dump
@@ -82,7 +87,7 @@ def dump(
     config = early_dump(config)
     from potstill.teacher_dump import dumping
 
-    return dumping.dump(config, worker, num_workers)
+    return dumping.dump(config, worker, num_workers, only_rows=only_rows)
 
 
 def score(config: ScoreConfig, worker: int | None = None, num_workers: int | None = None) -> WorkerSummary:

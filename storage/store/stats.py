@@ -13,6 +13,7 @@ from potstill.storage.rows.row_types import ScoresRow, TargetsRow, TokensRow
 from potstill.storage.rows.scores_columns import SCORES_COLUMNS
 from potstill.storage.rows.sparse_targets import SparseTargets
 from potstill.storage.rows.target_checks import segment_sums
+from potstill.storage.store.held_rows import held_rows
 from potstill.storage.store.reader import StoreReader
 from potstill.storage.store.spec import RunSpec
 
@@ -87,6 +88,7 @@ class StoreStats:
     k_bound: KBound | None = None  # of a store whose selection is top_p_k
     rows: RowFigures | None = None  # of kind tokens
     normaliser: str = "vocabulary"
+    held_rows: int | None = None  # of targets of some rows only; the histograms are of these
 
     def format(self) -> str:
         """Text for a terminal."""
@@ -96,6 +98,7 @@ class StoreStats:
             f"{self.num_bytes} bytes ({per_token:.2f} B/token)",
             *([] if self.k_bound is None else [self.k_bound.describe(per_token)]),
             *([] if self.rows is None else self.rows.lines()),
+            *([] if self.held_rows is None else [f"holds {self.held_rows} of its {self.num_rows} rows, no others"]),
             *([] if self.normaliser == "vocabulary" else [KEPT_ONLY]),
             f"columns, compressed bytes per token over {self.sampled_rows} rows:",
         ]
@@ -109,7 +112,10 @@ class StoreStats:
 def store_stats(path: StorePath, *, max_rows: int = MAX_ROWS) -> StoreStats:
     """Statistics of a sealed store, from at most `max_rows` evenly spaced rows."""
     reader = StoreReader(path)
-    picks = np.unique(np.linspace(0, max(0, reader.num_rows - 1), min(max_rows, reader.num_rows)).astype(np.int64))
+    held = held_rows(reader)
+    num_rows = reader.num_rows if held is None else len(held)
+    picks = np.unique(np.linspace(0, max(0, num_rows - 1), min(max_rows, num_rows)).astype(np.int64))
+    picks = picks if held is None else held[picks]
     values: dict[str, list[np.ndarray]] = {name: [] for name in BINS}
     targets: list[SparseTargets] = []
     token_rows: list[TokensRow] = []
@@ -147,6 +153,7 @@ def store_stats(path: StorePath, *, max_rows: int = MAX_ROWS) -> StoreStats:
         k_bound=_k_bound(reader.spec, targets),
         rows=_row_figures(reader, token_rows),
         normaliser=reader.spec.normaliser,
+        held_rows=None if held is None else len(held),
     )
 
 

@@ -277,14 +277,14 @@ class TrainConfig(StrictModel):
     curriculum: tuple[Stage, ...] = Field(
         default=(Stage(),), min_length=1, description="Stages in order; one is plain training"
     )
-    rescoring: Rescoring | None = Field(
-        default=None, description="Scores of rows and documents by the student in training; null: none"
-    )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="AdamW or Muon")
     schedule: LrSchedule = Field(default_factory=LrSchedule, description="Learning rate")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Saving and resuming")
     logging: LoggingConfig = Field(default_factory=LoggingConfig, description="Metrics")
     eval: HeldoutConfig = Field(default_factory=HeldoutConfig, description="Held-out evaluation during the run")
+    rescoring: Rescoring | None = Field(
+        default=None, description="Scores of rows and documents by the student in training; null: none"
+    )
     nan_policy: Literal["stop", "skip"] = Field(
         default="stop",
         description="A loss that is not finite: stop with an error, or drop that step's update and count it",
@@ -363,6 +363,16 @@ class TrainConfig(StrictModel):
                     f"deepspeed.zero_optimization.{key} does not work with optimizer.kind muon, which needs the order "
                     "of the parameters and gathers updates on the device; remove it, or use optimizer.kind adamw"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _restarts(self) -> TrainConfig:
+        offload = self.deepspeed.get("zero_optimization", {}).get("offload_optimizer") or {}
+        if offload.get("device") == "nvme" and any(stage.restart_optimizer for stage in self.curriculum):
+            raise ValueError(
+                "restart_optimizer of a stage does not reach moments on a disk "
+                "(deepspeed.zero_optimization.offload_optimizer.device nvme); keep them in memory (cpu), or do without"
+            )
         return self
 
     @model_validator(mode="after")

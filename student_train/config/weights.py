@@ -45,6 +45,13 @@ def _beta(value: Float64, a: float, b: float) -> Float64:
     return value**a * (1.0 - value) ** b
 
 
+def _band(value: Float64, a: float, b: float) -> Float64:
+    """1 from a to b, else 0: a hard filter (PACED's baseline, of problems that are solved sometimes)."""
+    import numpy as np
+
+    return np.asarray((value >= a) & (value <= b), np.float64)
+
+
 @dataclass(frozen=True)
 class WeightForm:
     """A form. weight(values [n] float64, a, b) -> weights [n]; low, high: between which values it is defined."""
@@ -59,6 +66,7 @@ WEIGHT_FORMS: dict[str, WeightForm] = {
     "power": WeightForm(_power),
     "exponential": WeightForm(_exponential, low=-math.inf),
     "beta": WeightForm(_beta, high=1.0),
+    "band": WeightForm(_band, low=-math.inf),
 }
 
 PROBABILITY = "probability"  # of a row: exp(-mean_loss)
@@ -130,12 +138,18 @@ class Weights(StrictModel):
         "both: probability, exp(-mean loss)"
     )
     form: Annotated[str, NameIn(WEIGHT_FORMS)] = Field(
-        default="identity", description="identity: x; power: x^a; exponential: exp(a x); beta: x^a (1-x)^b"
+        default="identity",
+        description="identity: x; power: x^a; exponential: exp(a x); beta: x^a (1-x)^b; band: 1 if a <= x <= b",
     )
     a: float = Field(default=1.0, allow_inf_nan=False, description="a of the form")
     b: float = Field(default=1.0, allow_inf_nan=False, description="b of the form")
     applies_to: Literal["all", "kd"] = Field(
         default="all", description="all: the whole loss of its positions; kd: only their KD term"
+    )
+    mean_over: Literal["positions", "units"] = Field(
+        default="positions",
+        description="The mean over the global batch that divides them: of the trained positions, each with the weight "
+        "of its row or document; units: of the rows or documents, each counting once, whatever its length",
     )
 
     def weigh(self, values: Float64) -> Float64:
@@ -168,7 +182,8 @@ class Weights(StrictModel):
         """In words, for a person."""
         form = f"{self.form} (a {self.a:g}, b {self.b:g})"
         of = "the whole loss" if self.applies_to == "all" else "KD alone"
-        return f"{self.of}s weighted by {form} of their {self.column} in {self.store}, for {of}"
+        mean = "" if self.mean_over == "positions" else f", mean 1 over the {self.of}s of a batch"
+        return f"{self.of}s weighted by {form} of their {self.column} in {self.store}, for {of}{mean}"
 
     @model_validator(mode="after")
     def _check(self) -> Weights:
@@ -176,6 +191,8 @@ class Weights(StrictModel):
             raise ValueError(
                 f"weights.column is {self.column!r}; of a document there are {', '.join(sorted(DOCUMENT_COLUMNS))}"
             )
+        if self.form == "band" and self.a >= self.b:
+            raise ValueError(f"weights.form band with a {self.a:g}, b {self.b:g}; expected a below b")
         if self.form == "beta" and (self.a < 0 or self.b < 0):
             raise ValueError(f"weights.form beta with a {self.a:g}, b {self.b:g}; expected both >= 0")
         if self.of == "document":

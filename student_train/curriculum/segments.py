@@ -15,7 +15,7 @@ from potstill.student_train.config.lr_schedule import span_steps
 from potstill.student_train.config.rescoring import Rescoring
 from potstill.student_train.config.stages import RowSelector, Stage
 from potstill.student_train.config.train import TrainConfig
-from potstill.student_train.curriculum.row_selector import RowStats, pool, ranked_rows, row_scores
+from potstill.student_train.curriculum.row_selector import Float64, RowStats, check_ties, pool, ranked_rows, row_scores
 from potstill.student_train.curriculum.schedules import scalar_value
 
 Pool = NDArray[np.int64] | None  # row ids in the source, ascending; None: all of them
@@ -204,11 +204,15 @@ class _Cutter:
             return [(span.first_step, [None] * len(self.sources))]
         steps = span.end_step - span.first_step
         count = min(selector.segments, steps)
-        ranked = [self._ranked(number, selector) for number in range(len(self.sources))]
+        scores = [self._scores(number, selector) for number in range(len(self.sources))]
+        ranked = [None if values is None else ranked_rows(values, selector.keep) for values in scores]
         found: list[tuple[int, list[Pool]]] = []
         for number in range(count):
             x = number / max(count - 1, 1)
             share, skip = scalar_value(selector.share, x), scalar_value(selector.skip, x)
+            for source, (values, rows) in enumerate(zip(scores, ranked, strict=True)):
+                if values is not None and rows is not None:
+                    check_ties(values, rows, selector.score, share=share, skip=skip, key=self._key(source))
             pools = [None if rows is None else pool(rows, share=share, skip=skip) for rows in ranked]
             found.append((span.first_step + number * steps // count, pools))
         return found
@@ -251,14 +255,13 @@ class _Cutter:
         batch = self.config.data.global_batch_rows
         return f"a global batch of {batch}" if rows == batch else f"its {rows} rows of a global batch of {batch}"
 
-    def _ranked(self, number: int, selector: RowSelector) -> Pool:
-        """Rows of a source from the wanted end on; None of one that the stage does not draw from."""
+    def _scores(self, number: int, selector: RowSelector) -> Float64 | None:
+        """Scores of a source's rows; None of one that the stage does not draw from."""
         source = self.sources[number]
         if not self.mixture.weights[number]:
             return None
         seed, key = self._seed(number), self._key(number)
-        scores = row_scores(selector.score, source.stats, num_rows=source.num_rows, seed=seed, key=key)
-        return ranked_rows(scores, selector.keep)
+        return row_scores(selector.score, source.stats, num_rows=source.num_rows, seed=seed, key=key)
 
     def _key(self, number: int) -> str:
         key = f"curriculum.{self.span.index}.rows"

@@ -341,7 +341,7 @@ def build_plan(config: TrainConfig, stores: Stores) -> CurriculumPlan:
                 source.name,
                 source.tokens.num_rows,
                 {name: source.joined[name].row_stats for name in names if name in source.joined}
-                | _unscored(config, source.tokens.num_rows),
+                | unscored(config, source.tokens.num_rows),
             )
             for source in stores.sources
         ],
@@ -350,8 +350,12 @@ def build_plan(config: TrainConfig, stores: Stores) -> CurriculumPlan:
     )
 
 
-def _unscored(config: TrainConfig, num_rows: int) -> dict[str, dict[str, NDArray[np.float32]]]:
-    """Row statistics of what the run scores itself, before the first time: all rows alike, in their own order."""
+def unscored(config: TrainConfig, num_rows: int) -> dict[str, dict[str, NDArray[np.float32]]]:
+    """Row statistics of what the run scores itself, before the first time: any figures, of which no two are alike."""
     if config.rescoring is None:
         return {}
-    return {config.rescoring.name: dict.fromkeys(config.rescoring.row_statistics, np.ones(num_rows, np.float32))}
+    figures = {
+        name: 1 + np.random.Generator(np.random.Philox(number)).random(num_rows, np.float32)
+        for number, name in enumerate(config.rescoring.row_statistics)
+    }
+    return {config.rescoring.name: figures}

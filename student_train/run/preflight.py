@@ -19,6 +19,7 @@ from potstill.storage import Loader, StoreError
 from potstill.student_train.config.batch_arithmetic import accumulation_steps
 from potstill.student_train.config.train import TrainConfig
 from potstill.student_train.curriculum.plan import CurriculumPlan
+from potstill.student_train.data.rows_read import check_rows_held
 from potstill.student_train.data.stores import Stores, build_plan, check_objectives, open_stores
 from potstill.student_train.evaluation.drawn_answers import drawn_writing
 from potstill.student_train.evaluation.samples import TextSampler, text_sampler
@@ -74,6 +75,7 @@ def check_run(config: TrainConfig, *, world_size: int) -> CheckedRun:
     stores = open_stores(config)
     check_objectives(config, stores)
     plan = build_plan(config, stores)
+    check_rows_held(plan, stores)
     sampler, writing = text_sampler(config, stores), answer_writing_of(config, stores)
     student_config = hf_config(config.model, vocab_size=stores.vocab_size, row_length=stores.spec.row_length)
     return CheckedRun(stores, plan, student_config, accumulation, sampler, writing, drawn_writing(config, stores))

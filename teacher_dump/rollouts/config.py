@@ -15,6 +15,7 @@ Keep = Literal["all", "passed", "failed", "first", "none"]
 class RolloutConfig(ScoreConfig):
     """A model's own answers to the prompts of a tokens store -> OUTPUT/scores, OUTPUT/answers and OUTPUT/tokens."""
 
+    output: PlaceText = Field(description="Folder (or URL) for the stores scores/, answers/ and tokens/")
     samples: int = Field(default=8, ge=0, le=1024, description="Sampled answers per prompt (K of a pass rate)")
     greedy: bool = Field(default=True, description="The greedy answer as well")
     temperature: float = Field(default=1.0, gt=0, le=100, description="Temperature of the samples")
