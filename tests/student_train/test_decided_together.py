@@ -1,4 +1,4 @@
-"""All that a run decides on its way in one run: scores by the student, the clock of stores, restarts, several sources."""
+"""What a run decides on its way, all in one run: scores by the student, a clock of stores, restarts, two sources."""
 
 from __future__ import annotations
 
@@ -75,5 +75,5 @@ def test_a_decision_that_nobody_makes_stops_the_run(
     checked = check_run(config, world_size=1)
     assert {decider.name for decider in deciders.build_deciders(config, checked)} == {"rescoring", "targets_clock"}
     monkeypatch.delitem(deciders.DECIDERS, left_out)
-    with pytest.raises(RuntimeError, match=rf"need the decisions \['rescoring', 'targets_clock'\].*defect"):
+    with pytest.raises(RuntimeError, match=r"need the decisions \['rescoring', 'targets_clock'\].*defect"):
         deciders.build_deciders(config, checked)
