@@ -122,11 +122,13 @@ class RescoringDecider:
             values = self.scores.values(weights.of, weights.column)
             if weights.weigh(values).any():
                 continue
+            of_kd = weights.applies_to == "kd"
+            lost = f"there is no KD up to step {steps[-1] + 1}" if of_kd else "there is nothing to train on"
             found = (
-                f"rescoring before step {step}: all that was scored weighs 0, so there is nothing to train on: "
-                f"{weights.describe()}, which is {values.max(initial=0.0):.4g} at most"
+                f"rescoring before step {step}: all that was scored weighs 0, so {lost}: {weights.describe()}, "
+                f"which is {values.max(initial=0.0):.4g} at most"
             )
-            if is_first:
+            if is_first and not of_kd:
                 raise UserError(
                     f"{found}; let a stage without weights come first, so that the student can do some of it, or take "
                     "another form, or a column that is never 0 (answer_probability)"

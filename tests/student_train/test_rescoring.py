@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import shutil
 from copy import deepcopy
 from dataclasses import replace
 from itertools import pairwise
@@ -26,7 +25,7 @@ from potstill.student_train.evaluation.row_figures import curriculum_step
 from potstill.student_train.evaluation.written_answers import answer_writing, answers_of
 from potstill.student_train.model.hf_config import hf_config
 from potstill.student_train.model.student import StudentModel, build_student
-from potstill.student_train.run.checkpoint import checkpoint_folder, list_checkpoints, remove_checkpoint
+from potstill.student_train.run.checkpoint import checkpoint_folder, list_checkpoints
 from potstill.student_train.run.dry_run import dry_run
 from potstill.student_train.run.engine import Topology
 from potstill.student_train.run.live_scoring import RowScorer
@@ -37,6 +36,7 @@ from tests.dist_harness import run_ranks
 from tests.student_train import tiny, workers
 from tests.student_train.test_answers import answers as answers  # fixtures
 from tests.student_train.test_answers import student as student
+from tests.student_train.test_resume import cut_back
 
 CPU = torch.device("cpu")
 STEPS, EVERY, NUM_ROWS = 12, 4, 24
@@ -135,25 +135,11 @@ def test_rows_are_ranked_by_the_scores_of_their_step(masked, whole: Path, tmp_pa
     assert pools[0].tolist() != list(range(NUM_ROWS // 2)), "the order before the first scoring"
 
 
-def cut_back(run: Path, to: Path, step: int) -> Path:
-    """A copy of a run as it was left right behind the checkpoint of `step`."""
-    shutil.copytree(run, to)
-    for checkpoint in list_checkpoints(to):
-        if checkpoint.step > step:
-            remove_checkpoint(checkpoint.folder)
-    return to
-
-
-@pytest.mark.parametrize(("step", "world"), [(6, 1), (8, 2)])
-def test_a_resumed_run_trains_as_if_not_stopped(masked, whole: Path, tmp_path: Path, step: int, world: int) -> None:
-    """Between two scorings with the saved scores, and behind the last one on other ranks."""
-    run = cut_back(whole, tmp_path / "run", step)
-    run_ranks(workers.train_run, tree_of(masked, run), world=world)
-    losses, digests, lines = told(run)
-    wanted_losses, wanted_digests, wanted_lines = told(whole)
-    assert digests == wanted_digests
-    assert losses == (wanted_losses if world == 1 else pytest.approx(wanted_losses, rel=1e-5))
-    assert lines == wanted_lines
+def test_a_resumed_run_trains_as_if_not_stopped(masked, whole: Path, tmp_path: Path) -> None:
+    """Between two scorings with the saved scores; on other ranks: test_decided_together.py."""
+    run = cut_back(whole, tmp_path / "run", 6)
+    run_ranks(workers.train_run, tree_of(masked, run), world=1)
+    assert told(run) == told(whole)
 
 
 def test_two_ranks_under_zero_3_score_and_draw_as_one_does(masked, tmp_path: Path) -> None:
@@ -384,7 +370,15 @@ def test_a_beginning_from_which_nothing_follows_is_refused(masked, whole: Path, 
     with pytest.raises(UserError, match=r"all that was scored weighs 0, .* is 0 at most; let a stage without weights"):
         decider._check_weights(0, is_first=True)
     decider._check_weights(4, is_first=False)
-    assert "rescoring before step 4: all that was scored weighs 0" in caplog.text
+    assert "rescoring before step 4: all that was scored weighs 0, so there is nothing to train on" in caplog.text
+    # Weights of KD alone leave the labels.
+    options["curriculum"][0]["weights"]["applies_to"] = "kd"
+    config = workers.config_of(tree_of(masked, tmp_path / "run", **options))
+    of_kd = rescoring_decider(config, check_run(config, world_size=1))
+    assert of_kd is not None
+    of_kd.scores = decider.scores
+    of_kd._check_weights(0, is_first=True)
+    assert "rescoring before step 0: all that was scored weighs 0, so there is no KD up to step 4" in caplog.text
 
 
 def test_another_rescoring_is_another_run(masked, whole: Path) -> None:
