@@ -9,6 +9,7 @@ from potstill.storage import check_output
 from potstill.teacher_dump.config import DumpConfig, ScoreConfig, WalkConfig
 from potstill.teacher_dump.identity import located
 from potstill.teacher_dump.rollouts.config import RolloutConfig, store_places
+from potstill.teacher_dump.rollouts.questions import require_masks
 from potstill.teacher_dump.series import series_configs
 from potstill.teacher_dump.worker import open_rows
 
@@ -34,6 +35,7 @@ def early_score(config: ScoreConfig) -> ScoreConfig:
 
 def early_rollout(config: RolloutConfig) -> RolloutConfig:
     """As `early_score`, for a model's own answers."""
+    require_masks(open_rows(config))
     for place in store_places(config).values():
         _check_stores(config.model_copy(update={"output": place}))
     return config.model_copy(update={"model": located(config.model)})

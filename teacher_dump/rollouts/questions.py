@@ -82,13 +82,18 @@ def questions_of(row: TokensRow, stop_ids: frozenset[int], *, store: str) -> lis
     return found
 
 
-def survey(reader: StoreReader, stop_ids: frozenset[int]) -> Survey:
-    """Read the whole store once. Raises UserError where it has no masks, nothing to answer, or no prompt somewhere."""
+def require_masks(reader: StoreReader) -> None:
+    """Raise UserError where a store has no masks."""
     if not reader.spec.stores("mask"):
         raise UserError(
             f"{reader.url} has no masks, so nothing says what is a prompt and what its answer; prepare the data with "
             "--prompt-field and --response-field, or as conversations"
         )
+
+
+def survey(reader: StoreReader, stop_ids: frozenset[int]) -> Survey:
+    """Read the whole store once. Raises UserError where it has no masks, nothing to answer, or no prompt somewhere."""
+    require_masks(reader)
     documents = asked = longest = most = 0
     for row in all_rows(reader):
         if len(row.doc_lens) >= 1 << DOCUMENT_BITS:

@@ -106,8 +106,15 @@ def test_a_run_answers_and_a_student_trains_on_what_is_kept(
     # Again: nothing to do, and the export of the checkpoint is the same model.
     assert main([*words.split(), "--set", *grader]) == 0
     assert "did 0 units" in capsys.readouterr().out
+    # A student that weighs the problems by their pass rate and orders them as POCL does, then reads the answers.
     changed = tree(data, tmp_path / "run")
-    changed["run"] |= {"max_steps": 2}
-    changed["data"]["tokens"] = str(output / "tokens")
+    asked = {"tokens": changed["data"].pop("tokens"), "scores": {"rollouts": str(output / "scores")}}
+    changed["data"]["sources"] = {"asked": asked, "own": {"tokens": str(output / "tokens")}}
+    weights = {"of": "document", "store": "rollouts", "column": "greedy_score", "form": "beta"}
+    fused = [{"store": "rollouts", "stat": "mean_greedy_score", "rank_first": "highest"}, {"store": "rollouts"}]
+    rows = {"score": {"kind": "rank_fusion", "of": fused}, "keep": "highest", "share": 0.5, "segments": 1}
+    stage = {"until": 2, "mix": {"asked": 1}, "weights": weights, "rows": rows}
+    changed |= {"curriculum": [stage, {"mix": {"own": 1}}]}
+    changed["run"] |= {"max_steps": 4}
     [done] = run_ranks(workers.train_run, changed, world=1)
-    assert done["steps"] == 2
+    assert done["steps"] == 4

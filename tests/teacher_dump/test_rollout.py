@@ -15,6 +15,7 @@ from potstill.storage import (
     StoreReader,
     StoreWriter,
     TokensRow,
+    WriteFailedError,
     format_row,
     seal_store,
     store_stats,
@@ -24,14 +25,15 @@ from potstill.teacher_dump import RolloutConfig, ScoreConfig, rollout, score
 from tests.teacher_dump.tiny import ROW_LENGTH, make_tokens, save_llama, token_rows
 
 STOP = 3
+NAMES = ("answers", "scores", "tokens")
 # Tokens of (prompt, answer) of the documents of each row.
 ROWS: tuple[tuple[tuple[int, int], ...], ...] = (((3, 3), (4, 6)), ((5, 3),), ((2, 4), (6, 2)), ((3, 5),), ((7, 9),))
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Not so sharp that every sample is the greedy answer."""
-    return save_llama(tmp_path_factory.mktemp("model") / "student", sharpen=14.0)
+    """Sharp enough that some samples are the greedy answer, and not all."""
+    return save_llama(tmp_path_factory.mktemp("model") / "student", sharpen=140.0)
 
 
 def greedy_answers(model: Path, prompts: Sequence[np.ndarray], num_tokens: int) -> list[list[int]]:
@@ -75,7 +77,6 @@ def config(tokens: Path, output: Path, model: Path, **changes: Any) -> RolloutCo
         "output": output,
         "model": {"model": model, "check_tokenizer": False, "batch_rows": 2},
         "samples": 4,
-        "temperature": 0.1,
         "grade_ids": True,
         "stop_ids": [STOP],
         "seed": 7,
@@ -84,7 +85,7 @@ def config(tokens: Path, output: Path, model: Path, **changes: Any) -> RolloutCo
 
 
 def digests(output: Path) -> list[str]:
-    return [StoreReader(output / name).digest for name in ("scores", "answers", "tokens")]
+    return [StoreReader(output / name).digest for name in NAMES]
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +141,24 @@ def test_answers_grades_and_rates(whole: Path, tokens: Path, model: Path) -> Non
     assert len(seen) > 2, "this store must tell some pass rates apart"
 
 
+def test_the_pass_rate_of_exact_match_is_the_probability_of_the_reference(
+    tokens: Path, model: Path, tmp_path: Path
+) -> None:
+    """Which the losses of the same store give: sampling, ends and limits are those of the distribution."""
+    samples = 96
+    rollout(config(tokens, tmp_path / "out", model, samples=samples, greedy=False, keep="none"))
+    between = 0
+    for given, row in zip(
+        token_rows(tokens), StoreReader(tmp_path / "out" / "scores").scores_rows(range(5)), strict=True
+    ):
+        document = np.repeat(np.arange(len(given.doc_lens)), given.doc_lens)[given.has_target()]
+        wanted = np.exp(np.bincount(document, row.label_logprob[given.has_target()]))
+        error = 4.5 * np.sqrt(wanted * (1 - wanted) / samples) + 1 / samples
+        assert (np.abs(row.more["pass_rate"] - wanted) <= error).all(), (row.more["pass_rate"], wanted)
+        between += int(((wanted > 0.1) & (wanted < 0.9)).sum())
+    assert between >= 2, "this store must ask something whose answer is open"
+
+
 def test_the_scores_are_those_of_score(whole: Path, tokens: Path, model: Path, tmp_path: Path) -> None:
     """Loss on the reference and grade of the answer are in one store: POCL fuses the two."""
     settings = {"model": model, "check_tokenizer": False, "batch_rows": 2}
@@ -170,7 +189,7 @@ def test_the_tokens_hold_the_same_answers_in_rows_of_the_input(whole: Path, toke
 
 
 def test_the_commands_that_look_at_stores_know_them(whole: Path, tokens: Path) -> None:
-    for name in ("scores", "answers", "tokens"):
+    for name in NAMES:
         assert verify_store(whole / name, deep=True).ok
     stats = store_stats(whole / "scores")
     assert stats.histograms["pass_rate"].total == stats.histograms["greedy_score"].total == 7
@@ -179,23 +198,35 @@ def test_the_commands_that_look_at_stores_know_them(whole: Path, tokens: Path) -
     assert "mean_pass_rate" in text and "pass_rate of each document: [" in text
 
 
-def test_several_workers_and_a_kill_between_the_two_commits_change_no_byte(
-    whole: Path, tokens: Path, model: Path, tmp_path: Path
+def test_several_workers_and_an_end_between_the_two_commits_change_no_byte(
+    whole: Path, tokens: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "out"
     summary = rollout(config(tokens, output, model), worker=1, num_workers=2)
     assert not summary.sealed and "once more as a single worker" in summary.format()
-    rollout(config(tokens, output, model), worker=0, num_workers=2)
-    assert [path.name for path in sorted(output.iterdir())] == ["answers", "scores"]
-    # As after a kill between the commits of a unit: the answers are there, the scores are not.
-    record = next((output / "scores" / "units").glob("*0000001*.json"))
-    record.unlink()
+    commit = StoreWriter.commit_unit
+
+    def full_disk(writer: StoreWriter, *arguments: Any, **options: Any) -> bool:
+        if writer.spec.kind == "scores":
+            raise WriteFailedError("no space left")
+        return commit(writer, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreWriter, "commit_unit", full_disk)
+        with pytest.raises(WriteFailedError):
+            rollout(config(tokens, output, model), worker=0, num_workers=2)
+    # A unit whose scores are there has its answers: the other way round it would be passed over.
+    answers, scores = ({path.name for path in (output / name / "units").glob("*.json")} for name in NAMES[:2])
+    assert answers >= {"u0000000.json", "u0000001.json"} and scores == {"u0000001.json"}
+    assert not (output / "tokens").exists()
     summary = rollout(config(tokens, output, model))
-    assert summary.sealed and summary.worker.units == 1 and digests(output) == digests(whole)
+    assert summary.sealed and summary.worker.units == 2 and digests(output) == digests(whole)
     again = rollout(config(tokens, output, model))
     assert again.worker.units == 0 and digests(output) == digests(whole)
-    with pytest.raises(MismatchError, match=r"info.rollout.temperature is 0.1 in the store, 0.5 is wanted now"):
+    with pytest.raises(MismatchError, match=r"info.rollout.temperature is 1.0 in the store, 0.5 is wanted now"):
         rollout(config(tokens, output, model, temperature=0.5))
+    rollout(config(tokens, output, model, temperature=0.5, force=True))
+    assert all(one != other for one, other in zip(digests(output), digests(whole), strict=True))
 
 
 @pytest.mark.parametrize("keep", ["passed", "failed", "first", "none"])
