@@ -12,6 +12,7 @@ from potstill.student_train.run.saturation import saturation_switch
 
 # Each makes its decider of a checked run, or None where the configuration asks for none. They decide in this order.
 DECIDERS: dict[str, Callable[[TrainConfig, CheckedRun], Decider | None]] = {
+    "rescoring": rescoring_decider,
     "targets_clock": saturation_switch,
 }
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from potstill.common.errors import UserError
-from potstill.storage import HELD, StoreReader, StoreWriter, held_mask, only_rows_field, seal_store
+from potstill.storage import HELD, SourceRows, StoreReader, StoreWriter, held_mask, only_rows_field, seal_store
 from potstill.student_train.config.train import TrainConfig
+from potstill.student_train.curriculum.plan import rows_digest
 from potstill.student_train.data.rows_read import rows_read, rows_to_dump
 from potstill.student_train.data.stores import build_plan, open_stores
 from potstill.student_train.run.preflight import check_run
@@ -93,11 +94,18 @@ def test_of_a_series_each_checkpoint_is_read_where_the_clock_stands(stores, tmp_
 
 
 def test_a_run_learns_the_same_from_them(stores, tmp_path: Path) -> None:
-    tree = tree_of(stores, tmp_path / "whole")
-    few = only_of(stores, "early_teacher", tmp_path / "some", read_of(workers.config_of(tree), stores))
-    for name, early in (("whole", None), ("few", few)):
-        run_ranks(workers.train_run, tree_of(stores, tmp_path / name, early=early), world=1)
-    assert steps_of(tmp_path / "whole") == steps_of(tmp_path / "few")
+    whole = workers.config_of(tree_of(stores, tmp_path / "run"))
+    few = only_of(stores, "early_teacher", tmp_path / "some", read_of(whole, stores))
+    tree = tree_of(stores, tmp_path / "run", early=few)
+    readers = [SourceRows(open_stores(config).sources) for config in (whole, workers.config_of(tree))]
+    plan = build_plan(whole, open_stores(whole))
+    for step in range(3):
+        (_, one), (_, two) = (reader.read(plan.rows(step), frozenset({"early"})) for reader in readers)
+        for row, same in zip(one["early"], two["early"], strict=True):
+            for name, values in row.targets.columns.items():
+                np.testing.assert_equal(same.targets.columns[name], values)
+    run_ranks(workers.train_run, tree, world=1)
+    assert steps_of(tmp_path / "run")[1] == [rows_digest(plan.rows(step)) for step in range(STEPS)]
 
 
 def test_a_run_that_reads_more_is_refused_before_it_starts(stores, tmp_path: Path) -> None:
