@@ -178,7 +178,8 @@ def _check_beside(writer: StoreWriter, beside: StoreWriter, output: str) -> None
     if lacking:
         raise UserError(
             f"{beside.url} lacks {len(lacking)} units whose figures stand in {output} (first: {lacking[:5]}): these "
-            "were made with --keep none, or the folder was deleted since. Name another output, or begin again with --force"
+            "were made with --keep none, or the folder was deleted since. Name another output, or begin again with "
+            "--force"
         )
 
 

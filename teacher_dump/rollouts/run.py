@@ -11,14 +11,12 @@ them by ROUGE-L of its greedy answer, fused with its loss on the reference, whic
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from potstill.common.errors import UserError
-from potstill.storage import StoreError, StoreReader
+from potstill.storage import StoreReader
 from potstill.teacher_dump.identity import load_config
 from potstill.teacher_dump.prepared import StoreSummary
 from potstill.teacher_dump.rollouts.config import RolloutConfig, store_places
@@ -66,8 +64,6 @@ def rollout(config: RolloutConfig, worker: int | None = None, num_workers: int |
     Running it again continues; the stores are then equal to the bit to those of one go.
     """
     reader = open_rows(config)
-    places = store_places(config)
-    _check_places(config, places)
     found = find_tokenizer(config, reader)
     name, tokenizer = found or (None, None)
     stop_ids = find_stop_ids(config, reader, tokenizer, load_config(config.model))
@@ -78,6 +74,7 @@ def rollout(config: RolloutConfig, worker: int | None = None, num_workers: int |
         stop_ids,
     )
     _try_grader(judge, reader, stop_ids)
+    places = store_places(config)
     job = RolloutJob(config, judge, asks, places["answers"], places["tokens"])
     _say(job, asks, stop_ids)
     scores = config.model_copy(update={"output": places["scores"]})
@@ -92,22 +89,6 @@ def rollout(config: RolloutConfig, worker: int | None = None, num_workers: int |
     if kept is None:
         lines.append(f"no answer was kept (keep: {config.keep}), so there is no store {places['tokens']}")
     return RolloutSummary(summary, kept, tuple(lines))
-
-
-def _check_places(config: RolloutConfig, places: Mapping[str, str]) -> None:
-    """Raise UserError where a store that somebody else made, the prompts themselves for one, stands in the way."""
-    for place in places.values():
-        if os.path.realpath(place) == os.path.realpath(config.tokens):
-            raise UserError(f"output {config.output}: {place} is the store of the prompts; name another folder")
-    for name in ("answers", "tokens"):
-        try:
-            info = StoreReader(places[name], allow_partial=True).spec.info
-        except StoreError:
-            continue  # nothing there, or nothing that can be read: the writer has the words for it
-        if "rollout" not in info:
-            raise UserError(
-                f"output {config.output}: {places[name]} is a store that rollout did not write; name another folder"
-            )
 
 
 def _try_grader(judge: Judge, reader: StoreReader, stop_ids: frozenset[int]) -> None:

@@ -290,7 +290,7 @@ def test_what_cannot_be_asked_is_refused_at_once(tokens: Path, model: Path, tmp_
     refused("none of its 1 documents", store=make_tokens(tmp_path / "off", [(9,)], masks=[np.zeros(9, np.bool_)]))
     refused("its tokenizer|the tokenizer of .* is neither beside it", grade_ids=False)
     for force in (False, True):  # a store of prompts that the answers would be put in the place of
-        with pytest.raises(UserError, match="tokens is the store of the prompts; name another folder"):
+        with pytest.raises(UserError, match="tokens is the tokens store itself; name another folder"):
             rollout(config(tokens, tokens.parent, model, force=force))
         with pytest.raises(UserError, match="tokens is a store that rollout did not write"):
             rollout(config(late, tokens.parent, model, force=force))
