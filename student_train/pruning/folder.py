@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from potstill.common.errors import UserError
+from potstill.common.token_table import tokenizer_digest
 from potstill.storage import StoreReader
 from potstill.student_train.config.prune import PruneConfig
 from potstill.student_train.data.opening import open_store
 from potstill.student_train.data.packed import PackedBatch, collate_rows
-from potstill.student_train.data.store_tokenizer import tokenizers_beside
+from potstill.student_train.data.store_tokenizer import read_tokenizer, tokenizers_beside
 from potstill.student_train.evaluation.folder import model_vocabulary
 from potstill.student_train.hf_export.hf_folder import (
     CARD_FILE,
@@ -73,6 +74,7 @@ def prune(config: PruneConfig) -> PruneSummary:
             f"output_dir {config.output_dir} exists; name another folder, or replace it with --force (force: true in a "
             "file)"
         )
+    _check_place(config)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     tokens, source = open_store(config.tokens, "tokens", "tokens"), find_source(config.model)
@@ -112,6 +114,13 @@ def prune(config: PruneConfig) -> PruneSummary:
     )
 
 
+def _check_place(config: PruneConfig) -> None:
+    """Raise UserError where replacing output_dir would take what is read with it."""
+    for key, place in (("model", config.model), ("tokens", config.tokens)):
+        if isinstance(place, Path) and place.resolve().is_relative_to(config.output_dir.resolve()):
+            raise UserError(f"output_dir {config.output_dir} is or holds {key} {place}; name a folder of its own")
+
+
 def calibration_rows(tokens: StoreReader, count: int) -> np.ndarray:
     """Ids of `count` rows spread evenly over a store, or of all where it has fewer (int64)."""
     return np.unique(np.linspace(0, tokens.num_rows - 1, min(count, tokens.num_rows)).astype(np.int64))
@@ -124,6 +133,8 @@ def _load(source: Source, tokens: StoreReader, config: PruneConfig) -> Any:
             f"model {config.model} has a vocabulary of its own (data.vocabulary of its run), so that the rows of "
             "tokens are other text to it; prune its teacher, or the export of a run in the vocabulary of the rows"
         )
+    if config.check_tokenizer:
+        _check_tokenizer(source, tokens, config)
     model = load_model(source, dtype="float32")
     if source.checkpoint is not None:
         restore_use_cache(model, read_run_config(source.run).model)
@@ -139,6 +150,22 @@ def _load(source: Source, tokens: StoreReader, config: PruneConfig) -> Any:
             f"hold {tokens.spec.row_length}; prepare shorter rows"
         )
     return model
+
+
+def _check_tokenizer(source: Source, tokens: StoreReader, config: PruneConfig) -> None:
+    """Raise UserError where the model's folder has a tokenizer that is not that of the rows.
+
+    Rows of other ids run as well, and what is important would be measured on nonsense.
+    """
+    if source.checkpoint is not None or not (source.folder / "tokenizer.json").is_file():
+        return  # a run has no tokenizer of its own here, and a folder without one says nothing
+    found = tokenizer_digest(read_tokenizer(source.folder))
+    if found != tokens.spec.tokenizer_digest:
+        raise UserError(
+            f"model {config.model} has a tokenizer with the digest {found[:16]}, the rows of {tokens.url} were made "
+            f"with {tokens.spec.tokenizer_digest[:16]}; name rows made with the model's tokenizer (check_tokenizer: "
+            "false skips this check)"
+        )
 
 
 def _stored_dtype(source: Source) -> str:
