@@ -225,17 +225,12 @@ def test_several_workers_and_an_end_between_the_two_commits_change_no_byte(
     assert again.worker.units == 0 and digests(output) == digests(whole)
     with pytest.raises(MismatchError, match=r"info.rollout.temperature is 1.0 in the store, 0.5 is wanted now"):
         rollout(config(tokens, output, model, temperature=0.5))
-    rollout(config(tokens, output, model, temperature=0.5, force=True))
-    assert all(one != other for one, other in zip(digests(output), digests(whole), strict=True))
 
 
-@pytest.mark.parametrize("keep", ["passed", "failed", "first", "none"])
+@pytest.mark.parametrize("keep", ["passed", "failed", "first"])
 def test_what_is_kept(keep: str, whole: Path, tokens: Path, model: Path, tmp_path: Path) -> None:
-    summary = rollout(config(tokens, tmp_path / "out", model, keep=keep))
-    assert StoreReader(tmp_path / "out" / "scores").row_stats["mean_pass_rate"].any()
-    if keep == "none":
-        assert summary.kept is None and not (tmp_path / "out" / "tokens").exists()
-        return
+    rollout(config(tokens, tmp_path / "out", model, keep=keep))
+    assert StoreReader(tmp_path / "out" / "scores").digest == StoreReader(whole / "scores").digest
     asked = {tuple(prompt): reference for prompt, reference in questions(tokens).values()}
     store = StoreReader(whole / "tokens")
     every = [found for row in store.tokens_rows(range(store.num_rows)) for found in documents(row)]
@@ -253,7 +248,7 @@ def test_what_no_longer_comes_of_it_does_not_stay(tokens: Path, model: Path, tmp
     """Answers of an earlier model under the figures of a later one would be trained on for its own."""
     output = tmp_path / "out"
     few = {"samples": 0, "max_new_tokens": 2}
-    rollout(config(tokens, output, model, **few, keep="none"))
+    assert rollout(config(tokens, output, model, **few, keep="none")).kept is None
     with pytest.raises(UserError, match=r"answers lacks 3 units whose figures stand in .*scores.*--keep none.*--force"):
         rollout(config(tokens, output, model, **few))
     assert not (output / "tokens").exists()
