@@ -24,6 +24,7 @@ from potstill.student_train.evaluation.folder import model_vocabulary
 from potstill.student_train.hf_export.hf_folder import (
     CARD_FILE,
     check_in_fresh_process,
+    check_output_dir,
     copy_tokenizer,
     restore_use_cache,
 )
@@ -69,12 +70,8 @@ class PruneSummary:
 
 def prune(config: PruneConfig) -> PruneSummary:
     """Write `config.output_dir`, whole or not at all. Raises UserError."""
-    if config.output_dir.exists() and not config.force:
-        raise UserError(
-            f"output_dir {config.output_dir} exists; name another folder, or replace it with --force (force: true in a "
-            "file)"
-        )
-    _check_place(config)
+    reads = {"model": config.model, "tokens": config.tokens}
+    check_output_dir(config.output_dir, force=config.force, reads=reads)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     tokens, source = open_store(config.tokens, "tokens", "tokens"), find_source(config.model)
@@ -112,13 +109,6 @@ def prune(config: PruneConfig) -> PruneSummary:
     return PruneSummary(
         config.output_dir, facts.shapes, facts.num_parameters, facts.losses, facts.layers, tokenizer, difference
     )
-
-
-def _check_place(config: PruneConfig) -> None:
-    """Raise UserError where replacing output_dir would take what is read with it."""
-    for key, place in (("model", config.model), ("tokens", config.tokens)):
-        if isinstance(place, Path) and place.resolve().is_relative_to(config.output_dir.resolve()):
-            raise UserError(f"output_dir {config.output_dir} is or holds {key} {place}; name a folder of its own")
 
 
 def calibration_rows(tokens: StoreReader, count: int) -> np.ndarray:

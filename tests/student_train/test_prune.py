@@ -309,7 +309,13 @@ def test_other_architectures_and_other_rows_are_refused(teacher: Path, stores: d
 def test_what_is_read_is_not_replaced_and_rows_are_of_the_tokenizer(
     teacher: Path, stores: dict[str, Path], own_rows: dict[str, Path], tmp_path: Path
 ) -> None:
-    for output, holds in ((teacher, "model"), (teacher.parent, "model"), (own_rows["tokens"].parent, "tokens")):
+    places = [
+        (teacher, "model"),
+        (teacher.parent, "model"),
+        (own_rows["tokens"].parent, "tokens"),
+        (Path(), "the folder"),
+    ]
+    for output, holds in places:
         with pytest.raises(UserError, match=f"output_dir .* is or holds {holds} .*; name a folder of its own"):
             prune(config_of(teacher, own_rows, output, force=True))
     assert (teacher / "config.json").is_file() and StoreReader(own_rows["tokens"]).num_rows
