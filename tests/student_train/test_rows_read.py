@@ -93,6 +93,36 @@ def test_of_a_series_each_checkpoint_is_read_where_the_clock_stands(stores, tmp_
         assert read_of(workers.config_of(tree), stores, name) == sorted(read["early_teacher"] | read["teacher"])
 
 
+def test_of_several_sources_each_has_its_own(stores, tmp_path: Path) -> None:
+    """Row ids are those of the source's tokens store; only one source has the early teacher."""
+    tree = tree_of(stores, tmp_path / "run", curriculum=[
+        {"until": 3, "targets": "early", "mix": {"one": 2, "other": 1}, "off_kd": "ce"},
+        {"targets": "teacher", "mix": {"one": 1, "other": 3}},
+    ])  # fmt: skip
+    for key in ("tokens", "targets", "scores", "heldout", "heldout_targets"):
+        tree["data"].pop(key, None)
+    tree["data"]["sources"] = {
+        "one": {"tokens": str(stores["heldout"]), "targets": {"teacher": str(stores["heldout_teacher"])}},
+        "other": {
+            "tokens": str(stores["tokens"]),
+            "targets": {"early": str(stores["early_teacher"]), "teacher": str(stores["teacher"])},
+        },
+    }
+    config = workers.config_of(tree)
+    plan = build_plan(config, open_stores(config))
+    first, end = plan.source_bounds(1)
+    assert (first, end) == (11, 11 + NUM_ROWS)
+    early, late = (np.concatenate([plan.rows(step) for step in steps]) for steps in (range(3), range(3, STEPS)))
+    assert read_of(config, stores) == sorted({int(row) - first for row in early if row >= first})
+    assert read_of(config, stores, "teacher") == sorted({int(row) - first for row in late if row >= first})
+    own = rows_to_dump(config, output=str(stores["heldout_teacher"]), tokens=str(stores["heldout"]))
+    assert own.tolist() == sorted({int(row) for row in late if row < first}) and len(own)
+    few = only_of(stores, "heldout_teacher", tmp_path / "few", own[1:])
+    tree["data"]["sources"]["one"]["targets"]["teacher"] = str(few)
+    with pytest.raises(UserError, match=f"the run reads 1 rows that it lacks.*row {own[0]} was left out"):
+        check_run(workers.config_of(tree), world_size=1)
+
+
 def test_a_run_learns_the_same_from_them(stores, tmp_path: Path) -> None:
     whole = workers.config_of(tree_of(stores, tmp_path / "run"))
     few = only_of(stores, "early_teacher", tmp_path / "some", read_of(whole, stores))
