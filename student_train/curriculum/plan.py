@@ -206,6 +206,11 @@ class CurriculumPlan:
             return self.joined(batch)
         return self.joined(batch) | set(clock.stores)
 
+    def decisions(self) -> frozenset[str]:
+        """Names of what must be decided while the run trains (run/deciders.py has who does)."""
+        of_clocks = {"targets_clock"} if any(clock.is_decided for clock in self.clocks.values()) else set()
+        return frozenset(of_clocks | ({"rescoring"} if self._config.rescoring is not None else set()))
+
     def rows_are_decided(self, batch: int) -> bool:
         """Whether the rows of this batch are known before the run; not where it ranks them by scores of its own."""
         rescoring = self._config.rescoring

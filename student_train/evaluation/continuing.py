@@ -27,9 +27,11 @@ def continued(
     choose: Callable[[Tensor], Tensor],
     device: torch.device,
     is_over: Callable[[Sequence[Sequence[int]]], bool] = never,
+    limits: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """What the model writes behind each prompt (at least one id each): `num_tokens` ids, or fewer where `is_over`.
 
+    limits: most ids of each, 1 to num_tokens; so that a long prompt leaves no row because a short one's text is longer.
     `model` is a StudentModel or the engine around one (a collective call: under ZeRO-3 each forward gathers the weights
     from all ranks, so that `is_over`, asked with what is written so far, must say the same on all of them). `choose`
     makes the next ids [B] of logits [B, V] on the CPU. Every forward computes whole rows again, without a cache of keys
@@ -37,7 +39,8 @@ def continued(
     """
     starts = [len(prompt) for prompt in prompts]
     lengths = torch.tensor(starts)
-    rows, width = torch.arange(len(prompts)), max(starts) + num_tokens
+    ends = lengths + (num_tokens if limits is None else torch.tensor(limits))
+    rows, width = torch.arange(len(prompts)), int(ends.max())
     ids = torch.zeros(len(prompts), width, dtype=torch.int64)  # [B, W]; causal attention never sees the rest
     for row, prompt in enumerate(prompts):
         ids[row, : starts[row]] = torch.tensor(prompt)
@@ -50,8 +53,9 @@ def continued(
         for _ in range(num_tokens):
             micro = probe_batch(ids.to(device), np.array([width], np.int64))
             logits = model(NextLogitsRequest(micro, after=(lengths - 1).to(device)))
-            ids[rows, lengths] = choose(logits.cpu())
-            lengths += 1
+            grows = lengths < ends
+            ids[rows[grows], lengths[grows]] = choose(logits.cpu())[grows]
+            lengths += grows
             if is_over(written()):
                 break
     return written()

@@ -2,7 +2,8 @@
 
 Under ZeRO-3 every forward gathers the weights from all ranks, so none may make one alone. Work is written as a
 generator that asks for what it needs and gets the answer; a rank that has none left joins in with a small forward that
-counts for nothing.
+counts for nothing. Every request must go through the backbone and then the head, once each: ranks that gathered the
+weights of other modules than their neighbours would wait for each other without end.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import distributed
 
 from potstill.student_train.model.checks import measuring, probe_batch
-from potstill.student_train.model.probe import HiddenStatesRequest
+from potstill.student_train.model.probe import NextLogitsRequest
 from potstill.student_train.model.requests import Request, RunsRequests
 
 T = TypeVar("T")
@@ -29,7 +30,8 @@ def work_together(work: Work[T], model: RunsRequests, *, device: torch.device, w
     `model` is a StudentModel or the engine around one. Returns what `work` returns. What it raises is raised here, on
     this rank alone: work should keep what is wrong for when all are done.
     """
-    nothing = HiddenStatesRequest(probe_batch(torch.zeros(1, 2, dtype=torch.int64, device=device), np.array([2])))
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    nothing = NextLogitsRequest(probe_batch(ids, np.array([2])), after=ids[:, 0])
     request, result = _ask(work, None)
     with measuring(model), torch.compiler.set_stance("force_eager"):
         while _any(request is not None, device=device, world_size=world_size):

@@ -88,9 +88,11 @@ class AnswerWriting:
         for first in range(0, len(order), batch_rows * world_size):
             together = order[first : first + batch_rows * world_size]
             mine = together[rank * batch_rows : (rank + 1) * batch_rows]
+            shown = mine or together[:1]  # a rank without a share writes one that is not counted
             texts = continued(
                 model,
-                [answers[n].prompt for n in mine or together[:1]],
+                [answers[n].prompt for n in shown],
+                limits=[limits[n] for n in shown],
                 num_tokens=max(limits[n] for n in together),
                 choose=greedy_tokens,
                 device=device,
@@ -98,8 +100,8 @@ class AnswerWriting:
                     texts, [limits[n] for n in mine], world_size=world_size, device=device
                 ),
             )
-            for number, text in zip(mine, texts, strict=False):  # a rank without a share writes one that is not counted
-                for at, value in enumerate(self.compare(text[: limits[number]], answers[number].reference)):
+            for number, text in zip(mine, texts, strict=False):
+                for at, value in enumerate(self.compare(text, answers[number].reference)):
                     found[at] += value
         return found
 

@@ -14,10 +14,22 @@ from potstill.student_train.run.saturation import saturation_switch
 DECIDERS: dict[str, Callable[[TrainConfig, CheckedRun], Decider | None]] = {
     "rescoring": rescoring_decider,
     "targets_clock": saturation_switch,
+    "rescoring": rescoring_decider,
 }
 
 
 def build_deciders(config: TrainConfig, checked: CheckedRun) -> tuple[Decider, ...]:
-    """The deciders of a run, in their order."""
+    """The deciders of a run, in their order.
+
+    Raises RuntimeError where the plan waits for a decision that no decider makes, or one decides what no stage asks
+    for: a run would otherwise train by figures that nobody made.
+    """
     made = (make(config, checked) for make in DECIDERS.values())
-    return tuple(decider for decider in made if decider is not None)
+    deciders = tuple(decider for decider in made if decider is not None)
+    found, needed = {decider.name for decider in deciders}, checked.plan.decisions()
+    if found != needed:
+        raise RuntimeError(
+            f"the stages of this run need the decisions {sorted(needed)}, but {sorted(found)} would be made; DECIDERS "
+            f"({__name__}) has {sorted(DECIDERS)}: this is a defect of potstill, please report it"
+        )
+    return deciders

@@ -14,11 +14,12 @@ from potstill.common.grading import GraderConfig
 from potstill.storage import StoreReader, TokensRow
 from potstill.student_train import evaluate
 from potstill.student_train.config.answers import AnswersConfig
-from potstill.student_train.config.train import EvalConfig
+from potstill.student_train.config.train import EvalConfig, ModelConfig
 from potstill.student_train.evaluation.heldout import HeldoutEvaluation, SourcesEvaluation, evaluation_line
 from potstill.student_train.evaluation.written_answers import Answer, AnswerWriting, answer_writing, answers_of
 from potstill.student_train.hf_export.weights import find_source, load_model
-from potstill.student_train.model.student import StudentModel
+from potstill.student_train.model.hf_config import hf_config
+from potstill.student_train.model.student import StudentModel, build_student
 from potstill.student_train.run.metrics import read_metrics
 from tests.dist_harness import run_ranks
 from tests.student_train import tiny, workers
@@ -118,6 +119,31 @@ def test_written_answers_are_exact_where_they_are_right(student: StudentModel, a
     assert "answer_grade" not in found and "answer_pass_rate" not in found
     few = evaluation(tokens, writing=writing(max_rows=2)).measure(student)
     assert few["answer_exact"] == sum(right[:4]) / 4 and few["answers"] == 10.0 and few["answers_written"] == 4.0
+
+
+@torch.no_grad()
+def test_no_answer_is_written_beyond_its_row() -> None:
+    """A long prompt whose answer is short beside one the other way about, in a student that has no further places."""
+    tree = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": tiny.ROW_LENGTH}
+    config = ModelConfig(config={**tree, "bos_token_id": 0, "eos_token_id": 0})
+    student = build_student(config, hf_config(config, vocab_size=tiny.VOCAB), seed=0).eval()
+    prompts, references = [tuple(range(1, tiny.ROW_LENGTH - 1)), (1, 2, 3)], [(5, 6), (5, 6, 7, 8)]
+    texts = []
+
+    class Kept(AnswerWriting):
+        def compare(self, text: Any, reference: Any) -> tuple[float, ...]:
+            texts.append(list(text))
+            return super().compare(text, reference)
+
+    graded = Kept(**vars(writing(grader=GraderConfig(kind="rouge_l"), max_tokens=9)))
+    answers = [Answer(*pair) for pair in zip(prompts, references, strict=True)]
+    sizes = {"row_length": tiny.ROW_LENGTH, "batch_rows": 2, "rank": 0, "world_size": 1, "device": CPU}
+    assert graded.counts(student, answers, **sizes)[0] == 2.0
+    for text, prompt in zip(sorted(texts, key=len), prompts, strict=True):
+        ids = list(prompt)
+        for _ in range(min(9, tiny.ROW_LENGTH - len(prompt))):
+            ids.append(int(student.hf(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        assert text == ids[len(prompt) :]
 
 
 def test_graded_answers_of_all_ranks_add_up(student: StudentModel, answers) -> None:
