@@ -14,7 +14,6 @@ from potstill.student_train.run.saturation import saturation_switch
 DECIDERS: dict[str, Callable[[TrainConfig, CheckedRun], Decider | None]] = {
     "rescoring": rescoring_decider,
     "targets_clock": saturation_switch,
-    "rescoring": rescoring_decider,
 }
 
 
