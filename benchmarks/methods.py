@@ -44,8 +44,10 @@ def arms_of(options: argparse.Namespace) -> dict[str, Arm]:
     loaded = load_config(TrainConfig, find_preset(preset).path, [*options.overrides]).model_dump(mode="json")
     targets, scores = (_chosen(loaded["data"][kind], getattr(options, kind), kind) for kind in ("targets", "scores"))
     tree = _common(loaded, options)
-    used = [stage["targets"] for stage in tree["curriculum"] if stage["targets"] is not None]
-    labels = {**tree, "curriculum": [{}], "objective": {}}
+    # A clock goes through the stores of a series, the last of which is of the finished teacher.
+    series = [list(targets)[-1] for stage in tree["curriculum"] if stage["targets_clock"] is not None]
+    used = series or [stage["targets"] for stage in tree["curriculum"] if stage["targets"] is not None]
+    labels = {**tree, "curriculum": [{}], "objective": {}, "rescoring": None}
     arms = {"labels": labels}
     if used:
         store = options.targets[options.kd_targets] if options.kd_targets else targets[used[-1]]
@@ -68,7 +70,7 @@ def _common(tree: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]
     data |= {"global_batch_rows": options.batch_rows, "micro_batch_rows": options.micro_batch_rows}
     model = tree["model"]
     if options.model_config is not None:
-        model = {**model, "config": options.model_config}
+        model = {**model, "config": options.model_config, "path": None}
     if options.model is not None:
         model = {**model, "config": None, "path": options.model}
     return {

@@ -87,6 +87,13 @@ def mse_logprobs(log_p: Tensor, log_q: Tensor) -> Terms:
     return (difference.square() / count).sum(-1), 2 * difference / count
 
 
+def mse_probs(log_p: Tensor, log_q: Tensor) -> Terms:
+    """sum (p - q)^2 over all buckets, the rest being one (squared Euclidean distance, Brier's score less its least
+    value). Bounded by 2, and its gradient 2 (q - p) q fades where the student has next to nothing."""
+    p, q = log_p.exp(), log_q.exp()
+    return (p - q).square().sum(-1), 2 * (q - p) * q
+
+
 def sampled(log_p: Tensor, log_q: Tensor) -> Terms:
     """- sum t log q with t = draws of an id / all draws, or its importance weight: unbiased for the
     cross-entropy of teacher and student (random-sampling KD, arXiv 2503.16870). Weights sum to 1 in the mean
@@ -121,5 +128,6 @@ DIVERGENCES: Mapping[str, Divergence] = {
     "jsd": Divergence(jsd, options={"beta": 0.5}),
     "total_variation": Divergence(total_variation),
     "mse_logprobs": Divergence(mse_logprobs, lowest_teacher_temperature=0.01),
+    "mse_probs": Divergence(mse_probs),
     "sampled": Divergence(sampled, modes=("tail", "renorm", "raw"), needs_counts=True),
 }

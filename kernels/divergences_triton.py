@@ -99,6 +99,13 @@ def _mse_logprobs(log_p, log_q, inverse_count, option):
 
 
 @triton.jit
+def _mse_probs(log_p, log_q, inverse_count, option):
+    q = exp(log_q)
+    difference = q - exp(log_p)
+    return difference * difference, 2 * difference * q
+
+
+@triton.jit
 def _sampled(log_p, log_q, inverse_count, option):
     t = exp(log_p)
     return tl.where(t > 0, -t * log_q, 0.0), -t
@@ -113,5 +120,6 @@ TWINS: Mapping[str, Any] = {
     "jsd": _jsd,
     "total_variation": _total_variation,
     "mse_logprobs": _mse_logprobs,
+    "mse_probs": _mse_probs,
     "sampled": _sampled,
 }

@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 
 MAX_ROWS = 16
 BLOCK_ROWS = 4096
+# Nats. A divergence of two models that are nearly one is a small difference of larger numbers: below this an error is
+# judged as one of this loss. Their gradient is judged as any other.
+SMALL_LOSS = 0.01
 # Error of a whole gradient over its norm. One rounding of each factor of the products, then sums.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
@@ -115,8 +118,8 @@ def wide_logits(inputs: LinearInputs) -> Tensor:
 def relative_errors(
     inputs: LinearInputs, values: Mapping[str, Tensor], loss: Tensor, slope: Tensor
 ) -> dict[str, float]:
-    """|value - truth| / |truth| (Euclidean) of the loss and of each gradient, from the reference's loss and
-    its gradient by the logits, `slope` [R, V]; inf where a value is not finite."""
+    """|value - truth| / |truth| (Euclidean) of the loss and of each gradient, from the reference's loss and its
+    gradient by the logits, `slope` [R, V]; inf where a value is not finite. A loss below SMALL_LOSS counts as that."""
     hidden = inputs.hidden.to("cpu", torch.float64)
     grad_hidden = torch.zeros_like(hidden)
     squares = torch.zeros(2, dtype=torch.float64)  # of the difference and of the truth, of the head's gradient
@@ -125,10 +128,10 @@ def relative_errors(
         truth = slope[:, block].t() @ hidden
         difference = values["weight gradient"][block].to("cpu", torch.float64) - truth
         squares += torch.stack([difference.square().sum(), truth.square().sum()])
-    pairs = {"loss": loss, "hidden gradient": grad_hidden}
+    pairs = {"hidden gradient": grad_hidden}
     if "bias gradient" in values:
         pairs["bias gradient"] = slope.sum(0)
-    figures = {}
+    figures = {"loss": _ratio(abs(float(values["loss"]) - float(loss)), max(abs(float(loss)), SMALL_LOSS))}
     for name, truth in pairs.items():
         difference = values[name].to("cpu", torch.float64) - truth
         figures[name] = _ratio(float(difference.norm()), float(truth.norm()))

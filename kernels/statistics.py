@@ -14,12 +14,14 @@ from potstill.kernels.types import LossSums
 class TokenStatistics:
     """Of N tokens, in nats: label_logprob [N] (0 without a label), entropy [N] at T = 1, divergence [N] (at
     the temperature asked for, on the side asked for, without T^2; 0 without a target), student_mass [N] on the kept
-    ids at the student's temperature."""
+    ids at the student's temperature; correct [N]: 1 where the label is the most probable token (a tie counts), else
+    0."""
 
     label_logprob: Tensor
     entropy: Tensor
     divergence: Tensor
     student_mass: Tensor
+    correct: Tensor
 
 
 @torch.no_grad()
@@ -33,4 +35,5 @@ def run_statistics(inputs: LinearInputs, call: LossCall) -> TokenStatistics:
         slab = products.logits(tokens.take(inputs.hidden), head, inputs.bias, out=buffer[: tokens.count])
         call.backend.slab_pass(slab, tokens, out=table[:, part], with_gradient=False)
     column = dict(zip(LossSums.names(), table[1:].unbind(0), strict=True))
-    return TokenStatistics(-column["ce"], column["entropy"], column["kd"], column["student_mass"])
+    figures = (column[name] for name in ("entropy", "kd", "student_mass", "correct"))
+    return TokenStatistics(-column["ce"], *figures)

@@ -8,6 +8,8 @@ from potstill.launch.demo_command import DEMO
 from potstill.launch.import_commands import IMPORT
 from potstill.launch.inspect_command import INSPECT
 from potstill.launch.plan import PLAN
+from potstill.launch.prune_command import PRUNE
+from potstill.launch.rollout_command import ROLLOUT
 from potstill.launch.status_command import STATUS
 from potstill.launch.store_commands import GC, SEAL, STATS, VERIFY
 from potstill.launch.student_commands import EVAL, EXPORT, PRESETS, REPORT
@@ -20,12 +22,14 @@ _COMPLETED: tuple[Command | CommandGroup, ...] = (
     IMPORT,
     DUMP,
     SCORE,
+    ROLLOUT,
     STATUS,
     SEAL,
     VERIFY,
     INSPECT,
     STATS,
     GC,
+    PRUNE,
     PRESETS,
     TRAIN,
     EVAL,

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from potstill.common.errors import ConfigError
 
+log = logging.getLogger("potstill.launch.presets")
 FOLDER = Path(__file__).resolve().parent / "presets"
+# Names that presets had before, and still have for those who know them by these.
+RENAMED = {"minillm_plm": "miniplm"}
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,11 @@ def list_presets() -> list[Preset]:
 
 
 def find_preset(name: str) -> Preset:
-    """The preset of that name. Raises ConfigError that names the nearest one."""
+    """The preset of that name, also of one it had before, which the log says. Raises ConfigError naming the nearest."""
     known = {preset.name: preset for preset in list_presets()}
+    if name in RENAMED:
+        log.warning("preset %s is called %s now; the old name is still found", name, RENAMED[name])
+        name = RENAMED[name]
     if name in known:
         return known[name]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from potstill.common.errors import ConfigError
 from potstill.common.exit_codes import DONE, INCOMPLETE, PREEMPTED
 from potstill.common.options import add_config_options, read_config
 from potstill.launch.command import Command
 
 if TYPE_CHECKING:
+    from potstill.teacher_dump.config import DumpConfig
+    from potstill.teacher_dump.left_out import RowsOf
+    from potstill.teacher_dump.rollouts.run import RolloutSummary
     from potstill.teacher_dump.series import SeriesSummary
     from potstill.teacher_dump.worker import WorkerSummary
 
+log = logging.getLogger("potstill.launch.dump")
 WORKER_NOTE = (
     "Any number of workers may run at once, on any machines that see the folder; each takes its share of the units "
     "first. Started again, with any number of workers, only units without a record are done. Without --worker the "
@@ -62,7 +68,7 @@ PREPARE = Command(
 )
 
 
-def _walked(work: Callable[[], WorkerSummary | SeriesSummary]) -> int:
+def walked(work: Callable[[], WorkerSummary | SeriesSummary | RolloutSummary]) -> int:
     """Run a worker and say how its part of the work stands: one of several answers for its own share only."""
     from potstill.teacher_dump.worker import StoppedError
 
@@ -83,6 +89,15 @@ def _dump_arguments(parser: argparse.ArgumentParser) -> None:
 
     flags = {f"--{flag}": f"teacher.{key}" for flag, key in TEACHER_FLAGS.items()}
     flags |= {"--teacher": "teacher.model", "--mode": "selection.mode", "--k": "selection.k", "--p": "selection.p"}
+    parser.add_argument(
+        "--only-rows-of",
+        metavar="RUN.yaml",
+        help="configuration of a training run: dump only the rows that it will read of this store, which its "
+        "data.targets names at OUTPUT (checkpoints: at OUTPUT/NAME)",
+    )
+    parser.add_argument(
+        "--as", dest="store_name", metavar="NAME", help="with --only-rows-of: name of the store in data.targets"
+    )
     add_config_options(parser, DumpConfig, flags=flags)
 
 
@@ -91,7 +106,28 @@ def _dump(arguments: argparse.Namespace) -> int:
     from potstill.teacher_dump.config import DumpConfig
 
     config = read_config(DumpConfig, arguments)
-    return _walked(lambda: dump(config))
+    only_rows = None if arguments.only_rows_of is None and arguments.store_name is None else _rows_of(arguments, config)
+    return walked(lambda: dump(config, only_rows=only_rows))
+
+
+def _rows_of(arguments: argparse.Namespace, config: DumpConfig) -> RowsOf:
+    """The rows that a run will read of each store that this dump writes; all is checked before a model is loaded."""
+    from potstill.common.config import load_config
+    from potstill.student_train.config.train import TrainConfig
+    from potstill.student_train.data.rows_read import rows_to_dump
+    from potstill.teacher_dump.series import series_configs
+
+    name = arguments.store_name
+    if arguments.only_rows_of is None:
+        raise ConfigError("--as names a store of the run that --only-rows-of gives; give that too")
+    if name is not None and config.teacher.checkpoints:
+        raise ConfigError("--as is for one store; each checkpoint's is found at OUTPUT/NAME in data.targets")
+    run = load_config(TrainConfig, arguments.only_rows_of)
+    members = series_configs(config) if config.teacher.checkpoints else [config]
+    rows = {one.output: rows_to_dump(run, output=one.output, tokens=one.tokens, name=name) for one in members}
+    for output, found in rows.items():
+        log.info("%s: the run of %s reads %d rows of it", output, arguments.only_rows_of, len(found))
+    return lambda member: rows[member.output]
 
 
 DUMP = Command(
@@ -103,6 +139,8 @@ DUMP = Command(
         "potstill dump --tokens data/train --teacher models/teacher --output data/targets",
         "potstill dump --tokens data/train --teacher models/teacher --output data/targets --k 64 --p 0.98 "
         "--temperatures 2.0 --worker 3 --num-workers 8",
+        "potstill dump --tokens data/train --teacher runs/teacher/exports --set 'teacher.checkpoints=[step_1000, "
+        "step_8000]' --output data/series --only-rows-of student.yaml",
     ),
     add_arguments=_dump_arguments,
     run=_dump,
@@ -121,7 +159,7 @@ def _score(arguments: argparse.Namespace) -> int:
     from potstill.teacher_dump.config import ScoreConfig
 
     config = read_config(ScoreConfig, arguments)
-    return _walked(lambda: score(config))
+    return walked(lambda: score(config))
 
 
 SCORE = Command(

@@ -10,10 +10,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from potstill.student_train.config.prune import PruneConfig
     from potstill.student_train.config.train import EvalConfig, ExportConfig, TrainConfig
     from potstill.student_train.data.packed import PackedBatch, collate_rows
     from potstill.student_train.evaluation.folder import EvalSummary
     from potstill.student_train.hf_export.hf_folder import ExportSummary
+    from potstill.student_train.pruning.folder import PruneSummary
     from potstill.student_train.run.preflight import CheckedRun
     from potstill.student_train.run.summary import TrainSummary
 
@@ -23,11 +25,14 @@ __all__ = [
     "ExportConfig",
     "ExportSummary",
     "PackedBatch",
+    "PruneConfig",
+    "PruneSummary",
     "TrainConfig",
     "TrainSummary",
     "collate_rows",
     "evaluate",
     "export",
+    "prune",
     "train",
 ]
 
@@ -38,6 +43,8 @@ _LAZY = {
     "ExportConfig": "config.train",
     "ExportSummary": "hf_export.hf_folder",
     "PackedBatch": "data.packed",
+    "PruneConfig": "config.prune",
+    "PruneSummary": "pruning.folder",
     "TrainConfig": "config.train",
     "TrainSummary": "run.summary",
     "collate_rows": "data.packed",
@@ -66,6 +73,13 @@ def export(config: ExportConfig) -> ExportSummary:
     from potstill.student_train.hf_export import hf_folder
 
     return hf_folder.export(config)
+
+
+def prune(config: PruneConfig) -> PruneSummary:
+    """Write a Hugging Face folder with a part of a model's weights, which a student can start from."""
+    from potstill.student_train.pruning import folder
+
+    return folder.prune(config)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,7 @@
 """The teacher stage: `prepare` text or a data set, `dump` a teacher's targets, `score` rows with a small model.
 
+`rollout` asks a model for answers of its own, grades them, and keeps them for a stage.
+
 `import_tokens` makes of token ids that another program wrote what `prepare` makes of text.
 
 The heavy libraries are loaded inside the functions, so that neither the command's help nor the refusal of a path
@@ -21,9 +23,12 @@ from potstill.teacher_dump.config import (
 )
 from potstill.teacher_dump.importing.targets.config import ImportTargetsConfig
 from potstill.teacher_dump.importing.tokens.config import ImportTokensConfig
+from potstill.teacher_dump.rollouts.config import RolloutConfig
 
 if TYPE_CHECKING:
     from potstill.teacher_dump.importing.targets.summary import ImportTargetsSummary
+    from potstill.teacher_dump.left_out import RowsOf
+    from potstill.teacher_dump.rollouts.run import RolloutSummary
     from potstill.teacher_dump.series import SeriesSummary
     from potstill.teacher_dump.train_and_heldout import PrepareSummary
     from potstill.teacher_dump.worker import WorkerSummary
@@ -34,6 +39,7 @@ __all__ = [
     "ImportTargetsConfig",
     "ImportTokensConfig",
     "PrepareConfig",
+    "RolloutConfig",
     "ScoreConfig",
     "SelectionConfig",
     "TeacherConfig",
@@ -42,6 +48,7 @@ __all__ = [
     "import_targets",
     "import_tokens",
     "prepare",
+    "rollout",
     "score",
 ]
 
@@ -68,7 +75,11 @@ def import_targets(config: ImportTargetsConfig) -> ImportTargetsSummary:
 
 
 def dump(
-    config: DumpConfig, worker: int | None = None, num_workers: int | None = None
+    config: DumpConfig,
+    worker: int | None = None,
+    num_workers: int | None = None,
+    *,
+    only_rows: RowsOf | None = None,
 ) -> WorkerSummary | SeriesSummary:
     """Teacher over a tokens store -> targets store; see potstill.teacher_dump.dumping."""
     from potstill.teacher_dump.early import early_dump
@@ -76,7 +87,7 @@ def dump(
     config = early_dump(config)
     from potstill.teacher_dump import dumping
 
-    return dumping.dump(config, worker, num_workers)
+    return dumping.dump(config, worker, num_workers, only_rows=only_rows)
 
 
 def score(config: ScoreConfig, worker: int | None = None, num_workers: int | None = None) -> WorkerSummary:
@@ -87,3 +98,13 @@ def score(config: ScoreConfig, worker: int | None = None, num_workers: int | Non
     from potstill.teacher_dump import scoring
 
     return scoring.score(config, worker, num_workers)
+
+
+def rollout(config: RolloutConfig, worker: int | None = None, num_workers: int | None = None) -> RolloutSummary:
+    """A model's own answers to the prompts of a tokens store, graded; see potstill.teacher_dump.rollouts.run."""
+    from potstill.teacher_dump.early import early_rollout
+
+    config = early_rollout(config)
+    from potstill.teacher_dump.rollouts import run
+
+    return run.rollout(config, worker, num_workers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,22 @@ from torch import Tensor
 
 from potstill.kernels.topk import Sampled, TopK
 from potstill.kernels.types import SparseTargetTensors
-from potstill.storage import COLUMNS, KBound, RunSpec, SparseTargets, StoreReader, bound_positions
+from potstill.storage import (
+    COLUMNS,
+    HELD,
+    KBound,
+    RunSpec,
+    SparseTargets,
+    StoreReader,
+    bound_positions,
+    held_mask,
+    only_rows_field,
+)
 from potstill.teacher_dump.batches import TeacherBatch
 from potstill.teacher_dump.config import DumpConfig, SelectionConfig
 from potstill.teacher_dump.engines.base import TeacherEngine, TopKWanted
 from potstill.teacher_dump.id_frequencies import id_frequencies
+from potstill.teacher_dump.left_out import LeftOut, RowsOf
 from potstill.teacher_dump.on_device import batch_sample, batch_topk
 from potstill.teacher_dump.pipeline import BatchRows
 from potstill.teacher_dump.selection import PREFIXES, TARGET_STATS, HostBatch, cut_rows, selection_spec
@@ -27,15 +38,21 @@ SIDE_COLUMNS = ("entropy", "label_logprob", "label_rank")  # of the teacher's wh
 
 
 def dump(
-    config: DumpConfig, worker: int | None = None, num_workers: int | None = None
+    config: DumpConfig,
+    worker: int | None = None,
+    num_workers: int | None = None,
+    *,
+    only_rows: RowsOf | None = None,
 ) -> WorkerSummary | SeriesSummary:
     """Do this worker's share of the units that are missing, of each checkpoint in turn if there are several.
 
-    See `run_worker` for errors and the end of a run.
+    `only_rows` gives the rows that each of them is run over; the others take their places in the store without targets
+    (storage/store/held_rows.py). See `run_worker` for errors and the end of a run.
     """
 
     def run(member: DumpConfig) -> WorkerSummary:
-        return run_worker(member, member.teacher, DumpJob(member), worker=worker, num_workers=num_workers)
+        job = DumpJob(member, None if only_rows is None else only_rows(member))
+        return run_worker(member, member.teacher, job, worker=worker, num_workers=num_workers)
 
     return dump_series(config, run) if config.teacher.checkpoints else run(config)
 
@@ -45,10 +62,12 @@ class DumpJob(Job):
     """What `dump` does with a batch."""
 
     config: DumpConfig
+    rows: NDArray[np.int64] | None = None  # that the teacher is run over; None: all
     word = "dump"
 
     def spec(self, tokens: StoreReader, teacher: dict[str, object]) -> RunSpec:
         selection = self.config.selection
+        mask = None if self.rows is None else held_mask(self.rows, tokens.num_rows)
         return RunSpec(
             kind="targets",
             row_length=tokens.spec.row_length,
@@ -59,10 +78,17 @@ class DumpJob(Job):
             input_digest=tokens.digest,
             selection=selection_spec(selection),
             temperatures=tuple(self.config.temperatures),
-            stats=TARGET_STATS,
+            stats=TARGET_STATS if mask is None else (*TARGET_STATS, HELD),
+            only_rows=None if mask is None else only_rows_field(mask),
             teacher=teacher,
             info={"seed": selection.seed} if selection.mode == "sample" else {},
         )
+
+    def left_out(self, spec: RunSpec) -> LeftOut | None:
+        if self.rows is None:
+            return None
+        assert spec.num_rows is not None
+        return LeftOut(held_mask(self.rows, spec.num_rows), spec)
 
     def id_frequencies(self, tokens: StoreReader) -> NDArray[np.int64] | None:
         return id_frequencies(tokens) if self.config.frequency_ids else None
@@ -85,7 +111,7 @@ class DumpJob(Job):
                 vocab_size=vocab_size,
                 chunk_bytes=chunk_bytes,
             )
-            return DumpResult(batch, vocab_size, lambda: host_draws(drawn.wait()), selection)
+            return DumpResult(batch, vocab_size, lambda: host_draws(drawn.wait()), selection, self.rows is not None)
         topk = batch_topk(
             engine,
             batch,
@@ -94,7 +120,8 @@ class DumpJob(Job):
             temperatures=self.config.temperatures,
             chunk_bytes=chunk_bytes,
         )
-        return DumpResult(batch, vocab_size, lambda: host_prefix(topk.wait(), self.config), selection)
+        held = self.rows is not None
+        return DumpResult(batch, vocab_size, lambda: host_prefix(topk.wait(), self.config), selection, held)
 
     def k_bound(self, figures: Mapping[str, float]) -> KBound | None:
         selection, positions = self.config.selection, figures.get("positions", 0.0)
@@ -112,11 +139,14 @@ class DumpResult:
     vocab_size: int
     wait: Callable[[], HostBatch]
     selection: SelectionConfig
+    marks_held: bool = False  # whether rows say that they are held, because others are left out
 
     def rows(self) -> BatchRows:
         """Wait for the copy, select entries and cut into rows of the store."""
         found = self.wait()
         rows = list(cut_rows(found, self.batch.rows))
+        if self.marks_held:
+            rows = [(replace(row, stats={**row.stats, HELD: 1.0}), refused) for row, refused in rows]
         excluded = np.nan_to_num(found.excluded_mass.astype(np.float64))
         figures = {"excluded_mass": float(excluded.sum()), "positions": float(len(excluded))}
         return BatchRows(rows, figures, self._shown(found))

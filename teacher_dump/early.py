@@ -1,4 +1,4 @@
-"""What `dump` and `score` can refuse within a second: paths, before torch and transformers are loaded."""
+"""What `dump`, `score` and `rollout` can refuse within a second: paths, before torch and transformers are loaded."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from potstill.common.errors import UserError
 from potstill.storage import check_output
 from potstill.teacher_dump.config import DumpConfig, ScoreConfig, WalkConfig
 from potstill.teacher_dump.identity import located
+from potstill.teacher_dump.rollouts.config import RolloutConfig, store_places
+from potstill.teacher_dump.rollouts.questions import require_masks
 from potstill.teacher_dump.series import series_configs
 from potstill.teacher_dump.worker import open_rows
 
@@ -28,6 +30,14 @@ def early_dump(config: DumpConfig) -> DumpConfig:
 def early_score(config: ScoreConfig) -> ScoreConfig:
     """As `early_dump`, for the small model."""
     _check_stores(config)
+    return config.model_copy(update={"model": located(config.model)})
+
+
+def early_rollout(config: RolloutConfig) -> RolloutConfig:
+    """As `early_score`, for a model's own answers."""
+    require_masks(open_rows(config))
+    for place in store_places(config).values():
+        _check_stores(config.model_copy(update={"output": place}))
     return config.model_copy(update={"model": located(config.model)})
 
 

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from potstill.common.errors import UserError
 from potstill.storage import Row, StoreReader, StoreWriter, TokensRow, WriteFailedError
 from potstill.teacher_dump.batches import TeacherBatch
+from potstill.teacher_dump.left_out import LeftOut
 from potstill.teacher_dump.selection import Refused
 
 log = logging.getLogger(__name__)
@@ -44,12 +45,13 @@ class HostResult(Protocol):
 class BatchRows:
     """Rows of one batch; `figures` are sums that the worker adds up (e.g. excluded mass) and notes in its records.
 
-    `shown` are further sums, added up for the summary and not noted anywhere.
+    `shown` are further sums, added up for the summary and not noted anywhere. `beside` are rows for the store beside.
     """
 
     rows: Sequence[FinishedRow]
     figures: Mapping[str, float] = field(default_factory=dict)
     shown: Mapping[str, float] = field(default_factory=dict)
+    beside: Sequence[Row] = ()
 
 
 @dataclass
@@ -71,14 +73,17 @@ class WalkTotals:
 class _Unit:
     number: int
     batches: list[TeacherBatch]
+    left_out: Sequence[Row]  # rows that the model is not run over, as they are stored
 
 
 class Walk:
     """Run `compute` over the given units of `reader` and commit the rows to `writer`.
 
-    `compute(batch)` runs in the calling thread; the object it returns finishes in another. `refused_allowed` is the
-    number of refused rows above which the run stops; `refused_elsewhere()` counts those in the units of others and of
-    earlier runs: all workers together may not have more than that.
+    `compute(batch)` runs in the calling thread; the object it returns finishes in another. Rows of `left_out` are
+    stored without it. `refused_allowed` is the number of refused rows above which the run stops; `refused_elsewhere()`
+    counts those in the units of others and of earlier runs: all workers together may not have more than that. `beside`
+    is a store of the same units whose rows come of the same work (`BatchRows.beside`): a unit is committed there first,
+    and is there when `writer` has it.
     """
 
     def __init__(
@@ -93,13 +98,15 @@ class Walk:
         max_consecutive_failures: int,
         refused_elsewhere: Callable[[], int],
         refused_allowed: int,
+        left_out: LeftOut | None = None,
         on_rows: Callable[[int, int], None] = lambda rows, tokens: None,
         on_unit: Callable[[int, WalkTotals], None] = lambda unit, totals: None,
         stop_reason: Callable[[], str | None] = lambda: None,
+        beside: StoreWriter | None = None,
     ) -> None:
-        self._reader, self._writer = reader, writer
+        self._reader, self._writer, self._beside = reader, writer, beside
         self._compute, self._layout = compute, layout
-        self._batch_rows = batch_rows
+        self._batch_rows, self._left_out = batch_rows, left_out
         self._finish_threads = finish_threads
         self._max_consecutive_failures = max_consecutive_failures
         self._refused_elsewhere, self._refused_allowed = refused_elsewhere, refused_allowed
@@ -142,9 +149,12 @@ class Walk:
 
     def _load(self, number: int) -> _Unit:
         rows = self._reader.rows(self._writer.unit_rows(number))
-        tokens = [row for row in rows if isinstance(row, TokensRow)]
+        tokens, others = [row for row in rows if isinstance(row, TokensRow)], []
+        if self._left_out is not None:
+            others = [self._left_out.row(row) for row in tokens if not self._left_out.wanted[row.row]]
+            tokens = [row for row in tokens if self._left_out.wanted[row.row]]
         step = self._batch_rows
-        return _Unit(number, [self._layout(tokens[i : i + step]) for i in range(0, len(tokens), step)])
+        return _Unit(number, [self._layout(tokens[i : i + step]) for i in range(0, len(tokens), step)], others)
 
     def _step(
         self,
@@ -178,7 +188,7 @@ class Walk:
             return
         # From the last unit to this one, waits and all: over a store these add up to the time of its workers.
         seconds, self._unit_began = time.perf_counter() - self._unit_began, time.perf_counter()
-        unfinished.append((number, finishing.submit(self._commit, number, parts, seconds)))
+        unfinished.append((number, finishing.submit(self._commit, number, parts, unit.left_out, seconds)))
 
     def _wait_for_finishers(self, parts: list[Future[BatchRows]]) -> None:
         """Keep at most a few batches between the model and the finishing threads: they hold memory."""
@@ -187,7 +197,9 @@ class Walk:
             with _timed(self.totals.seconds, "wait_finish"):
                 parts[behind - 1].exception()
 
-    def _commit(self, number: int, parts: list[Future[BatchRows]], seconds: float) -> _Committed:
+    def _commit(
+        self, number: int, parts: list[Future[BatchRows]], left_out: Sequence[Row], seconds: float
+    ) -> _Committed:
         # The parts were handed to the same threads before this call, so waiting for them cannot block without end.
         done = [part.result() for part in parts]
         finished = [row for part in done for row in part.rows]
@@ -202,7 +214,10 @@ class Walk:
         # Row counts are added up here, at the one place where it is known that the rows are safe.
         if self._too_many(refused):
             return _Committed(number, 0, 0, refused, figures | shown, too_many=True)
-        self._writer.commit_unit(number, rows, extra=extra)
+        if self._beside is not None:
+            self._beside.commit_unit(number, [row for part in done for row in part.beside])
+        in_order = sorted([*rows, *left_out], key=lambda row: row.row) if left_out else rows
+        self._writer.commit_unit(number, in_order, extra=extra)
         return _Committed(number, len(rows), sum(_num_tokens(row) for row in rows), refused, figures | shown)
 
     def _too_many(self, refused: Sequence[Refused]) -> bool:

@@ -13,7 +13,7 @@ from potstill.teacher_dump.batches import TeacherBatch
 from potstill.teacher_dump.config import ScoreConfig
 from potstill.teacher_dump.engines.base import TeacherEngine, TopKWanted
 from potstill.teacher_dump.on_device import OnItsWay, batch_topk
-from potstill.teacher_dump.pipeline import BatchRows
+from potstill.teacher_dump.pipeline import BatchRows, HostResult
 from potstill.teacher_dump.row_scores import SCORE_STATS, row_scores
 from potstill.teacher_dump.selection import NO_RANK, Refused, refusal
 from potstill.teacher_dump.worker import Job, WorkerSummary, run_worker
@@ -21,11 +21,13 @@ from potstill.teacher_dump.worker import Job, WorkerSummary, run_worker
 
 def score(config: ScoreConfig, worker: int | None = None, num_workers: int | None = None) -> WorkerSummary:
     """Do this worker's share of the units that are missing; see `run_worker` for errors and the end of a run."""
-    return run_worker(config, config.model, _ScoreJob(config), worker=worker, num_workers=num_workers)
+    return run_worker(config, config.model, ScoreJob(config), worker=worker, num_workers=num_workers)
 
 
 @dataclass(frozen=True)
-class _ScoreJob(Job):
+class ScoreJob(Job):
+    """The model's own figures of the labels. `rollout` adds its answers to them."""
+
     config: ScoreConfig
     word = "score"
 
@@ -46,20 +48,23 @@ class _ScoreJob(Job):
     def wanted(self, vocab_size: int) -> TopKWanted:
         return TopKWanted(k=1, vocab_size=vocab_size, temperatures=())
 
-    def compute(self, engine: TeacherEngine, batch: TeacherBatch, vocab_size: int) -> _ScoreResult:
+    def compute(self, engine: TeacherEngine, batch: TeacherBatch, vocab_size: int) -> HostResult:
         topk = batch_topk(
             engine, batch, k=1, vocab_size=vocab_size, temperatures=(), chunk_bytes=self.config.model.chunk_bytes
         )
-        return _ScoreResult(self.config, topk, batch)
+        return ScoreResult(self.config, topk, batch)
 
 
 @dataclass(frozen=True)
-class _ScoreResult:
+class ScoreResult:
+    """Figures of a batch on their way to the host."""
+
     config: ScoreConfig
     topk: OnItsWay[TopK]
     batch: TeacherBatch
 
     def rows(self) -> BatchRows:
+        """Wait for the copy, and cut it into rows of the store."""
         return BatchRows(list(_score_rows(self.topk.wait(), self.batch, salt_rank=self.config.salt_rank)))
 
 

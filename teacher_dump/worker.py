@@ -18,6 +18,7 @@ from potstill.storage import KBound, RunSpec, StoreReader, StoreWriter, seal_sto
 from potstill.teacher_dump.batches import TeacherBatch, apart_batch, packed_batch
 from potstill.teacher_dump.config import TeacherConfig, WalkConfig
 from potstill.teacher_dump.identity import check_fits, computing_dtype, describe, load_config, members
+from potstill.teacher_dump.left_out import LeftOut
 from potstill.teacher_dump.pipeline import HostResult, Walk, WalkTotals
 from potstill.teacher_dump.placing import WorkerPlace
 from potstill.teacher_dump.stopping import StopFlag
@@ -46,11 +47,19 @@ class Job(Protocol):
         """Occurrences [V] by which the store ranks its ids; None where it keeps them as they are."""
         return None
 
+    def left_out(self, spec: RunSpec) -> LeftOut | None:
+        """Which rows the model is not run over; None where it is run over all."""
+        return None
+
     def wanted(self, vocab_size: int) -> TopKWanted | None:
         """What an engine that gives a finished top-k must put into it; None where draws are made."""
 
     def compute(self, engine: TeacherEngine, batch: TeacherBatch, vocab_size: int) -> HostResult:
         """Run the model over a batch; the result finishes in another thread."""
+
+    def beside(self, tokens: StoreReader) -> StoreWriter | None:
+        """The writer of a second store, of the same units, that comes of the same work; None: there is none."""
+        return None
 
     def k_bound(self, figures: Mapping[str, float]) -> KBound | None:
         """How often the selection stopped at k, from the sums of `BatchRows`; None where it has no such bound."""
@@ -134,6 +143,7 @@ def run_worker(
         raise UserError("force deletes the store and may be used by a single worker only; delete it first")
     ranking = job.id_frequencies(tokens)
     writer = StoreWriter.create(config.output, spec, force=config.force, id_frequencies=ranking)
+    beside = job.beside(tokens)
     units = writer.todo(worker=place.worker, num_workers=place.num_workers)
     log.info(
         "%s: worker %d of %d (%s) has %d units to do",
@@ -143,12 +153,14 @@ def run_worker(
         place.source,
         len(units),
     )
+    left_out = job.left_out(writer.spec)
     # A rank without units of its own takes part in the passes of the others.
-    passes = sum(-(-len(writer.unit_rows(unit)) // teacher.batch_rows) for unit in units)
+    passes = sum(-(-_num_wanted(writer, unit, left_out) // teacher.batch_rows) for unit in units)
     most_passes = ranks.largest(passes)
     totals = WalkTotals()
-    if most_passes:
-        totals = _walk(config, teacher, job, tokens, writer, units, ranks, idle_passes=most_passes - passes)
+    if most_passes or units:
+        idle = most_passes - passes
+        totals = _walk(config, teacher, job, tokens, writer, units, ranks, left_out, idle_passes=idle, beside=beside)
     if totals.stopped_by is not None:
         raise StoppedError(
             f"{job.word}: stopped by {totals.stopped_by} after {totals.units} of {len(units)} units of worker "
@@ -173,8 +185,10 @@ def _walk(
     writer: StoreWriter,
     units: list[int],
     ranks: Ranks,
+    left_out: LeftOut | None,
     *,
     idle_passes: int,
+    beside: StoreWriter | None = None,
 ) -> WalkTotals:
     from potstill.teacher_dump.engines.loading import load_engine
 
@@ -182,7 +196,7 @@ def _walk(
     # A compiled model would be compiled again for each length.
     packed = partial(packed_batch, length=tokens.spec.row_length, fixed=teacher.compile)
     own = set(units)
-    num_rows = sum(len(writer.unit_rows(unit)) for unit in units)
+    num_rows = sum(_num_wanted(writer, unit, left_out) for unit in units)
     with StopFlag() as stop, Progress(num_rows, description=job.word) as progress:
         began = time.monotonic()
         num_tokens = 0
@@ -206,10 +220,12 @@ def _walk(
             # One rank that skips a unit would leave the others waiting for it.
             max_consecutive_failures=1 if ranks.in_step else config.max_consecutive_failures,
             refused_elsewhere=lambda: _num_refused(writer, except_units=own),
-            refused_allowed=_refused_allowed(config, tokens.num_rows),
+            refused_allowed=_refused_allowed(config, writer, left_out),
+            left_out=left_out,
             on_rows=on_rows,
             on_unit=partial(_warn_of_k, job, writer),
             stop_reason=stop_reason,
+            beside=beside,
         )
         totals = walk.run(units)
         while idle_passes and totals.stopped_by is None:
@@ -239,14 +255,20 @@ def _num_refused(writer: StoreWriter, *, except_units: Collection[int] = ()) -> 
     return sum(len(record.extra.get("refused", ())) for unit, record in records.items() if unit not in except_units)
 
 
-def _refused_allowed(config: WalkConfig, num_rows: int) -> int:
+def _num_wanted(writer: StoreWriter, unit: int, left_out: LeftOut | None) -> int:
+    rows = writer.unit_rows(unit)
+    return len(rows) if left_out is None else left_out.count(rows)
+
+
+def _refused_allowed(config: WalkConfig, writer: StoreWriter, left_out: LeftOut | None) -> int:
+    assert writer.spec.num_rows is not None
+    num_rows = writer.spec.num_rows if left_out is None else left_out.count(range(writer.spec.num_rows))
     return int(config.max_rejected_fraction * num_rows)
 
 
-def _check_refused(config: WalkConfig, writer: StoreWriter) -> None:
+def _check_refused(config: WalkConfig, writer: StoreWriter, left_out: LeftOut | None) -> None:
     """Raise UserError when the workers of a complete store have refused too many rows together."""
-    assert writer.spec.num_rows is not None
-    refused, allowed = _num_refused(writer), _refused_allowed(config, writer.spec.num_rows)
+    refused, allowed = _num_refused(writer), _refused_allowed(config, writer, left_out)
     if refused > allowed:
         raise UserError(
             f"{config.output}: {refused} rows are refused, {allowed} are allowed (max_rejected_fraction); the commit "
@@ -273,7 +295,7 @@ def _finish(
     ranks.barrier()
     num_missing = len(writer.todo())
     if num_missing == 0:
-        _check_refused(config, writer)
+        _check_refused(config, writer, job.left_out(writer.spec))
     bytes_per_token = _bytes_per_token(writer, totals.last_unit)
     sealed = False
     if config.seal and place.num_workers == ranks.world and num_missing == 0:

@@ -142,7 +142,7 @@ def test_a_form_of_weights(stores: dict[str, Path], tmp_path: Path, monkeypatch:
         load_config(TrainConfig, path)
     entry = WeightForm(lambda values, a, b: np.where(values > a, b, 1.0), low=0.5)
     monkeypatch.setitem(WEIGHT_FORMS, "above", entry)
-    assert "beta|above" in help_text()
+    assert "band|above" in help_text()
     config = read(path, tmp_path)
     opened = open_stores(config)
     check_objectives(config, opened)

@@ -60,7 +60,7 @@ def student_part(arguments: argparse.Namespace, tokens: StoreReader, rows: Seque
     source = None if place is None else find_source(place)
     at = None
     if config is not None:
-        at = curriculum_step(config, tokens, step=step, default=_last_step(source, saved))
+        at = curriculum_step(config, tokens, step=step, default=_last_step(source, saved), checkpoints=saved)
     if at is not None:
         tokens = at.stores.sources[at.source].tokens  # the same rows, in the ids of the run
     elif source is not None and (vocabulary := model_vocabulary(source, None)) is not None:

@@ -123,9 +123,16 @@ def _encode_batch(rows: Sequence[Row], *, spec: RunSpec, id_map: IdMap | None) -
         token_rows = cast("Sequence[TokensRow]", rows)
         digests = [token_digest(row.tokens, row.doc_lens) for row in token_rows]
         planes, plane_sizes = encode_tokens(token_rows, spec=spec)
+    elif spec.kind == "scores":
+        scores_rows = cast("Sequence[ScoresRow]", rows)
+        digests = [row.token_digest for row in scores_rows]
+        planes, plane_sizes = encode_scores(scores_rows, spec=spec)
     else:
-        digests = [cast("TargetsRow | ScoresRow", row).token_digest for row in rows]
-        planes, plane_sizes = _encode_joined(rows, spec=spec, id_map=id_map), {}
+        targets_rows = cast("Sequence[TargetsRow]", rows)
+        digests = [row.token_digest for row in targets_rows]
+        joined: SparseTargets = concatenate([row.targets for row in targets_rows])
+        rank_of_id = None if id_map is None else id_map.rank_of_id
+        planes, plane_sizes = encode_targets(joined, spec=spec, rank_of_id=rank_of_id), {}
     sizes = np.array([row_sizes(row) for row in rows], np.int64).reshape(-1, 2)
     counts = {"token": sizes[:, 0], "entry": sizes[:, 1], "row": np.ones(len(rows), np.int64)}
     layout = planes_of(spec)
@@ -143,13 +150,6 @@ def _encode_batch(rows: Sequence[Row], *, spec: RunSpec, id_map: IdMap | None) -
         pa.FixedSizeBinaryArray.from_buffers(pa.binary(4 * len(layout)), len(rows), [None, pa.py_buffer(checks)]),
     ]
     return heads + [_binary_array(planes[p.name], bounds[p.name]) for p in layout]
-
-
-def _encode_joined(rows: Sequence[Row], *, spec: RunSpec, id_map: IdMap | None) -> Planes:
-    if spec.kind == "scores":
-        return encode_scores(cast("Sequence[ScoresRow]", rows))
-    joined: SparseTargets = concatenate([cast("TargetsRow", row).targets for row in rows])
-    return encode_targets(joined, spec=spec, rank_of_id=None if id_map is None else id_map.rank_of_id)
 
 
 def _bounds(
@@ -270,7 +270,7 @@ class DecodedBatch:
                     raise CorruptError("tokens do not fit their token digest")
                 return tokens
             if self.spec.kind == "scores":
-                return decode_scores(planes, row=row, digest=digest, stats=stats)
+                return decode_scores(planes, spec=self.spec, row=row, digest=digest, stats=stats)
             targets = decode_targets(
                 planes,
                 spec=self.spec,

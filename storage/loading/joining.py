@@ -9,6 +9,7 @@ from typing import SupportsIndex, cast
 
 from potstill.storage.errors import MismatchError
 from potstill.storage.rows.row_types import ScoresRow, TargetsRow, TokensRow
+from potstill.storage.store.held_rows import check_holds
 from potstill.storage.store.reader import StoreReader
 
 JoinedRow = TargetsRow | ScoresRow
@@ -107,7 +108,8 @@ def map_digest(reader: StoreReader) -> str | None:
 
 
 def check_digests(reader: StoreReader, rows: Sequence[JoinedRow], digests: Sequence[int]) -> None:
-    """Each row of `reader` must have been made from the tokens of that digest. Raises MismatchError with the row."""
+    """Each row must be held by `reader` and made from the tokens of that digest. Raises MismatchError with the row."""
+    check_holds(reader, rows)
     for row, digest in zip(rows, digests, strict=True):
         if row.token_digest != digest:
             raise MismatchError(

@@ -13,6 +13,7 @@ from potstill.storage.rows.column import Array, Coding, Column, Values
 from potstill.storage.rows.columns import misfit, stored_columns
 from potstill.storage.rows.planes import Plane, join_ids, num_id_planes, split_ids
 from potstill.storage.rows.row_types import ScoresRow, TokensRow
+from potstill.storage.rows.scores_columns import check_scores_columns, stored_scores_columns
 from potstill.storage.rows.sparse_targets import SparseTargets
 from potstill.storage.rows.tokens_columns import stored_tokens_columns
 from potstill.storage.store.spec import RunSpec
@@ -24,7 +25,7 @@ def planes_of(spec: RunSpec) -> tuple[Plane, ...]:
     """Binary columns of a store's unit files, in file order. Raises StoreError where two have one name."""
     if spec.kind == "scores":
         names = ("label0", "label1", "label_rank", "entropy0", "entropy1")
-        return tuple(Plane(name, "token") for name in names)
+        return (*(Plane(name, "token") for name in names), *(column.plane for column in stored_scores_columns(spec)))
     if spec.kind == "tokens":
         planes = [Plane(f"token{i}", "token") for i in range(num_id_planes(spec.vocab_size))]
         planes += [Plane("doc_lens", "document", width=4), *(column.plane for column in stored_tokens_columns(spec))]
@@ -115,23 +116,36 @@ def decode_tokens(planes: Mapping[str, UInt8], *, spec: RunSpec, row: int) -> To
     return TokensRow(row, tokens, lengths.astype(np.int32), more.pop("mask", None), more)
 
 
-def encode_scores(rows: Sequence[ScoresRow]) -> Planes:
-    """Planes of several rows joined."""
+def encode_scores(rows: Sequence[ScoresRow], *, spec: RunSpec) -> tuple[Planes, dict[str, Int64]]:
+    """Planes of several rows joined, and bytes in each row, int64 [rows], of planes whose size tokens do not give."""
     loss = -np.concatenate([row.label_logprob for row in rows])
     label0, label1 = value_grid.encode_fine(loss)
     entropy0, entropy1 = value_grid.encode_fine(np.concatenate([row.entropy for row in rows]))
     rank = value_grid.encode_rank(np.concatenate([row.label_rank for row in rows]))
-    return {
+    planes: Planes = {
         "label0": label0,
         "label1": label1,
         "label_rank": rank,
         "entropy0": entropy0,
         "entropy1": entropy1,
     }
+    sizes = {}
+    for column in stored_scores_columns(spec):
+        parts = [column.to_bytes(row.more[column.name]) for row in rows]
+        planes[column.name] = np.concatenate(parts)
+        sizes[column.name] = np.array([len(part) for part in parts], np.int64)
+    return planes, sizes
 
 
-def decode_scores(planes: Mapping[str, UInt8], *, row: int, digest: int, stats: Mapping[str, float]) -> ScoresRow:
+def decode_scores(
+    planes: Mapping[str, UInt8], *, spec: RunSpec, row: int, digest: int, stats: Mapping[str, float]
+) -> ScoresRow:
     """Inverse of encode_scores for one row."""
+    more = {column.name: column.from_bytes(planes[column.name]) for column in stored_scores_columns(spec)}
+    try:
+        check_scores_columns(more, spec)
+    except StoreError as error:
+        raise CorruptError(str(error)) from None
     return ScoresRow(
         row=row,
         token_digest=digest,
@@ -139,4 +153,5 @@ def decode_scores(planes: Mapping[str, UInt8], *, row: int, digest: int, stats: 
         label_rank=planes["label_rank"].astype(np.int32),
         entropy=value_grid.decode_fine(planes["entropy0"], planes["entropy1"]),
         stats=stats,
+        more=more,
     )

@@ -15,6 +15,7 @@ from potstill.storage.rows import value_grid
 from potstill.storage.rows.array_types import NO_RANK, UInt8
 from potstill.storage.rows.column import Array, Coding, Column, Condition, StoreView, TargetArrays
 from potstill.storage.rows.planes import join_ids, num_id_planes, split_ids
+from potstill.storage.rows.scores_columns import SCORES_COLUMNS, ScoresColumn
 from potstill.storage.rows.target_checks import (
     check_counts,
     check_entropy,
@@ -27,6 +28,7 @@ from potstill.storage.rows.target_checks import (
 )
 from potstill.storage.rows.tokens_columns import TOKENS_COLUMNS, TokensColumn
 
+AnyColumn = Column | TokensColumn | ScoresColumn
 ALWAYS = Condition(lambda spec: spec.kind == "targets")
 
 
@@ -184,10 +186,10 @@ def skippable_names() -> tuple[str, ...]:
     return tuple(column.stem for column in COLUMNS.values() if column.skippable)
 
 
-def column_features() -> dict[str, list[Column | TokensColumn]]:
-    """The columns that come with each feature, of targets and of tokens."""
-    found: dict[str, list[Column | TokensColumn]] = {}
-    columns: list[Column | TokensColumn] = [*COLUMNS.values(), *TOKENS_COLUMNS.values()]
+def column_features() -> dict[str, list[AnyColumn]]:
+    """The columns that come with each feature, of targets, tokens and scores."""
+    found: dict[str, list[AnyColumn]] = {}
+    columns: list[AnyColumn] = [*COLUMNS.values(), *TOKENS_COLUMNS.values(), *SCORES_COLUMNS.values()]
     for column in columns:
         if column.feature is not None:
             found.setdefault(column.feature, []).append(column)
@@ -220,7 +222,7 @@ def namable_columns(kind: str) -> list[str]:
     """The columns that a run of that kind names in `columns` where its store has them."""
     if kind == "targets":
         return [name for name, column in COLUMNS.items() if column.stored is None]
-    return list(TOKENS_COLUMNS) if kind == "tokens" else []
+    return list(TOKENS_COLUMNS if kind == "tokens" else SCORES_COLUMNS)
 
 
 def known(names: Mapping[str, object]) -> None:

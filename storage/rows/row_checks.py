@@ -12,9 +12,11 @@ from potstill.storage.rows.array_types import Float32
 from potstill.storage.rows.column import Column, Values
 from potstill.storage.rows.columns import COLUMNS, misfit
 from potstill.storage.rows.row_types import Row, ScoresRow, TargetsRow, TokensRow
+from potstill.storage.rows.scores_columns import check_scores_columns
 from potstill.storage.rows.target_checks import check_kept_normaliser
 from potstill.storage.rows.tokens_columns import TOKENS_COLUMNS
 from potstill.storage.rows.validation import validate
+from potstill.storage.store.held_rows import check_held_row
 from potstill.storage.store.spec import RunSpec
 
 _TYPES = {"tokens": TokensRow, "targets": TargetsRow, "scores": ScoresRow}
@@ -64,8 +66,11 @@ def _check_row(row: Row, spec: RunSpec) -> None:
             raise StoreError(f"statistic {name} is {value}; a store holds finite numbers only")
     if isinstance(row, TargetsRow):
         _check_targets(row, spec)
+        if spec.only_rows is not None:
+            check_held_row(row.stats, row.targets.num_entries)
     else:
         _check_scores(row)
+        check_scores_columns(row.more, spec)
 
 
 def _check_tokens(row: TokensRow, spec: RunSpec) -> None:

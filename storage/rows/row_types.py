@@ -74,7 +74,10 @@ class TargetsRow:
 
 @dataclass(frozen=True, eq=False)
 class ScoresRow:
-    """Per-token scores of a small language model, and per-row statistics for the index."""
+    """Per-token scores of a small language model, and per-row statistics for the index.
+
+    more: further columns by name, float32 [d], one value per document (storage/rows/scores_columns.py).
+    """
 
     row: int
     token_digest: int
@@ -82,6 +85,7 @@ class ScoresRow:
     label_rank: Int32
     entropy: Float32
     stats: Mapping[str, float] = field(default_factory=dict)
+    more: Mapping[str, Array] = field(default_factory=dict)
 
 
 Row = TokensRow | TargetsRow | ScoresRow

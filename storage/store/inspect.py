@@ -41,6 +41,8 @@ def format_row(
         if joined.token_digest != digest:
             raise MismatchError(f"row {row}: the stores hold different tokens ({digest:#x}, {joined.token_digest:#x})")
         lines += [f"  {name} {value:.4f}" for name, value in joined.stats.items()]
+        if isinstance(joined, ScoresRow):
+            lines += [f"  {name} of each document: {np.round(v, 4).tolist()}" for name, v in joined.more.items()]
     ends = set((np.cumsum(tokens.doc_lens) - 1).tolist())
     has_tail = reader_targets is None or reader_targets.spec.normaliser == "vocabulary"
     for n, label in enumerate(tokens.labels()[:max_tokens].tolist()):

@@ -128,7 +128,7 @@ def _complete(records: dict[int, CommitRecord], spec: RunSpec, folder: StoreFold
     if missing:
         raise UnsealedError(
             f"{folder.url}: {len(missing)} of {num_units} units are missing (first: {missing[:5]}); "
-            f"run the same {STAGES[spec.kind]} again to complete them"
+            f"run the same {_stage(spec)} again to complete them"
         )
     for unit in range(num_units):
         rows = len(records[unit].num_tokens)
@@ -138,6 +138,11 @@ def _complete(records: dict[int, CommitRecord], spec: RunSpec, folder: StoreFold
         if rows != full and not (spec.num_rows is None and unit == num_units - 1):
             raise CorruptError(f"{folder.url}: unit {unit} holds {rows} rows, expected {full}")
     return [records[u] for u in range(num_units)]
+
+
+def _stage(spec: RunSpec) -> str:
+    """The command that writes such a store."""
+    return "rollout" if "rollout" in spec.info else STAGES[spec.kind]
 
 
 def _open_end(records: dict[int, CommitRecord], spec: RunSpec, folder: StoreFolder) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 from potstill.storage.errors import MismatchError, StoreError
 from potstill.storage.loading.order import permute
 from potstill.storage.rows.row_types import TargetsRow, TokensRow
+from potstill.storage.store.held_rows import held_rows
 from potstill.storage.store.reader import StoreReader
 
 # Label and entry are rounded on the same grid from the same number, so they agree to one grid step.
@@ -77,10 +78,13 @@ def check_places(tokens: StoreReader, targets: StoreReader, *, num_rows: int = 1
 
 
 def _some_rows(targets: StoreReader, num_rows: int) -> list[int]:
-    """Row 0 and at most `num_rows` others, in order."""
-    num_rows = min(num_rows + 1, targets.num_rows)
-    picks = permute(np.arange(num_rows), targets.num_rows, seed=0, epoch=0) if num_rows else np.zeros(0, np.int64)
-    return sorted({0, *picks.tolist()}) if num_rows else []
+    """Row 0 and at most `num_rows` others, in order; of a store of some rows only, of those that it holds."""
+    held = held_rows(targets)
+    num_all = targets.num_rows if held is None else len(held)
+    num_rows = min(num_rows + 1, num_all)
+    picks = permute(np.arange(num_rows), num_all, seed=0, epoch=0) if num_rows else np.zeros(0, np.int64)
+    places = sorted({0, *picks.tolist()}) if num_rows else []
+    return places if held is None else [int(row) for row in held[places]]
 
 
 def _check_places(tokens: TokensRow, row: TargetsRow, where: str) -> None:

@@ -11,13 +11,15 @@ from typing import Any
 
 from potstill.storage.errors import CorruptError, MismatchError, StoreError, VersionError
 from potstill.storage.files.checked_json import canonical, get_list
-from potstill.storage.rows.columns import COLUMNS, column_features, namable_columns
+from potstill.storage.rows.columns import COLUMNS, AnyColumn, column_features, namable_columns
+from potstill.storage.rows.scores_columns import SCORES_COLUMNS
 from potstill.storage.rows.tokens_columns import TOKENS_COLUMNS
 from potstill.storage.rows.value_grid import ODDS_STEP, ODDS_ZERO, SCORE_STEP, VALUE_STEP
+from potstill.storage.store.held_rows import ONLY_ROWS, check_only_rows
 
 FORMAT_MAJOR, FORMAT_MINOR = 1, 0
 FREQUENCY_IDS, KEPT_NORMALISER = "frequency_ids", "kept_normaliser"
-OWN_FEATURES = ("planes", FREQUENCY_IDS, KEPT_NORMALISER)  # besides those of the columns
+OWN_FEATURES = ("planes", FREQUENCY_IDS, KEPT_NORMALISER, ONLY_ROWS)  # besides those of the columns
 # What the log-probabilities of entries are relative to: every id, or the entries of their token alone.
 NORMALISERS = ("vocabulary", "kept")
 # Powers of the proposal for which the weights of draws fit their grid.
@@ -44,10 +46,11 @@ class RunSpec:
     """Meaning of one store (see docs/format.md, run.json); validated on construction, raises StoreError.
 
     `num_rows` is None only for kind tokens, whose length is known at seal. `id_map_sha256` names the table of
-    frequency-ranked ids when the store uses one. `columns` names the columns of targets or of tokens that the store has
-    although no other field says so (`storage/rows/columns.py`, `storage/rows/tokens_columns.py`). `normaliser` is
+    frequency-ranked ids when the store uses one. `columns` names the columns that the store has although no other field
+    says so (`storage/rows/columns.py`, `tokens_columns.py` and `scores_columns.py` beside it). `normaliser` is
     `kept` where the log-probabilities are relative to the entries alone, as a renormalising writer left them: then the
-    tail is unknown, and -inf in the file. `unknown` keeps optional fields of newer minor versions.
+    tail is unknown, and -inf in the file. `only_rows` names the rows of a store that holds some only
+    (`storage/store/held_rows.py`). `unknown` keeps optional fields of newer minor versions.
     """
 
     kind: str
@@ -65,13 +68,14 @@ class RunSpec:
     id_map_sha256: str | None = None
     columns: tuple[str, ...] = ()
     normaliser: str = "vocabulary"
+    only_rows: Mapping[str, Any] | None = None
     unknown: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "temperatures", tuple(float(t) for t in self.temperatures))
         object.__setattr__(self, "stats", tuple(self.stats))
         object.__setattr__(self, "columns", tuple(self.columns))
-        for name in ("selection", "teacher", "info"):
+        for name in ("selection", "teacher", "info", ONLY_ROWS):
             value = getattr(self, name)
             if not (isinstance(value, Mapping) or (value is None and name != "info")):
                 raise StoreError(f"run spec: {name} is {value!r}, expected a map")
@@ -85,15 +89,16 @@ class RunSpec:
         return int(self.selection["num_draws"]) if self.selection and self.selection["mode"] == "sample" else None
 
     def stores(self, column: str) -> bool:
-        """Whether the store has that column of targets or of tokens."""
-        found = TOKENS_COLUMNS[column] if self.kind == "tokens" else COLUMNS[column]
-        return found.is_stored(self)
+        """Whether the store has that column of its kind."""
+        tables: dict[str, Mapping[str, AnyColumn]] = {"tokens": TOKENS_COLUMNS, "scores": SCORES_COLUMNS}
+        return tables.get(self.kind, COLUMNS)[column].is_stored(self)
 
     @property
     def required_features(self) -> list[str]:
         """What a reader must know to read the store."""
         features = ["planes"] + ([FREQUENCY_IDS] if self.id_map_sha256 else [])
         features += [KEPT_NORMALISER] if self.normaliser == "kept" else []
+        features += [ONLY_ROWS] if self.only_rows is not None else []
         return features + [name for name, owners in column_features().items() if any(c.is_stored(self) for c in owners)]
 
     @property
@@ -117,6 +122,8 @@ class RunSpec:
         value |= {"columns": list(self.columns)} if self.columns else {}
         if self.normaliser == "vocabulary":
             value.pop("normaliser")
+        if self.only_rows is None:
+            value.pop(ONLY_ROWS)
         value |= {
             "format": {"major": FORMAT_MAJOR, "minor": FORMAT_MINOR},
             "required_features": self.required_features,
@@ -134,7 +141,7 @@ class RunSpec:
         _check_version(value, where=where)
         own = {f.name for f in fields(cls)} - {"unknown"}
         constants = {"codec", "context_policy", "target_convention", "required_features", "format"}
-        missing = sorted(own - {"id_map_sha256", "columns", "normaliser"} - set(value))
+        missing = sorted(own - {"id_map_sha256", "columns", "normaliser", ONLY_ROWS} - set(value))
         if missing:
             raise CorruptError(f"{where}: fields {missing} are missing")
         unknown = {k: v for k, v in value.items() if k not in own | constants}
@@ -194,7 +201,7 @@ def _check_version(value: Mapping[str, Any], *, where: str) -> None:
     if alien:
         raise VersionError(f"{where}: store needs the features {alien}, which this reader does not know; upgrade")
     named = get_list({"columns": [], **value}, "columns", where=where)
-    known = {*COLUMNS, *TOKENS_COLUMNS}
+    known = {*COLUMNS, *TOKENS_COLUMNS, *SCORES_COLUMNS}
     alien = [name for name in named if not isinstance(name, str) or name not in known]
     if alien:
         raise VersionError(f"{where}: store has the columns {alien}, which this reader does not know; upgrade")
@@ -204,6 +211,8 @@ def _check_version(value: Mapping[str, Any], *, where: str) -> None:
         raise CorruptError(f"{where}: feature {FREQUENCY_IDS} and field id_map_sha256 do not go together")
     if (KEPT_NORMALISER in features) != (value.get("normaliser", "vocabulary") == "kept"):
         raise CorruptError(f"{where}: feature {KEPT_NORMALISER} and field normaliser do not go together")
+    if (ONLY_ROWS in features) != (value.get(ONLY_ROWS) is not None):
+        raise CorruptError(f"{where}: feature {ONLY_ROWS} and field {ONLY_ROWS} do not go together")
     for key, wanted in (("context_policy", CONTEXT_POLICY), ("target_convention", TARGET_CONVENTION)):
         if value.get(key) != wanted:
             raise VersionError(f"{where}: {key} is {value.get(key)!r}, this reader knows {wanted!r}")
@@ -261,6 +270,7 @@ def _check_kind_fields(spec: RunSpec) -> None:
     if spec.selection is not None:
         _check_selection(spec.selection)
     _check_normaliser(spec)
+    check_only_rows(spec.only_rows, kind=spec.kind, stats=spec.stats)
 
 
 def _check_normaliser(spec: RunSpec) -> None:

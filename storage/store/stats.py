@@ -10,8 +10,10 @@ import numpy as np
 from potstill.storage.files.folder import StorePath
 from potstill.storage.rows.k_bound import KBound, bound_positions
 from potstill.storage.rows.row_types import ScoresRow, TargetsRow, TokensRow
+from potstill.storage.rows.scores_columns import SCORES_COLUMNS
 from potstill.storage.rows.sparse_targets import SparseTargets
 from potstill.storage.rows.target_checks import segment_sums
+from potstill.storage.store.held_rows import held_rows
 from potstill.storage.store.reader import StoreReader
 from potstill.storage.store.spec import RunSpec
 
@@ -86,6 +88,7 @@ class StoreStats:
     k_bound: KBound | None = None  # of a store whose selection is top_p_k
     rows: RowFigures | None = None  # of kind tokens
     normaliser: str = "vocabulary"
+    held_rows: int | None = None  # of targets of some rows only; the histograms are of these
 
     def format(self) -> str:
         """Text for a terminal."""
@@ -95,6 +98,7 @@ class StoreStats:
             f"{self.num_bytes} bytes ({per_token:.2f} B/token)",
             *([] if self.k_bound is None else [self.k_bound.describe(per_token)]),
             *([] if self.rows is None else self.rows.lines()),
+            *([] if self.held_rows is None else [f"holds {self.held_rows} of its {self.num_rows} rows, no others"]),
             *([] if self.normaliser == "vocabulary" else [KEPT_ONLY]),
             f"columns, compressed bytes per token over {self.sampled_rows} rows:",
         ]
@@ -108,7 +112,10 @@ class StoreStats:
 def store_stats(path: StorePath, *, max_rows: int = MAX_ROWS) -> StoreStats:
     """Statistics of a sealed store, from at most `max_rows` evenly spaced rows."""
     reader = StoreReader(path)
-    picks = np.unique(np.linspace(0, max(0, reader.num_rows - 1), min(max_rows, reader.num_rows)).astype(np.int64))
+    held = held_rows(reader)
+    num_rows = reader.num_rows if held is None else len(held)
+    picks = np.unique(np.linspace(0, max(0, num_rows - 1), min(max_rows, num_rows)).astype(np.int64))
+    picks = picks if held is None else held[picks]
     values: dict[str, list[np.ndarray]] = {name: [] for name in BINS}
     targets: list[SparseTargets] = []
     token_rows: list[TokensRow] = []
@@ -122,11 +129,14 @@ def store_stats(path: StorePath, *, max_rows: int = MAX_ROWS) -> StoreStats:
         elif isinstance(found, ScoresRow):
             values["entropy (nats)"].append(found.entropy)
             values["label rank"].append(found.label_rank)
+            for name, of_documents in found.more.items():
+                values.setdefault(name, []).append(of_documents[~np.isnan(of_documents)])
             tokens += len(found.entropy)
         else:
             token_rows.append(found)
             tokens += len(found.tokens)
     joined = {name: np.concatenate(parts) for name, parts in values.items() if parts}
+    bins = BINS | {name: column.bins for name, column in SCORES_COLUMNS.items()}
     column_bytes, batch_tokens = reader.column_bytes(picks)
     scale = tokens / max(1, batch_tokens)
     return StoreStats(
@@ -139,10 +149,11 @@ def store_stats(path: StorePath, *, max_rows: int = MAX_ROWS) -> StoreStats:
         sampled_rows=len(picks),
         sampled_tokens=tokens,
         column_bytes={name: round(n * scale) for name, n in column_bytes.items()},
-        histograms={name: _histogram(x, BINS[name]) for name, x in joined.items() if x.size},
+        histograms={name: _histogram(x, bins[name]) for name, x in joined.items() if x.size},
         k_bound=_k_bound(reader.spec, targets),
         rows=_row_figures(reader, token_rows),
         normaliser=reader.spec.normaliser,
+        held_rows=None if held is None else len(held),
     )
 
 

@@ -21,6 +21,7 @@ from potstill.storage.rows.row_checks import check_tokens_columns
 from potstill.storage.rows.row_types import Row, TargetsRow, TokensRow
 from potstill.storage.rows.target_checks import check_kept_normaliser
 from potstill.storage.rows.validation import validate
+from potstill.storage.store.held_rows import ONLY_ROWS, check_held_row, held_mask, held_rows, only_rows_field
 from potstill.storage.store.index import build_columns
 from potstill.storage.store.reader import StoreReader
 from potstill.storage.store.seal import MANIFEST_NAME, Manifest, load_manifest, open_index
@@ -141,6 +142,11 @@ def _check_rows(path: StorePath, manifest: Manifest | None, progress: Progress |
     """Decode every row and re-check the rules of its content."""
     problems: list[str] = []
     reader = StoreReader(path, allow_partial=manifest is None)
+    held = held_rows(reader)
+    if held is not None and manifest is not None:
+        found = only_rows_field(held_mask(held, reader.num_rows)) if len(held) else None
+        if found != reader.spec.only_rows:
+            problems.append(f"{reader.url}: rows held make {found}, {ONLY_ROWS} of run.json is {reader.spec.only_rows}")
     for row in range(reader.num_rows):
         try:
             _check_content(reader.row(row), reader.spec, where=f"{reader.url}: row {row}")
@@ -160,5 +166,7 @@ def _check_content(row: Row, spec: RunSpec, *, where: str) -> None:
             validate(row.targets, vocab_size=spec.vocab_size, strict=False)
             if spec.normaliser == "kept":
                 check_kept_normaliser(row.targets, strict=False)
+            if spec.only_rows is not None:
+                check_held_row(row.stats, row.targets.num_entries)
     except StoreError as error:
         raise CorruptError(f"{where}: {error}") from None

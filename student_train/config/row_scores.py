@@ -37,11 +37,31 @@ def _rank_fusion(columns: Sequence[Float64], score: RowScore, num_rows: int, see
 
     fused = np.zeros_like(columns[0])
     for column, reference in zip(columns, score.of, strict=True):
-        ordered = np.argsort(column if reference.rank_first == "lowest" else -column, kind="stable")
-        rank = np.empty(len(column), np.float64)
-        rank[ordered] = np.arange(1, len(column) + 1)
+        signed = column if reference.rank_first == "lowest" else -column
+        value, group, size = np.unique(signed, return_inverse=True, return_counts=True)
+        _check_ties_of_column(value, size, reference, score)
+        if score.ties == "mean":
+            rank = (np.cumsum(size) - (size - 1) / 2)[group]
+        else:
+            rank = np.empty(len(column), np.float64)
+            rank[np.argsort(signed, kind="stable")] = np.arange(1, len(column) + 1)
         fused += 1.0 / (score.fusion_k + rank)
     return fused
+
+
+def _check_ties_of_column(value: Float64, size: NDArray[np.int64], reference: StatRef, score: RowScore) -> None:
+    """Refuse a figure that ranks nothing, or whose ranks would be row ids. Raises ValueError that says what to do."""
+    most, num_rows = int(size.max()), int(size.sum())
+    signed = float(value[size.argmax()])
+    at = f"{signed if reference.rank_first == 'lowest' else -signed:.6g}"
+    of = f"statistic {reference.stat!r} of store {reference.store!r}"
+    if most == num_rows > 1:
+        raise ValueError(f"{of} is {at} in all {num_rows} rows, so it ranks none; leave it out, or name another")
+    if score.ties == "row_id" and most > max(FEW_TIED, MAX_TIED_IN_FUSION * num_rows):
+        raise ValueError(
+            f"{of} is {at} in {most} of {num_rows} rows ({most / num_rows:.0%}), which would be ranked by their row "
+            f"ids (more than {MAX_TIED_IN_FUSION:.0%} are refused); rows.score.ties: mean gives them one rank"
+        )
 
 
 def _random(columns: Sequence[Float64], score: RowScore, num_rows: int, seed: int) -> Float64:
@@ -72,6 +92,11 @@ ROW_SCORES: dict[str, RowScoreKind] = {
 }
 
 
+# Rows of one and the same figure in a ranking, above which row ids would speak in its place; so few may be chance.
+MAX_TIED_IN_FUSION = 0.25
+FEW_TIED = 8
+
+
 class StatRef(StrictModel):
     """One per-row statistic of a scores or targets store."""
 
@@ -89,9 +114,19 @@ class RowScore(StrictModel):
     )
     fusion_k: float = Field(default=60.0, gt=0, description="rank_fusion: sum of 1 / (fusion_k + rank)")
 
+    ties: Literal["row_id", "mean"] = Field(
+        default="row_id", description="rank_fusion: equal figures are ranked by row id, or all have their mean rank"
+    )
+
+    def describe(self) -> str:
+        """In words, for a person."""
+        return " ".join([self.kind, *(f"{reference.stat} of {reference.store}," for reference in self.of)]).rstrip(",")
+
     @model_validator(mode="after")
     def _count(self) -> RowScore:
         least, most = ROW_SCORES[self.kind].num_stats
         if not least <= len(self.of) <= most:
             raise ValueError(f"rows.score.kind {self.kind} takes {least} to {most} statistics, found {len(self.of)}")
+        if self.ties != "row_id" and self.kind != "rank_fusion":
+            raise ValueError(f"rows.score.ties {self.ties} is of kind rank_fusion, and the kind is {self.kind}")
         return self

@@ -113,8 +113,13 @@ def stage_sources(stage: Stage, sources: Sequence[NamedSource], *, key: str) -> 
     return tuple(source for source in sources if stage.mix.get(source.name, 0.0) > 0)
 
 
-def check_stage_stores(stage: Stage, objective: Objective, sources: Sequence[NamedSource], *, key: str) -> None:
-    """Every store that a stage reads must be one of each source that it draws from. Raises ValueError naming both."""
+def check_stage_stores(
+    stage: Stage, objective: Objective, sources: Sequence[NamedSource], *, key: str, scored: str | None = None
+) -> None:
+    """Every store that a stage reads must be one of each source that it draws from. Raises ValueError naming both.
+
+    scored: name of what the run scores itself, of every source.
+    """
     sources = stage_sources(stage, sources, key=key)
     _check_targets(stage, objective, sources, key)
     wanted = {ref.store: f"{key}.rows.score" for ref in (stage.rows.score.of if stage.rows else ())}
@@ -124,7 +129,7 @@ def check_stage_stores(stage: Stage, objective: Objective, sources: Sequence[Nam
         wanted[stage.weights.store] = f"{key}.weights.store"
     for source in sources:
         for name, where in wanted.items():
-            if name not in source.store_names:
+            if name not in source.store_names and name != scored:
                 of = "" if source.key == "data" else f", which {source.key} has not"
                 raise ValueError(f"{where} names store {name!r}{of}; known: {sorted(source.store_names)}")
 

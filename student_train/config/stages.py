@@ -17,8 +17,9 @@ from potstill.student_train.config.weights import Weights
 
 # The keys of potstill.kernels.divergences.DIVERGENCES; a test compares the two.
 Divergence = Literal[
-    "forward_kl", "reverse_kl", "skew_forward", "skew_reverse", "jsd", "total_variation", "mse_logprobs", "sampled"
-]
+    "forward_kl", "reverse_kl", "skew_forward", "skew_reverse", "jsd", "total_variation",
+    "mse_logprobs", "mse_probs", "sampled",
+]  # fmt: skip
 MissingMass = Literal["tail", "renorm", "support", "label", "raw"]
 TemperatureSide = Literal["both", "teacher"]  # kernels.settings.TEMPERATURE_SIDES, compared too
 OffKd = Literal["nothing", "ce"]  # kernels.settings.OFF_KD, compared too
@@ -109,6 +110,9 @@ class Stage(StrictModel):
     )
     rows: RowSelector | None = Field(default=None, description="Which rows of each source; null takes all")
     tokens: TokenSelector | None = Field(default=None, description="Which token positions; null takes all")
+    restart_optimizer: bool = Field(
+        default=False, description="Whether the optimizer's moments and step counter start anew at its first step"
+    )
     weights: Weights | None = Field(
         default=None, description="What a row or a document counts, mean 1 over each global batch; null: all alike"
     )

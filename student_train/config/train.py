@@ -13,9 +13,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from potstill.common.config import LocalPath, StorePlace, StrictModel
+from potstill.student_train.config.answers import AnswersConfig
 from potstill.student_train.config.clocks import SWITCHES
 from potstill.student_train.config.lr_schedule import LrSchedule
 from potstill.student_train.config.optimizers import OptimizerConfig
+from potstill.student_train.config.rescoring import Rescoring
 from potstill.student_train.config.sources import (
     NamedSource,
     SourceConfig,
@@ -234,7 +236,10 @@ class HeldoutConfig(StrictModel):
         description="0 takes the most probable token each time; above 0 draws, by run.seed alike at each evaluation",
     )
     tokenizer: LocalPath | None = Field(
-        default=None, description="Tokenizer folder for the samples; null looks beside the tokens store"
+        default=None, description="Tokenizer folder for samples and grades; null looks beside the tokens store"
+    )
+    answers: AnswersConfig = Field(
+        default_factory=AnswersConfig, description="Answers written after the prompts of held-out rows with masks"
     )
 
 
@@ -277,6 +282,9 @@ class TrainConfig(StrictModel):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Saving and resuming")
     logging: LoggingConfig = Field(default_factory=LoggingConfig, description="Metrics")
     eval: HeldoutConfig = Field(default_factory=HeldoutConfig, description="Held-out evaluation during the run")
+    rescoring: Rescoring | None = Field(
+        default=None, description="Scores of rows and documents by the student in training; null: none"
+    )
     nan_policy: Literal["stop", "skip"] = Field(
         default="stop",
         description="A loss that is not finite: stop with an error, or drop that step's update and count it",
@@ -308,6 +316,28 @@ class TrainConfig(StrictModel):
         return self
 
     @model_validator(mode="after")
+    def _rescoring(self) -> TrainConfig:
+        if self.rescoring is None:
+            return self
+        name = self.rescoring.name
+        taken = frozenset({"student"}).union(*(source.store_names for source in self.data.named_sources()))
+        if name in taken:
+            raise ValueError(f"rescoring.name is {name!r}, which names a store already, or the student; take another")
+        if not any(self.rescoring.is_read_by(stage) for stage in self.curriculum):
+            raise ValueError(
+                f"rescoring is on, but no stage reads {name!r}; name it in weights.store or rows.score.of of a stage, "
+                "or remove rescoring"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _answers(self) -> TrainConfig:
+        own = (source.heldout for source in self.data.sources.values())
+        if self.eval.answers.generate and self.data.heldout is None and all(place is None for place in own):
+            raise ValueError("eval.answers takes its prompts from held-out rows; name data.heldout, or leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _skip(self) -> TrainConfig:
         if self.nan_policy == "skip" and self.zero_stage not in (1, 2):
             raise ValueError(
@@ -336,6 +366,16 @@ class TrainConfig(StrictModel):
         return self
 
     @model_validator(mode="after")
+    def _restarts(self) -> TrainConfig:
+        offload = self.deepspeed.get("zero_optimization", {}).get("offload_optimizer") or {}
+        if offload.get("device") == "nvme" and any(stage.restart_optimizer for stage in self.curriculum):
+            raise ValueError(
+                "restart_optimizer of a stage does not reach moments on a disk "
+                "(deepspeed.zero_optimization.offload_optimizer.device nvme); keep them in memory (cpu), or do without"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _stages(self) -> TrainConfig:
         for number, stage in enumerate(self.curriculum):
             last = number == len(self.curriculum) - 1
@@ -347,8 +387,11 @@ class TrainConfig(StrictModel):
                 )
             if not last and stage.until is None:
                 raise ValueError(f"curriculum.{number}.until is missing: only the last stage may go to the end")
-            check_stage_stores(stage, self.objective, self.data.named_sources(), key=f"curriculum.{number}")
-            self._check_clock(stage, key=f"curriculum.{number}.targets_clock")
+            key, scored = f"curriculum.{number}", None if self.rescoring is None else self.rescoring.name
+            if self.rescoring is not None:
+                self.rescoring.check_stage(stage, key=key)
+            check_stage_stores(stage, self.objective, self.data.named_sources(), key=key, scored=scored)
+            self._check_clock(stage, key=f"{key}.targets_clock")
         shares = [stage.until for stage in self.curriculum if isinstance(stage.until, float)]
         if any(after <= before for before, after in pairwise(shares)):
             raise ValueError(f"curriculum: the stages' until {shares} must rise, else stages overlap")
@@ -381,6 +424,9 @@ class EvalConfig(StrictModel):
     )
     max_rows: int | None = Field(default=None, ge=1, description="Rows to use; null takes all")
     batch_rows: int = Field(default=4, ge=1, description="Rows per forward")
+    answers: AnswersConfig = Field(
+        default_factory=AnswersConfig, description="Answers written after the prompts of rows with masks"
+    )
     dtype: Dtype = Field(default="float32", description="Arithmetic")
     output: Path | None = Field(default=None, description="JSON file to write the figures to")
     force: bool = Field(default=False, description="Overwrite output")

@@ -22,6 +22,11 @@ class StageClock:
     teacher_steps: tuple[int, ...]
     switched: tuple[int, ...] = ()
 
+    @property
+    def is_decided(self) -> bool:
+        """Whether the run decides when it moves on, so that no step is known before."""
+        return SWITCHES[self.config.switch_on].decided
+
     def number(self, step: int) -> int:
         """Number of the store that step `step` learns from."""
         found = SWITCHES[self.config.switch_on].number(self.config, self.teacher_steps, self.switched, step)

@@ -11,6 +11,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from potstill.common.errors import UserError
 from potstill.storage import MIXTURE_VERSION
 from potstill.student_train.config.train import TrainConfig
 from potstill.student_train.curriculum.clock import StageClock
+from potstill.student_train.curriculum.live_scores import LiveScores
 from potstill.student_train.curriculum.schedules import share_of_span
 from potstill.student_train.curriculum.segments import (
     PlanSource,
@@ -71,11 +73,11 @@ class CurriculumPlan:
         self._config = config
         self._term_stores = term_stores
         self.clocks = dict(clocks or {})
-        self._num_rows = sum(source.num_rows for source in sources)
-        if self._num_rows < self.global_batch:
+        self.num_rows = sum(source.num_rows for source in sources)
+        if self.num_rows < self.global_batch:
             place = "data.tokens holds" if len(sources) == 1 else "data.sources hold"
             raise UserError(
-                f"{place} {self._num_rows} rows, fewer than one global batch of {self.global_batch} "
+                f"{place} {self.num_rows} rows, fewer than one global batch of {self.global_batch} "
                 "(data.global_batch_rows); take a smaller batch or more text"
             )
         self.spans = stage_spans(config, total_steps)
@@ -83,6 +85,35 @@ class CurriculumPlan:
         self.segments = plan_segments(config, self.spans, sources)
         self._sources = tuple(sources)
         self._starts = [segment.first_batch for segment in self.segments]
+        self.live: LiveScores | None = None  # what the run has scored itself; None before the first time
+
+    def with_scores(self, scores: LiveScores) -> CurriculumPlan:
+        """This plan behind a rescoring: weights are by these scores, and rows are ranked by them. Raises UserError.
+
+        Segments before the step at which they were made are then not those that were trained on.
+        """
+        plan = copy(self)
+        plan.live = scores
+        rescoring = self._config.rescoring
+        if rescoring is not None and any(rescoring.ranks(span.stage) for span in self.spans):
+            sources, first = [], 0
+            for source in self._sources:
+                found = scores.statistics_of(first, source.num_rows)
+                sources.append(replace(source, stats={**source.stats, scores.name: found}))
+                first += source.num_rows
+            plan._sources = tuple(sources)
+            plan.segments = plan_segments(self._config, self.spans, sources)
+        return plan
+
+    def weighs_by_scores(self, batch: int) -> bool:
+        """Whether rows or documents of batch `batch` count by the scores that the run has made itself."""
+        weights = self.objective(batch).weights
+        return weights is not None and weights.store == self.scored_name
+
+    @property
+    def scored_name(self) -> str | None:
+        """Name of the scores that the run makes itself; None where it makes none."""
+        return None if self._config.rescoring is None else self._config.rescoring.name
 
     def segment(self, batch: int) -> Segment:
         """The segment that global batch `batch` lies in."""
@@ -90,9 +121,18 @@ class CurriculumPlan:
 
     def rows(self, batch: int) -> NDArray[np.int64]:
         """Row ids [global_batch] of global batch `batch`."""
-        segment = self.segment(batch)
-        start = (batch - segment.first_batch) * self.global_batch
-        return segment.order.rows(np.arange(start, start + self.global_batch, dtype=np.int64))
+        return self.rows_of(batch, batch + 1)
+
+    def rows_of(self, first: int, end: int) -> NDArray[np.int64]:
+        """Row ids of the global batches [first, end), one after another; they must be of one segment."""
+        segment = self.segment(first)
+        start, stop = ((batch - segment.first_batch) * self.global_batch for batch in (first, end))
+        return segment.order.rows(np.arange(start, stop, dtype=np.int64))
+
+    def source_bounds(self, number: int) -> tuple[int, int]:
+        """Global ids of the first row of source `number`, and of the first behind it."""
+        before = sum(source.num_rows for source in self._sources[:number])
+        return before, before + self._sources[number].num_rows
 
     def row_share(self, batch: int) -> float:
         """Share of the rows of its stage's sources that batch `batch` is drawn from; 1 where no selector works."""
@@ -147,14 +187,34 @@ class CurriculumPlan:
             step, total_steps=self.total_steps, first_step=span.first_step, end_step=span.end_step
         )
 
+    def restarts_optimizer(self, step: int) -> bool:
+        """Whether the optimizer starts anew before step `step`: the first of a stage that asks for it."""
+        span = self.segment(step).span
+        return span.stage.restart_optimizer and step == span.first_step and step > 0
+
     def joined(self, batch: int) -> frozenset[str]:
-        """Exactly the stores that this batch's loss reads; none but those of terms where nothing distils or selects."""
-        return self.objective(batch).stores | self._term_stores
+        """Exactly the stores that this batch's loss reads; none but those of terms where nothing distils or selects.
+
+        Scores that the run makes itself are no store: `live` holds them.
+        """
+        return (self.objective(batch).stores | self._term_stores) - {self.scored_name}
+
+    def may_join(self, batch: int) -> frozenset[str]:
+        """Every store that this batch's loss may come to read, where that is decided while the run trains."""
+        clock = self.clocks.get(self.segment(batch).span.index)
+        if clock is None or not clock.is_decided or self.objective(batch).targets is None:
+            return self.joined(batch)
+        return self.joined(batch) | set(clock.stores)
+
+    def rows_are_decided(self, batch: int) -> bool:
+        """Whether the rows of this batch are known before the run; not where it ranks them by scores of its own."""
+        rescoring = self._config.rescoring
+        return rescoring is None or not rescoring.ranks(self.segment(batch).span.stage)
 
     def position(self, batch: int) -> dict[str, int]:
         """Where batch `batch` stands, for people and for the saved state."""
         consumed = batch * self.global_batch
-        return {"epoch": consumed // self._num_rows, "stage": self.segment(batch).span.index, "rows_consumed": consumed}
+        return {"epoch": consumed // self.num_rows, "stage": self.segment(batch).span.index, "rows_consumed": consumed}
 
     def identity(self) -> dict[str, Any]:
         """What pins the order of rows. The end of the last stage is left out: a run may be made longer."""
@@ -162,11 +222,11 @@ class CurriculumPlan:
         found = {
             "kind": "curriculum",
             "version": PLAN_VERSION,
-            "num_rows": self._num_rows,
+            "num_rows": self.num_rows,
             "global_batch": self.global_batch,
             "seed": self._config.run.seed,
             "mode": data.order,
-            "segments": segments_digest(self.segments),
+            "segments": segments_digest(self.segments, rescoring=self._config.rescoring),
         }
         if len(self._sources) == 1:
             return found
@@ -184,6 +244,7 @@ def describe(plan: CurriculumPlan) -> list[Mapping[str, Any]]:
             "targets": segment.span.stage.targets,
             **({"targets_clock": plan.clock_parts(segment.span)} if segment.span.index in plan.clocks else {}),
             **({} if len(plan.source_names) == 1 else {"mix": plan.mix(segment.first_batch)}),
+            **({"restarts_optimizer": True} if plan.restarts_optimizer(segment.first_batch) else {}),
         }
         for segment in plan.segments
     ]

@@ -12,10 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potstill.common.errors import UserError
-from potstill.student_train.config.row_scores import ROW_SCORES, RowScore, StatRef
+from potstill.storage import HELD
+from potstill.student_train.config.row_scores import FEW_TIED, ROW_SCORES, RowScore, StatRef
 from potstill.student_train.config.stages import RowSelector
 
 Float64 = NDArray[np.float64]
+# Share of the scored rows that may have the score at which a pool is cut.
+MAX_TIED = 0.1
 RowStats = Mapping[str, Mapping[str, NDArray[np.float32]]]  # store name -> statistic -> [num_rows]
 
 
@@ -25,6 +28,11 @@ def _column(reference: StatRef, stats: RowStats, key: str) -> Float64:
         raise UserError(
             f"{key}: store {reference.store!r} has no row statistic {reference.stat!r}; it has {sorted(store)}. "
             "Score again with that statistic, or name one of these"
+        )
+    if HELD in store and not np.asarray(store[HELD]).all():
+        raise UserError(
+            f"{key}: store {reference.store!r} holds targets of some rows only (potstill dump --only-rows-of), so it "
+            "cannot rank all of them; rank by a store of all rows"
         )
     column = np.asarray(store[reference.stat], np.float64)
     bad = np.flatnonzero(~np.isfinite(column))
@@ -54,7 +62,10 @@ def row_scores(score: RowScore, stats: RowStats, *, num_rows: int, seed: int, ke
         )
     scores = np.full(num_rows, np.nan)
     kept = [column[known] for column in columns]
-    scores[known] = ROW_SCORES[score.kind].score(kept, score, int(known.sum()), seed)
+    try:
+        scores[known] = ROW_SCORES[score.kind].score(kept, score, int(known.sum()), seed)
+    except ValueError as error:
+        raise UserError(f"{key}: {error}") from error
     return scores
 
 
@@ -63,12 +74,47 @@ def ranked_rows(scores: Float64, keep: str) -> NDArray[np.int64]:
     return np.argsort(scores if keep == "lowest" else -scores, kind="stable").astype(np.int64)
 
 
+def window(num_rows: int, *, share: float, skip: float) -> tuple[int, int]:
+    """(first, last) place of the ranking that is in the pool, and the first behind it."""
+    first = min(round(skip * num_rows), num_rows)
+    return first, min(first + max(round(share * num_rows), 1), num_rows)
+
+
 def pool(ranked: NDArray[np.int64], *, share: float, skip: float) -> NDArray[np.int64] | None:
     """Row ids (ascending) of the window [skip, skip + share) of the ranking; None when that is every row."""
     num_rows = len(ranked)
-    first = min(round(skip * num_rows), num_rows)
-    last = min(first + max(round(share * num_rows), 1), num_rows)
+    first, last = window(num_rows, share=share, skip=skip)
     return None if (first, last) == (0, num_rows) else np.sort(ranked[first:last])
+
+
+def check_ties(
+    scores: Float64, ranked: NDArray[np.int64], score: RowScore, *, share: float, skip: float, key: str
+) -> None:
+    """Refuse a cut among rows that the score cannot tell apart: their row ids would choose. Raises UserError.
+
+    A few ties at the cut are fine: at most MAX_TIED of the rows that have a score, or FEW_TIED rows.
+    """
+    num_scored = int(np.isfinite(scores).sum())
+    for cut in window(len(ranked), share=share, skip=skip):
+        if not 0 < cut < num_scored or scores[ranked[cut - 1]] != scores[ranked[cut]]:
+            continue
+        value = float(scores[ranked[cut]])
+        tied = int((scores == value).sum())
+        if tied > max(FEW_TIED, MAX_TIED * num_scored):
+            raise UserError(
+                f"{key}.score: {tied} of {num_scored} rows ({tied / num_scored:.0%}) have the score {value:.6g}, and "
+                f"the pool (share {share:g}, skip {skip:g}) is cut among them: row ids would choose, not the score "
+                f"({score.describe()}); at most {MAX_TIED:.0%} may tie. {_way_out(score)}"
+            )
+
+
+def _way_out(score: RowScore) -> str:
+    if any(reference.stat == "salt_median_zero" for reference in score.of):
+        return (
+            "salt_median_zero is 0 wherever fewer than half of the labels are within salt_rank: take salt_median_drop, "
+            "or score again with a larger salt_rank or a better scorer"
+        )
+    return "Take a finer statistic, rank_fusion with a second one, or a share that does not cut there"
 
 
 def needed_stats(selector: RowSelector | None) -> frozenset[str]:

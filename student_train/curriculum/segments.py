@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from potstill.common.errors import UserError
 from potstill.storage import Draw, MixedOrder, Mixture, RowOrder, source_seed, whole_weights
 from potstill.student_train.config.lr_schedule import span_steps
+from potstill.student_train.config.rescoring import Rescoring
 from potstill.student_train.config.stages import RowSelector, Stage
 from potstill.student_train.config.train import TrainConfig
-from potstill.student_train.curriculum.row_selector import RowStats, pool, ranked_rows, row_scores
+from potstill.student_train.curriculum.row_selector import Float64, RowStats, check_ties, pool, ranked_rows, row_scores
 from potstill.student_train.curriculum.schedules import scalar_value
 
 Pool = NDArray[np.int64] | None  # row ids in the source, ascending; None: all of them
@@ -106,6 +107,7 @@ def plan_segments(
     for span in spans:
         cutter = _Cutter(config, span, stage_mixture(span, sources), sources)
         parts = cutter.parts()
+        check_scored(config.rescoring, span, [first for first, _ in parts])
         ends = [*(first for first, _ in parts[1:]), span.end_step]
         for number, ((first, pools), end) in enumerate(zip(parts, ends, strict=True)):
             cutter.check_sizes(number, pools)
@@ -116,8 +118,45 @@ def plan_segments(
     return tuple(found)
 
 
-def segments_digest(segments: Sequence[Segment]) -> str:
-    """sha256 (hex) of all that the rows of these segments depend on beside the sources, the seed and the mode."""
+def check_scored(rescoring: Rescoring | None, span: StageSpan, starts: Sequence[int]) -> None:
+    """Refuse parts of a stage that ranks rows by rescoring, if they do not begin exactly where rows are scored.
+
+    Else a pool would change within a part, or follow scores of long ago. Raises UserError that says what would do.
+    """
+    if rescoring is None or not rescoring.ranks(span.stage):
+        return
+    every, first, end = rescoring.every_steps, span.first_step, span.end_step
+    scored = list(range(-(-first // every) * every, end, every))
+    if list(starts) == scored:
+        return
+    key, steps = f"curriculum.{span.index}", end - first
+    if first % every:
+        cure = (
+            f"let the stage begin at a multiple of {every} (until of the stage before), or change rescoring.every_steps"
+        )
+    elif steps % every:
+        fits = [number for number in range(1, steps + 1) if steps % number == 0 and first % number == 0]
+        nearest = min(fits, key=lambda number: abs(number - every))
+        cure = f"set rescoring.every_steps: {nearest} and {key}.rows.segments: {steps // nearest}"
+    else:
+        cure = f"set {key}.rows.segments: {steps // every}"
+    raise UserError(
+        f"{key}.rows ranks rows by {rescoring.name!r}, so each of its parts must begin where rows are scored, at every "
+        f"{every} steps (rescoring.every_steps): the stage holds the steps {first} to {end - 1}, its {len(starts)} "
+        f"parts begin at {_some(starts)}, rows are scored before {_some(scored)}; {cure}"
+    )
+
+
+def _some(steps: Sequence[int]) -> str:
+    shown = ", ".join(str(step) for step in steps[:4])
+    return f"{shown}, ..." if len(steps) > 4 else shown or "none of them"
+
+
+def segments_digest(segments: Sequence[Segment], *, rescoring: Rescoring | None = None) -> str:
+    """sha256 (hex) of all that the rows of these segments depend on beside the sources, the seed and the mode.
+
+    Of what is ranked by rescoring it takes the rule: its scores change in the run, and checkpoints hold them.
+    """
     digest = hashlib.sha256()
     for segment in segments:
         weights = segment.order.mixture.weights
@@ -127,6 +166,8 @@ def segments_digest(segments: Sequence[Segment]) -> str:
             if len(weights) > 1:
                 digest.update(f"source {number} from {draw.start} ".encode())
             rows = b"all" if draw.pool is None else draw.pool.astype("<i8").tobytes()
+            if rescoring is not None and rescoring.ranks(segment.span.stage):
+                rows = _ranking(segment).encode()
             digest.update(f"{segment.first_batch} {segment.stream} {len(rows)} ".encode() + rows)
     return digest.hexdigest()
 
@@ -136,6 +177,15 @@ def stage_mixture(span: StageSpan, sources: Sequence[PlanSource]) -> Mixture:
     mix = span.stage.mix
     shares = [source.num_rows if mix is None else mix.get(source.name, 0.0) for source in sources]
     return Mixture(whole_weights(shares))
+
+
+def _ranking(segment: Segment) -> str:
+    """By what rule the rows of a segment are chosen, and how many."""
+    selector = segment.span.stage.rows
+    assert selector is not None
+    score = selector.score
+    of = [(reference.store, reference.stat, reference.rank_first) for reference in score.of]
+    return f"{segment.pool_size} by {score.kind} of {of} {score.fusion_k} {selector.keep}"
 
 
 @dataclass(frozen=True)
@@ -154,11 +204,15 @@ class _Cutter:
             return [(span.first_step, [None] * len(self.sources))]
         steps = span.end_step - span.first_step
         count = min(selector.segments, steps)
-        ranked = [self._ranked(number, selector) for number in range(len(self.sources))]
+        scores = [self._scores(number, selector) for number in range(len(self.sources))]
+        ranked = [None if values is None else ranked_rows(values, selector.keep) for values in scores]
         found: list[tuple[int, list[Pool]]] = []
         for number in range(count):
             x = number / max(count - 1, 1)
             share, skip = scalar_value(selector.share, x), scalar_value(selector.skip, x)
+            for source, (values, rows) in enumerate(zip(scores, ranked, strict=True)):
+                if values is not None and rows is not None:
+                    check_ties(values, rows, selector.score, share=share, skip=skip, key=self._key(source))
             pools = [None if rows is None else pool(rows, share=share, skip=skip) for rows in ranked]
             found.append((span.first_step + number * steps // count, pools))
         return found
@@ -201,14 +255,13 @@ class _Cutter:
         batch = self.config.data.global_batch_rows
         return f"a global batch of {batch}" if rows == batch else f"its {rows} rows of a global batch of {batch}"
 
-    def _ranked(self, number: int, selector: RowSelector) -> Pool:
-        """Rows of a source from the wanted end on; None of one that the stage does not draw from."""
+    def _scores(self, number: int, selector: RowSelector) -> Float64 | None:
+        """Scores of a source's rows; None of one that the stage does not draw from."""
         source = self.sources[number]
         if not self.mixture.weights[number]:
             return None
         seed, key = self._seed(number), self._key(number)
-        scores = row_scores(selector.score, source.stats, num_rows=source.num_rows, seed=seed, key=key)
-        return ranked_rows(scores, selector.keep)
+        return row_scores(selector.score, source.stats, num_rows=source.num_rows, seed=seed, key=key)
 
     def _key(self, number: int) -> str:
         key = f"curriculum.{self.span.index}.rows"

@@ -16,9 +16,12 @@ from torch import Tensor
 
 from potstill.kernels.types import IGNORE_LABEL, SparseTargetTensors
 from potstill.storage import LoadedBatch, ScoresRow, TargetsRow, TokensRow
+from potstill.student_train.config.weights import Weights
+from potstill.student_train.curriculum.live_scores import LiveRow, LiveScores
 from potstill.student_train.curriculum.step_objective import StepObjective, TokenChoice
 from potstill.student_train.curriculum.token_selector import choose, known_active, known_weight_sum
 from potstill.student_train.data.targets import row_targets
+from potstill.student_train.data.unit_sums import UnitSums, unit_sums
 from potstill.student_train.data.weights import token_factors
 
 if TYPE_CHECKING:
@@ -40,7 +43,8 @@ class MicroBatch:
     weight_sum: sum of the token weights, known before the forward; num_active: how many of them are not 0, where that
     is known as well (a GPU need not be asked then); source: int64 [N] number of the source of each token, None with one
     source; kd_weight_sum: sum of token weight times weight of row or document
-    where such weights are of KD alone, else None: all KD weights are then divided by their mean over the global batch.
+    where such weights are of KD alone, else None: all KD weights are then divided by their mean over the global batch;
+    unit_sums: where the mean of weights is taken over rows or documents, else None.
 
     Where the student's own figures choose positions, token_weights and kd_weights hold the weights of rows and
     documents, which the choice is multiplied by.
@@ -60,6 +64,7 @@ class MicroBatch:
     num_active: int | None
     kd_weight_sum: float | None = None
     source: Tensor | None = None
+    unit_sums: UnitSums | None = None
 
     @property
     def num_rows(self) -> int:
@@ -138,13 +143,16 @@ def collate(
     row_length: int,
     terms: Sequence[LossTerm] = (),
     fixed_length: bool = False,
+    live: LiveScores | None = None,
 ) -> list[MicroBatch]:
     """Cut this rank's rows into micro-batches, on the CPU, with what these loss terms take from the rows.
 
+    live: the scores that the run has made itself, if weights are by them.
     fixed_length: lay every micro-batch out to row_length, for a compiled backbone; else to its longest row.
     """
     parts = [slice(first, first + micro_batch_rows) for first in range(0, len(batch.tokens), micro_batch_rows)]
-    micros = [_micro_batch(batch, objective, part, row_length=row_length, fixed_length=fixed_length) for part in parts]
+    sizes: dict[str, Any] = {"row_length": row_length, "fixed_length": fixed_length}
+    micros = [_micro_batch(batch, objective, part, live=live, **sizes) for part in parts]
     if not terms:
         return micros
     return [
@@ -159,7 +167,13 @@ def grid_length(longest: int, row_length: int) -> int:
 
 
 def _micro_batch(
-    batch: LoadedBatch, objective: StepObjective, part: slice, *, row_length: int, fixed_length: bool
+    batch: LoadedBatch,
+    objective: StepObjective,
+    part: slice,
+    *,
+    row_length: int,
+    fixed_length: bool,
+    live: LiveScores | None,
 ) -> MicroBatch:
     rows = batch.tokens[part]
     lengths = [len(row.tokens) for row in rows]
@@ -195,11 +209,25 @@ def _micro_batch(
         source=None if batch.source is None else torch.from_numpy(np.repeat(batch.source[part], lengths)),
     )
     columns = {} if objective.tokens is None else _columns(objective.tokens, batch, part)
-    if objective.weights is not None:
-        figures = cast("list[JoinedRow | None]", batch.joined[objective.weights.store][part])
-        factors = torch.from_numpy(token_factors(objective.weights, rows, figures))
-        micro = _weighed(micro, factors, of_kd=objective.weights.applies_to == "kd")
-    return micro if objective.tokens is None else _chosen(micro, objective.tokens, columns)
+    choice, weights = objective.tokens, objective.weights
+    if weights is None:
+        return micro if choice is None else _chosen(micro, choice, columns)
+    factors = token_factors(weights, rows, _figures(batch, weights, part, live))
+    found = _weighed(micro, torch.from_numpy(factors), of_kd=weights.applies_to == "kd")
+    found = found if choice is None else _chosen(found, choice, columns)
+    if weights.mean_over == "positions":
+        return found
+    plain = micro if choice is None else _chosen(micro, choice, columns)
+    return replace(found, unit_sums=unit_sums(rows, labels.numpy(), factors, of=weights.of, chosen=plain.weight_sum))
+
+
+def _figures(
+    batch: LoadedBatch, weights: Weights, part: slice, live: LiveScores | None
+) -> Sequence[JoinedRow | LiveRow | None]:
+    """What the rows are weighed by: of a store, or of the scores that the run has made itself."""
+    if live is not None and live.name == weights.store:
+        return live.of_rows(batch.rows[part])
+    return batch.joined[weights.store][part]
 
 
 def _weighed(micro: MicroBatch, factors: Tensor, *, of_kd: bool) -> MicroBatch:

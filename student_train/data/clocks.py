@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from potstill.storage import Source, StoreReader
 from potstill.student_train.config.sources import target_names
@@ -28,13 +28,31 @@ def recorded_step(store: StoreReader) -> int | None:
 
 def stage_clocks(config: TrainConfig, sources: Sequence[Source]) -> dict[int, StageClock]:
     """The clocks by number of the stage. Raises UserError that names key and store."""
+
+    def recorded(names: Sequence[str]) -> dict[str, dict[str, int | None]]:
+        return {
+            source.name: {name: recorded_step(source.joined[name]) for name in names if name in source.joined}
+            for source in sources
+        }
+
+    return _clocks(config, recorded)
+
+
+def configured_clocks(config: TrainConfig) -> dict[int, StageClock]:
+    """The clocks as the configuration alone has them, before the stores are there.
+
+    Raises UserError where it leaves a step to its store.
+    """
+    return _clocks(config, lambda names: {})
+
+
+def _clocks(
+    config: TrainConfig, recorded: Callable[[Sequence[str]], Mapping[str, Mapping[str, int | None]]]
+) -> dict[int, StageClock]:
     found: dict[int, StageClock] = {}
     for number, stage in enumerate(config.curriculum):
         if stage.targets_clock is not None:
             names = target_names(stage, config.data.named_sources(), key=f"curriculum.{number}")
-            recorded = {
-                source.name: {name: recorded_step(source.joined[name]) for name in names if name in source.joined}
-                for source in sources
-            }
-            found[number] = stage_clock(stage.targets_clock, names, recorded, key=f"curriculum.{number}.targets_clock")
+            key = f"curriculum.{number}.targets_clock"
+            found[number] = stage_clock(stage.targets_clock, names, recorded(names), key=key)
     return found

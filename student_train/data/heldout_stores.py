@@ -45,6 +45,12 @@ def open_heldout(
     targets = None
     if config.heldout_targets is not None:
         targets = open_store(config.heldout_targets, "targets", f"{key}.heldout_targets")
+        if targets.spec.only_rows is not None:
+            raise UserError(
+                f"{key}.heldout_targets = {config.heldout_targets} holds {targets.spec.only_rows['count']} of "
+                f"{targets.num_rows} rows only (potstill dump --only-rows-of); held-out figures are of all rows: dump "
+                "these"
+            )
         check_belongs(targets, tokens, key=f"{key}.heldout_targets", tokens_key=f"{key}.heldout")
         check_targets(targets, tokens, key=f"{key}.heldout_targets")
     return HeldoutStores(tokens, targets)

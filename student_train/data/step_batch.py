@@ -14,6 +14,7 @@ from potstill.storage import LoadedBatch
 from potstill.student_train.curriculum.plan import CurriculumPlan, rows_digest
 from potstill.student_train.curriculum.step_objective import StepObjective
 from potstill.student_train.data.batch import MicroBatch, collate, map_tensors
+from potstill.student_train.data.unit_sums import UnitSums, total
 
 if TYPE_CHECKING:
     from potstill.student_train.model.term import LossTerm
@@ -26,6 +27,7 @@ class StepBatch:
     batch: number of the global batch, which is that of the step; micros: this rank's share on the CPU (page-locked if a
     GPU will take it); objective: the step's loss settings; weight_sum: sum of the token weights of `micros`;
     kd_weight_sum: that of weights of KD alone (MicroBatch), 0 where there are none or no micro-batch;
+    unit_sums: of `micros`, where the mean of weights is taken over rows or documents, else None;
     rows_digest: names the rows of the whole global batch; source_counts [G, 2] float64: rows and tokens of each source
     in `micros`, None with one source.
     """
@@ -37,6 +39,12 @@ class StepBatch:
     kd_weight_sum: float
     rows_digest: str
     source_counts: NDArray[np.float64] | None = None
+    unit_sums: UnitSums | None = None
+
+    @property
+    def means_units(self) -> bool:
+        """Whether the mean that divides weights is over rows or documents, also where this rank has none."""
+        return self.objective.weights is not None and self.objective.weights.mean_over == "units"
 
     @property
     def weighs_kd(self) -> bool:
@@ -67,6 +75,7 @@ class BatchFinisher:
             micro_batch_rows=self.micro_batch_rows,
             row_length=self.row_length,
             fixed_length=self.fixed_length,
+            live=self.plan.live,
         )
         if self.device.type == "cuda":
             # Of this thread as well: without it, every rank would open a context of its own on the first GPU.
@@ -80,6 +89,7 @@ class BatchFinisher:
             kd_weight_sum=sum(micro.kd_weight_sum or 0.0 for micro in micros),
             rows_digest=rows_digest(self.plan.rows(loaded.batch)),
             source_counts=source_counts(loaded, len(self.plan.source_names)),
+            unit_sums=total(micro.unit_sums for micro in micros),
         )
 
 

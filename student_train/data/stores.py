@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+from numpy.typing import NDArray
+
 from potstill.common.errors import UserError
 from potstill.kernels.checks import check_draws
 from potstill.kernels.settings import LossSettings, stored_temperature
@@ -232,7 +235,7 @@ def check_objectives(config: TrainConfig, stores: Stores) -> None:
         if stage.tokens is not None:
             for source in sources:
                 _check_token_stores(source, stage.tokens, key, _of(source, stores))
-        if stage.weights is not None:
+        if stage.weights is not None and (config.rescoring is None or config.rescoring.name != stage.weights.store):
             for source in sources:
                 store = source.joined[stage.weights.store]
                 check_weights(stage.weights, store, key=f"{key}.weights", of=_of(source, stores))
@@ -337,10 +340,22 @@ def build_plan(config: TrainConfig, stores: Stores) -> CurriculumPlan:
             PlanSource(
                 source.name,
                 source.tokens.num_rows,
-                {name: source.joined[name].row_stats for name in names if name in source.joined},
+                {name: source.joined[name].row_stats for name in names if name in source.joined}
+                | unscored(config, source.tokens.num_rows),
             )
             for source in stores.sources
         ],
         term_stores=wanted,
         clocks=stage_clocks(config, stores.sources),
     )
+
+
+def unscored(config: TrainConfig, num_rows: int) -> dict[str, dict[str, NDArray[np.float32]]]:
+    """Row statistics of what the run scores itself, before the first time: any figures, of which no two are alike."""
+    if config.rescoring is None:
+        return {}
+    figures = {
+        name: 1 + np.random.Generator(np.random.Philox(number)).random(num_rows, np.float32)
+        for number, name in enumerate(config.rescoring.row_statistics)
+    }
+    return {config.rescoring.name: figures}

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from potstill.common.errors import UserError
 from potstill.storage import ScoresRow, StoreReader, TargetsRow, TokensRow
-from potstill.student_train.config.weights import DOCUMENT_COLUMNS, Weights
+from potstill.student_train.config.weights import DOCUMENT_COLUMNS, PROBABILITY, Weights
+from potstill.student_train.curriculum.live_scores import LiveRow
 
 log = logging.getLogger(__name__)
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
-Figures = TargetsRow | ScoresRow
-PROBABILITY = "probability"  # of a row: exp(-mean_loss)
+Figures = TargetsRow | ScoresRow | LiveRow
 
 
 def token_factors(
@@ -54,13 +54,7 @@ def check_weights(weights: Weights, store: StoreReader, *, key: str, of: str = "
     """
     name = f"{weights.store!r}{of}"
     if weights.of == "document":
-        first = store.row(0)
-        assert isinstance(first, TargetsRow | ScoresRow)
-        if _column(first, DOCUMENT_COLUMNS[weights.column]) is None:
-            raise UserError(
-                f"{key}.column: {weights.column} of a document needs the {DOCUMENT_COLUMNS[weights.column]} of its "
-                f"labels, which store {name} does not hold; dump or score it with that column"
-            )
+        _check_document_column(weights.column, store, key=key, name=name)
         return
     stats = store.row_stats
     needed = "mean_loss" if weights.column == PROBABILITY else weights.column
@@ -85,6 +79,22 @@ def check_weights(weights: Weights, store: StoreReader, *, key: str, of: str = "
         log.warning("%s: %d of %d rows of store %s have no targets; they count 0", key, count, len(known), name)
 
 
+def _check_document_column(column: str, store: StoreReader, *, key: str, name: str) -> None:
+    first = store.row(0)
+    assert isinstance(first, TargetsRow | ScoresRow)
+    of = DOCUMENT_COLUMNS[column].of
+    if of is None and column not in _per_document(first):
+        raise UserError(
+            f"{key}.column: store {name} holds no {column} of documents; name a store of rollouts that were graded "
+            "(potstill rollout), or a column that any scores give: exact, answer_probability, probability, ..."
+        )
+    if of is not None and _column(first, of) is None:
+        raise UserError(
+            f"{key}.column: {column} of a document needs the {of} of its labels, which store {name} does not hold; "
+            "dump or score it with that column"
+        )
+
+
 def _is_known(figures: Figures) -> bool:
     """Whether the store says anything of the row. Where a teacher was refused, all statistics are 0."""
     return figures.stats.get("num_targets", 1.0) > 0
@@ -98,23 +108,45 @@ def _row_factors(weights: Weights, row: TokensRow, figures: Figures) -> Float32:
 
 def _document_factors(weights: Weights, row: TokensRow, figures: Figures) -> Float32:
     """The weight of its document at each token [n]; documents without a trained position count 0."""
-    column = _column(figures, DOCUMENT_COLUMNS[weights.column])
-    assert column is not None
+    entry = DOCUMENT_COLUMNS[weights.column]
+    counts, total = _sums(row, figures, entry.of)
+    known = counts > 0
+    if entry.of is None:
+        values = np.asarray(_per_document(figures)[weights.column], np.float64)
+        known &= ~np.isnan(values)
+        values = values[known]
+    else:
+        values = entry.fold(total[known], counts[known])
+    found = np.zeros(len(row.doc_lens), np.float64)
+    found[known] = weights.weigh(values)
+    return np.repeat(found.astype(np.float32), row.doc_lens)
+
+
+def _sums(row: TokensRow, figures: Figures, of: str | None) -> tuple[Float64, Float64]:
+    """Trained positions of each document [d], and the sum over them of a column of the labels (0 without one) [d]."""
+    if isinstance(figures, LiveRow):
+        count = figures.count.astype(np.float64)
+        return count, np.zeros_like(count) if of is None else figures.sums[of].astype(np.float64)
     trained = row.has_target()
     if isinstance(figures, TargetsRow):
         trained = trained & (np.diff(figures.targets.offsets) > 0)  # the store says nothing of the others
     num_documents = len(row.doc_lens)
     document = np.repeat(np.arange(num_documents), row.doc_lens)[trained]
-    values = (column[trained] == 0) if weights.column == "accuracy" else column[trained]
-    counts = np.bincount(document, minlength=num_documents)
-    known = counts > 0
-    means = np.bincount(document, values, minlength=num_documents)[known] / counts[known]
-    found = np.zeros(num_documents, np.float64)
-    found[known] = weights.weigh(np.exp(-means) if weights.column == PROBABILITY else means)
-    return np.repeat(found.astype(np.float32), row.doc_lens)
+    values = np.zeros(len(document))
+    if of is not None:
+        column = _column(figures, of)
+        assert column is not None
+        values = np.asarray(column[trained] == 0 if of == "rank" else column[trained], np.float64)
+    count = np.bincount(document, minlength=num_documents).astype(np.float64)
+    return count, np.bincount(document, values, minlength=num_documents).astype(np.float64)
 
 
-def _column(figures: Figures, name: str) -> Float64 | None:
+def _per_document(figures: Figures) -> Mapping[str, NDArray[np.generic]]:
+    """The figures that a store keeps of a row's documents, each [d], NaN for a document that it says nothing of."""
+    return getattr(figures, "more", {})
+
+
+def _column(figures: TargetsRow | ScoresRow, name: str) -> Float64 | None:
     """loss, rank or entropy of a row's labels [n] float64, or None where the store does not hold it."""
     side = figures.targets if isinstance(figures, TargetsRow) else figures
     values = getattr(side, {"loss": "label_logprob", "rank": "label_rank", "entropy": "entropy"}[name])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from potstill.storage import StoreError, StoreReader
 from potstill.student_train.config.train import EvalConfig
 from potstill.student_train.config.vocabulary import VocabularyConfig
 from potstill.student_train.data.opening import check_belongs, open_store
-from potstill.student_train.data.store_tokenizer import tokenizers_beside
+from potstill.student_train.data.store_tokenizer import find_tokenizer_of, named_tokenizer, tokenizers_beside
 from potstill.student_train.data.vocabulary import vocabulary_of
 from potstill.student_train.evaluation.bits_per_byte import TextBytes, heldout_bytes
 from potstill.student_train.evaluation.heldout import HeldoutEvaluation
+from potstill.student_train.evaluation.written_answers import AnswerWriting, answer_writing
 from potstill.student_train.hf_export.weights import EXPORT_FILE, Source, find_source, load_model
 from potstill.student_train.model.parameters import count_parameters
 from potstill.student_train.model.student import StudentModel
@@ -83,7 +84,13 @@ def evaluate(config: EvalConfig) -> EvalSummary:
     vocabulary = model_vocabulary(source, config.vocabulary)
     candidates = tokenizer_candidates(source, config.heldout, tokens)
     if vocabulary is not None:
+        if config.answers.generate:
+            raise UserError(
+                "answers.generate: the model has a vocabulary of its own, in which potstill eval writes no answers; "
+                "leave it out (answer_accuracy is their exact match), or set eval.answers in the training run"
+            )
         tokens, targets = in_model_vocabulary(vocabulary, tokens, targets, candidates=candidates)
+    writing = answers_of_folder(config, stored, candidates) if config.answers.generate else None
     hf = load_model(source, dtype=config.dtype)
     vocab_size = hf.config.get_text_config().vocab_size
     if vocab_size < tokens.vocab_size:
@@ -101,6 +108,7 @@ def evaluate(config: EvalConfig) -> EvalSummary:
         rank=0,
         world_size=1,
         device=device,
+        writing=writing,
     )
     step = None if source.checkpoint is None else source.checkpoint.step
     # Before the forwards: a wrong tokenizer is an error, and a quick one. The text is the same under any ids.
@@ -115,6 +123,28 @@ def evaluate(config: EvalConfig) -> EvalSummary:
         config.output.parent.mkdir(parents=True, exist_ok=True)
         write_json_atomically(config.output, summary.to_json())
     return summary
+
+
+def answers_of_folder(config: EvalConfig, tokens: StoreReader, candidates: Sequence[Path | None]) -> AnswerWriting:
+    """How the answers of a model are written. Raises UserError, also where no tokenizer reads what is graded."""
+    end_ids = set(tokens.spec.info.get("suffix") or ())
+    decode: Callable[[Sequence[int]], str] | None = None
+    if config.answers.has_grader:
+        wanted = tokens.spec.tokenizer_digest
+        tokenizer, others = find_tokenizer_of(wanted, candidates)
+        if config.tokenizer is not None:
+            tokenizer = named_tokenizer(config.tokenizer, digest=wanted, store=tokens.url)
+        if tokenizer is None:
+            raise UserError(
+                f"answers.grader reads texts, and no tokenizer of {tokens.url} lies beside the model or the store "
+                f"({'; '.join(others) or 'none was found'}); name it with tokenizer"
+            )
+        end_ids |= set(tokenizer.all_special_ids)
+
+        def decode(ids: Sequence[int]) -> str:
+            return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    return answer_writing(config.answers, end_ids=end_ids, decode=decode)
 
 
 def model_vocabulary(source: Source, asked: VocabularyConfig | None) -> VocabularyConfig | None:

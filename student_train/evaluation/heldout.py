@@ -1,4 +1,4 @@
-"""Held-out figures: loss, perplexity, accuracy, agreement with the teacher and KL to it.
+"""Held-out figures: loss, perplexity, accuracy, whole answers, agreement with the teacher and KL to it.
 
 The same measurement runs inside training (through the DeepSpeed engine, all ranks) and on any Hugging Face folder
 (one process). Every rank runs the same number of forwards; short shares are filled with rows of weight 0.
@@ -19,7 +19,9 @@ from potstill.kernels.settings import LossSettings
 from potstill.storage import LoadedBatch, StoreReader, TokensRow
 from potstill.student_train.curriculum.step_objective import StepObjective
 from potstill.student_train.data.batch import JoinedRow, MicroBatch, collate
+from potstill.student_train.evaluation.answers import NUM_COUNTS, answer_figures
 from potstill.student_train.evaluation.calibration import NUM_BINS, expected_calibration_error
+from potstill.student_train.evaluation.written_answers import NUM_WRITTEN, AnswerWriting, answers_of, written_figures
 from potstill.student_train.model.head import SparseLoss
 from potstill.student_train.model.probe import HeldoutRequest
 from potstill.student_train.model.requests import RunsRequests
@@ -50,6 +52,7 @@ class HeldoutEvaluation:
     world_size: int
     device: torch.device
     fixed_length: bool = False  # of the micro-batches, for a compiled backbone
+    writing: AnswerWriting | None = None  # have the answers written too, where the store has masks
 
     @classmethod
     def create(
@@ -100,15 +103,19 @@ class HeldoutEvaluation:
 
     def measure(self, model: RunsRequests) -> dict[str, Any]:
         """Figures over all rows; `model` is a StudentModel or the engine around one (a collective call)."""
-        return figures_of(self.totals(model), self.num_rows, has_kl=self.has_kl)
+        return figures_of(self.totals(model), self.num_rows, has_kl=self.has_kl, graded=self.is_graded)
 
     @torch.no_grad()
     def totals(self, model: RunsRequests) -> list[float]:
-        """Sums of the loss and of the calibration bins over all rows, on every rank (a collective call)."""
+        """Sums of the loss, the calibration bins, right and written answers over all rows, on every rank (collective).
+
+        Where the store has no mask every token is trained on, and no part of a document is an answer: none is counted.
+        """
         from torch import distributed
 
         objective = measuring_objective(with_targets=self.targets is not None, sampled=self.is_sampled)
-        total = torch.zeros(len(SparseLoss.sum_names) + 3 * NUM_BINS, dtype=torch.float64, device=self.device)
+        size = len(SparseLoss.sum_names) + 3 * NUM_BINS + NUM_COUNTS + NUM_WRITTEN
+        total = torch.zeros(size, dtype=torch.float64, device=self.device)
         was_training = bool(getattr(model, "training", False))
         model.eval()  # type: ignore[attr-defined]
         for rows, counted in self._batches():
@@ -117,11 +124,35 @@ class HeldoutEvaluation:
                 micro = replace(
                     micro, token_weights=torch.zeros(micro.labels.shape[0], device=self.device), num_active=0
                 )
-            total += torch.cat(model(HeldoutRequest(micro, objective)))
+            total[:-NUM_WRITTEN] += torch.cat(model(HeldoutRequest(micro, objective)))
+        if self.tokens.spec.stores("mask"):
+            total[-NUM_WRITTEN:] = torch.tensor(self._written(model), dtype=torch.float64)
+        else:
+            total[-NUM_COUNTS - NUM_WRITTEN :] = 0.0
         model.train(was_training)  # type: ignore[attr-defined]
         if distributed.is_available() and distributed.is_initialized() and self.world_size > 1:
             distributed.all_reduce(total)
         return list(total.tolist())
+
+    @property
+    def is_graded(self) -> bool:
+        """Whether written answers get grades beside the exact match."""
+        return self.writing is not None and self.writing.grade is not None
+
+    def _written(self, model: RunsRequests) -> list[float]:
+        """[NUM_WRITTEN], of this rank's share of the answers."""
+        if self.writing is None:
+            return [0.0] * NUM_WRITTEN
+        num_rows = self.num_rows if self.writing.max_rows is None else min(self.num_rows, self.writing.max_rows)
+        return self.writing.counts(
+            model,
+            answers_of(self.tokens.tokens_rows(range(num_rows))),
+            row_length=self.tokens.spec.row_length,
+            batch_rows=self.batch_rows,
+            rank=self.rank,
+            world_size=self.world_size,
+            device=self.device,
+        )
 
 
 @dataclass(frozen=True)
@@ -137,20 +168,26 @@ class SourcesEvaluation:
     def measure(self, model: RunsRequests) -> dict[str, Any]:
         """Figures over all rows, and under `sources` those of each source (a collective call)."""
         totals = {name: part.totals(model) for name, part in self.parts.items()}
-        found = {name: figures_of(totals[name], part.num_rows, has_kl=part.has_kl) for name, part in self.parts.items()}
+        found = {
+            name: figures_of(totals[name], part.num_rows, has_kl=part.has_kl, graded=part.is_graded)
+            for name, part in self.parts.items()
+        }
         if self.whole is not None:
             return {**self.whole.measure(model), "sources": found}
         together = [sum(values) for values in zip(*totals.values(), strict=True)]
         num_rows = sum(part.num_rows for part in self.parts.values())
         has_kl = all(part.has_kl for part in self.parts.values())
-        return {**figures_of(together, num_rows, has_kl=has_kl), "sources": found}
+        graded = any(part.is_graded for part in self.parts.values())
+        return {**figures_of(together, num_rows, has_kl=has_kl, graded=graded), "sources": found}
 
 
-def figures_of(values: list[float], num_rows: int, *, has_kl: bool) -> dict[str, float | None]:
+def figures_of(values: list[float], num_rows: int, *, has_kl: bool, graded: bool) -> dict[str, float | None]:
     """Figures from the sums of `HeldoutEvaluation.totals`, which may be those of several stores added up."""
     names = SparseLoss.sum_names
     figures = heldout_figures(dict(zip(names, values, strict=False)), num_rows)
-    figures["calibration_error"] = expected_calibration_error(values[len(names) :])
+    bins, right, written = len(names), len(names) + 3 * NUM_BINS, len(values) - NUM_WRITTEN
+    figures["calibration_error"] = expected_calibration_error(values[bins:right])
+    figures |= answer_figures(values[right:written]) | written_figures(values[written:], graded=graded)
     return figures if has_kl else {**figures, "teacher_kl": None}
 
 
@@ -176,11 +213,15 @@ def heldout_figures(sums: dict[str, float], num_rows: int) -> dict[str, float | 
 
 
 def evaluation_line(figures: Mapping[str, Any]) -> str:
-    """Loss and perplexity of held-out rows for the console, and agreement and KL where a teacher was compared with.
+    """Loss and perplexity of held-out rows for the console; right answers, agreement and KL where there are any.
 
     The loss of each source behind them, where sources have held-out rows of their own.
     """
     parts = [f"held-out loss {figures['heldout_loss']:.4f}", f"perplexity {figures['perplexity']:.4g}"]
+    if "answer_accuracy" in figures:
+        parts.append(f"answers right {figures['answer_accuracy']:.3f}")
+    if "answer_pass_rate" in figures:
+        parts.append(f"passed {figures['answer_pass_rate']:.3f}")
     if figures.get("agreement") is not None:
         parts.append(f"agreement {figures['agreement']:.3f}")
     if figures.get("teacher_kl") is not None:

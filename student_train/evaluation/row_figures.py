@@ -19,6 +19,7 @@ from potstill.kernels.types import IGNORE_LABEL
 from potstill.storage import LoadedBatch, SourceRows, StoreReader, TokensRow
 from potstill.student_train.config.lr_schedule import span_steps
 from potstill.student_train.config.train import TrainConfig
+from potstill.student_train.curriculum.live_scores import LiveScores
 from potstill.student_train.curriculum.plan import CurriculumPlan
 from potstill.student_train.curriculum.step_objective import StepObjective
 from potstill.student_train.data.batch import JoinedRow, MicroBatch, collate
@@ -26,6 +27,8 @@ from potstill.student_train.data.stores import Stores, build_plan, check_objecti
 from potstill.student_train.evaluation.heldout import measuring_objective
 from potstill.student_train.hf_export.weights import Source, load_model
 from potstill.student_train.model.student import StudentModel
+from potstill.student_train.run.checkpoint import Checkpoint
+from potstill.student_train.run.rescoring import saved_scores
 
 Figures = NDArray[np.float32]
 
@@ -96,18 +99,31 @@ class CurriculumStep:
         """The row of the source alone, as training collates it at this step."""
         rows = SourceRows(self.stores.sources)
         tokens, joined = rows.read(np.array([self._global(row)], np.int64), self.plan.joined(self.step))
-        return _collated(tokens[0], joined, self.objective, row_length=self.stores.spec.row_length, step=self.step)
+        return _collated(
+            tokens[0],
+            joined,
+            self.objective,
+            row_length=self.stores.spec.row_length,
+            step=self.step,
+            live=self.plan.live,
+        )
 
     def _global(self, row: int) -> int:
         return row + sum(source.tokens.num_rows for source in self.stores.sources[: self.source])
 
 
 def curriculum_step(
-    config: TrainConfig, tokens: StoreReader, *, step: int | float | None, default: int
+    config: TrainConfig,
+    tokens: StoreReader,
+    *,
+    step: int | float | None,
+    default: int,
+    checkpoints: Sequence[Checkpoint] = (),
 ) -> CurriculumStep:
     """Open the stores of a configuration and stand at a step: a number, a share of the run (float), or `default`.
 
-    Raises UserError (also StoreError) where the stores do not fit, are not over `tokens`, or the run has no such step.
+    `checkpoints` of the run hold what it has scored itself (rescoring). Raises UserError (also StoreError) where the
+    stores do not fit, are not over `tokens`, the run has no such step, or no checkpoint holds the scores of the step.
     """
     stores = open_stores(config)
     source = _source_number(config, stores, tokens)
@@ -124,7 +140,24 @@ def curriculum_step(
         raise UserError(
             f"step {step}: the run has the steps 0 to {last}; name one of them, or a share of the run such as 0.5"
         )
-    return CurriculumStep(stores, plan, found, source)
+    return CurriculumStep(stores, _with_scores(config, plan, found, checkpoints), found, source)
+
+
+def _with_scores(
+    config: TrainConfig, plan: CurriculumPlan, step: int, checkpoints: Sequence[Checkpoint]
+) -> CurriculumPlan:
+    """The plan with the scores that the run made itself before `step`, where its stage reads them."""
+    if config.rescoring is None or not config.rescoring.is_read_by(plan.segment(step).span.stage):
+        return plan
+    scores = saved_scores(config, checkpoints, step)
+    if scores is None:
+        steps = ", ".join(str(checkpoint.step) for checkpoint in checkpoints) or "none"
+        raise UserError(
+            f"step {step} reads {config.rescoring.name!r}, scores that the run makes itself each "
+            f"{config.rescoring.every_steps} steps, and no checkpoint holds those of this step (there are: {steps}); "
+            "name a step near one of them"
+        )
+    return plan.with_scores(scores)
 
 
 def _source_number(config: TrainConfig, stores: Stores, tokens: StoreReader) -> int:
@@ -230,6 +263,7 @@ def _collated(
     *,
     row_length: int,
     step: int,
+    live: LiveScores | None = None,
 ) -> MicroBatch:
     batch = LoadedBatch(batch=step, rows=np.array([row.row], np.int64), tokens=[row], joined=joined)
-    return collate(batch, objective, micro_batch_rows=1, row_length=row_length)[0]
+    return collate(batch, objective, micro_batch_rows=1, row_length=row_length, live=live)[0]

@@ -21,9 +21,8 @@ from potstill.common.errors import UserError
 from potstill.storage import StoreError, StoreReader, TokensRow
 from potstill.student_train.config.train import HeldoutConfig, TrainConfig
 from potstill.student_train.data.stores import Stores
+from potstill.student_train.evaluation.continuing import continued
 from potstill.student_train.hf_export.hf_folder import find_tokenizer
-from potstill.student_train.model.checks import measuring, probe_batch
-from potstill.student_train.model.probe import NextLogitsRequest
 
 log = logging.getLogger(__name__)
 ON_CONSOLE = 2  # texts of an evaluation that are logged; all are in metrics.jsonl
@@ -50,30 +49,17 @@ class TextSampler:
     temperature: float
     seed: int
 
-    @torch.no_grad()
     def write(self, model: Any, *, device: torch.device) -> list[dict[str, Any]]:
-        """Texts of all prompts; `model` is a StudentModel or the engine around one (a collective call).
-
-        Every forward computes whole rows again, without a cache of keys and values: that works in any module that
-        DeepSpeed has wrapped, and texts are short.
-        """
-        lengths = torch.tensor([len(prompt.ids) for prompt in self.prompts])
-        rows, width = torch.arange(len(self.prompts)), int(lengths.max()) + self.num_tokens
-        ids = torch.zeros(len(self.prompts), width, dtype=torch.int64)  # [B, W]; causal attention never sees the rest
-        for row, prompt in enumerate(self.prompts):
-            ids[row, : len(prompt.ids)] = torch.tensor(prompt.ids)
+        """Texts of all prompts; `model` is a StudentModel or the engine around one (a collective call)."""
         generator = torch.Generator().manual_seed(self.seed)
-        # A compiled backbone would be compiled once more for the shape of these rows.
-        with measuring(model), torch.compiler.set_stance("force_eager"):
-            for _ in range(self.num_tokens):
-                micro = probe_batch(ids.to(device), np.array([width], np.int64))
-                logits = model(NextLogitsRequest(micro, after=(lengths - 1).to(device)))
-                ids[rows, lengths] = self._choose(logits.cpu(), generator)
-                lengths += 1
-        return [
-            self._told(prompt, ids[row, len(prompt.ids) : int(lengths[row])].tolist())
-            for row, prompt in enumerate(self.prompts)
-        ]
+        texts = continued(
+            model,
+            [prompt.ids for prompt in self.prompts],
+            num_tokens=self.num_tokens,
+            choose=lambda logits: self._choose(logits, generator),
+            device=device,
+        )
+        return [self._told(prompt, ids) for prompt, ids in zip(self.prompts, texts, strict=True)]
 
     def _choose(self, logits: Tensor, generator: torch.Generator) -> Tensor:
         """Next token ids [B] from logits [B, V] on the CPU."""
@@ -94,8 +80,8 @@ def text_sampler(config: TrainConfig, stores: Stores) -> TextSampler | None:
     if not options.samples and not options.sample_prompts:
         return None
     spec = stores.spec
-    tokenizer = load_tokenizer(config, vocab_size=stores.vocab_size)
-    begin, end = (_marks(stores, name) for name in ("prefix", "suffix"))
+    tokenizer = load_tokenizer(config, vocab_size=stores.vocab_size, key="eval.samples")
+    begin, end = (marks(stores, name) for name in ("prefix", "suffix"))
 
     def decode(ids: Sequence[int]) -> str:
         return str(tokenizer.decode(list(ids), skip_special_tokens=False))
@@ -108,18 +94,22 @@ def text_sampler(config: TrainConfig, stores: Stores) -> TextSampler | None:
     prompts = given_prompts(options, tokenizer, prefix=begin, row_length=spec.row_length)
     if options.samples and stores.heldout is not None:
         prompts += heldout_prompts(options, stores.heldout, decode, row_length=spec.row_length)
-    special = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     return TextSampler(
         prompts=tuple(prompts),
         decode=decode,
-        end_ids=frozenset(special | set(end)),
+        end_ids=frozenset(special_ids(tokenizer) | set(end)),
         num_tokens=options.sample_tokens,
         temperature=options.sample_temperature,
         seed=config.run.seed,
     )
 
 
-def _marks(stores: Stores, name: str) -> list[int]:
+def special_ids(tokenizer: Any) -> set[int]:
+    """Ids of the special tokens of a `tokenizers.Tokenizer`."""
+    return {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+
+
+def marks(stores: Stores, name: str) -> list[int]:
     """Ids that prepare has put before or behind each document, as the student numbers them. Raises UserError."""
     ids = list(stores.spec.info.get(name) or ())
     if stores.vocabulary is None:
@@ -130,8 +120,11 @@ def _marks(stores: Stores, name: str) -> list[int]:
         raise UserError(f"data.vocabulary: {error}") from error
 
 
-def load_tokenizer(config: TrainConfig, *, vocab_size: int) -> Any:
-    """The `tokenizers.Tokenizer` of the run's tokens: eval.tokenizer, or where export looks too. Raises UserError."""
+def load_tokenizer(config: TrainConfig, *, vocab_size: int, key: str) -> Any:
+    """The `tokenizers.Tokenizer` of the run's tokens: eval.tokenizer, or where export looks too. Raises UserError.
+
+    `key`: of the configuration, for what needs it.
+    """
     from tokenizers import Tokenizer
 
     folder = find_tokenizer(config.eval.tokenizer, config)
@@ -139,7 +132,7 @@ def load_tokenizer(config: TrainConfig, *, vocab_size: int) -> Any:
     if file is None or not file.is_file():
         tokens = config.data.named_sources()[0].config.tokens
         raise UserError(
-            f"eval.samples needs the tokenizer of {tokens}, and no tokenizer.json was found "
+            f"{key} needs the tokenizer of {tokens}, and no tokenizer.json was found "
             f"{'beside it' if folder is None else f'in {folder}'}; name its folder with eval.tokenizer"
         )
     tokenizer = Tokenizer.from_file(str(file))

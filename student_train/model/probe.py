@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from potstill.kernels.types import IGNORE_LABEL
 from potstill.student_train.curriculum.step_objective import StepObjective
 from potstill.student_train.data.batch import MicroBatch
-from potstill.student_train.evaluation.calibration import calibration_bins
+from potstill.student_train.evaluation.answers import answer_counts
+from potstill.student_train.evaluation.calibration import calibration_bins, top_choices
 from potstill.student_train.model.head import DistillationHead, SparseLossRequest
 
 if TYPE_CHECKING:
@@ -19,20 +21,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HeldoutRequest:
-    """Sums of the sparse loss float32 [S] (SparseLoss.sum_names) and calibration bins [3 * NUM_BINS] of a micro-batch.
+    """Sums of the sparse loss float32 [S] (SparseLoss.sum_names), calibration bins [3 * NUM_BINS] and counts of answers
 
-    No other term of the loss is part of it: held-out figures are those of the model, however it was trained.
+    [2] (answer_counts) of a micro-batch. No other term of the loss is part of it: held-out figures are those of the
+    model, however it was trained.
     """
 
     micro: MicroBatch
     objective: StepObjective
 
-    def run(self, student: StudentModel) -> tuple[Tensor, Tensor]:
-        """Both, to be added up over micro-batches."""
+    def run(self, student: StudentModel) -> tuple[Tensor, Tensor, Tensor]:
+        """All three, to be added up over micro-batches."""
+        hidden = student.hidden_states(self.micro)
         sums: Tensor
         bins: Tensor
-        sums, bins = student.hf.lm_head(student.hidden_states(self.micro), _HeldoutOfHead(self.micro, self.objective))
-        return sums, bins
+        answers: Tensor
+        sums, bins, answers = student.hf.lm_head(hidden, _HeldoutOfHead(self.micro, self.objective))
+        return sums, bins, answers
 
 
 @dataclass(frozen=True)
@@ -42,11 +47,11 @@ class _HeldoutOfHead:
     micro: MicroBatch
     objective: StepObjective
 
-    def run(self, head: DistillationHead, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def run(self, head: DistillationHead, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         one = torch.ones((), device=hidden.device)
         _, sums = SparseLossRequest(self.micro, self.objective, one).run(head, hidden)
         weights, _ = head.choice(hidden, self.micro, self.objective)
-        return sums, calibration_bins(
+        choices = top_choices(
             hidden,
             head.weight,
             head.bias,
@@ -55,6 +60,39 @@ class _HeldoutOfHead:
             soft_cap=head.soft_cap,
             logit_scale=head.logit_scale,
         )
+        return sums, calibration_bins(choices, weights), answer_counts(self.micro, choices)
+
+
+@dataclass(frozen=True)
+class LabelFiguresRequest:
+    """What the student says of each label of a micro-batch."""
+
+    micro: MicroBatch
+
+    def run(self, student: StudentModel) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, whether the label is the most probable token (1 or 0), and entropy, each float32 [N]; 0 without one."""
+        hidden = student.hidden_states(self.micro)
+        loss: Tensor
+        correct: Tensor
+        entropy: Tensor
+        loss, correct, entropy = student.hf.lm_head(hidden, _LabelFiguresOfHead(self.micro))
+        return loss, correct, entropy
+
+
+@dataclass(frozen=True)
+class _LabelFiguresOfHead:
+    """LabelFiguresRequest, from the hidden states on."""
+
+    micro: MicroBatch
+
+    def run(self, head: DistillationHead, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        labels = self.micro.labels
+        places = (labels != IGNORE_LABEL).nonzero()[:, 0]  # an answer is often a small part of its row
+        found = torch.zeros(3, len(labels), device=hidden.device)
+        if len(places):
+            figures = head.statistics(hidden[places], replace(self.micro, labels=labels[places]), None)
+            found[:, places] = torch.stack([-figures.label_logprob, figures.correct, figures.entropy]).float()
+        return found[0], found[1], found[2]
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,18 @@ HELDOUT = (
     ("loss (nats)", "eval", "heldout_loss"),
     ("perplexity", "eval", "perplexity"),
     ("accuracy", "eval", "accuracy"),
+    ("answers right (greedy)", "eval", "answer_accuracy"),
+    ("answers written exactly", "eval", "answer_exact"),
+    ("mean grade of answers", "eval", "answer_grade"),
+    ("answers passed", "eval", "answer_pass_rate"),
     ("entropy (nats)", "eval", "entropy"),
     ("calibration error", "eval", "calibration_error"),
     ("agreement with the teacher", "eval", "agreement"),
     ("KL to the teacher (nats)", "eval", "teacher_kl"),
     ("rows", "eval", "rows"),
     ("positions", "eval", "positions"),
+    ("answers", "eval", "answers"),
+    ("answers written", "eval", "answers_written"),
 )
 TRAINING = (
     ("steps", "train", "step"),

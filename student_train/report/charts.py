@@ -31,6 +31,8 @@ class Chart:
 
 CHARTS = (
     Chart("Held-out loss (nats)", "eval", "heldout_loss"),
+    Chart("Held-out answers right", "eval", "answer_accuracy", is_share=True),
+    Chart("Held-out answers passed", "eval", "answer_pass_rate", is_share=True),
     Chart("Training loss (nats, own objective)", "train", "loss"),
     Chart("Held-out agreement with teacher", "eval", "agreement", is_share=True),
     Chart("Held-out KL to the teacher (nats)", "eval", "teacher_kl"),

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from potstill.student_train.config.train import TrainConfig
 from potstill.student_train.run.legs import Decider
 from potstill.student_train.run.preflight import CheckedRun
+from potstill.student_train.run.rescoring import rescoring_decider
 from potstill.student_train.run.saturation import saturation_switch
 
 # Each makes its decider of a checked run, or None where the configuration asks for none. They decide in this order.
 DECIDERS: dict[str, Callable[[TrainConfig, CheckedRun], Decider | None]] = {
+    "rescoring": rescoring_decider,
     "targets_clock": saturation_switch,
 }
 

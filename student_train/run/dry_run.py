@@ -28,6 +28,7 @@ from potstill.student_train.data.vocabulary import tail_line
 from potstill.student_train.model.parameters import DTYPES, count_parameters
 from potstill.student_train.run.parameter_groups import hidden_matrices
 from potstill.student_train.run.preflight import CheckedStart
+from potstill.student_train.run.rescoring import rescoring_notes
 from potstill.student_train.run.universal import needs_conversion
 
 SAMPLED_ROWS = 50_000  # row ids looked up for the estimate of bytes; a run with fewer is counted whole
@@ -78,6 +79,7 @@ class StageFigures:
     token_share: tuple[float, float]
     off_kd: str
     weights: str | None  # of rows and documents, in words
+    restarts_optimizer: bool
     reads: tuple[str, ...]  # stores besides the tokens
 
 
@@ -164,7 +166,7 @@ def dry_run(start: CheckedStart) -> DryRun:
             start=start,
             device=start.machine.device,
         ),
-        notes=start.notes,
+        notes=(*start.notes, *rescoring_notes(config, start.run, first_step=first)),
     )
 
 
@@ -279,6 +281,7 @@ def stage_figures(config: TrainConfig, plan: CurriculumPlan, span: StageSpan) ->
         token_share=(shares[0], shares[1]),
         off_kd=stage_value(config.objective, span.stage, "off_kd"),
         weights=None if span.stage.weights is None else span.stage.weights.describe(),
+        restarts_optimizer=plan.restarts_optimizer(span.first_step),
         reads=tuple(sorted(reads)),
     )
 

@@ -49,14 +49,15 @@ class DecisionPoint:
 
 
 class Decider(Protocol):
-    """Something that is decided at some steps of a run, and that the plan of the steps behind depends on.
+    """Something that is decided at some steps of a run, and that the plan of the steps behind depends on."""
 
-    name: of its entry in a checkpoint's manifest and of its lines of metrics. decided_step: the step before which it
-    decided last, None before the first time; `write` and `read` carry it.
-    """
+    @property
+    def name(self) -> str:
+        """Of its entry in a checkpoint's manifest, and kind of its lines of metrics."""
 
-    name: str
-    decided_step: int | None
+    @property
+    def decided_step(self) -> int | None:
+        """The step before which it decided last, None before the first time; `write` and `read` carry it."""
 
     def next_step(self, step: int) -> int | None:
         """The first step from `step` on before which it decides; None: never again. The same on all ranks."""

@@ -16,7 +16,9 @@ from potstill.student_train.evaluation.samples import ON_CONSOLE, TextSampler, s
 from potstill.student_train.model.student import TrainRequest
 from potstill.student_train.run.engine import plain_gradient_norm, set_learning_rate
 from potstill.student_train.run.legs import DecisionPoint
+from potstill.student_train.run.optimizer_state import clear_optimizer
 from potstill.student_train.run.run_parts import Run
+from potstill.student_train.run.step_watch import GlobalSums
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +35,8 @@ def train_steps(run: Run, progress: Progress) -> str:
         if reason is not None:
             save(run)
             return reason
+        if run.plan.restarts_optimizer(batch.batch):
+            restart_optimizer(run)
         run.lines.lr = run.config.optimizer.lr * run.plan.lr_factor(batch.batch)
         set_learning_rate(run.engine, run.lines.lr)
         for micro in run.legs.on_device(batch):
@@ -60,24 +64,54 @@ def train_steps(run: Run, progress: Progress) -> str:
     raise AssertionError(f"the batches ended before step {run.state.step}, not at the last one")
 
 
+def restart_optimizer(run: Run) -> None:
+    """Forget the optimizer's moments at the first step of a stage; a run that resumes there does it as well."""
+    clear_optimizer(run.engine.optimizer)
+    if run.topology.is_main:
+        stage = run.plan.segment(run.state.step).span.name
+        log.info("step %d: stage %s begins with an optimizer without moments", run.state.step, stage)
+
+
 def agree(run: Run, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor | None, str | None]:
     """The step's normalizer and the factor of its KD weights (float32 [], on the device), and the reason to stop.
 
     The normalizer is the global weight sum over the number of ranks, because DeepSpeed then averages gradients over
     ranks. The factor, None where rows and documents have no weights of KD alone, makes the mean of these 1 over the
-    global batch; where they are all 0 there is no KD. The reason is given if any rank has one to stop before the step.
-    Raises what StepWatch.read raises of an earlier step, and UserError when there is nothing to train on.
+    global batch; where they are all 0 there is no KD (step_normalizer has both). The reason is given if any rank has
+    one to stop before the step. Raises what StepWatch.read raises of an earlier step, and UserError when there is
+    nothing to train on, unless that is by scores that the run has made itself (rescoring): the normalizer is then 1.
     """
-    weight, kd_weight, reason = run.watch.begin_step(batch.weight_sum, batch.kd_weight_sum)
+    sums, reason = run.watch.begin_step(batch.weight_sum, batch.kd_weight_sum, batch.unit_sums)
     # A rank with a position of its own knows, without asking the device, that the sum of all ranks is not 0.
-    if reason is None and batch.weight_sum <= 0 and float(weight) <= 0:
+    is_empty = reason is None and batch.weight_sum <= 0 and float(sums.weight) <= 0
+    if is_empty and not run.plan.weighs_by_scores(batch.batch):
         raise UserError(
             f"step {run.state.step}: no position of the global batch is selected, so there is nothing to train on; "
             "widen the token selector (share, floor, max_rank) of this stage, or the form of its weights, and see that "
             "its rows have trained positions (masks)"
         )
-    kd_scale = torch.where(kd_weight > 0, weight / kd_weight, 0.0).float() if batch.weighs_kd else None
+    weight, kd_scale = step_normalizer(sums, weighs_kd=batch.weighs_kd, means_units=batch.means_units)
+    if is_empty:
+        # By what the student can do now no document of this batch counts: the step's loss is 0.
+        run.lines.empty_steps += 1
+        weight = torch.ones_like(weight)
     return (weight / run.topology.world_size).float(), kd_scale, reason
+
+
+def step_normalizer(
+    sums: GlobalSums, *, weighs_kd: bool, means_units: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What the sum of the step's losses is divided by (float64 []), and the factor of its KD weights (float32 []).
+
+    The weights' mean over the positions, each with its row's or document's weight, is 1 if the sum is divided by the
+    sum of the weights. If the mean shall be over the rows or documents themselves, it is divided by the number of
+    chosen positions times that mean.
+    """
+    if not weighs_kd:
+        of_units = sums.chosen * sums.unit_weight / sums.units
+        return (of_units if means_units else sums.weight), None
+    above, below = (sums.units, sums.unit_weight) if means_units else (sums.weight, sums.kd_weight)
+    return sums.weight, torch.where(below > 0, above / below, 0.0).float()
 
 
 def check_due(run: Run, micro: MicroBatch, batch: StepBatch) -> bool:

@@ -19,8 +19,11 @@ from potstill.storage import Loader, StoreError
 from potstill.student_train.config.batch_arithmetic import accumulation_steps
 from potstill.student_train.config.train import TrainConfig
 from potstill.student_train.curriculum.plan import CurriculumPlan
+from potstill.student_train.data.rows_read import check_rows_held
 from potstill.student_train.data.stores import Stores, build_plan, check_objectives, open_stores
+from potstill.student_train.evaluation.drawn_answers import drawn_writing
 from potstill.student_train.evaluation.samples import TextSampler, text_sampler
+from potstill.student_train.evaluation.written_answers import AnswerWriting, answer_writing_of
 from potstill.student_train.model.hf_config import hf_config
 from potstill.student_train.run.checkpoint import Checkpoint, ResumeError, check_pinned, find_resume
 from potstill.student_train.run.engine import check_deepspeed, deepspeed_config
@@ -39,6 +42,8 @@ class CheckedRun:
     student_config: Any  # of transformers
     accumulation: int  # micro-batches per rank and step
     sampler: TextSampler | None  # of the texts that the run writes, if it shall
+    writing: AnswerWriting | None  # of the held-out answers that it writes, if it shall
+    drawing: AnswerWriting | None  # of the answers that rescoring draws, if it does
 
 
 @dataclass(frozen=True)
@@ -70,9 +75,10 @@ def check_run(config: TrainConfig, *, world_size: int) -> CheckedRun:
     stores = open_stores(config)
     check_objectives(config, stores)
     plan = build_plan(config, stores)
-    sampler = text_sampler(config, stores)
+    check_rows_held(plan, stores)
+    sampler, writing = text_sampler(config, stores), answer_writing_of(config, stores)
     student_config = hf_config(config.model, vocab_size=stores.vocab_size, row_length=stores.spec.row_length)
-    return CheckedRun(stores, plan, student_config, accumulation, sampler)
+    return CheckedRun(stores, plan, student_config, accumulation, sampler, writing, drawn_writing(config, stores))
 
 
 def check_start(config: TrainConfig, *, num_ranks: int, planning: bool = False) -> CheckedStart:

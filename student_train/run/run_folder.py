@@ -176,6 +176,7 @@ def pinned_values(config: TrainConfig) -> dict[str, Any]:
     tree = config.model_dump(mode="json")
     model = {key: tree["model"][key] for key in ("config", "path", "dtype", "init_std")}
     model["init"] = initial_rule(config.model)
+    rescoring = {} if tree["rescoring"] is None else {"rescoring": tree["rescoring"]}
     return {
         "run.seed": tree["run"]["seed"],
         **{f"model.{key}": value for key, value in model.items()},
@@ -183,6 +184,7 @@ def pinned_values(config: TrainConfig) -> dict[str, Any]:
         "data.order": tree["data"]["order"],
         "optimizer.kind": tree["optimizer"]["kind"],
         "zero_stage": tree["zero_stage"],
+        **rescoring,
     }
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from potstill.common.errors import UserError
+from potstill.student_train.data.unit_sums import NOTHING, UnitSums
 from potstill.student_train.run.engine import all_reduce_sum
 from potstill.student_train.run.late_read import LateRead
 from potstill.student_train.run.metrics import MetricsLog
@@ -26,7 +27,7 @@ from potstill.student_train.run.stop import StopRequest
 from potstill.student_train.run.write_failures import ROOM
 
 log = logging.getLogger(__name__)
-_WEIGHT, _KD_WEIGHT, _BAD, _LOSS, _UNWRITTEN, _STOP = range(6)
+_WEIGHT, _KD_WEIGHT, _UNITS, _UNIT_WEIGHT, _CHOSEN, _BAD, _LOSS, _UNWRITTEN, _STOP = range(9)
 
 
 class MetricsWriteError(UserError):
@@ -35,6 +36,20 @@ class MetricsWriteError(UserError):
 
 class LossNotFiniteError(UserError):
     """The loss became NaN or infinite; the message says at which step, on which rows, and what was saved."""
+
+
+@dataclass(frozen=True)
+class GlobalSums:
+    """Sums over the global batch, float64 [] on the device; of units where the mean of weights is over these, else 0.
+
+    weight, kd_weight: of StepBatch; units, unit_weight, chosen: count, weight and chosen of UnitSums.
+    """
+
+    weight: Tensor
+    kd_weight: Tensor
+    units: Tensor
+    unit_weight: Tensor
+    chosen: Tensor
 
 
 @dataclass(frozen=True)
@@ -56,7 +71,7 @@ class StepWatch:
         self._loss: Tensor | None = None  # float64 []: this rank's share of the step's global loss
         self._skipped_steps = base.state.skipped  # that a question has told of
         self._question: _Question | None = None
-        self._answer = LateRead(6, base.topology.device)
+        self._answer = LateRead(9, base.topology.device)
         self._stop_reason: str | None = None
 
     def note(self, loss: Tensor) -> None:
@@ -66,15 +81,18 @@ class StepWatch:
         self._bad = bad if self._bad is None else self._bad + bad
         self._loss = share if self._loss is None else self._loss + share
 
-    def begin_step(self, weight_sum: float, kd_weight_sum: float = 0.0) -> tuple[Tensor, Tensor, str | None]:
+    def begin_step(
+        self, weight_sum: float, kd_weight_sum: float = 0.0, units: UnitSums | None = None
+    ) -> tuple[GlobalSums, str | None]:
         """Judge by the answers that are there, and ask anew. One small all-reduce, no wait for the device.
 
-        The sums are those of this rank's part of the batch. Returns the global ones (float64 [], on the device), and
-        why to stop before this step, the same on all ranks but for the words. Raises what `read` raises.
+        The sums are those of this rank's part of the batch. Returns the global ones, and why to stop before this step,
+        the same on all ranks but for the words. Raises what `read` raises.
         """
         self.read()
-        values = self._ask(weight_sum, kd_weight_sum)
-        return values[_WEIGHT], values[_KD_WEIGHT], self._stop_reason
+        values = self._ask(weight_sum, kd_weight_sum, units or NOTHING)
+        sums = (values[place] for place in (_WEIGHT, _KD_WEIGHT, _UNITS, _UNIT_WEIGHT, _CHOSEN))
+        return GlobalSums(*sums), self._stop_reason
 
     def settle(self) -> None:
         """Let all ranks judge the last step and line of metrics now, before anything is built on them.
@@ -82,7 +100,7 @@ class StepWatch:
         Raises what `read` raises.
         """
         self.read()
-        self._ask(0.0, 0.0)
+        self._ask(0.0, 0.0, NOTHING)
         self.read()
 
     def read(self) -> None:
@@ -104,19 +122,22 @@ class StepWatch:
         if answer[_UNWRITTEN]:
             self._raise_unwritten(question.step)
 
-    def _ask(self, weight_sum: float, kd_weight_sum: float) -> Tensor:
-        """Add up this rank's figures with those of the others. Returns the sums, float64 [6] on the device."""
+    def _ask(self, weight_sum: float, kd_weight_sum: float, units: UnitSums) -> Tensor:
+        """Add up this rank's figures with those of the others. Returns the sums, float64 [9] on the device."""
         question = _Question(
             step=self._base.state.step,
             judges_step=self._loss is not None,
             skipped_steps=int(self._base.engine.skipped_steps),
             reason=self._stop.reason(),
         )
-        values = torch.zeros(6, dtype=torch.float64, device=self._base.topology.device)
+        values = torch.zeros(9, dtype=torch.float64, device=self._base.topology.device)
         # Numbers of the host are filled in, as a copy from it would wait for the device.
         values[_WEIGHT].fill_(weight_sum)
         if kd_weight_sum:
             values[_KD_WEIGHT].fill_(kd_weight_sum)
+        if units is not NOTHING:
+            for place, value in ((_UNITS, units.count), (_UNIT_WEIGHT, units.weight), (_CHOSEN, units.chosen)):
+                values[place].fill_(value)
         values[_BAD].fill_(float(question.skipped_steps - self._skipped_steps))
         values[_UNWRITTEN].fill_(float(self._metrics.failure is not None))
         values[_STOP].fill_(float(question.reason is not None))

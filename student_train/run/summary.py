@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-COUNTS = ("positions", "rows")  # held-out figures that are whole numbers
+COUNTS = ("positions", "rows", "answers", "answers_written")  # held-out figures that are whole numbers
 
 
 def _source_text(own: dict[str, float | None]) -> str:

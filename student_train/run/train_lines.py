@@ -31,6 +31,7 @@ class TrainLines:
         self._meter, self._metrics, self._cost = meter, metrics, cost
         self._waited_seconds = 0.0  # of data, when the last line was written
         self.lr = 0.0  # of the last step
+        self.empty_steps = 0  # since the last line, whose rows and documents all weighed 0
         self.plain_norm: Tensor | None = None  # []: gradient norm of the last step, where the optimizer keeps none
 
     @property
@@ -54,6 +55,13 @@ class TrainLines:
             step, total = self._base.state.step, self._base.plan.total_steps
             sources = f" ({source_text(record['sources'])})" if "sources" in record else ""
             log.info("step %d/%d loss %.4f lr %.3g%s", step, total, record["loss"], self.lr, sources)
+            if self.empty_steps:
+                log.warning(
+                    "%d of the %d steps up to step %d had no loss: by the scores of rescoring all that was in their "
+                    "batches weighs 0",
+                    *(self.empty_steps, len(losses), step),
+                )
+        self.empty_steps = 0
         self._meter.reset()
 
     def _record(self, sums: dict[str, float], losses: list[float], seconds: float) -> dict[str, Any]:
@@ -71,6 +79,7 @@ class TrainLines:
             **({"sources": sources} if sources else {}),
             "lr": self.lr,
             "grad_norm": None if norm is None else float(norm),
+            **({"empty_steps": self.empty_steps} if self.empty_steps else {}),
             "skipped_steps": int(base.engine.skipped_steps),
             **({} if base.config.spike_policy == "off" else {"loss_spikes": state.spikes.num_spikes}),
             "tokens_per_second": sums["tokens"] / seconds,

@@ -19,6 +19,7 @@ from potstill.student_train.curriculum.plan import CurriculumPlan, describe
 from potstill.student_train.data.step_batch import BatchFinisher, StepBatch
 from potstill.student_train.data.stores import Stores
 from potstill.student_train.evaluation.heldout import HeldoutEvaluation, SourcesEvaluation
+from potstill.student_train.evaluation.written_answers import AnswerWriting
 from potstill.student_train.model.checks import check_model
 from potstill.student_train.model.parameters import active_parameters, count_parameters
 from potstill.student_train.model.student import StudentModel, build_student
@@ -167,7 +168,7 @@ def open_run(
                 metrics=metrics,
                 lines=TrainLines(base, watch=watch, meter=meter, metrics=metrics, cost=cost),
                 saves=saves,
-                evaluation=heldout_evaluation(config, stores, topology),
+                evaluation=heldout_evaluation(config, stores, topology, checked.writing),
                 sampler=checked.sampler,
                 num_parameters=count_parameters(student),
             )
@@ -257,7 +258,7 @@ def start_run_folder(config: TrainConfig, student_config: Any, ds_config: dict[s
 
 
 def heldout_evaluation(
-    config: TrainConfig, stores: Stores, topology: Topology
+    config: TrainConfig, stores: Stores, topology: Topology, writing: AnswerWriting | None
 ) -> HeldoutEvaluation | SourcesEvaluation | None:
     """The evaluation of a run, if it has held-out rows, of its own or of its sources."""
 
@@ -271,6 +272,7 @@ def heldout_evaluation(
             world_size=topology.world_size,
             device=topology.device,
             fixed_length=config.model.compile,
+            writing=writing,
         )
 
     whole = None if stores.heldout is None else of(stores.heldout, stores.heldout_targets)

@@ -38,7 +38,9 @@ def test_the_arms_differ_in_curriculum_objective_and_stores_alone(preset: str, t
         config = build_config(TrainConfig, {**tree, "run": {**tree["run"], "output_dir": "run"}}, source="test")
         assert config.optimizer.lr == 3e-3 and config.run.max_steps == 40
         data = {key: value for key, value in tree["data"].items() if key not in ("targets", "scores")}
-        rest = {key: value for key, value in tree.items() if key not in ("curriculum", "objective", "data")}
+        rest = {
+            key: value for key, value in tree.items() if key not in ("curriculum", "objective", "rescoring", "data")
+        }
         common.append((data, rest))
     assert all(other == common[0] for other in common)
     assert arms["labels"].config["data"]["targets"] == {}

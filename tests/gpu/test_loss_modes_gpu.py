@@ -42,6 +42,7 @@ MODES: dict[str, dict[str, Any]] = {
     "jsd at 2": {"divergence": "jsd", "temperature": 2.0},
     "total_variation": {"divergence": "total_variation"},
     "mse_logprobs": {"divergence": "mse_logprobs", "missing_mass": "raw"},
+    "mse_probs": {"divergence": "mse_probs"},
 }
 COMMON: dict[str, Any] = {"alpha": 0.6, "ce_weight": 0.3, "z_loss": 1e-3}
 

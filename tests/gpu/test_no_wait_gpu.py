@@ -35,6 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "jsd": {"divergence": "jsd"},
     "total_variation": {"divergence": "total_variation"},
     "mse_logprobs": {"divergence": "mse_logprobs", "missing_mass": "raw"},
+    "mse_probs": {"divergence": "mse_probs"},
     "draws": {"divergence": "sampled"},
     "log weights": {"divergence": "sampled"},
     "labels alone": {"alpha": 0.0},

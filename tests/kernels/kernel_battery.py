@@ -259,7 +259,7 @@ def loss_checks() -> Iterator[tuple[str, Callable[[], None]]]:
     yield case("labels alone", kind="none", alpha=0.0)
     yield case("labels alone, capped", kind="none", alpha=0.0, soft_cap=8.0)
     constants = {"skew_forward": {"skew": 0.2}, "skew_reverse": {"skew": 0.3}, "jsd": {"beta": 0.3}}
-    for name in ("reverse_kl", "skew_forward", "skew_reverse", "jsd", "total_variation", "mse_logprobs"):
+    for name in ("reverse_kl", "skew_forward", "skew_reverse", "jsd", "total_variation", "mse_logprobs", "mse_probs"):
         own: dict[str, Any] = {"missing_mass": "raw"} if name == "mse_logprobs" else {}
         yield case(name, divergence=name, **own, **({"options": constants[name]} if name in constants else {}))
     yield case("reverse_kl of next to nothing", divergence="reverse_kl", least=-40.0)

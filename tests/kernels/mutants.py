@@ -375,6 +375,13 @@ ONE_LAUNCH = [
         seen_by="total_variation",
     ),
     Mutant(
+        "the gradient of the squares of probabilities is not by the logarithm",
+        TABLE,
+        "difference * difference, 2 * difference * q",
+        "difference * difference, 2 * difference",
+        seen_by="mse_probs",
+    ),
+    Mutant(
         "reverse KL without a floor",
         TABLE,
         "tl.maximum(log_p, option)",

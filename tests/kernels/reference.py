@@ -152,6 +152,8 @@ def divergence_of(name: str, p: Tensor, q: Tensor, options: Mapping[str, float])
     if name == "mse_logprobs":
         kept = (p > 0) & (torch.arange(len(p)) < len(p) - 1)
         return (p[kept].log() - q[kept].log()).square().mean()
+    if name == "mse_probs":
+        return (p - q).square().sum()
     if name == "sampled":
         keep = p > 0
         return -(p[keep] * q[keep].log()).sum()

@@ -157,7 +157,9 @@ def test_no_tokens_give_zero() -> None:
     assert teacher_topk(hidden=hidden, weight=weight, k=3, temperatures=(2.0,)).log_tail_at[2.0].shape == (0,)
 
 
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "mse_logprobs", "total_variation"])
+@pytest.mark.parametrize(
+    "divergence", ["forward_kl", "reverse_kl", "jsd", "mse_logprobs", "mse_probs", "total_variation"]
+)
 def test_tokens_without_entries_have_no_kd_loss(divergence: str) -> None:
     given = arguments() | {"targets": make_targets(N, V, [0])}
     loss, sums = linear_sparse_loss(**given, divergence=divergence)

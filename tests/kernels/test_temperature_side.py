@@ -67,7 +67,9 @@ def test_whole_vocabulary_is_the_dense_kl_of_a_tempered_teacher(temperature: flo
     assert abs(float(other - loss)) > 0.1 and float((other_grad - grad).norm()) > 0.1 * float(grad.norm())
 
 
-@pytest.mark.parametrize(("divergence", "missing_mass"), [p for p in PAIRS if p[0] in ("forward_kl", "reverse_kl")])
+@pytest.mark.parametrize(
+    ("divergence", "missing_mass"), [p for p in PAIRS if p[0] in ("forward_kl", "reverse_kl", "mse_probs")]
+)
 def test_finite_differences(divergence: str, missing_mass: str) -> None:
     options = {"targets": make_targets(N, V, [5, 0, 3]), "labels": torch.arange(N), "divergence": divergence}
     options |= {"missing_mass": missing_mass, "temperature": 2.0, "temperature_side": "teacher"}

@@ -119,6 +119,28 @@ def test_self_check_covers_the_bias_and_plain_training() -> None:
     assert max(self_check(**{**given, "targets": None}, alpha=0.0).values()) < 1e-5
 
 
+def test_self_check_takes_a_student_that_is_nearly_its_teacher() -> None:
+    """A student with its teacher's weights: the store's grid leaves 3e-4 nats, of which float32 has three digits."""
+    import dataclasses
+
+    given = check_arguments()
+    with torch.no_grad():
+        log_p = (given["hidden"].double() @ given["weight"].double().t()).log_softmax(1)
+    best = log_p.topk(30)
+    shift = 1 / 32 * (-1.0) ** torch.arange(30, dtype=torch.float64)
+    rest = log_p.exp().scatter(1, best.indices, 0.0).sum(1).log()
+    targets = dataclasses.replace(
+        make_targets(40, 90, [30]),
+        ids=best.indices.int().flatten(),
+        logprobs=(best.values + shift).float().flatten(),
+        log_tail=rest.float(),
+    )
+    given |= {"targets": targets}
+    loss, _ = linear_sparse_loss(**given)
+    assert 0 < float(loss.detach()) < 1e-3
+    assert self_check(**given)["loss"] < 3e-5
+
+
 def test_self_check_catches_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The mistake others made: only the kept ids get a gradient, the dense part is dropped."""
     import dataclasses

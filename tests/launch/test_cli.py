@@ -58,8 +58,10 @@ def test_help_is_fast_and_loads_nothing_heavy() -> None:
 
 
 def test_the_table_holds_every_command_that_is_promised() -> None:
-    promised = "plan prepare dump score seal status verify inspect stats gc presets train eval report export demo"
-    promised += " completion import"
+    promised = (
+        "plan prepare dump score rollout seal status verify inspect stats gc presets train eval report export demo"
+    )
+    promised += " completion import prune"
     assert sorted(NAMES) == sorted(promised.split())
 
 
@@ -96,9 +98,11 @@ def _tree_of(name: str, parsed: object) -> object:
     from potstill.common.options import read_config
     from potstill.launch.plan import PlanConfig
     from potstill.student_train.config import train as student
+    from potstill.student_train.config.prune import PruneConfig
     from potstill.teacher_dump import config as teacher
     from potstill.teacher_dump.importing.targets.config import ImportTargetsConfig
     from potstill.teacher_dump.importing.tokens.config import ImportTokensConfig
+    from potstill.teacher_dump.rollouts.config import RolloutConfig
 
     trees = {
         "import tokens": ImportTokensConfig,
@@ -107,8 +111,10 @@ def _tree_of(name: str, parsed: object) -> object:
         "prepare": teacher.PrepareConfig,
         "dump": teacher.DumpConfig,
         "score": teacher.ScoreConfig,
+        "rollout": RolloutConfig,
         "eval": student.EvalConfig,
         "export": student.ExportConfig,
+        "prune": PruneConfig,
     }
     return read_config(trees[name], parsed)  # type: ignore[type-var,arg-type]
 
@@ -116,14 +122,18 @@ def _tree_of(name: str, parsed: object) -> object:
 @pytest.mark.parametrize(
     ("words", "hint"),
     [
-        ("train --temperature 2.0", "use --set objective.temperature=2.0 or --set curriculum.0.temperature=2.0"),
+        (
+            "train --temperature 2.0",
+            "use --set objective.temperature=2.0 or --set rescoring.generated.temperature=2.0 or --set "
+            "curriculum.0.temperature=2.0",
+        ),
         ("train --learning-rate=1e-3", "use --set optimizer.lr=1e-3"),
         (
             "train --every-steps 5",
-            "checkpoint.every_steps=5 or --set logging.every_steps=5 or --set eval.every_steps=5",
+            "use --set checkpoint.every_steps=5 or --set logging.every_steps=5 or --set eval.every_steps=5",
         ),
         ("train --num-rank 2", "there is no --num-rank here; use --num-ranks"),
-        ("train --max-steps 4", "use --steps"),
+        ("train --max-steps 4", "use --steps or --set curriculum.0.targets_clock.max_steps=4"),
         ("export --outptu x --run r", "use --output"),
         ("train --zzz", "there is no --zzz here; --help lists all flags"),
         ("train runs/x", "unexpected: runs/x"),

@@ -17,7 +17,7 @@ from potstill.launch.plan import PlanConfig
 from potstill.launch.presets import find_preset, list_presets
 from potstill.student_train import __main__ as rank_main
 from potstill.student_train.config.train import EvalConfig, ExportConfig, TrainConfig
-from potstill.teacher_dump import ImportTargetsConfig, ImportTokensConfig
+from potstill.teacher_dump import ImportTargetsConfig, ImportTokensConfig, RolloutConfig
 from potstill.teacher_dump.config import DumpConfig, PrepareConfig, ScoreConfig
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -29,6 +29,7 @@ TREES = {
     "import targets": ImportTargetsConfig,
     "dump": DumpConfig,
     "score": ScoreConfig,
+    "rollout": RolloutConfig,
     "train": TrainConfig,
     "eval": EvalConfig,
     "export": ExportConfig,

@@ -24,15 +24,11 @@ def checked_json(path):
 def read_store(path):
     path = Path(path)
     run, manifest = checked_json(path / "run.json"), checked_json(path / "manifest.json")
-    assert run["format"]["major"] == 1 and set(run["required_features"]) <= {
-        "planes",
-        "frequency_ids",
-        "importance_weights",
-        "loss_mask",
-        "kept_normaliser",
-    }
+    known = "planes frequency_ids importance_weights loss_mask kept_normaliser document_scores only_rows"
+    assert run["format"]["major"] == 1 and set(run["required_features"]) <= set(known.split())
     fingerprint = hashlib.sha256((path / "run.json").read_bytes()[:-21] + b"}").hexdigest()
     assert fingerprint == manifest["fingerprint"]
+    assert ("document_scores" in run["required_features"]) == (run["kind"] == "scores" and "columns" in run)
     assert ("loss_mask" in run["required_features"]) == ("mask" in run.get("columns", []))
     assert ("kept_normaliser" in run["required_features"]) == (run.get("normaliser") == "kept")
     digest = hashlib.sha256((fingerprint + "".join(u[2] for u in manifest["units"])).encode()).hexdigest()
@@ -83,11 +79,15 @@ def decode_tokens(run, columns, id_map):
 
 
 def decode_scores(run, columns, id_map):
-    return {
+    out = {
         "label_logprob": [-x / 256 for x in join_bytes(columns, "label")],
         "entropy": [x / 256 for x in join_bytes(columns, "entropy")],
         "label_rank": list(columns["label_rank"]),
     }
+    for name in run.get("columns", ()):  # one number per document, null where nothing is known
+        numbers = struct.unpack(f"<{len(columns[name]) // 4}f", columns[name])
+        out[name] = [None if math.isnan(x) else x for x in numbers]
+    return out
 
 
 def decode_targets(run, columns, id_map):

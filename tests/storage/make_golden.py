@@ -17,6 +17,7 @@ from tests.storage.stores import (
     tokens_spec,
     write_kept,
     write_masked,
+    write_rolled,
     write_targets,
     write_tokens,
 )
@@ -95,6 +96,7 @@ def main(folder: Path) -> None:
     seal_store(folder / "scores")
     masked = write_masked(folder / "masked", NUM_ROWS + 2, vocab_size=300)
     write_kept(folder / "kept", masked)
+    write_rolled(folder / "rolled", masked)
 
 
 if __name__ == "__main__":

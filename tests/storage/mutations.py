@@ -30,7 +30,7 @@ class Targets:
         self.seeds["footer"] = []
         self.seeds["run"] = []
         self.parsers["run"] = lambda data: RunSpec.from_json(as_object(data))
-        for name in ("tokens", "targets", "sampled", "weighted", "scores", "masked", "kept"):
+        for name in ("tokens", "targets", "sampled", "weighted", "scores", "masked", "kept", "rolled"):
             self._add_store(name)
 
     def _add_store(self, name: str) -> None:

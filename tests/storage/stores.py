@@ -131,6 +131,37 @@ def write_masked(path: Path | str, num_rows: int, **changes: Any) -> StoreReader
     return StoreReader(path)
 
 
+def make_rolled_row(tokens: TokensRow, spec: RunSpec) -> ScoresRow:
+    """Scores with a pass rate and a grade for each document; of every third document nothing is known."""
+    rng = np.random.default_rng([10, tokens.row])
+    known = (np.arange(len(tokens.doc_lens)) + tokens.row) % 3 != 2
+    values = {"pass_rate": rng.integers(0, 9, len(known)) / 8, "greedy_score": rng.random(len(known))}
+    more = {name: np.where(known, values[name], np.nan).astype(np.float32) for name in spec.columns}
+    return replace(make_scores_row(tokens, spec), more=more)
+
+
+def write_rolled(
+    path: Path | str, tokens: StoreReader, *, columns: tuple[str, ...] = ("pass_rate", "greedy_score"), **changes: Any
+) -> StoreReader:
+    """A sealed scores store of `make_rolled_row`s."""
+    spec = targets_spec(
+        tokens.num_rows,
+        tokens.digest,
+        kind="scores",
+        selection=None,
+        teacher=None,
+        stats=("mean_pass_rate",),
+        columns=columns,
+        vocab_size=tokens.spec.vocab_size,
+        **changes,
+    )
+    writer = StoreWriter.create(path, spec)
+    for unit in writer.todo():
+        writer.commit_unit(unit, [make_rolled_row(row, spec) for row in tokens.tokens_rows(writer.unit_rows(unit))])
+    seal_store(path)
+    return StoreReader(path)
+
+
 def kept_only(targets: SparseTargets) -> SparseTargets:
     """The targets as a renormalising writer leaves them: entries that sum to 1, nothing known of the rest."""
     assert targets.logprobs is not None

@@ -25,6 +25,7 @@ PINNED = {
     "weighted": ("5b45e23d10d9613ee5b369fd64263f00f4985546cc1d18c26bb390680be67cab", "ca3589c8765f1c7e"),
     "masked": ("dd1302206b6a591cb9c7bf53317fd8c232d21b46105fb954de0c5dfe40667e11", "c7ab570af4045fad"),
     "kept": ("83eca6e322b1a1ec27d17a7f6bcd12f7d032a192c99f57ec3fa222f0b767461d", "419b6fdc3756a546"),
+    "rolled": ("1564976facae4e69dc7e1c4c0ab6c2582b7da7026f39ac4e5ad03b79d8e8e76b", "75d8a1e9ca35785b"),
     "scores": ("6f6e2bb015abd6014da36aec30af8696c197071069e2390c5c7c4e536bd0d4a4", "45293128f36e7f96"),
 }
 
@@ -61,6 +62,8 @@ def assert_same(reader, rows):
             continue
         for name in ("label_logprob", "entropy", "label_rank"):
             assert getattr(row, name).tolist() == other[name]
+        for name, values in row.more.items():
+            assert [None if math.isnan(value) else value for value in values.tolist()] == other[name]
 
 
 def assert_same_targets(targets, other):

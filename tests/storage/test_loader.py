@@ -130,6 +130,21 @@ def test_state_counts_committed_batches_whatever_was_prefetched(stores):
         assert next(loader).batch == 2
 
 
+def test_a_range_of_batches_is_read_and_no_other(stores, monkeypatch):
+    read = []
+    honest = EpochPlan.rows
+    monkeypatch.setattr(EpochPlan, "rows", lambda self, batch: (read.append(batch), honest(self, batch))[1])
+    with make_loader(stores, first_batch=2, end_batch=5, prefetch_batches=4) as loader, make_loader(stores) as whole:
+        found = [batch for batch in loader if loader.commit(batch.batch) is None]
+        asked = sorted(read)
+        assert [batch.batch for batch in found] == [2, 3, 4] == asked
+        assert loader.state_dict()["batches"] == 5
+        wanted = take_rows(whole, 5)[12:]
+    np.testing.assert_array_equal(np.concatenate([batch.rows for batch in found]), wanted)
+    with pytest.raises(StoreError, match=r"batches \[5, 4\) are no range"):
+        make_loader(stores, first_batch=5, end_batch=4)
+
+
 def test_state_of_other_stores_plans_or_versions_is_refused(stores, tmp_path):
     with make_loader(stores) as loader:
         state = loader.state_dict()

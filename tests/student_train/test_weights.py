@@ -19,11 +19,16 @@ from potstill.student_train.config.stages import Objective, Stage
 from potstill.student_train.config.weights import WEIGHT_FORMS, Weights
 from potstill.student_train.curriculum.step_objective import StepObjective, step_objective
 from potstill.student_train.data.batch import MicroBatch, collate
+from potstill.student_train.data.unit_sums import NOTHING, total
 from potstill.student_train.data.weights import check_weights, token_factors
 from potstill.student_train.model.hf_config import hf_config
 from potstill.student_train.model.student import StudentModel, TrainRequest, build_student
+from potstill.student_train.run.loop import step_normalizer
 from potstill.student_train.run.metrics import loss_figures
+from potstill.student_train.run.step_watch import GlobalSums
+from tests.dist_harness import run_ranks
 from tests.student_train import tiny, workers
+from tests.student_train.test_resume import steps_of
 
 ROWS = [3, 39, 7, 12]  # 39 is the short one
 ROW = {"of": "row", "store": "slm", "column": "probability", "form": "beta"}
@@ -50,22 +55,35 @@ def objective_of(weights: dict[str, Any] | None, **stage: Any) -> StepObjective:
 
 def step_gradient(student: StudentModel, micros: list[MicroBatch], objective: StepObjective) -> Tensor:
     """Of one optimizer step over these micro-batches, by the sums that they told before the forward."""
-    weight = sum(micro.weight_sum for micro in micros)
-    kd = [micro.kd_weight_sum for micro in micros]
-    scale = None if kd[0] is None else torch.tensor(weight / sum(value or 0.0 for value in kd))
+    weights = objective.weights
+    units = total(micro.unit_sums for micro in micros) or NOTHING
+    values = [sum(micro.weight_sum for micro in micros), sum(micro.kd_weight_sum or 0.0 for micro in micros)]
+    sums = GlobalSums(
+        *(torch.tensor(x, dtype=torch.float64) for x in (*values, units.count, units.weight, units.chosen))
+    )
+    normalizer, scale = step_normalizer(
+        sums,
+        weighs_kd=weights is not None and weights.applies_to == "kd",
+        means_units=weights is not None and weights.mean_over == "units",
+    )
     student.zero_grad()
     for micro in micros:
-        request = TrainRequest(micro, objective, torch.tensor(weight), len(micros), kd_scale=scale)
+        request = TrainRequest(micro, objective, normalizer.float(), len(micros), kd_scale=scale)
         student(request)[0].backward()
     return torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
+
+
+FOLDED = ("loss", "accuracy", "exact", "answer_probability")
 
 
 @pytest.mark.parametrize("form", sorted(WEIGHT_FORMS))
 def test_forms_equal_their_formulas(form: str) -> None:
     x, a, b = 0.3, 0.5, 2.0
-    wanted = {"identity": x, "power": x**a, "exponential": math.exp(a * x), "beta": x**a * (1 - x) ** b}
+    wanted = {"identity": x, "power": x**a, "exponential": math.exp(a * x), "beta": x**a * (1 - x) ** b, "band": 0.0}
     weights = Weights(of="row", store="slm", column="mean_loss", form=form, a=a, b=b)
     assert weights.weigh(np.array([x]))[0] == pytest.approx(wanted[form], rel=1e-14)
+    if form == "band":
+        assert weights.weigh(np.array([0.5, 2.0, 0.499, 2.01])).tolist() == [1.0, 1.0, 0.0, 0.0]
 
 
 def test_documents_weigh_by_the_mean_of_their_trained_positions(stores) -> None:
@@ -75,8 +93,9 @@ def test_documents_weigh_by_the_mean_of_their_trained_positions(stores) -> None:
     mask = np.ones(len(first.tokens), bool)
     mask[2:8] = False
     mask[int(first.doc_lens[0]) : int(first.doc_lens[:2].sum())] = False
-    rows = [replace(first, mask=mask), *batch.tokens[1:]]
     scores = batch.joined["slm"]
+    right = np.append(False, scores[2].label_rank[:-1] == 0)  # of this row only labels that are the most probable token
+    rows = [replace(first, mask=mask), batch.tokens[1], replace(batch.tokens[2], mask=right), batch.tokens[3]]
     figures = {
         "loss": lambda own, t: -float(own.label_logprob[t]),
         "entropy": lambda own, t: float(own.entropy[t]),
@@ -93,8 +112,17 @@ def test_documents_weigh_by_the_mean_of_their_trained_positions(stores) -> None:
                 wanted += [mean] * size
                 start += size
         np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    plain = {**DOCUMENT, "form": "identity"}
+    loss, accuracy, exact, answer = (
+        token_factors(Weights(**{**plain, "column": name}), rows, scores) for name in FOLDED
+    )
+    trained = [part.sum() for row in rows for part in np.split(row.has_target(), np.cumsum(row.doc_lens)[:-1])]
+    counts = np.repeat(trained, np.concatenate([row.doc_lens for row in rows]))
+    known = counts > 0
+    np.testing.assert_array_equal(exact, accuracy == 1)
+    assert 0 < exact[known].mean() < 1
+    np.testing.assert_allclose(answer, np.where(known, np.exp(-loss * counts), 0), rtol=1e-4)
     beta = token_factors(Weights(**DOCUMENT), rows, scores)
-    loss = token_factors(Weights(**{**DOCUMENT, "column": "loss", "form": "identity"}), rows, scores)
     p = np.exp(-loss)
     np.testing.assert_allclose(beta[loss > 0], (p * (1 - p))[loss > 0], rtol=1e-5)
 
@@ -131,6 +159,16 @@ CASES: dict[str, dict[str, Any]] = {
     "documents, KD chosen by a store": {
         "weights": DOCUMENT,
         "tokens": {"policy": "top_loss", "source": "slm", "share": 0.5, "applies_to": "kd"},
+    },
+    "documents, mean over them": {"weights": {**DOCUMENT, "mean_over": "units"}},
+    "documents, mean over them, KD alone": {"weights": {**DOCUMENT, "mean_over": "units", "applies_to": "kd"}},
+    "documents, mean over them, with a store's choice": {
+        "weights": {**DOCUMENT, "mean_over": "units"},
+        "tokens": {"policy": "top_loss", "source": "slm", "share": 0.5},
+    },
+    "rows, mean over them, with a choice of the student": {
+        "weights": {**ROW, "mean_over": "units"},
+        "tokens": {"policy": "top_entropy", "share": 0.4},
     },
 }
 
@@ -179,6 +217,48 @@ def test_only_the_ratio_of_weights_counts(stores, student: StudentModel, applies
         torch.testing.assert_close(found, gradient(few, plain), rtol=1e-6, atol=1e-9)
     else:
         assert not torch.allclose(found, gradient(few, plain), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("applies_to", ["all", "kd"])
+def test_the_mean_over_documents_counts_each_of_them_once(stores, student: StudentModel, applies_to: str) -> None:
+    """By slow, plain code: the same step with each position's weight over the mean of the documents' weights."""
+    objective = objective_of({**DOCUMENT, "mean_over": "units", "applies_to": applies_to})
+    batch, plain = batch_of(stores, ROWS), objective_of(None)
+    found = step_gradient(student, collate(batch, objective, micro_batch_rows=3, row_length=tiny.ROW_LENGTH), objective)
+    of_positions, of_documents = [], []
+    factors = iter(token_factors(Weights(**DOCUMENT), batch.tokens, batch.joined["slm"]).tolist())
+    for row in batch.tokens:
+        trained, start = row.has_target(), 0
+        for size in row.doc_lens.tolist():
+            own = [next(factors) for _ in range(size)]
+            of_positions += [w if trained[start + t] else 0.0 for t, w in enumerate(own)]
+            of_documents += own[:1] if trained[start : start + size].any() else []
+            start += size
+    [micro] = collate(batch, plain, micro_batch_rows=4, row_length=tiny.ROW_LENGTH)
+    weights = torch.tensor(of_positions) / (sum(of_documents) / len(of_documents))
+    if applies_to == "all":
+        given = replace(micro, token_weights=weights, num_active=None)
+    else:
+        given = replace(micro, kd_weights=weights)
+    student.zero_grad()
+    student(TrainRequest(given, plain, torch.tensor(micro.weight_sum), 1))[0].backward()
+    wanted = torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-8)
+    over_positions = objective_of({**DOCUMENT, "applies_to": applies_to})
+    micros = collate(batch, over_positions, micro_batch_rows=3, row_length=tiny.ROW_LENGTH)
+    other = step_gradient(student, micros, over_positions)
+    assert float((other - found).norm() / found.norm()) > 1e-3, "short documents weigh as long ones do"
+
+
+def test_the_mean_over_documents_is_that_of_all_ranks(stores, tmp_path: Path) -> None:
+    weights = {**DOCUMENT, "mean_over": "units"}
+    for name, world, micro in (("one", 1, 2), ("two", 2, 1)):
+        tree = tiny.config_tree(stores, tmp_path / name, curriculum=[{"targets": "teacher", "weights": weights}])
+        tree["data"] |= {"micro_batch_rows": micro, "heldout": None, "heldout_targets": None}
+        tree["run"]["max_steps"] = 4
+        run_ranks(workers.train_run, tree, world=world)
+    (one, rows), (two, same_rows) = steps_of(tmp_path / "one"), steps_of(tmp_path / "two")
+    assert rows == same_rows and two == pytest.approx(one, rel=1e-5)
 
 
 def test_a_weight_too_small_to_be_multiplied_is_none(stores, student: StudentModel) -> None:
@@ -250,8 +330,12 @@ def test_negative_infinite_and_missing_figures_are_named(stores) -> None:
 @pytest.mark.parametrize(
     ("stage", "message"),
     [
-        ({"weights": {**DOCUMENT, "column": "mean_loss"}}, "of a document there are accuracy, entropy, loss"),
+        (
+            {"weights": {**DOCUMENT, "column": "mean_loss"}},
+            "of a document there are accuracy, answer_prob",
+        ),
         ({"weights": {**ROW, "form": "beat"}}, "beta"),
+        ({"weights": {**ROW, "form": "band"}}, "band with a 1, b 1; expected a below b"),
         ({"weights": {**ROW, "b": -1.0}}, "expected both >= 0"),
         ({"weights": {**DOCUMENT, "form": "power", "a": -1.0}}, "a figure may be 0"),
         ({"weights": {**DOCUMENT, "column": "loss"}}, r"form beta takes numbers in \[0, 1\], but the loss"),

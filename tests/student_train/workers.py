@@ -406,3 +406,14 @@ def muon_on_flat_parts(shapes: list[list[int]]) -> list[float]:
         flat.grad = mine(step)
         optimizer.step()
     return flat.detach().tolist()
+
+
+def train_with_new_state(tree: dict[str, Any]) -> None:
+    """Train as a rank; where a stage restarts the optimizer its whole state is dropped, as of one just made."""
+    from potstill.student_train.run import loop
+
+    def drop(optimizer: Any) -> None:
+        getattr(optimizer, "optimizer", optimizer).state.clear()
+
+    loop.clear_optimizer = drop
+    train_run(tree)

@@ -1,0 +1,180 @@
+"""Answers that a student writes after the prompts of held-out documents, compared with the references in the rows.
+
+The mask of a document says what is prompt and what is answer. Token for token a greedy answer is the reference where
+each trained token is the most probable one (answers.py); what is written is needed where another answer may pass too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from potstill.common.grading import Grader
+from potstill.kernels.next_token import greedy_tokens
+from potstill.storage import TokensRow
+from potstill.student_train.config.answers import AnswersConfig
+from potstill.student_train.config.train import TrainConfig
+from potstill.student_train.data.stores import Stores
+from potstill.student_train.evaluation.continuing import continued
+from potstill.student_train.evaluation.samples import load_tokenizer, marks, special_ids
+
+NUM_WRITTEN = 4
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A document's tokens before its first trained one, and the trained ones from there to the next that is not."""
+
+    prompt: tuple[int, ...]
+    reference: tuple[int, ...]
+
+
+def answers_of(rows: Iterable[TokensRow]) -> list[Answer]:
+    """The answers in these rows, one for each document with a trained token behind its first one."""
+    found = []
+    for row in rows:
+        ends = np.cumsum(row.doc_lens)
+        trained = row.has_target()  # position t says that token t + 1 is trained on
+        for start, end in zip((ends - row.doc_lens).tolist(), ends.tolist(), strict=True):
+            places = np.flatnonzero(trained[start:end])
+            if not len(places):
+                continue
+            first = start + int(places[0]) + 1
+            behind = np.flatnonzero(~trained[first - 1 : end])  # a document's last token predicts nothing
+            last = first + int(behind[0])
+            found.append(Answer(tuple(row.tokens[start:first].tolist()), tuple(row.tokens[first:last].tolist())))
+    return found
+
+
+@dataclass(frozen=True)
+class AnswerWriting:
+    """How answers are written and compared.
+
+    max_rows: of the held-out ones, None: all. end_ids: an answer ends before the first of them. grade: of texts, from
+    `passing` on a pass; None: only equal tokens are counted. max_tokens: of each graded answer at most, None: as many
+    as the longest reference has.
+    """
+
+    max_rows: int | None
+    max_tokens: int | None
+    end_ids: frozenset[int]
+    grade: Grader | None
+    passing: float
+    decode: Callable[[Sequence[int]], str] | None
+
+    def counts(
+        self,
+        model: Any,
+        answers: Sequence[Answer],
+        *,
+        row_length: int,
+        batch_rows: int,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+    ) -> list[float]:
+        """[NUM_WRITTEN] of this rank's share: answers written, exact ones, sum of the grades, passes (collective).
+
+        An answer is exact where its tokens up to its end are the reference's up to its own, or begin with a reference
+        that has no end. Every rank makes the same number of forwards; an answer may not leave a row.
+        """
+        limits = [self._limit(answer, answers, row_length) for answer in answers]
+        order = sorted(range(len(answers)), key=lambda n: (len(answers[n].prompt) + limits[n], n))
+        found = [0.0] * NUM_WRITTEN
+        for first in range(0, len(order), batch_rows * world_size):
+            together = order[first : first + batch_rows * world_size]
+            mine = together[rank * batch_rows : (rank + 1) * batch_rows]
+            texts = continued(
+                model,
+                [answers[n].prompt for n in mine or together[:1]],
+                num_tokens=max(limits[n] for n in together),
+                choose=greedy_tokens,
+                device=device,
+                is_over=lambda texts, mine=mine: self._is_over(  # type: ignore[misc]
+                    texts, [limits[n] for n in mine], world_size=world_size, device=device
+                ),
+            )
+            for number, text in zip(mine, texts, strict=False):  # a rank without a share writes one that is not counted
+                for at, value in enumerate(self.compare(text[: limits[number]], answers[number].reference)):
+                    found[at] += value
+        return found
+
+    def _limit(self, answer: Answer, answers: Sequence[Answer], row_length: int) -> int:
+        """Tokens that are written at most; a reference needs no more than its own to be exact."""
+        if self.grade is None:
+            return len(answer.reference)
+        most = self.max_tokens or max(len(one.reference) for one in answers)
+        return min(most, row_length - len(answer.prompt))
+
+    def _is_over(
+        self, texts: Sequence[Sequence[int]], limits: Sequence[int], *, world_size: int, device: torch.device
+    ) -> bool:
+        """Whether every rank's answers have come to an end."""
+        is_over = all(
+            len(text) >= limit or self.end_ids & set(text) for text, limit in zip(texts, limits, strict=False)
+        )
+        if world_size == 1:
+            return is_over
+        waiting = torch.tensor(0.0 if is_over else 1.0, device=device)
+        torch.distributed.all_reduce(waiting)
+        return float(waiting) == 0.0
+
+    def compare(self, text: Sequence[int], reference: Sequence[int]) -> tuple[float, ...]:
+        """What one answer adds to the counts."""
+        mine, wanted = self._before_end(text), self._before_end(reference)
+        has_end = len(wanted) < len(reference)
+        is_exact = mine == wanted and len(mine) < len(text) if has_end else list(text[: len(wanted)]) == wanted
+        if self.grade is None:
+            return 1.0, float(is_exact), 0.0, 0.0
+        assert self.decode is not None
+        grade = self.grade(self.decode(mine), self.decode(wanted))
+        return 1.0, float(is_exact), grade, float(grade >= self.passing)
+
+    def _before_end(self, ids: Sequence[int]) -> list[int]:
+        end = next((place for place, token in enumerate(ids) if token in self.end_ids), None)
+        return list(ids[:end])
+
+
+def answer_writing(
+    options: AnswersConfig, *, end_ids: set[int], decode: Callable[[Sequence[int]], str] | None
+) -> AnswerWriting:
+    """How answers are written by these options. Raises UserError where the user's grader cannot be found."""
+    return AnswerWriting(
+        max_rows=options.max_rows,
+        max_tokens=options.max_tokens,
+        end_ids=frozenset(end_ids),
+        grade=options.grader.make() if options.has_grader else None,
+        passing=options.grader.passing,
+        decode=decode,
+    )
+
+
+def answer_writing_of(config: TrainConfig, stores: Stores) -> AnswerWriting | None:
+    """How a run writes answers, None where it does not. A tokenizer is needed for graded ones; raises UserError."""
+    if not config.eval.answers.generate:
+        return None
+    end_ids = set(marks(stores, "suffix"))
+    decode: Callable[[Sequence[int]], str] | None = None
+    if config.eval.answers.has_grader:
+        tokenizer = load_tokenizer(config, vocab_size=stores.vocab_size, key="eval.answers.grader")
+        end_ids |= special_ids(tokenizer)
+
+        def decode(ids: Sequence[int]) -> str:
+            return str(tokenizer.decode(list(ids), skip_special_tokens=False))
+
+    return answer_writing(config.eval.answers, end_ids=end_ids, decode=decode)
+
+
+def written_figures(counts: Sequence[float], *, graded: bool) -> dict[str, float]:
+    """answer_exact (share of the written answers), and their mean answer_grade and answer_pass_rate where graded."""
+    written, exact, grades, passes = counts
+    if not written:
+        return {}
+    found = {"answer_exact": exact / written}
+    if graded:
+        found |= {"answer_grade": grades / written, "answer_pass_rate": passes / written}
+    return {**found, "answers_written": written}

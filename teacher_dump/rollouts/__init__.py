@@ -1,0 +1,1 @@
+"""rollout: a model's own answers to the prompts of a tokens store, graded and kept."""

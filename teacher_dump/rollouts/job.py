@@ -1,0 +1,113 @@
+"""The work of `rollout` on a batch of rows: score them, ask for answers, grade these, and keep what is wanted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from potstill.common.errors import UserError
+from potstill.storage import RunSpec, StoreReader, StoreWriter
+from potstill.teacher_dump.batches import TeacherBatch
+from potstill.teacher_dump.engines.base import TeacherEngine
+from potstill.teacher_dump.engines.hf import HfEngine
+from potstill.teacher_dump.rollouts.config import RolloutConfig
+from potstill.teacher_dump.rollouts.generation import Asked, Sampling, can_pad, continue_prompts
+from potstill.teacher_dump.rollouts.questions import Survey, questions_of
+from potstill.teacher_dump.rollouts.result import RolloutResult
+from potstill.teacher_dump.rollouts.texts import Judge
+from potstill.teacher_dump.row_scores import SCORE_STATS
+from potstill.teacher_dump.scoring import ScoreJob
+
+MASK_COLUMN = "mask"
+_MOST_TOKENS = 1 << 24  # of a row of a store
+
+
+@dataclass(frozen=True)
+class RolloutJob(ScoreJob):
+    """See Job. `answers`: where the answers of each row go; `ran`: what is known once the model is loaded."""
+
+    config: RolloutConfig
+    judge: Judge
+    survey: Survey
+    answers: str
+    ran: dict[str, bool] = field(default_factory=dict)
+    word = "rollout"
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Tokens of an answer at most."""
+        return self.config.max_new_tokens or self.survey.longest
+
+    def described(self) -> dict[str, Any]:
+        """What decides the answers and their grades, for run.json."""
+        config = self.config
+        return {
+            "samples": config.samples,
+            "greedy": config.greedy,
+            "temperature": config.temperature,
+            "top_p": config.top_p,
+            "seed": config.seed,
+            "max_new_tokens": self.max_new_tokens,
+            "stop_ids": sorted(self.judge.stop_ids),
+            "grader": {key: value for key, value in config.grader.model_dump().items() if value is not None},
+            "passing": config.grader.passing,
+            "graded_as": "ids" if config.grade_ids else "text",
+        }
+
+    def spec(self, tokens: StoreReader, teacher: dict[str, object]) -> RunSpec:
+        plain = super().spec(tokens, teacher)
+        stats = tuple(f"mean_{name}" for name in self.config.columns)
+        return replace(
+            plain,
+            stats=(*SCORE_STATS, *stats),
+            columns=self.config.columns,
+            info={**plain.info, "rollout": self.described()},
+        )
+
+    def beside(self, tokens: StoreReader) -> StoreWriter | None:
+        if self.config.keep == "none":
+            return None
+        spec = tokens.spec
+        most = len(self.config.numbers) * (spec.row_length + self.survey.row_documents * self.max_new_tokens)
+        if most > _MOST_TOKENS:
+            raise UserError(
+                f"the answers to one row of {self.config.tokens} may have {most} tokens together, a row holds "
+                f"{_MOST_TOKENS}; ask for fewer samples, a smaller max_new_tokens, or set keep to none"
+            )
+        answers = RunSpec(
+            kind="tokens",
+            row_length=most,
+            rows_per_unit=spec.rows_per_unit,
+            num_rows=tokens.num_rows,
+            vocab_size=spec.vocab_size,
+            tokenizer_digest=spec.tokenizer_digest,
+            columns=(MASK_COLUMN,),
+            info={"part": "answers", "of": tokens.digest, "keep": self.config.keep, "rollout": self.described()},
+        )
+        return StoreWriter.create(self.answers, answers, force=self.config.force)
+
+    def compute(self, engine: TeacherEngine, batch: TeacherBatch, vocab_size: int) -> RolloutResult:
+        assert isinstance(engine, HfEngine), "the configuration refuses other engines"
+        scored = super().compute(engine, batch, vocab_size)
+        if "padded" not in self.ran:
+            self.ran["padded"] = can_pad(engine.model, vocab_size=vocab_size)
+        config, store = self.config, self.config.tokens
+        questions = [questions_of(row, self.judge.stop_ids, store=store) for row in batch.rows]
+        asked = [
+            Asked(one.prompt, one.unit, number, one.limit(self.max_new_tokens, self.survey.row_length))
+            for of_row in questions
+            for one in of_row
+            if one is not None
+            for number in config.numbers
+        ]
+        found = continue_prompts(
+            engine.model,
+            asked,
+            sampling=Sampling(
+                vocab_size=vocab_size, temperature=config.temperature, top_p=config.top_p, seed=config.seed
+            ),
+            stop_ids=self.judge.stop_ids,
+            batch=config.batch_answers,
+            padded=self.ran["padded"],
+        )
+        return RolloutResult(config, scored, batch.rows, self.judge, questions, found)
