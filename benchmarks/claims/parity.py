@@ -110,7 +110,7 @@ SIZES: dict[str, ParitySize] = {
         heldout=1024,
         teacher=Net(heads=8, lr=2e-4),
         student=Net(heads=2, lr=1e-3),
-        teacher_seeds=(0, 1, 2, 3, 4, 5),
+        teacher_seeds=tuple(range(12)),
         teacher_steps=8000,
         save_every=50,
         refresh=500,
@@ -332,9 +332,12 @@ class Parity:
         """All jobs: examples, teachers until one is fit, the stores of its checkpoints."""
         self.write_tables()
         yield self.import_jobs()
-        for seed in self.size.teacher_seeds:
-            yield [self.teacher_job(seed, self.size.jump_by)]
-            if self.is_fit(self.curve(seed)):
-                yield [self.teacher_job(seed, self.size.teacher_steps)]
+        seeds = self.size.teacher_seeds
+        for first in range(0, len(seeds), 2):
+            pair = seeds[first : first + 2]  # one for each core
+            yield [self.teacher_job(seed, self.size.jump_by) for seed in pair if not self.done_steps(seed)]
+            fit = next((seed for seed in pair if self.is_fit(self.curve(seed))), None)
+            if fit is not None:
+                yield [self.teacher_job(fit, self.size.teacher_steps)]
                 break
         yield self.store_jobs()
