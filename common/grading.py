@@ -47,8 +47,13 @@ def _regex(config: GraderConfig) -> Grader:
     name = config.pattern
 
     def last(text: str) -> str | None:
-        matches = list(pattern.finditer(text))
-        return (matches[-1].group(1 if pattern.groups else 0) or "").strip() if matches else None
+        found = None
+        for match in pattern.finditer(text):
+            # `[0-9]*` matches the empty end of every text; a group may take no part. Neither has found anything.
+            group = match.group(1 if pattern.groups else 0)
+            if group is not None and (match.group(0) or group):
+                found = group
+        return None if found is None else found.strip()
 
     def grade(answer: str, reference: str) -> float:
         wanted = reference.strip() if config.reference == "whole" else last(reference)
@@ -78,8 +83,7 @@ def _function(config: GraderConfig) -> Grader:
             value = function(answer, reference)
         except Exception as error:  # the user's own code may raise anything
             raise UserError(f"{where} raised {type(error).__name__}: {error}; expected a grade in [0, 1]") from error
-        # A grade of NumPy is a number as well; bool is one in Python.
-        number = float(value) if hasattr(value, "__float__") else math.nan
+        number = _as_number(value)
         if not 0.0 <= number <= 1.0:
             raise UserError(f"{where} gave {value!r}; expected True, False or a number in [0, 1]")
         return number
@@ -147,15 +151,23 @@ def _of(key: str) -> str:
     return next(name for name, entry in GRADERS.items() if key in entry.reads)
 
 
+def _as_number(value: Any) -> float:
+    """A grade of NumPy is a number as well, and bool is one in Python; NaN for what is none, as an array of several."""
+    try:
+        return float(value) if hasattr(value, "__float__") else math.nan
+    except (TypeError, ValueError, RuntimeError):
+        return math.nan
+
+
 def load_function(name: str) -> Callable[[str, str], Any]:
     """The function `module:function`, from where Python looks for modules. Raises UserError."""
     module_name, _, function_name = name.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except Exception as error:  # the user's own module may raise anything
         raise UserError(
-            f"grader.function {name}: module {module_name} cannot be imported ({error}); name one that Python finds "
-            "from here (PYTHONPATH), as module:function"
+            f"grader.function {name}: module {module_name} cannot be imported ({type(error).__name__}: {error}); name "
+            "one that Python finds from here (PYTHONPATH), as module:function"
         ) from error
     found = getattr(module, function_name, None)
     if not callable(found):

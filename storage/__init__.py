@@ -50,7 +50,7 @@ from potstill.storage.store.spec import RunSpec
 from potstill.storage.store.stats import StoreStats, store_stats
 from potstill.storage.store.status import StoreStatus, store_status
 from potstill.storage.store.verify import VerifyReport, verify_store
-from potstill.storage.store.writer import StoreWriter, check_output, discard_unused
+from potstill.storage.store.writer import StoreWriter, check_output, discard_store, discard_unused
 
 __all__ = [
     "COLUMNS",
@@ -115,6 +115,7 @@ __all__ = [
     "check_student",
     "collect_garbage",
     "concatenate",
+    "discard_store",
     "discard_unused",
     "dropped_mass",
     "format_row",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from potstill.common.errors import UserError
-from potstill.storage import check_output
+from potstill.storage import StoreError, StoreReader, check_output
 from potstill.teacher_dump.config import DumpConfig, ScoreConfig, WalkConfig
 from potstill.teacher_dump.identity import located
 from potstill.teacher_dump.rollouts.config import RolloutConfig, store_places
@@ -36,9 +36,24 @@ def early_score(config: ScoreConfig) -> ScoreConfig:
 def early_rollout(config: RolloutConfig) -> RolloutConfig:
     """As `early_score`, for a model's own answers."""
     require_masks(open_rows(config))
-    for place in store_places(config).values():
+    for name, place in store_places(config).items():
         _check_stores(config.model_copy(update={"output": place}))
+        if name != "scores":
+            _check_answers(config, place)
     return config.model_copy(update={"model": located(config.model)})
+
+
+def _check_answers(config: RolloutConfig, place: str) -> None:
+    """Raise UserError where a tokens store that somebody else made stands in the way, of which no option may dispose.
+
+    Answers are packed last: it would come out when everything is done.
+    """
+    try:
+        info = StoreReader(place, allow_partial=True).spec.info
+    except StoreError:
+        return  # nothing there, or nothing that can be read: the writer has the words for it
+    if "rollout" not in info:
+        raise UserError(f"output {config.output}: {place} is a store that rollout did not write; name another folder")
 
 
 def _check_stores(config: WalkConfig) -> None:

@@ -144,6 +144,8 @@ def run_worker(
     ranking = job.id_frequencies(tokens)
     writer = StoreWriter.create(config.output, spec, force=config.force, id_frequencies=ranking)
     beside = job.beside(tokens)
+    if beside is not None:
+        _check_beside(writer, beside, config.output)
     units = writer.todo(worker=place.worker, num_workers=place.num_workers)
     log.info(
         "%s: worker %d of %d (%s) has %d units to do",
@@ -167,6 +169,18 @@ def run_worker(
             f"{place.worker}; what is committed is safe, run the same command again to go on"
         )
     return _finish(config, job, writer, place, ranks, totals, seconds=time.monotonic() - started)
+
+
+def _check_beside(writer: StoreWriter, beside: StoreWriter, output: str) -> None:
+    """Raise UserError where the store beside lacks units that are done: no walk would come to them again."""
+    undone = set(writer.todo())  # first: a unit that others finish meanwhile is there in the store beside
+    lacking = [unit for unit in beside.todo() if unit not in undone]
+    if lacking:
+        raise UserError(
+            f"{beside.url} lacks {len(lacking)} units whose figures stand in {output} (first: {lacking[:5]}): these "
+            "were made with --keep none, or the folder was deleted since. Name another output, or begin again with "
+            "--force"
+        )
 
 
 def open_rows(config: WalkConfig) -> StoreReader:

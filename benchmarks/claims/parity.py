@@ -20,6 +20,7 @@ from benchmarks.claims.base import Bench
 from potstill.common.errors import UserError
 from potstill.common.jobs import Job
 from potstill.student_train.run.metrics import read_metrics
+from potstill.student_train.run.run_folder import read_done
 
 QUERY = 2  # the token behind the bits
 CHANCE, LEARNED = 0.55, 0.95  # accuracy: not yet above chance, and learned
@@ -57,8 +58,9 @@ class Net:
 class ParitySize:
     """Numbers of the setting.
 
-    refresh: steps between two checkpoints of the series; save_every: between two of the teacher; first: steps that the
-    arms with one early checkpoint learn from it; cap: steps of a student; least_jump: steps of the teacher's jump.
+    refresh: about so many steps between two checkpoints of the series; save_every: between two of the teacher; first:
+    steps that the arms with one early checkpoint learn from it; cap: steps of a student; near: how far the
+    accuracy of the inside checkpoint may lie from INSIDE.
     """
 
     bits: int
@@ -74,9 +76,14 @@ class ParitySize:
     first: int
     cap: int
     eval_every: int
-    least_jump: int
+    near: float
     batch_rows: int = 8
     examples_in_row: int = 8
+
+    @property
+    def jump_by(self) -> int:
+        """Step by which the teacher's jump must be over."""
+        return round(SATURATED * self.teacher_steps)
 
 
 SIZES: dict[str, ParitySize] = {
@@ -90,11 +97,11 @@ SIZES: dict[str, ParitySize] = {
         teacher_seeds=(0,),
         teacher_steps=200,
         save_every=10,
-        refresh=50,
+        refresh=20,
         first=20,
         cap=60,
         eval_every=20,
-        least_jump=0,
+        near=0.5,
     ),
     "cpu": ParitySize(
         bits=16,
@@ -103,14 +110,14 @@ SIZES: dict[str, ParitySize] = {
         heldout=1024,
         teacher=Net(heads=8, lr=2e-4),
         student=Net(heads=2, lr=1e-3),
-        teacher_seeds=(0, 1, 2, 3, 4, 5),
-        teacher_steps=7000,
+        teacher_seeds=tuple(range(12)),
+        teacher_steps=8000,
         save_every=50,
-        refresh=200,
+        refresh=500,
         first=1000,
         cap=4500,
         eval_every=100,
-        least_jump=250,
+        near=0.07,
     ),
 }
 SIZES["gpu"] = SIZES["cpu"]  # such nets are too small for a GPU to matter
@@ -186,7 +193,7 @@ class Parity:
                 "order": "block",
             },
             "optimizer": {"lr": net.lr, "betas": [0.9, 0.95], "weight_decay": 0.0},
-            "schedule": {"kind": "constant", "warmup": min(100, steps // 4)},
+            "schedule": {"kind": "constant", "warmup": min(100, self.size.cap // 4)},
             "logging": {"every_steps": every},
             "eval": {"every_steps": every},
             "zero_stage": 0,
@@ -229,20 +236,25 @@ class Parity:
             for part in ("train", "heldout")
         ]  # fmt: skip
 
-    def teacher_job(self, seed: int) -> Job:
-        """One teacher, with a checkpoint at each evaluation."""
+    def teacher_job(self, seed: int, steps: int) -> Job:
+        """One teacher to step `steps`, or on to there, with a checkpoint at each evaluation."""
         size, folder = self.size, self.folder / "teachers" / str(seed)
-        tree = self.run_tree(size.teacher, steps=size.teacher_steps, every=size.save_every)
+        tree = self.run_tree(size.teacher, steps=steps, every=size.save_every)
         tree["run"] |= {"output_dir": str(folder), "seed": 1000 + seed}
         tree["checkpoint"] = {"every_steps": size.save_every, "permanent_every_steps": size.save_every}
-        path = self.folder / "configs" / f"teacher_{seed}.yaml"
+        path = self.folder / "configs" / f"teacher_{seed}_{steps}.yaml"
         path.parent.mkdir(exist_ok=True)
         path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
         return Job(
-            name=f"{self.name}-teacher-{seed}",
+            name=f"{self.name}-teacher-{seed}-{steps}",
             command=("potstill", "train", "--config", str(path), "--num-ranks", "1"),
-            is_done=(folder / "done.json").is_file,
+            is_done=lambda: self.done_steps(seed) >= steps,
         )
+
+    def done_steps(self, seed: int) -> int:
+        """Steps of a teacher's finished run; 0 where there is none."""
+        done = read_done(self.folder / "teachers" / str(seed))
+        return 0 if done is None else int(done["step"])
 
     def curve(self, seed: int) -> Curve:
         """The accuracy of a finished teacher."""
@@ -250,26 +262,35 @@ class Parity:
         return Curve(tuple((record["step"], record["accuracy"]) for record in records))
 
     def is_fit(self, curve: Curve) -> bool:
-        """Whether a teacher is one: its jump is over early enough to be saturated at the end, and not too short."""
+        """Whether its jump is over early enough to be saturated at the end, and a checkpoint lies inside."""
         learned = curve.learned
-        if learned is None or learned > SATURATED * self.size.teacher_steps:
+        if learned is None or learned > self.size.jump_by:
             return False
-        return learned - curve.begins >= self.size.least_jump
+        return abs(dict(curve.points)[curve.inside] - INSIDE) <= self.size.near
 
     @cached_property
     def teacher(self) -> int:
         """Seed of the first teacher that is fit. Raises UserError: none is."""
         for seed in self.size.teacher_seeds:
-            if (self.folder / "teachers" / str(seed) / "done.json").is_file() and self.is_fit(self.curve(seed)):
+            if self.done_steps(seed) == self.size.teacher_steps and self.is_fit(self.curve(seed)):
                 return seed
         raise UserError(f"{self.folder}: no teacher of the seeds {self.size.teacher_seeds} learns parity as it should")
 
     @cached_property
+    def refresh(self) -> int:
+        """Steps between two checkpoints of the series: about size.refresh, so that the inside one is of the series."""
+        every = self.size.save_every
+        parts = range(max(1, self.inside // (2 * self.size.refresh)), max(2, 2 * self.inside // self.size.refresh))
+        fits = sorted(parts, key=lambda n: (self.inside % (n * every), abs(self.inside / n - self.size.refresh)))
+        return max(every, self.inside // fits[0] // every * every)
+
+    @cached_property
     def series(self) -> tuple[int, ...]:
-        """Steps of the checkpoints of the series: every `refresh` steps to the end of the jump, and the last."""
-        learned = self.curve(self.teacher).learned or 0
-        refresh, last = self.size.refresh, self.size.teacher_steps
-        return (*range(refresh, min(learned + refresh, last), refresh), last)
+        """Steps of the checkpoints of the series: each `refresh` steps to the end of the jump, and the last."""
+        learned, last = self.curve(self.teacher).learned or 0, self.size.teacher_steps
+        inside = self.inside // self.refresh * self.refresh
+        steps = (self.inside if step == inside else step for step in range(self.refresh, learned, self.refresh))
+        return (*steps, last)
 
     @cached_property
     def inside(self) -> int:
@@ -311,8 +332,12 @@ class Parity:
         """All jobs: examples, teachers until one is fit, the stores of its checkpoints."""
         self.write_tables()
         yield self.import_jobs()
-        for seed in self.size.teacher_seeds:
-            yield [self.teacher_job(seed)]
-            if self.is_fit(self.curve(seed)):
+        seeds = self.size.teacher_seeds
+        for first in range(0, len(seeds), 2):
+            pair = seeds[first : first + 2]  # one for each core
+            yield [self.teacher_job(seed, self.size.jump_by) for seed in pair if not self.done_steps(seed)]
+            fit = next((seed for seed in pair if self.is_fit(self.curve(seed))), None)
+            if fit is not None:
+                yield [self.teacher_job(fit, self.size.teacher_steps)]
                 break
         yield self.store_jobs()

@@ -38,7 +38,7 @@ from potstill.storage import StoreReader
 QUARTERS = ("easy", "second", "third", "hard")
 SHORT, LONG, STEPS_SHARE = 0.17, 0.34, 0.9
 ALPHA, ROWS_SHARE = 0.667, 0.5
-EVALUATIONS = 20
+EVALUATIONS = 10
 # Told beside the rules: sentence, the better arm, the worse one.
 BESIDE = (
     ("SALT (34 %) ends below labels", "salt_34", "labels"),

@@ -27,7 +27,7 @@ import numpy as np
 
 from benchmarks.claims.base import Arm, Bench, Claim, Finding, Outcome, Plot, Table
 from benchmarks.claims.noisy import NEEDS, Noisy, build_models
-from benchmarks.claims.paired import compare, count, mean_and_sd, most
+from benchmarks.claims.paired import compare, count, mean_and_sd, most, steady
 from benchmarks.claims.runs import Runs
 from benchmarks.claims.stages import store_bytes
 from benchmarks.claims.what_is_kept import auc, loss_difference, noise_of_rows, upper_part, write_masked
@@ -131,6 +131,7 @@ def findings(bench: Bench, runs: Runs) -> tuple[Finding, ...]:
         compare(f"{NAMED} ends lower than {RANDOM}", final[NAMED], final[RANDOM]),
         compare(f"{NAMED} ends lower than {ALL}", final[NAMED], final[ALL]),
         count(f"{NAMED} comes to the final loss of {ALL} having read fewer targets", fewer, most(len(fewer))),
+        steady("labels", final["labels"]),
         beside(ALL, "labels"),
         beside(RANDOM, ALL),
         beside(f"{NAMED}, then all", ALL),
@@ -178,6 +179,7 @@ def losses_table(bench: Bench, runs: Runs) -> Table:
             (
                 name,
                 mean_and_sd(final[name]),
+                mean_and_sd(runs.final(name, "runtime_seconds"), 0),
                 f"{len(steps)} of {len(reach[name])}",
                 f"{np.mean(steps):.0f}" if steps else "-",
                 f"{np.mean(steps) * lm.rows:.0f}" if steps and has_targets else "-",
@@ -188,6 +190,7 @@ def losses_table(bench: Bench, runs: Runs) -> Table:
     header = (
         "arm",
         "final loss",
+        "seconds",
         "reach KD's",
         "at step",
         "rows of targets read till then",

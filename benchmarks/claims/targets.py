@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.claims.base import Arm, Bench, Claim, Finding, Outcome, Plot, Table
 from benchmarks.claims.noisy import NEEDS, Noisy, build_models
-from benchmarks.claims.paired import compare, mean_and_sd
+from benchmarks.claims.paired import compare, mean_and_sd, steady
 from benchmarks.claims.runs import Runs
 from benchmarks.claims.stages import store_bytes
 from potstill.common.jobs import Job
@@ -78,6 +78,7 @@ def findings(runs: Runs) -> tuple[Finding, ...]:
         compare(f"{DRAWS} are not worse than {FULL} by {MARGIN} nats", loss[DRAWS], loss[FULL], margin=MARGIN),
         compare(f"{TAIL} ends lower than {RENORM}", loss[TAIL], loss[RENORM]),
         compare(f"{FULL} ends as low as {TAIL}", loss[FULL], loss[TAIL], beyond_interval=False),
+        steady("labels", loss["labels"]),
         compare(f"{FULL} ends lower than labels", loss[FULL], loss["labels"], rule=False),
         compare(f"labels end lower than {RENORM}", loss["labels"], loss[RENORM], rule=False),
         compare(f"12 draws end as low as {FULL}", loss["12 draws"], loss[FULL], margin=MARGIN, rule=False),
@@ -116,8 +117,9 @@ def stores_table(bench: Bench, runs: Runs) -> Table:
             store = stages.targets(ARMS[name][0])
             size = f"{store_bytes(store) / StoreReader(store).num_tokens:.1f}"
         share = 100 * (sum(loss["labels"]) - sum(loss[name])) / gain
-        lines.append((name, mean_and_sd(loss[name]), f"{share:.0f} %", mean_and_sd(error[name], 2), size))
-    header = ("arm", "loss", "of full's gain", "calibration error, %", "bytes a token")
+        seconds = mean_and_sd(runs.final(name, "runtime_seconds"), 0)
+        lines.append((name, mean_and_sd(loss[name]), f"{share:.0f} %", mean_and_sd(error[name], 2), size, seconds))
+    header = ("arm", "loss", "of full's gain", "calibration error, %", "bytes a token", "seconds")
     return Table(title="Held-out clean text at the end", header=header, rows=tuple(lines))
 
 

@@ -23,6 +23,8 @@ PART = re.compile(r"(<!-- (?:claims|claim: (?P<name>\w+)) -->\n).*?(<!-- end -->
 
 
 def _table(results: dict[str, Any], page: Path) -> str:
+    if not results:
+        return "Not run yet: no figure is told.\n"
     place = os.path.relpath(RESULTS.with_suffix(".md"), page.parent)
     lines = ["| what the paper says, at this scale | holds | measured | effect | 95 % interval | seeds |"]
     lines.append("|---|---|---|---|---|---|")
@@ -55,8 +57,8 @@ def told(page: Path, results: dict[str, Any]) -> str:
 
 
 def tell() -> list[Path]:
-    """Write the parts of all pages anew; returns the pages that changed. Raises FileNotFoundError: no claims.json."""
-    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    """Write the parts of all pages anew; returns the pages that changed."""
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
     changed = []
     for page in PAGES:
         text = told(page, results)

@@ -12,7 +12,14 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
-from potstill.storage.errors import CorruptError, NotAStoreError, StoreError, StoreExistsError, VersionError
+from potstill.storage.errors import (
+    CorruptError,
+    MismatchError,
+    NotAStoreError,
+    StoreError,
+    StoreExistsError,
+    VersionError,
+)
 from potstill.storage.files.checked_json import dump_checked, read_checked
 from potstill.storage.files.commit import (
     MAX_GENERATIONS,
@@ -124,6 +131,11 @@ class StoreWriter:
         return self._spec
 
     @property
+    def url(self) -> str:
+        """Where the store is, for messages."""
+        return self._folder.url
+
+    @property
     def num_units(self) -> int | None:
         """Units of the whole store; None while the number of rows is unknown."""
         rows = self._spec.num_rows
@@ -227,6 +239,25 @@ def discard_unused(path: StorePath) -> None:
     if not list_records(folder):
         delete_store(folder)
         folder.remove_if_empty()
+
+
+def discard_store(path: StorePath, *, kind: str, writer: str) -> None:
+    """Delete the store that stands at `path`, if any, with its empty folder.
+
+    Raises MismatchError, and deletes nothing, unless it is of this kind and its run.json says in `info` that this
+    `writer` made it: anything else is a mistake in the path.
+    """
+    folder = open_folder(path)
+    if folder.read(RUN_NAME, max_bytes=MAX_RUN_BYTES) is None:
+        return
+    found = load_spec(folder)
+    if found.kind != kind or writer not in found.info:
+        raise MismatchError(
+            f"{folder.url} is a store of {found.kind} that {writer} did not write; name another output, or delete it "
+            "yourself"
+        )
+    delete_store(folder)
+    folder.remove_if_empty()
 
 
 def delete_store(folder: StoreFolder) -> None:

@@ -21,7 +21,9 @@ class PruneConfig(StrictModel):
     output_dir: Path = Field(description="Folder to create: a Hugging Face folder for model.path of a student")
     hidden_size: int | None = Field(default=None, ge=1, description="Channels of the residual stream to keep")
     intermediate_size: int | None = Field(default=None, ge=1, description="Neurons of each MLP to keep")
-    num_heads: int | None = Field(default=None, ge=1, description="Query heads of each layer to keep")
+    num_heads: int | None = Field(
+        default=None, ge=1, description="Query heads of each layer to keep; null: those of the key heads that stay"
+    )
     num_kv_heads: int | None = Field(
         default=None,
         ge=1,
@@ -38,5 +40,8 @@ class PruneConfig(StrictModel):
     batch_rows: int = Field(default=4, ge=1, description="Rows per forward")
     dtype: Dtype | None = Field(default=None, description="Type of the stored weights; null takes the model's")
     force: bool = Field(default=False, description="Replace output_dir")
+    check_tokenizer: bool = Field(
+        default=True, description="Refuse rows that were made with another tokenizer than the one in the model's folder"
+    )
     check: bool = Field(default=True, description="Load the folder in a fresh process and compare logits")
     num_threads: int | None = Field(default=None, ge=1, description="torch CPU threads; null leaves torch's own choice")

@@ -54,7 +54,10 @@ def _entropy_band(columns: Columns, *, low: float | None, high: float | None) ->
 
 
 def _paced(columns: Columns, *, power_a: float, power_b: float) -> Tensor:
-    """p^a (1-p)^b of the true token's probability p (PACED, 2603.11178, with p in the place of the pass rate)."""
+    """p^a (1-p)^b of the true token's probability p: our own, after PACED (2603.11178), whose p is of a problem.
+
+    Scaled to mean 1 in each row it compares the tokens of a row; to compare problems, as the paper does: `weights`.
+    """
     p = (-columns["loss"]).exp().clamp(0.0, 1.0)
     return p**power_a * (1.0 - p) ** power_b
 

@@ -65,16 +65,26 @@ class ExportSummary:
         )
 
 
+def check_output_dir(output_dir: Path, *, force: bool, reads: Mapping[str, Path | str]) -> None:
+    """Raise UserError where a folder stands that may not be replaced: without `force`, or never.
+
+    reads: by key what the output is made of, which replacing the folder must not take with it.
+    """
+    for what, place in {**reads, "the folder of this process": Path.cwd()}.items():
+        if isinstance(place, Path) and place.resolve().is_relative_to(output_dir.resolve()):
+            raise UserError(f"output_dir {output_dir} is or holds {what} ({place}); name a folder of its own")
+    if output_dir.exists() and not force:
+        raise UserError(
+            f"output_dir {output_dir} exists; name another folder, or replace it with --force (force: true in a file)"
+        )
+
+
 def export(config: ExportConfig) -> ExportSummary:
     """Write `config.output_dir`, whole or not at all. Raises UserError."""
     source = find_source(config.run)
     if source.checkpoint is None:
         raise UserError(f"{config.run} is a Hugging Face folder already; name a run or a checkpoint")
-    if config.output_dir.exists() and not config.force:
-        raise UserError(
-            f"output_dir {config.output_dir} exists; name another folder, or replace it with --force (force: true in a "
-            "file)"
-        )
+    check_output_dir(config.output_dir, force=config.force, reads={"run": source.run})
     run_config = read_run_config(source.run)
     dtype = config.dtype or run_config.model.dtype
     model = load_model(source, dtype=dtype)

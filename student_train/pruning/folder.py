@@ -14,15 +14,17 @@ import torch
 from torch import Tensor
 
 from potstill.common.errors import UserError
+from potstill.common.token_table import tokenizer_digest
 from potstill.storage import StoreReader
 from potstill.student_train.config.prune import PruneConfig
 from potstill.student_train.data.opening import open_store
 from potstill.student_train.data.packed import PackedBatch, collate_rows
-from potstill.student_train.data.store_tokenizer import tokenizers_beside
+from potstill.student_train.data.store_tokenizer import read_tokenizer, tokenizers_beside
 from potstill.student_train.evaluation.folder import model_vocabulary
 from potstill.student_train.hf_export.hf_folder import (
     CARD_FILE,
     check_in_fresh_process,
+    check_output_dir,
     copy_tokenizer,
     restore_use_cache,
 )
@@ -68,11 +70,8 @@ class PruneSummary:
 
 def prune(config: PruneConfig) -> PruneSummary:
     """Write `config.output_dir`, whole or not at all. Raises UserError."""
-    if config.output_dir.exists() and not config.force:
-        raise UserError(
-            f"output_dir {config.output_dir} exists; name another folder, or replace it with --force (force: true in a "
-            "file)"
-        )
+    reads = {"model": config.model, "tokens": config.tokens}
+    check_output_dir(config.output_dir, force=config.force, reads=reads)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     tokens, source = open_store(config.tokens, "tokens", "tokens"), find_source(config.model)
@@ -124,6 +123,8 @@ def _load(source: Source, tokens: StoreReader, config: PruneConfig) -> Any:
             f"model {config.model} has a vocabulary of its own (data.vocabulary of its run), so that the rows of "
             "tokens are other text to it; prune its teacher, or the export of a run in the vocabulary of the rows"
         )
+    if config.check_tokenizer:
+        _check_tokenizer(source, tokens, config)
     model = load_model(source, dtype="float32")
     if source.checkpoint is not None:
         restore_use_cache(model, read_run_config(source.run).model)
@@ -139,6 +140,22 @@ def _load(source: Source, tokens: StoreReader, config: PruneConfig) -> Any:
             f"hold {tokens.spec.row_length}; prepare shorter rows"
         )
     return model
+
+
+def _check_tokenizer(source: Source, tokens: StoreReader, config: PruneConfig) -> None:
+    """Raise UserError where the model's folder has a tokenizer that is not that of the rows.
+
+    Rows of other ids run as well, and what is important would be measured on nonsense.
+    """
+    if source.checkpoint is not None or not (source.folder / "tokenizer.json").is_file():
+        return  # a run has no tokenizer of its own here, and a folder without one says nothing
+    found = tokenizer_digest(read_tokenizer(source.folder))
+    if found != tokens.spec.tokenizer_digest:
+        raise UserError(
+            f"model {config.model} has a tokenizer with the digest {found[:16]}, the rows of {tokens.url} were made "
+            f"with {tokens.spec.tokenizer_digest[:16]}; name rows made with the model's tokenizer (check_tokenizer: "
+            "false skips this check)"
+        )
 
 
 def _stored_dtype(source: Source) -> str:

@@ -86,6 +86,8 @@ def wanted_shape(config: PruneConfig, whole: Shape) -> Shape:
             raise UserError(f"{name} is {size}, but the model has {has}; pruning cannot add: ask for {has} or less")
     if "num_kv_heads" not in asked and whole.queries_per_key == 1:
         asked["num_kv_heads"] = asked.get("num_heads", whole.num_heads)
+    elif "num_heads" not in asked and "num_kv_heads" in asked:
+        asked["num_heads"] = asked["num_kv_heads"] * whole.queries_per_key
     wanted = Shape(**{**whole.as_dict(), **asked})
     if wanted.num_heads % wanted.num_kv_heads or wanted.queries_per_key > whole.queries_per_key:
         raise UserError(

@@ -12,8 +12,8 @@ from potstill.student_train.run.saturation import saturation_switch
 
 # Each makes its decider of a checked run, or None where the configuration asks for none. They decide in this order.
 DECIDERS: dict[str, Callable[[TrainConfig, CheckedRun], Decider | None]] = {
-    "targets_clock": saturation_switch,
     "rescoring": rescoring_decider,
+    "targets_clock": saturation_switch,
 }
 
 

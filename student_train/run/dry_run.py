@@ -79,6 +79,7 @@ class StageFigures:
     token_share: tuple[float, float]
     off_kd: str
     weights: str | None  # of rows and documents, in words
+    restarts_optimizer: bool
     reads: tuple[str, ...]  # stores besides the tokens
 
 
@@ -280,6 +281,7 @@ def stage_figures(config: TrainConfig, plan: CurriculumPlan, span: StageSpan) ->
         token_share=(shares[0], shares[1]),
         off_kd=stage_value(config.objective, span.stage, "off_kd"),
         weights=None if span.stage.weights is None else span.stage.weights.describe(),
+        restarts_optimizer=plan.restarts_optimizer(span.first_step),
         reads=tuple(sorted(reads)),
     )
 

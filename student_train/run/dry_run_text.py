@@ -74,7 +74,8 @@ def _steps(run: DryRun) -> Iterator[str]:
 
 def _stage(stage: StageFigures, run: DryRun) -> Iterator[str]:
     done = ", done" if stage.end_step <= run.first_step else ""
-    yield f"{stage.name}: steps {stage.first_step:,} to {stage.end_step - 1:,}{done}"
+    anew = ", the optimizer starts anew" if stage.restarts_optimizer else ""
+    yield f"{stage.name}: steps {stage.first_step:,} to {stage.end_step - 1:,}{done}{anew}"
     if stage.targets is None:
         yield "  labels only"
     else:

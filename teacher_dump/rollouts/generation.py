@@ -193,14 +193,16 @@ def _choose(state: _Batch, asked: Sequence[Asked], found: Sequence[list[int]], s
 
 
 @torch.no_grad()
-def can_pad(model: Any, *, vocab_size: int) -> bool:
+def can_pad(model: Any, *, vocab_size: int, row_length: int) -> bool:
     """Whether prompts of different lengths may share a batch: a padded one then gives the logits that it gives alone.
 
-    Raises UserError where not even prompts of one length, continued from the cache, give the logits of a plain forward.
+    It reads no more than `row_length` positions: that may be all that the model has. Raises UserError where not even
+    prompts of one length, continued from the cache, give the logits of a plain forward.
     """
     device = next(model.parameters()).device
     limit = tolerance(next(p.dtype for p in model.parameters() if p.is_floating_point()))
-    line = np.array([probe_ids(place, vocab_size) for place in range(_PROBE_TOKENS)], np.int32)  # type: ignore[type-var]
+    num_tokens = max(2, min(_PROBE_TOKENS, (row_length - 1) // 2))
+    line = np.array([probe_ids(place, vocab_size) for place in range(num_tokens)], np.int32)  # type: ignore[type-var]
     plain = model(input_ids=torch.from_numpy(line.astype(np.int64))[None].to(device), use_cache=False)
     wanted = plain.logits[:, -1].float()
 
@@ -215,4 +217,5 @@ def can_pad(model: Any, *, vocab_size: int) -> bool:
             f"{type(model).__name__} gives other logits from its cache of keys and values than without it (relative "
             f"difference {alone:.2g}); no answers can be made with it"
         )
-    return difference([line[:-1], np.concatenate([line, line])]) <= limit
+    longer = np.concatenate([line, line])
+    return len(longer) < row_length and difference([line[:-1], longer]) <= limit

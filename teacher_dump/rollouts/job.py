@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from potstill.common.errors import UserError
-from potstill.storage import RunSpec, StoreReader, StoreWriter
+from potstill.storage import RunSpec, StoreReader, StoreWriter, discard_store
 from potstill.teacher_dump.batches import TeacherBatch
 from potstill.teacher_dump.engines.base import TeacherEngine
 from potstill.teacher_dump.engines.hf import HfEngine
@@ -24,12 +24,14 @@ _MOST_TOKENS = 1 << 24  # of a row of a store
 
 @dataclass(frozen=True)
 class RolloutJob(ScoreJob):
-    """See Job. `answers`: where the answers of each row go; `ran`: what is known once the model is loaded."""
+    """See Job. `answers`: where the answers of each row go, and `tokens` where these are packed at the end; `ran`: what
+    is known once the model is loaded."""
 
     config: RolloutConfig
     judge: Judge
     survey: Survey
     answers: str
+    tokens: str
     ran: dict[str, bool] = field(default_factory=dict)
     word = "rollout"
 
@@ -65,7 +67,13 @@ class RolloutJob(ScoreJob):
         )
 
     def beside(self, tokens: StoreReader) -> StoreWriter | None:
-        if self.config.keep == "none":
+        nothing_kept = self.config.keep == "none"
+        if self.config.force:
+            # Now, not when the new ones are packed: those of another model must not stand beside new figures.
+            discard_store(self.tokens, kind="tokens", writer="rollout")
+            if nothing_kept:
+                discard_store(self.answers, kind="tokens", writer="rollout")
+        if nothing_kept:
             return None
         spec = tokens.spec
         most = len(self.config.numbers) * (spec.row_length + self.survey.row_documents * self.max_new_tokens)
@@ -90,7 +98,7 @@ class RolloutJob(ScoreJob):
         assert isinstance(engine, HfEngine), "the configuration refuses other engines"
         scored = super().compute(engine, batch, vocab_size)
         if "padded" not in self.ran:
-            self.ran["padded"] = can_pad(engine.model, vocab_size=vocab_size)
+            self.ran["padded"] = can_pad(engine.model, vocab_size=vocab_size, row_length=self.survey.row_length)
         config, store = self.config, self.config.tokens
         questions = [questions_of(row, self.judge.stop_ids, store=store) for row in batch.rows]
         asked = [

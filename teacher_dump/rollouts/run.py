@@ -75,7 +75,7 @@ def rollout(config: RolloutConfig, worker: int | None = None, num_workers: int |
     )
     _try_grader(judge, reader, stop_ids)
     places = store_places(config)
-    job = RolloutJob(config, judge, asks, places["answers"])
+    job = RolloutJob(config, judge, asks, places["answers"], places["tokens"])
     _say(job, asks, stop_ids)
     scores = config.model_copy(update={"output": places["scores"]})
     summary = run_worker(scores, config.model, job, worker=worker, num_workers=num_workers)

@@ -88,9 +88,15 @@ def find_stop_ids(config: RolloutConfig, reader: StoreReader, tokenizer: Any | N
     """Ids that end an answer: as asked, else what prepare puts behind documents, and the end of the tokenizer.
 
     `model` is the configuration of transformers: what it says of ends counts where the tokenizer knows it as a special
-    token (a default of its class is some word to another tokenizer).
+    token (a default of its class is some word to another tokenizer). Raises UserError for ids that there are not.
     """
     if config.stop_ids is not None:
+        beyond = [one for one in config.stop_ids if one >= reader.spec.vocab_size]
+        if beyond:
+            raise UserError(
+                f"stop_ids has {beyond[0]}, the ids of {config.tokens} are below {reader.spec.vocab_size}, so that it "
+                "never ends an answer; name ids of its tokenizer"
+            )
         return frozenset(config.stop_ids)
     found = set(reader.spec.info.get("suffix") or ())
     if tokenizer is not None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -62,6 +65,19 @@ def test_exact_and_regex() -> None:
         grade("#### 42", "it is 42", kind="regex", pattern=pattern)
 
 
+def test_a_pattern_that_matches_nothing_at_all_has_not_found_it() -> None:
+    """`[0-9]*` matches the empty end of any text: it must not make every answer right."""
+    for pattern in (r"([0-9]*)", r"[0-9]*", r"x?\s*"):
+        assert grade("it is x 5", "it is x 5", kind="regex", pattern=pattern) == 1.0
+    assert grade("it is 5", "it is 7", kind="regex", pattern=r"([0-9]*)") == 0.0
+    assert grade("none", "7", kind="regex", pattern=r"([0-9]*)") == 0.0
+    # A group that took no part says nothing of either text.
+    assert grade("b=3", "a=4", kind="regex", pattern=r"a=(\d)|b=(\d)") == 0.0
+    with pytest.raises(UserError, match="finds nothing in the reference"):
+        grade("b=3", "b=4", kind="regex", pattern=r"a=(\d)|b=(\d)")
+    assert grade("#### ", "#### ", kind="regex", pattern=r"####\s*(\d*)") == 1.0
+
+
 def half(answer: str, reference: str) -> float:
     return 0.5
 
@@ -78,6 +94,10 @@ def fails(answer: str, reference: str) -> float:
     raise KeyError("field")
 
 
+def several(answer: str, reference: str) -> np.ndarray:
+    return np.ones(2)
+
+
 HERE = "tests.common.test_grading"
 
 
@@ -86,6 +106,7 @@ def test_a_function_of_the_user() -> None:
     assert grade("a", "a", kind="function", function=f"{HERE}:equal") == 1.0
     for name, message in (
         ("two", r"test_grading:two\('a', 'b'\) gave 2; expected True, False or a number in \[0, 1\]"),
+        ("several", r"test_grading:several\('a', 'b'\) gave array\(\[1., 1.\]\); expected True, False or a number"),
         ("fails", r"test_grading:fails\('a', 'b'\) raised KeyError: 'field'"),
         ("HERE", r"test_grading.py\) has no function HERE"),
         ("nobody", "has no function nobody"),
@@ -94,6 +115,13 @@ def test_a_function_of_the_user() -> None:
             grade("a", "b", kind="function", function=f"{HERE}:{name}")
     with pytest.raises(UserError, match="module no_such_module cannot be imported"):
         grade("a", "b", kind="function", function="no_such_module:grade")
+
+
+def test_a_module_that_does_not_parse_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "unfinished_grader.py").write_text("def grade(:")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"module unfinished_grader cannot be imported .*invalid syntax"):
+        grade("a", "b", kind="function", function="unfinished_grader:grade")
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ def _tree_of(name: str, parsed: object) -> object:
         ("train --learning-rate=1e-3", "use --set optimizer.lr=1e-3"),
         (
             "train --every-steps 5",
-            "checkpoint.every_steps=5 or --set logging.every_steps=5 or --set eval.every_steps=5",
+            "use --set checkpoint.every_steps=5 or --set logging.every_steps=5 or --set eval.every_steps=5",
         ),
         ("train --num-rank 2", "there is no --num-rank here; use --num-ranks"),
         ("train --max-steps 4", "use --steps or --set curriculum.0.targets_clock.max_steps=4"),

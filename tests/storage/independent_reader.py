@@ -24,7 +24,7 @@ def checked_json(path):
 def read_store(path):
     path = Path(path)
     run, manifest = checked_json(path / "run.json"), checked_json(path / "manifest.json")
-    known = "planes frequency_ids importance_weights loss_mask kept_normaliser only_rows document_scores"
+    known = "planes frequency_ids importance_weights loss_mask kept_normaliser document_scores only_rows"
     assert run["format"]["major"] == 1 and set(run["required_features"]) <= set(known.split())
     fingerprint = hashlib.sha256((path / "run.json").read_bytes()[:-21] + b"}").hexdigest()
     assert fingerprint == manifest["fingerprint"]

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from potstill.common.config import build_config
 from potstill.common.errors import UserError
 from potstill.common.packed import probe_ids
-from potstill.storage import StoreReader
+from potstill.common.token_table import tokenizer_digest
+from potstill.storage import StoreReader, StoreWriter, seal_store
 from potstill.student_train import PruneConfig, prune
 from potstill.student_train.data.packed import collate_rows
+from potstill.student_train.data.store_tokenizer import read_tokenizer
 from potstill.student_train.pruning import importance as importances
 from potstill.student_train.pruning.cutting import Kept, choose, cut, norm_factors
 from potstill.student_train.pruning.folder import PRUNE_FILE, _cast, calibration_rows
@@ -185,6 +191,7 @@ def test_heads_keep_their_groups() -> None:
 
 def config_of(model: Path, stores: dict[str, Path], output: Path, **changes: Any) -> PruneConfig:
     values = {"model": str(model), "tokens": str(stores["tokens"]), "output_dir": str(output), "check": False}
+    values["check_tokenizer"] = stores["tokens"].parent.name.startswith("own")
     return build_config(PruneConfig, {**values, "calibration_rows": 5, "batch_rows": 2, **changes}, source="test")
 
 
@@ -192,12 +199,29 @@ def config_of(model: Path, stores: dict[str, Path], output: Path, **changes: Any
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prune") / "teacher"
     model_of("qwen3", tie_word_embeddings=True).float().save_pretrained(folder)
-    (folder / "tokenizer.json").write_text("{}")
+    tokenizer = Tokenizer(WordLevel({str(number): number for number in range(tiny.VOCAB)}, unk_token="0"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     return folder
 
 
-def test_the_folder_is_a_model_and_says_what_was_kept(teacher: Path, stores: dict[str, Path], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def own_rows(teacher: Path, stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Rows that were made with the teacher's own tokenizer."""
+    place = tmp_path_factory.mktemp("own") / "tokens"
+    rows = StoreReader(stores["tokens"])
+    spec = replace(rows.spec, tokenizer_digest=tokenizer_digest(read_tokenizer(teacher)))
+    writer = StoreWriter.create(place, spec)
+    for unit in range(writer.num_units or -(-rows.num_rows // spec.rows_per_unit)):
+        first = unit * spec.rows_per_unit
+        writer.commit_unit(unit, rows.tokens_rows(range(first, min(first + spec.rows_per_unit, rows.num_rows))))
+    seal_store(place)
+    return {"tokens": place}
+
+
+def test_the_folder_is_a_model_and_says_what_was_kept(teacher: Path, own_rows: dict[str, Path], tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
+
+    stores = own_rows
 
     output = tmp_path / "start"
     summary = prune(config_of(teacher, stores, output, **SMALLER, dtype="bfloat16"))
@@ -219,7 +243,7 @@ def test_the_folder_is_a_model_and_says_what_was_kept(teacher: Path, stores: dic
     torch.testing.assert_close(model.model.layers[1].mlp.up_proj.weight.float(), wanted, rtol=0, atol=0)
     card = (output / "README.md").read_text()
     assert "Not trained since" in card and "| hidden_size | 24 | 16 |" in card and str(tmp_path) not in card
-    assert (output / "tokenizer.json").read_text() == "{}"
+    assert (output / "tokenizer.json").read_text() == (teacher / "tokenizer.json").read_text()
     text = summary.format()
     assert "hidden_size 16 of 24" in text and "not checked" in text and summary.losses[1] > 0
     with pytest.raises(UserError, match=r"output_dir .* exists; name another folder, or replace it with --force"):
@@ -261,6 +285,10 @@ def test_heads_of_a_model_without_groups_go_with_their_keys() -> None:
     whole = Shape(hidden_size=8, intermediate_size=8, num_heads=4, num_kv_heads=4, num_layers=1, head_dim=2)
     config = PruneConfig(model=Path("m"), tokens=Path("t"), output_dir=Path("o"), num_heads=2)
     assert wanted_shape(config, whole).num_kv_heads == 2
+    # A key head that goes takes its queries with it.
+    grouped = Shape(**{**whole.as_dict(), "num_heads": 8})
+    config = PruneConfig(model=Path("m"), tokens=Path("t"), output_dir=Path("o"), num_kv_heads=3)
+    assert wanted_shape(config, grouped).num_heads == 6
 
 
 def test_other_architectures_and_other_rows_are_refused(teacher: Path, stores: dict[str, Path], tmp_path: Path) -> None:
@@ -276,6 +304,23 @@ def test_other_architectures_and_other_rows_are_refused(teacher: Path, stores: d
     model_of(max_position_embeddings=31).save_pretrained(tmp_path / "short")
     with pytest.raises(UserError, match="reads at most 31 positions, the rows of tokens hold 32"):
         prune(config_of(tmp_path / "short", stores, tmp_path / "start"))
+
+
+def test_what_is_read_is_not_replaced_and_rows_are_of_the_tokenizer(
+    teacher: Path, stores: dict[str, Path], own_rows: dict[str, Path], tmp_path: Path
+) -> None:
+    places = [
+        (teacher, "model"),
+        (teacher.parent, "model"),
+        (own_rows["tokens"].parent, "tokens"),
+        (Path(), "the folder"),
+    ]
+    for output, holds in places:
+        with pytest.raises(UserError, match=f"output_dir .* is or holds {holds} .*; name a folder of its own"):
+            prune(config_of(teacher, own_rows, output, force=True))
+    assert (teacher / "config.json").is_file() and StoreReader(own_rows["tokens"]).num_rows
+    with pytest.raises(UserError, match=r"has a tokenizer with the digest .* rows made with the model's tokenizer"):
+        prune(config_of(teacher, stores, tmp_path / "start", check_tokenizer=True))
 
 
 def test_rows_are_spread_over_the_store(stores: dict[str, Path]) -> None:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from potstill.common.errors import UserError
-from potstill.storage import HELD, StoreReader, StoreWriter, held_mask, only_rows_field, seal_store
+from potstill.storage import HELD, SourceRows, StoreReader, StoreWriter, held_mask, only_rows_field, seal_store
 from potstill.student_train.config.train import TrainConfig
+from potstill.student_train.curriculum.plan import rows_digest
 from potstill.student_train.data.rows_read import rows_read, rows_to_dump
 from potstill.student_train.data.stores import build_plan, open_stores
 from potstill.student_train.run.preflight import check_run
@@ -92,12 +93,49 @@ def test_of_a_series_each_checkpoint_is_read_where_the_clock_stands(stores, tmp_
         assert read_of(workers.config_of(tree), stores, name) == sorted(read["early_teacher"] | read["teacher"])
 
 
+def test_of_several_sources_each_has_its_own(stores, tmp_path: Path) -> None:
+    """Row ids are those of the source's tokens store; only one source has the early teacher."""
+    tree = tree_of(stores, tmp_path / "run", curriculum=[
+        {"until": 3, "targets": "early", "mix": {"one": 2, "other": 1}, "off_kd": "ce"},
+        {"targets": "teacher", "mix": {"one": 1, "other": 3}},
+    ])  # fmt: skip
+    for key in ("tokens", "targets", "scores", "heldout", "heldout_targets"):
+        tree["data"].pop(key, None)
+    tree["data"]["sources"] = {
+        "one": {"tokens": str(stores["heldout"]), "targets": {"teacher": str(stores["heldout_teacher"])}},
+        "other": {
+            "tokens": str(stores["tokens"]),
+            "targets": {"early": str(stores["early_teacher"]), "teacher": str(stores["teacher"])},
+        },
+    }
+    config = workers.config_of(tree)
+    plan = build_plan(config, open_stores(config))
+    first, end = plan.source_bounds(1)
+    assert (first, end) == (11, 11 + NUM_ROWS)
+    early, late = (np.concatenate([plan.rows(step) for step in steps]) for steps in (range(3), range(3, STEPS)))
+    assert read_of(config, stores) == sorted({int(row) - first for row in early if row >= first})
+    assert read_of(config, stores, "teacher") == sorted({int(row) - first for row in late if row >= first})
+    own = rows_to_dump(config, output=str(stores["heldout_teacher"]), tokens=str(stores["heldout"]))
+    assert own.tolist() == sorted({int(row) for row in late if row < first}) and len(own)
+    few = only_of(stores, "heldout_teacher", tmp_path / "few", own[1:])
+    tree["data"]["sources"]["one"]["targets"]["teacher"] = str(few)
+    with pytest.raises(UserError, match=f"the run reads 1 rows that it lacks.*row {own[0]} was left out"):
+        check_run(workers.config_of(tree), world_size=1)
+
+
 def test_a_run_learns_the_same_from_them(stores, tmp_path: Path) -> None:
-    tree = tree_of(stores, tmp_path / "whole")
-    few = only_of(stores, "early_teacher", tmp_path / "some", read_of(workers.config_of(tree), stores))
-    for name, early in (("whole", None), ("few", few)):
-        run_ranks(workers.train_run, tree_of(stores, tmp_path / name, early=early), world=1)
-    assert steps_of(tmp_path / "whole") == steps_of(tmp_path / "few")
+    whole = workers.config_of(tree_of(stores, tmp_path / "run"))
+    few = only_of(stores, "early_teacher", tmp_path / "some", read_of(whole, stores))
+    tree = tree_of(stores, tmp_path / "run", early=few)
+    readers = [SourceRows(open_stores(config).sources) for config in (whole, workers.config_of(tree))]
+    plan = build_plan(whole, open_stores(whole))
+    for step in range(3):
+        (_, one), (_, two) = (reader.read(plan.rows(step), frozenset({"early"})) for reader in readers)
+        for row, same in zip(one["early"], two["early"], strict=True):
+            for name, values in row.targets.columns.items():
+                np.testing.assert_equal(same.targets.columns[name], values)
+    run_ranks(workers.train_run, tree, world=1)
+    assert steps_of(tmp_path / "run")[1] == [rows_digest(plan.rows(step)) for step in range(STEPS)]
 
 
 def test_a_run_that_reads_more_is_refused_before_it_starts(stores, tmp_path: Path) -> None:

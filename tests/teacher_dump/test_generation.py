@@ -12,7 +12,7 @@ import torch
 from potstill.common.errors import UserError
 from potstill.teacher_dump.rollouts.generation import Asked, Sampling, can_pad, continue_prompts
 
-VOCAB, STOPS = 64, frozenset({5, 6})
+VOCAB, POSITIONS, STOPS = 64, 18, frozenset({5, 6})
 SAMPLING = Sampling(vocab_size=VOCAB, temperature=0.7, top_p=0.9, seed=3)
 
 
@@ -23,7 +23,7 @@ def model(request: pytest.FixtureRequest, llama: Path) -> Any:
     if request.param == "llama":
         return AutoModelForCausalLM.from_pretrained(llama).eval()
     torch.manual_seed(0)
-    settings = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.3}
+    settings = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": POSITIONS, "initializer_range": 0.3}
     return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, bos_token_id=0, eos_token_id=0, **settings)).eval()
 
 
@@ -42,10 +42,11 @@ def run(model: Any, asked: list[Asked], *, batch: int = 64, padded: bool = True,
 
 def test_no_batch_changes_a_continuation(model: Any, asked: list[Asked]) -> None:
     whole = run(model, asked)
-    assert can_pad(model, vocab_size=VOCAB)
-    assert run(model, asked, batch=3) == run(model, asked, batch=5, padded=False) == whole
-    assert run(model, asked[::-1])[::-1] == whole
-    assert [run(model, [one])[0] for one in asked] == whole
+    for length in (2, POSITIONS):  # never more positions than a row has, which may be all that the model reads
+        assert can_pad(model, vocab_size=VOCAB, row_length=length) == (length > 2)
+    assert run(model, asked[::-1], batch=5, padded=False)[::-1] == run(model, asked, batch=7) == whole
+    # Alone: of each prompt one, greedy ones and samples.
+    assert [run(model, [one])[0] for one in asked[::5]] == whole[::5]
     assert run(model, asked, sampling=Sampling(vocab_size=VOCAB, seed=4)) != whole
 
 
