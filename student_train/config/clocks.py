@@ -20,6 +20,16 @@ from potstill.common.named_entries import NameIn
 
 Steps = Sequence[int]
 
+# Figures of evaluations of which more is better: by the others a clock would wait for a loss to rise.
+RISING_FIGURES = {
+    "accuracy": "share of the labels that are the most probable token",
+    "agreement": "share of positions with the teacher's most probable token (data.heldout_targets)",
+    "answer_accuracy": "share of the answers of which every token is right (masks)",
+    "answer_exact": "share of the written answers that are the reference (eval.answers)",
+    "answer_grade": "mean grade of the written answers (eval.answers.grader)",
+    "answer_pass_rate": "share of the written answers that pass (eval.answers.grader)",
+}
+
 
 def _number_by_step(clock: TargetsClock, teacher_steps: Steps, switched: Steps, step: int) -> int:
     """The store of the wanted teacher step, or of the next later one."""
@@ -99,7 +109,7 @@ class TargetsClock(StrictModel):
         default=None, gt=0, allow_inf_nan=False, description="step: teacher steps to one of the student (1)"
     )
     offset: int | None = Field(default=None, ge=0, description="step: teacher steps that are left out at first (0)")
-    figure: str | None = Field(
+    figure: Annotated[str, NameIn(RISING_FIGURES)] | None = Field(
         default=None, description="saturation: figure of the evaluations, of which more is better (accuracy)"
     )
     window: int | None = Field(default=None, ge=1, le=1000, description="saturation: evaluations of its mean (5)")

@@ -43,9 +43,9 @@ class GeneratedAnswers(StrictModel):
 
 
 class Rescoring(StrictModel):
-    """Scores of the current student, made before the first step and again each so many steps."""
+    """Scores of the current student, made where stages begin to read them and again each so many steps."""
 
-    every_steps: int = Field(ge=1, description="Score before step 0 and before each multiple of this")
+    every_steps: int = Field(ge=1, description="Score where stages begin to read, then before each multiple of this")
     name: str = Field(default="current", min_length=1, description="Name by which stages read the scores")
     rows: Literal["upcoming", "all"] = Field(
         default="upcoming",

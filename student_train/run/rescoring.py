@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,7 @@ Int64 = np.typing.NDArray[np.int64]
 
 @dataclass
 class RescoringDecider:
-    """Scores rows before step 0 and each `every_steps` steps, where a stage reads the scores up to the next time."""
+    """Scores rows where stages begin to read the scores, and before each multiple of `every_steps` while they do."""
 
     config: TrainConfig
     options: Rescoring
@@ -53,26 +54,37 @@ class RescoringDecider:
         """The step before which it scored last."""
         return None if self.scores is None else self.scores.step
 
+    @cached_property
+    def _stretches(self) -> list[tuple[int, int]]:
+        """First step and end of each run of stages that read the scores."""
+        found: list[tuple[int, int]] = []
+        for first, end, stage in self.spans:
+            if not self.options.is_read_by(stage):
+                continue
+            if found and found[-1][1] == first:
+                first = found.pop()[0]
+            found.append((first, end))
+        return found
+
     def next_step(self, step: int) -> int | None:
         """The first step from `step` on before which rows are scored; None where no stage reads them any more.
 
-        Also where a run that was made longer comes to the end of the steps that its rows were scored for.
+        That is where stages begin to read them (the student of before knew less), and each multiple of every_steps from
+        there on; also where a run that was made longer comes to the end of the steps that its rows were scored for.
         """
         every = self.options.every_steps
-        steps = range(-(-step // every) * every, self.spans[-1][1], every)
-        found = next((number for number in steps if self._reading(number)), None)
+        due = (first if step <= first else -(-step // every) * every for first, end in self._stretches if step < end)
+        ends = (end for _, end in self._stretches if step < end)
+        found = next((number for number, end in zip(due, ends, strict=True) if number < end), None)
         if self.scored_until is None or step > self.scored_until or not self._reading(self.scored_until):
             return found
         return self.scored_until if found is None else min(found, self.scored_until)
 
-    def _reading(self, step: int) -> list[int]:
-        """The steps from `step` up to the next scoring in which a stage reads the scores."""
-        found: list[int] = []
+    def _reading(self, step: int) -> range:
+        """The steps from `step` up to the next scoring, where a stage reads the scores at `step`; else none."""
         following = (step // self.options.every_steps + 1) * self.options.every_steps
-        for first, end, stage in self.spans:
-            if self.options.is_read_by(stage):
-                found += range(max(first, step), min(end, following))
-        return found
+        end = next((end for first, end in self._stretches if first <= step < end), step)
+        return range(step, min(end, following))
 
     def decide(self, at: DecisionPoint) -> dict[str, Any]:
         """Score the rows; figures are means over documents and rows (a collective call)."""
@@ -86,10 +98,16 @@ class RescoringDecider:
         seconds = time.monotonic() - started
         figures = figures_of(self.scores, self.options)
         if run.topology.is_main:
-            told = ", ".join(f"{name} {figures['means'][name]:.4g}" for name in self._told())
             log.info(
                 "step %d/%d scored %s rows (%s documents) by the student in %.1f s: %s",
-                *(at.step, run.plan.total_steps, f"{len(rows):,}", f"{figures['documents']:,}", seconds, told),
+                *(
+                    at.step,
+                    run.plan.total_steps,
+                    f"{len(rows):,}",
+                    f"{figures['documents']:,}",
+                    seconds,
+                    means_told(figures),
+                ),
             )
         return {**figures, "seconds": seconds}
 
@@ -104,19 +122,18 @@ class RescoringDecider:
             values = self.scores.values(weights.of, weights.column)
             if weights.weigh(values).any():
                 continue
+            of_kd = weights.applies_to == "kd"
+            lost = f"there is no KD up to step {steps[-1] + 1}" if of_kd else "there is nothing to train on"
             found = (
-                f"rescoring before step {step}: all that was scored weighs 0, so there is nothing to train on: "
-                f"{weights.describe()}, which is {values.max(initial=0.0):.4g} at most"
+                f"rescoring before step {step}: all that was scored weighs 0, so {lost}: {weights.describe()}, "
+                f"which is {values.max(initial=0.0):.4g} at most"
             )
-            if is_first:
+            if is_first and not of_kd:
                 raise UserError(
                     f"{found}; let a stage without weights come first, so that the student can do some of it, or take "
                     "another form, or a column that is never 0 (answer_probability)"
                 )
             log.warning("%s", found)
-
-    def _told(self) -> list[str]:
-        return ["loss", "accuracy", "exact", *([PASS_RATE] if self.options.measure == "generated" else [])]
 
     def rows_to_score(self, plan: CurriculumPlan, step: int) -> Int64:
         """Ids over all sources, ascending, of the rows to score before `step`."""
@@ -197,6 +214,13 @@ def figures_of(scores: LiveScores, options: Rescoring) -> dict[str, Any]:
     }
 
 
+def means_told(figures: Mapping[str, Any]) -> str:
+    """The means of a line of metrics for the console; rows may hold no document with a trained position at all."""
+    means = figures["means"]
+    told = [f"{name} {means[name]:.4g}" for name in ("loss", "accuracy", "exact", PASS_RATE) if name in means]
+    return ", ".join(told) or "none of them has a trained position"
+
+
 def rescoring_decider(config: TrainConfig, checked: CheckedRun) -> RescoringDecider | None:
     """The decider of a run, None where it does not rescore."""
     if config.rescoring is None:
@@ -231,10 +255,15 @@ def saved_scores(config: TrainConfig, checkpoints: Sequence[Checkpoint], step: i
     """The scores that a step of a run was trained by, from one of its checkpoints; None where none holds them."""
     if config.rescoring is None:
         return None
+    every, found = config.rescoring.every_steps, None
     for checkpoint in checkpoints:
         saved = checkpoint.manifest.get("decisions", {}).get("rescoring", {"step": None})
-        if saved["step"] is None or not saved["step"] <= step < saved["step"] + config.rescoring.every_steps:
+        if saved["step"] is None or not saved["step"] <= step < (saved["step"] // every + 1) * every:
             continue
-        path = checkpoint.folder / saved["file"]
-        return LiveScores.read(path, name=config.rescoring.name, step=saved["step"], sha256=saved["sha256"])
-    return None
+        if found is None or saved["step"] > found[1]["step"]:
+            found = checkpoint.folder, saved
+    if found is None or (found[1]["until"] is not None and step >= found[1]["until"]):
+        return None
+    folder, saved = found
+    name = config.rescoring.name
+    return LiveScores.read(folder / saved["file"], name=name, step=saved["step"], sha256=saved["sha256"])

@@ -87,7 +87,8 @@ class SaturationSwitch:
             numbers = sorted(key for key, found in (at.heldout or {}).items() if isinstance(found, float))
             raise UserError(
                 f"curriculum.{span.index}.targets_clock.figure is {name!r}; the evaluation before step {at.step} has "
-                f"the figures {numbers}; name one of them of which more is better"
+                f"the figures {numbers}; name one that it has, or give the evaluation what this one needs (masks, "
+                "data.heldout_targets, eval.answers)"
             )
         before = self._clock(span.index).store(within)
         if not watched.takes_next(clock, within, value):

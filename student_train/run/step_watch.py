@@ -168,6 +168,8 @@ class StepWatch:
 
     def _check_spike(self, step: int, loss: float) -> None:
         """Warn of a loss far above the window, or stop. Raises LossSpikeError with step, rows and figures."""
+        if loss == 0.0 and self._base.plan.weighs_by_scores(step):
+            return  # nothing of its batch weighed anything (loop.agree): the next loss would be a spike beside zeros
         config, window = self._base.config, self._base.state.spikes
         stage = self._base.plan.segment(step).span.index
         spike = window.judge(loss, stage=stage, window=config.spike_window, sigma=config.spike_sigma)

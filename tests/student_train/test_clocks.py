@@ -19,6 +19,7 @@ from potstill.student_train.run.preflight import check_start
 from potstill.student_train.run.saturation import Watched
 from tests.dist_harness import run_ranks
 from tests.student_train import tiny, workers
+from tests.student_train.test_resume import cut_back
 
 SERIES = {"t0": 100, "t1": 300, "t2": 900}
 
@@ -80,6 +81,7 @@ def test_parts_say_when_each_store_begins_and_stores_stand_in_the_order_of_their
         ({"stores": {"t0": 5, "no": 6}, "refresh": 4}, ("curriculum.0.targets_clock names 'no'", "data.targets has")),
         ({"prefix": "ckpt", "refresh": 4}, ("curriculum.0.targets_clock.prefix is 'ckpt'", "ckpt1000")),
         ({"stores": {"t0": 5}, "switch_on": "saturation"}, ("eval.every_steps",)),
+        ({"stores": {"t0": 5}, "switch_on": "saturation", "figure": "heldout_loss"}, ("'accuracy', ", "figure")),
         ({"stores": {"t0": 5}, "switch_on": "lunar"}, ("'step' or 'saturation'",)),
     ],
 )
@@ -114,25 +116,40 @@ def test_names_of_a_prefix_carry_their_steps(stores, tmp_path: Path) -> None:
     assert (clock.stores, clock.teacher_steps) == (("t0", "t1"), (0, 1))
 
 
-def test_a_run_learns_from_the_store_of_its_step_as_stages_would_let_it(stores, tmp_path: Path) -> None:
+OPTIONS: dict[str, Any] = {
+    "eval": {"every_steps": 2},
+    "logging": {"every_steps": 1},
+    "schedule": {"kind": "constant"},
+    "checkpoint": {"every_steps": 2, "keep_last": 9},
+    "objective": {"alpha": 1.0},
+}
+BY_STEP = {"stores": {"t0": 4, "t1": 9}, "refresh": 4}
+ON_SATURATION = {"stores": {"t0": 3, "t1": 9}, "switch_on": "saturation", "max_steps": 4}
+
+
+def losses_of(run: Path) -> list[float]:
+    return [loss for record in read_metrics(run) if record["kind"] == "train" for loss in record["step_losses"]]
+
+
+@pytest.fixture(scope="module")
+def as_stages(stores, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Losses of 8 steps, of two stages of 4 with a store each: what a clock that moves on at step 4 must come to."""
+    run = tmp_path_factory.mktemp("stages") / "run"
+    tree = tree_of(stores, run, BY_STEP, **OPTIONS)
+    tree["curriculum"] = [{"until": 4, "targets": "t0"}, {"targets": "t1"}]
+    run_ranks(workers.train_run, tree, world=1)
+    return losses_of(run)
+
+
+def test_a_run_learns_from_the_store_of_its_step_as_stages_would_let_it(stores, as_stages, tmp_path: Path) -> None:
     """One stage with a clock trains bit for bit as two stages with the stores, also when it is stopped and resumed."""
-    clock = {"stores": {"t0": 3, "t1": 9}, "refresh": 3}
-    losses = {}
-    for name in ("clock", "stages", "resumed"):
-        tree = tree_of(stores, tmp_path / name, clock, logging={"every_steps": 1}, checkpoint={"every_steps": 2})
-        tree["objective"] = {"alpha": 1.0}
-        if name == "stages":
-            tree["curriculum"] = [{"until": 3, "targets": "t0"}, {"targets": "t1"}]
-        if name == "resumed":
-            short = {**tree, "run": {**tree["run"], "max_steps": 2}}
-            run_ranks(workers.train_run, short, world=1)
-        run_ranks(workers.train_run, tree, world=2 if name == "resumed" else 1)
-        records = [record for record in read_metrics(tmp_path / name) if record["kind"] == "train"]
-        losses[name] = [loss for record in records for loss in record["step_losses"]]
-    assert losses["clock"] == losses["stages"] and len(losses["clock"]) == 8
-    assert losses["resumed"] == pytest.approx(losses["clock"], rel=1e-5)
-    plan = json.loads((tmp_path / "clock" / "plan.json").read_text())
-    assert plan[0]["targets_clock"] == [[0, "t0", 3], [3, "t1", 9]] and plan[0]["targets"] is None
+    run_ranks(workers.train_run, tree_of(stores, tmp_path / "run", BY_STEP, **OPTIONS), world=1)
+    assert losses_of(tmp_path / "run") == as_stages and len(as_stages) == 8
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert plan[0]["targets_clock"] == [[0, "t0", 4], [4, "t1", 9]] and plan[0]["targets"] is None
+    resumed = cut_back(tmp_path / "run", tmp_path / "resumed", 2)
+    run_ranks(workers.train_run, tree_of(stores, resumed, BY_STEP, **OPTIONS), world=2)
+    assert losses_of(resumed) == pytest.approx(as_stages, rel=1e-5)
 
 
 def test_a_dry_run_says_which_store_when_and_reads_only_those(stores, tmp_path: Path) -> None:
@@ -207,21 +224,15 @@ def test_a_store_is_left_after_most_steps_at_the_latest() -> None:
     assert [step for step in range(10, 130, 10) if watched.takes_next(clock, step, 0.5)] == [40, 80, 120]
 
 
-def test_a_run_moves_on_by_its_evaluations_and_a_resumed_one_alike(stores, tmp_path: Path) -> None:
+def test_a_run_moves_on_by_its_evaluations_and_a_resumed_one_alike(stores, as_stages, tmp_path: Path) -> None:
     """Stopped where it moves on, which is decided after the run was made longer, and behind that."""
-    clock = {"stores": {"t0": 3, "t1": 9}, "switch_on": "saturation", "max_steps": 4}
-    options = {"eval": {"every_steps": 2}, "logging": {"every_steps": 1}, "schedule": {"kind": "constant"}}
-    seen = {}
-    for name, parts in {"whole": (8,), "at": (4, 8), "behind": (6, 8)}.items():
-        for steps in parts:
-            tree = tree_of(stores, tmp_path / name, clock, **options, run={"max_steps": steps})
-            run_ranks(workers.train_run, tree, world=2)
-        records = read_metrics(tmp_path / name)
-        seen[name] = [record["step_losses"] for record in records if record["kind"] == "train"]
-        [switch] = [record for record in records if record["kind"] == "targets_clock"]
+    run = tmp_path / "run"
+    for steps in (4, 8):
+        tree = tree_of(stores, run, ON_SATURATION, **OPTIONS, run={"max_steps": steps})
+        run_ranks(workers.train_run, tree, world=1)
+    behind = cut_back(run, tmp_path / "behind", 6)
+    run_ranks(workers.train_run, tree_of(stores, behind, ON_SATURATION, **OPTIONS), world=1)
+    for folder in (run, behind):
+        assert losses_of(folder) == as_stages
+        [switch] = [record for record in read_metrics(folder) if record["kind"] == "targets_clock"]
         assert (switch["step"], switch["from"], switch["to"]) == (4, "t0", "t1")
-    assert seen["whole"] == seen["at"] == seen["behind"]
-    as_stages = tree_of(stores, tmp_path / "stages", {"stores": {"t0": 4, "t1": 9}, "refresh": 4}, **options)
-    run_ranks(workers.train_run, as_stages, world=2)
-    records = [record for record in read_metrics(tmp_path / "stages") if record["kind"] == "train"]
-    assert [record["step_losses"] for record in records] == seen["whole"]

@@ -1,4 +1,4 @@
-"""All that a run decides on its way in one run: scores by the student, the clock of stores, restarts, several sources."""
+"""What a run decides on its way, all in one run: scores by the student, a clock of stores, restarts, two sources."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from potstill.student_train.run import deciders
 from potstill.student_train.run.preflight import check_run
 from tests.dist_harness import run_ranks
 from tests.student_train import tiny, workers
-from tests.student_train.test_rescoring import BY_ANSWER, BY_LOSS, cut_back, masked, told
+from tests.student_train.test_rescoring import BY_ANSWER, BY_LOSS, masked, told
+from tests.student_train.test_resume import cut_back
 
 __all__ = ["masked"]  # a fixture
 STEPS, EVERY = 12, 4
@@ -26,7 +27,7 @@ def tree_of(stores: dict[str, Path], masked: dict[str, Path], output: Path) -> d
         stores,
         output,
         run={"max_steps": STEPS},
-        checkpoint={"every_steps": 2, "keep_last": 9},
+        checkpoint={"every_steps": 1, "keep_last": STEPS},
         eval={"every_steps": 2},
         rescoring={"every_steps": EVERY, "rows": "all", "batch_rows": 5},
         schedule={"kind": "cosine", "span": "stages", "warmup": 0},
@@ -53,12 +54,12 @@ def tree_of(stores: dict[str, Path], masked: dict[str, Path], output: Path) -> d
 
 
 def test_a_run_of_all_decisions_resumes_at_any_number_of_ranks(stores, masked, tmp_path: Path) -> None:
-    """On two ranks right behind the change of stores, and on one rank where scores, stage and optimizer begin."""
+    """On two ranks before anything is decided, and on one rank where scores, stage and optimizer begin."""
     whole = tmp_path / "whole"
     run_ranks(workers.train_run, tree_of(stores, masked, whole), world=1)
     losses, digests, scored = told(whole)
     assert len(losses) == STEPS and [line["step"] for line in scored] == [4, 8]
-    for step, world in ((2, 2), (8, 1)):
+    for step, world in ((1, 2), (8, 1)):
         run = cut_back(whole, tmp_path / str(step), step)
         run_ranks(workers.train_run, tree_of(stores, masked, run), world=world)
         again, rows, lines = told(run)
@@ -75,5 +76,5 @@ def test_a_decision_that_nobody_makes_stops_the_run(
     checked = check_run(config, world_size=1)
     assert {decider.name for decider in deciders.build_deciders(config, checked)} == {"rescoring", "targets_clock"}
     monkeypatch.delitem(deciders.DECIDERS, left_out)
-    with pytest.raises(RuntimeError, match=rf"need the decisions \['rescoring', 'targets_clock'\].*defect"):
+    with pytest.raises(RuntimeError, match=r"need the decisions \['rescoring', 'targets_clock'\].*defect"):
         deciders.build_deciders(config, checked)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import shutil
 from copy import deepcopy
 from dataclasses import replace
 from itertools import pairwise
@@ -26,17 +25,18 @@ from potstill.student_train.evaluation.row_figures import curriculum_step
 from potstill.student_train.evaluation.written_answers import answer_writing, answers_of
 from potstill.student_train.model.hf_config import hf_config
 from potstill.student_train.model.student import StudentModel, build_student
-from potstill.student_train.run.checkpoint import checkpoint_folder, list_checkpoints, remove_checkpoint
+from potstill.student_train.run.checkpoint import checkpoint_folder, list_checkpoints
 from potstill.student_train.run.dry_run import dry_run
 from potstill.student_train.run.engine import Topology
 from potstill.student_train.run.live_scoring import RowScorer
 from potstill.student_train.run.metrics import read_metrics
 from potstill.student_train.run.preflight import check_run, check_start
-from potstill.student_train.run.rescoring import FILE, rescoring_decider
+from potstill.student_train.run.rescoring import FILE, figures_of, means_told, rescoring_decider, saved_scores
 from tests.dist_harness import run_ranks
 from tests.student_train import tiny, workers
 from tests.student_train.test_answers import answers as answers  # fixtures
 from tests.student_train.test_answers import student as student
+from tests.student_train.test_resume import cut_back
 
 CPU = torch.device("cpu")
 STEPS, EVERY, NUM_ROWS = 12, 4, 24
@@ -135,25 +135,11 @@ def test_rows_are_ranked_by_the_scores_of_their_step(masked, whole: Path, tmp_pa
     assert pools[0].tolist() != list(range(NUM_ROWS // 2)), "the order before the first scoring"
 
 
-def cut_back(run: Path, to: Path, step: int) -> Path:
-    """A copy of a run as it was left right behind the checkpoint of `step`."""
-    shutil.copytree(run, to)
-    for checkpoint in list_checkpoints(to):
-        if checkpoint.step > step:
-            remove_checkpoint(checkpoint.folder)
-    return to
-
-
-@pytest.mark.parametrize(("step", "world"), [(6, 1), (8, 2)])
-def test_a_resumed_run_trains_as_if_not_stopped(masked, whole: Path, tmp_path: Path, step: int, world: int) -> None:
-    """Between two scorings with the saved scores, and behind the last one on other ranks."""
-    run = cut_back(whole, tmp_path / "run", step)
-    run_ranks(workers.train_run, tree_of(masked, run), world=world)
-    losses, digests, lines = told(run)
-    wanted_losses, wanted_digests, wanted_lines = told(whole)
-    assert digests == wanted_digests
-    assert losses == (wanted_losses if world == 1 else pytest.approx(wanted_losses, rel=1e-5))
-    assert lines == wanted_lines
+def test_a_resumed_run_trains_as_if_not_stopped(masked, whole: Path, tmp_path: Path) -> None:
+    """Between two scorings with the saved scores; on other ranks: test_decided_together.py."""
+    run = cut_back(whole, tmp_path / "run", 6)
+    run_ranks(workers.train_run, tree_of(masked, run), world=1)
+    assert told(run) == told(whole)
 
 
 def test_two_ranks_under_zero_3_score_and_draw_as_one_does(masked, tmp_path: Path) -> None:
@@ -163,6 +149,7 @@ def test_two_ranks_under_zero_3_score_and_draw_as_one_does(masked, tmp_path: Pat
         "curriculum": [{"targets": "teacher", "weights": BY_PASS_RATE}],
         "run": {"max_steps": 5},
         "zero_stage": 3,
+        "spike_policy": "warn",
         # Every weight is cut over the ranks, as it is in a model of real size: whoever has no batch must gather too.
         "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
     }
@@ -178,6 +165,9 @@ def test_two_ranks_under_zero_3_score_and_draw_as_one_does(masked, tmp_path: Pat
     assert 0 < one[2][0]["means"]["pass_rate"] < 0.5
     empty = sum(loss == 0 for loss in one[0])
     assert 0 < empty < 5
+    [*_, last] = list_checkpoints(tmp_path / "2")
+    judged = [loss for loss in two[0] if loss]
+    assert last.manifest["loop"]["recent_losses"] == judged, "beside zeros every other loss would be a spike"
     records = [record for record in read_metrics(tmp_path / "2") if record["kind"] == "train"]
     assert sum(record.get("empty_steps", 0) for record in records) == empty
 
@@ -269,6 +259,15 @@ def test_statistics_of_rows_are_means_over_their_positions_and_documents(student
         scores.of_rows([2, 0])
 
 
+def test_rows_without_a_trained_position_have_no_means(whole: Path) -> None:
+    scores = scores_at(whole, 8)
+    options = Rescoring(every_steps=1)
+    assert means_told(figures_of(scores, options)).startswith("loss ")
+    nothing = figures_of(replace(scores, count=np.zeros_like(scores.count)), options)
+    assert (nothing["documents"], nothing["means"]) == (0, {})
+    assert means_told(nothing) == "none of them has a trained position"
+
+
 def test_a_damaged_or_missing_file_of_scores_is_told(whole: Path, tmp_path: Path) -> None:
     path = checkpoint_folder(whole, 8) / FILE
     scores = scores_at(whole, 8)
@@ -343,6 +342,24 @@ def test_a_run_that_was_made_longer_scores_the_rows_that_come(masked, whole: Pat
     assert decider.rows_to_score(checked.plan, 6).tolist() == wanted.tolist()
 
 
+def test_rows_are_scored_where_a_stage_begins_to_read_them(masked, whole: Path, tmp_path: Path) -> None:
+    """Not by the student of the multiple before, who knew nothing of what the stage before taught it."""
+    stages = [{"until": 2}, {"until": 5, "weights": BY_ANSWER}, {"until": 7}, {"weights": BY_ANSWER}]
+    config = workers.config_of(tree_of(masked, tmp_path / "run", curriculum=stages, rescoring={"rows": "upcoming"}))
+    checked = check_run(config, world_size=1)
+    decider = rescoring_decider(config, checked)
+    assert decider is not None
+    assert [decider.next_step(step) for step in range(12)] == [2, 2, 2, 4, 4, 7, 7, 7, 8, None, None, None]
+    counts = {2: 8, 4: 4, 7: 4, 8: 16}
+    assert {step: len(decider.rows_to_score(checked.plan, step)) for step in counts} == counts
+    taken = [found for found in list_checkpoints(whole) if found.step in (4, 6)]
+    first, second = (found.manifest["decisions"]["rescoring"] for found in taken)
+    first |= {"step": 4, "until": 5}
+    second |= {"step": 7, "until": 8}
+    found = [saved_scores(config, taken, step) for step in range(3, 9)]
+    assert [None if scores is None else scores.step for scores in found] == [None, 4, None, None, 7, None]
+
+
 def test_a_beginning_from_which_nothing_follows_is_refused(masked, whole: Path, tmp_path: Path, caplog) -> None:
     options = {"curriculum": [{"targets": "teacher", "weights": {**BY_ANSWER, "column": "exact"}}]}
     config = workers.config_of(tree_of(masked, tmp_path / "run", **options))
@@ -353,7 +370,15 @@ def test_a_beginning_from_which_nothing_follows_is_refused(masked, whole: Path, 
     with pytest.raises(UserError, match=r"all that was scored weighs 0, .* is 0 at most; let a stage without weights"):
         decider._check_weights(0, is_first=True)
     decider._check_weights(4, is_first=False)
-    assert "rescoring before step 4: all that was scored weighs 0" in caplog.text
+    assert "rescoring before step 4: all that was scored weighs 0, so there is nothing to train on" in caplog.text
+    # Weights of KD alone leave the labels.
+    options["curriculum"][0]["weights"]["applies_to"] = "kd"
+    config = workers.config_of(tree_of(masked, tmp_path / "run", **options))
+    of_kd = rescoring_decider(config, check_run(config, world_size=1))
+    assert of_kd is not None
+    of_kd.scores = decider.scores
+    of_kd._check_weights(0, is_first=True)
+    assert "rescoring before step 0: all that was scored weighs 0, so there is no KD up to step 4" in caplog.text
 
 
 def test_another_rescoring_is_another_run(masked, whole: Path) -> None:

@@ -1,4 +1,4 @@
-"""A stage with restart_optimizer goes on as with an optimizer just made, under each ZeRO stage and after a resume."""
+"""A stage with restart_optimizer trains as with an optimizer just made, under each ZeRO stage and after a resume."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 
 from potstill.common.errors import ConfigError
-from potstill.student_train.run.checkpoint import checkpoint_folder
 from potstill.student_train.run.dry_run import dry_run
 from potstill.student_train.run.dry_run_text import format_dry_run
 from potstill.student_train.run.preflight import check_start
 from tests.dist_harness import run_ranks
 from tests.student_train import tiny, workers
-from tests.student_train.test_resume import steps_of
+from tests.student_train.test_resume import cut_back, steps_of
 
 BOUNDARY, STEPS = 3, 6
 
@@ -32,27 +31,42 @@ def tree_of(stores: dict[str, Path], output: Path, *, restarts: bool = True, **c
     return tiny.config_tree(stores, output, curriculum=stages, **{**fixed, **changes})
 
 
+def changes_of(kind: str, zero: int) -> dict[str, Any]:
+    return {"optimizer": {"lr": 3e-3, "kind": kind}, "zero_stage": zero}
+
+
+@pytest.fixture(scope="module")
+def set_back(stores, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with Muon and AdamW beside it that restarts its optimizer at the bound."""
+    run = tmp_path_factory.mktemp("restart") / "set_back"
+    run_ranks(workers.train_run, tree_of(stores, run, **changes_of("muon", 0)), world=1)
+    return run
+
+
 @pytest.mark.parametrize(("kind", "zero"), [("muon", 0), ("adamw", 3)])
-def test_it_takes_the_steps_of_an_optimizer_just_made(stores, tmp_path: Path, kind: str, zero: int) -> None:
-    changes: dict[str, Any] = {"optimizer": {"lr": 3e-3, "kind": kind}, "zero_stage": zero}
-    run_ranks(workers.train_run, tree_of(stores, tmp_path / "set_back", **changes), world=1)
-    run_ranks(workers.train_with_new_state, tree_of(stores, tmp_path / "new", **changes), world=1)
-    assert steps_of(tmp_path / "set_back") == steps_of(tmp_path / "new")
+def test_it_takes_the_steps_of_an_optimizer_just_made(
+    stores, set_back: Path, tmp_path: Path, kind: str, zero: int
+) -> None:
+    run = set_back
+    if kind != "muon":
+        run = tmp_path / "set_back"
+        run_ranks(workers.train_run, tree_of(stores, run, **changes_of(kind, zero)), world=1)
+    run_ranks(workers.train_with_new_state, tree_of(stores, tmp_path / "new", **changes_of(kind, zero)), world=1)
+    assert steps_of(run) == steps_of(tmp_path / "new")
 
 
-def test_it_is_exact_on_resume_at_the_bound_and_changes_what_follows_alone(stores, tmp_path: Path) -> None:
-    run_ranks(workers.train_run, tree_of(stores, tmp_path / "whole", zero_stage=1), world=1)
-    run_ranks(workers.train_run, tree_of(stores, tmp_path / "kept", zero_stage=1, restarts=False), world=1)
-    (losses, rows), (kept, kept_rows) = steps_of(tmp_path / "whole"), steps_of(tmp_path / "kept")
-    # The loss of the first step after the bound is that of the weights before it.
-    assert rows == kept_rows and losses[: BOUNDARY + 1] == kept[: BOUNDARY + 1]
-    assert losses[BOUNDARY + 1] != kept[BOUNDARY + 1]
-    saved = checkpoint_folder(tmp_path / "whole", BOUNDARY)
-    tree = tree_of(
-        stores, tmp_path / "resumed", zero_stage=1, checkpoint={"every_steps": BOUNDARY, "resume": str(saved)}
-    )
-    run_ranks(workers.train_run, tree, world=1)
-    assert steps_of(tmp_path / "resumed") == (losses[BOUNDARY:], rows[BOUNDARY:])
+@pytest.mark.parametrize("restarts", [True, False])
+def test_it_is_exact_on_resume_at_the_bound_and_changes_what_follows_alone(
+    stores, set_back: Path, tmp_path: Path, restarts: bool
+) -> None:
+    run = cut_back(set_back, tmp_path / "resumed", BOUNDARY)
+    run_ranks(workers.train_run, tree_of(stores, run, restarts=restarts, **changes_of("muon", 0)), world=1)
+    (losses, rows), (found, found_rows) = steps_of(set_back), steps_of(run)
+    assert found_rows == rows
+    if restarts:
+        assert found == losses
+    else:  # the loss of the first step after the bound is that of the weights before it
+        assert found[: BOUNDARY + 1] == losses[: BOUNDARY + 1] and found[BOUNDARY + 1] != losses[BOUNDARY + 1]
 
 
 def test_a_dry_run_says_where(stores, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from potstill.student_train.run.checkpoint import MANIFEST, checkpoints_folder, list_checkpoints
+from potstill.student_train.run.checkpoint import MANIFEST, checkpoints_folder, list_checkpoints, remove_checkpoint
 from potstill.student_train.run.metrics import read_metrics
 from tests.dist_harness import Ranks, run_ranks
 from tests.student_train import tiny, workers
@@ -39,6 +39,15 @@ def steps_of(run: Path) -> tuple[list[float], list[str]]:
         [loss for record in records for loss in record["step_losses"]],
         [digest for record in records for digest in record["row_digests"]],
     )
+
+
+def cut_back(run: Path, to: Path, step: int) -> Path:
+    """A copy of a run as it was left right behind the checkpoint of `step`."""
+    shutil.copytree(run, to)
+    for checkpoint in list_checkpoints(to):
+        if checkpoint.step > step:
+            remove_checkpoint(checkpoint.folder)
+    return to
 
 
 def kill_after(tree: dict[str, Any], run: Path, *, step: int, world: int) -> int:
