@@ -26,7 +26,7 @@ from typing import Any
 
 from benchmarks.claims.base import Arm, Bench, Claim, Finding, Outcome, Plot
 from benchmarks.claims.ends import ends_table
-from benchmarks.claims.paired import compare
+from benchmarks.claims.paired import compare, steady
 from benchmarks.claims.runs import Runs
 from benchmarks.claims.text import NEEDS, SELECTION, WSD, Shape, Text
 from potstill.common.jobs import Job
@@ -98,6 +98,7 @@ def judge(bench: Bench, runs: Runs) -> Outcome:
         _wider("the wide student gains more than the narrow one", gains["_wide"], gains["_narrow"]),
         _wider("the wide student gains more than the middle one", gains["_wide"], gains[""], rule=False),
         _wider("the middle student gains more than the narrow one", gains[""], gains["_narrow"], rule=False),
+        steady("labels", ends["labels"], rule=True),
         *(compare(text, ends[better], ends[worse], rule=False) for text, better, worse in BESIDE),
     )
     baselines = {

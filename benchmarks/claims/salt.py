@@ -29,7 +29,7 @@ import numpy as np
 
 from benchmarks.claims.base import Arm, Bench, Claim, Outcome, Plot, Table
 from benchmarks.claims.ends import ends_table
-from benchmarks.claims.paired import compare, mean_and_sd
+from benchmarks.claims.paired import compare, mean_and_sd, steady
 from benchmarks.claims.runs import Runs
 from benchmarks.claims.text import NEEDS, Model, Shape, Text
 from potstill.common.jobs import Job
@@ -138,6 +138,7 @@ def judge(bench: Bench, runs: Runs) -> Outcome:
             taught["hard"],
             lower_is_better=False,
         ),
+        steady("labels", ends["labels"], rule=True),
         *(compare(text, ends[better], ends[worse], rule=False) for text, better, worse in BESIDE),
     )
     shown = ("labels", "salt_17", "salt_34", "kd")
