@@ -63,6 +63,19 @@ def count(text: str, holds: Sequence[bool], at_least: int, *, rule: bool = True)
     )
 
 
+def steady(arm: str, values: Sequence[float], at_most: float = 0.03, *, rule: bool = False) -> Finding:
+    """Whether an arm's figures, in nats, spread over the seeds by no more than this standard deviation."""
+    spread = Spread.of(values).sd
+    return Finding(
+        text=f"{arm} spread over the seeds by at most {at_most:g} nats (standard deviation)",
+        passed=spread <= at_most,
+        effect=spread,
+        unit="nats",
+        values=tuple(values),
+        rule=rule,
+    )
+
+
 def most(seeds: int) -> int:
     """Four of five seeds, and as large a share of another number, rounded up."""
     return math.ceil(0.8 * seeds)

@@ -7,7 +7,7 @@ from importlib import import_module
 from benchmarks.claims.base import Claim
 from potstill.common.errors import UserError
 
-CLAIMS: tuple[str, ...] = ("salt", "pd", "pruned")
+CLAIMS: tuple[str, ...] = ("salt", "pd", "selector", "targets", "pruned")
 
 
 def find_claim(name: str) -> Claim:

@@ -83,7 +83,7 @@ SIZES: dict[str, TextSize] = {
     "cpu": TextSize(
         student_every=4,
         teacher_every=1,
-        heldout_every=11,
+        heldout_every=22,
         vocab_size=1024,
         row_length=128,
         student=Model(shape=Shape(64, 3), steps=500, batch_rows=8, lr=6e-3),

@@ -14,7 +14,7 @@ import pytest
 from benchmarks.claims import report
 from benchmarks.claims.__main__ import main, parse_seeds
 from benchmarks.claims.base import Arm, Bench, Claim, Finding, Outcome, Plot, Table
-from benchmarks.claims.paired import cohens_d, compare, count, most
+from benchmarks.claims.paired import cohens_d, compare, count, most, steady
 from benchmarks.claims.runs import Run, Runs, source_digest, value_of
 from benchmarks.claims.svg import draw, mean_curve, ticks
 from benchmarks.claims.table import CLAIMS, find_claim, head
@@ -60,6 +60,8 @@ def test_a_margin_and_at_least_as_good() -> None:
 def test_seeds_are_counted() -> None:
     assert count("reaches", [True, True, True, True, False], 4).passed
     assert not count("reaches", [True, True, True, False, False], 4).passed
+    assert not steady("labels", [3.0, 3.1]).passed
+    assert steady("labels", [3.0, 3.02]).effect == pytest.approx(0.02 / math.sqrt(2))
     assert [most(number) for number in (2, 3, 5, 10)] == [2, 3, 4, 8]
     assert cohens_d([1.0]) is None
     assert cohens_d([1.0, 1.0]) is None
