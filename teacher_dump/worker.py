@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from potstill.common.errors import UserError
 from potstill.common.progress import Progress, format_seconds
-from potstill.storage import KBound, RunSpec, StoreReader, StoreWriter, seal_store
+from potstill.storage import CommitRecord, KBound, RunSpec, StoreReader, StoreWriter, seal_store
 from potstill.teacher_dump.batches import TeacherBatch, apart_batch, packed_batch
 from potstill.teacher_dump.config import TeacherConfig, WalkConfig
 from potstill.teacher_dump.identity import check_fits, computing_dtype, describe, load_config, members
@@ -237,7 +237,7 @@ def _walk(
             refused_allowed=_refused_allowed(config, writer, left_out),
             left_out=left_out,
             on_rows=on_rows,
-            on_unit=partial(_warn_of_k, job, writer),
+            on_unit=partial(_warn_of_k, job, writer, left_out),
             stop_reason=stop_reason,
             beside=beside,
         )
@@ -250,18 +250,24 @@ def _walk(
     return totals
 
 
-def _warn_of_k(job: Job, writer: StoreWriter, unit: int, totals: WalkTotals) -> None:
+def _warn_of_k(job: Job, writer: StoreWriter, left_out: LeftOut | None, unit: int, totals: WalkTotals) -> None:
     """Say it with the first unit, when a change costs minutes and not days."""
     if totals.units != 1:
         return
     bound = job.k_bound(totals.figures)
     if bound is not None and bound.much:
-        log.warning("after the first unit: %s", bound.describe(_bytes_per_token(writer, unit)))
+        log.warning("after the first unit: %s", bound.describe(_bytes_per_token(writer, unit, left_out)))
 
 
-def _bytes_per_token(writer: StoreWriter, unit: int | None) -> float | None:
+def _bytes_per_token(writer: StoreWriter, unit: int | None, left_out: LeftOut | None) -> float | None:
     record = None if unit is None else writer.record(unit)
-    return None if record is None else record.num_bytes / max(1, sum(record.num_tokens))
+    return None if record is None else record.num_bytes / max(1, _tokens_run(writer, record, left_out))
+
+
+def _tokens_run(writer: StoreWriter, record: CommitRecord, left_out: LeftOut | None) -> int:
+    """Tokens of a unit that the model was run over: rows that were left out take no room, and lower no figure."""
+    rows = zip(writer.unit_rows(record.unit), record.num_tokens, strict=True)
+    return sum(count for row, count in rows if left_out is None or left_out.wanted[row])
 
 
 def _num_refused(writer: StoreWriter, *, except_units: Collection[int] = ()) -> int:
@@ -308,13 +314,17 @@ def _finish(
         )
     ranks.barrier()
     num_missing = len(writer.todo())
+    left_out = job.left_out(writer.spec)
     if num_missing == 0:
-        _check_refused(config, writer, job.left_out(writer.spec))
-    bytes_per_token = _bytes_per_token(writer, totals.last_unit)
+        _check_refused(config, writer, left_out)
+    bytes_per_token = _bytes_per_token(writer, totals.last_unit, left_out)
     sealed = False
     if config.seal and place.num_workers == ranks.world and num_missing == 0:
         manifest = seal_store(config.output)
-        sealed, bytes_per_token = True, manifest.num_bytes / max(1, manifest.num_tokens)
+        num_tokens = manifest.num_tokens
+        if left_out is not None:
+            num_tokens = sum(_tokens_run(writer, record, left_out) for record in writer.committed().values())
+        sealed, bytes_per_token = True, manifest.num_bytes / max(1, num_tokens)
     positions = totals.figures.get("positions", 0.0)
     excluded = totals.figures.get("excluded_mass", 0.0) / positions if positions else 0.0
     if excluded > _MUCH_EXCLUDED:

@@ -2,7 +2,8 @@
 
 `train` is English novels of which 56 % of the characters are noise (log lines, base64, scans, one sentence over and
 over, boilerplate, words in random order), `clean` is novels without; what is held out is clean. A run reads either
-once, so that all seeds see the same text. Tokenizer, teacher and small model are made on clean text of other books.
+once, so that all seeds see the same text. Tokenizer, teacher and `small`, a small model, are made on clean text of
+other books; `reference` is as small and has read the noisy text itself, as the reference of difference sampling has.
 The vocabulary is small, so that nearly all of it can be stored for every token (a store keeps at most 255 entries).
 """
 
@@ -93,12 +94,13 @@ class Noisy:
         stages.write_corpus("heldout", data / "novels/valid.jsonl.xz", lambda n: n % 4 == 0)
 
     def models(self) -> list[Job]:
-        """Tokens, tokenizer, teacher and small model."""
+        """Tokens, tokenizer, teacher and the two small models."""
         size, stages = self.size, self.stages
         return [
             stages.prepare("teacher", row_length=ROW_LENGTH, vocab_size=size.vocab_size),
             *(stages.prepare(n, row_length=ROW_LENGTH, tokenizer="teacher") for n in ("heldout", "noisy", "clean")),
             *stages.train_lm("small", size.small, "teacher", row_length=ROW_LENGTH, heldout="heldout"),
+            *stages.train_lm("reference", size.small, "noisy", row_length=ROW_LENGTH, heldout="heldout"),
             *stages.train_lm("teacher", size.teacher, "teacher", row_length=ROW_LENGTH, heldout="heldout"),
         ]
 

@@ -96,11 +96,16 @@ class RolloutJob(ScoreJob):
 
     def compute(self, engine: TeacherEngine, batch: TeacherBatch, vocab_size: int) -> RolloutResult:
         assert isinstance(engine, HfEngine), "the configuration refuses other engines"
-        scored = super().compute(engine, batch, vocab_size)
+        # The walk of answers waits for the device at each token, so it costs nothing to wait for the scores here.
+        scored = super().compute(engine, batch, vocab_size).rows()
         if "padded" not in self.ran:
             self.ran["padded"] = can_pad(engine.model, vocab_size=vocab_size, row_length=self.survey.row_length)
         config, store = self.config, self.config.tokens
-        questions = [questions_of(row, self.judge.stop_ids, store=store) for row in batch.rows]
+        # Of a row of which the model says nothing finite it is asked nothing.
+        questions = [
+            questions_of(row, self.judge.stop_ids, store=store) if refused is None else [None] * len(row.doc_lens)
+            for row, (_, refused) in zip(batch.rows, scored.rows, strict=True)
+        ]
         asked = [
             Asked(one.prompt, one.unit, number, one.limit(self.max_new_tokens, self.survey.row_length))
             for of_row in questions

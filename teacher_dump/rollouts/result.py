@@ -9,7 +9,7 @@ import numpy as np
 
 from potstill.storage import ScoresRow, TokensRow
 from potstill.teacher_dump.packing.base import Ids, Mask, joined_row
-from potstill.teacher_dump.pipeline import BatchRows, HostResult
+from potstill.teacher_dump.pipeline import BatchRows
 from potstill.teacher_dump.rollouts.config import Keep, RolloutConfig
 from potstill.teacher_dump.rollouts.questions import Question
 from potstill.teacher_dump.rollouts.texts import Judge
@@ -17,10 +17,11 @@ from potstill.teacher_dump.rollouts.texts import Judge
 
 @dataclass(frozen=True)
 class RolloutResult:
-    """See HostResult. `answers` are those to each question of each row, in the order of `config.numbers`."""
+    """See HostResult. `scored`: what `score` makes of the rows; `answers`: those to each question of each row, in the
+    order of `config.numbers`."""
 
     config: RolloutConfig
-    scored: HostResult
+    scored: BatchRows
     tokens: Sequence[TokensRow]
     judge: Judge
     questions: Sequence[Sequence[Question | None]]
@@ -28,7 +29,7 @@ class RolloutResult:
 
     def rows(self) -> BatchRows:
         """Grade, and cut into the rows of both stores. Raises UserError where a grader does."""
-        scored, answers = self.scored.rows(), iter(self.answers)
+        scored, answers = self.scored, iter(self.answers)
         rows, beside = [], []
         sums = dict.fromkeys(("prompts", "samples", "passed", "ended"), 0.0)
         for (row, refused), tokens, questions in zip(scored.rows, self.tokens, self.questions, strict=True):

@@ -80,7 +80,8 @@ def rollout(config: RolloutConfig, worker: int | None = None, num_workers: int |
     scores = config.model_copy(update={"output": places["scores"]})
     summary = run_worker(scores, config.model, job, worker=worker, num_workers=num_workers)
     if not summary.sealed:
-        again = "when no unit is missing, run the same command once more as a single worker: it seals and packs"
+        seals = "" if config.seal else ", with seal"
+        again = f"when no unit is missing, run the same command once more as a single worker{seals}: it seals and packs"
         return RolloutSummary(summary, None, (again,) if summary.num_workers > 1 or not config.seal else ())
     lines = _figures(StoreReader(places["scores"]), config)
     if config.keep == "none":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from pathlib import Path
@@ -20,6 +21,7 @@ from potstill.storage import (
     WriteFailedError,
     check_output,
     collect_garbage,
+    discard_store,
     discard_unused,
     seal_store,
     store_status,
@@ -135,3 +137,18 @@ def test_a_store_without_a_unit_holds_no_place(tmp_path: Path) -> None:
     StoreWriter.create(tmp_path / "u", first)
     discard_unused(tmp_path / "u")
     assert not (tmp_path / "u").exists()
+
+
+def test_only_the_store_of_its_own_writer_is_discarded(tmp_path: Path) -> None:
+    plain = tokens_spec(row_length=16)
+    for name, info in (("own", {"rollout": {}}), ("other", {"part": "train"})):
+        spec = dataclasses.replace(plain, info=info)
+        writer = StoreWriter.create(tmp_path / name, spec)
+        writer.commit_unit(0, [make_tokens_row(row, spec) for row in writer.unit_rows(0)])
+    for name, kind in (("other", "tokens"), ("own", "scores")):
+        with pytest.raises(MismatchError, match="is a store of tokens that rollout did not write; name another output"):
+            discard_store(tmp_path / name, kind=kind, writer="rollout")
+        assert store_status(tmp_path / name).committed == 1
+    discard_store(tmp_path / "own", kind="tokens", writer="rollout")
+    discard_store(tmp_path / "own", kind="tokens", writer="rollout")
+    assert not (tmp_path / "own").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,11 @@ def test_the_rows_are_those_of_a_whole_dump(tokens: Path, tmp_path: Path, llama:
     few = StoreReader(tmp_path / "few")
     found = held_rows(few)
     assert found is not None and found.tolist() == ROWS.tolist() and verify_store(tmp_path / "few", deep=True).ok
+    num_tokens = sum(
+        len(few_row.targets.offsets) - 1 for few_row in targets_of(tmp_path / "few") if few_row.row in ROWS
+    )
+    size = json.loads((tmp_path / "few" / "manifest.json").read_text())["num_bytes"]
+    assert summary.bytes_per_token == pytest.approx(size / num_tokens), "of the rows that the teacher was run over"
     for own, whole in zip(targets_of(tmp_path / "few"), targets_of(tmp_path / "all"), strict=True):
         assert own.token_digest == whole.token_digest and own.targets.num_tokens == whole.targets.num_tokens
         if own.row in ROWS:

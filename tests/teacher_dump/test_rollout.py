@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -317,3 +318,30 @@ def test_documents_without_an_answer_have_no_figure(model: Path, tmp_path: Path)
     rows = StoreReader(tmp_path / "out" / "scores").scores_rows([0, 1])
     assert [np.isnan(row.more["pass_rate"]).tolist() for row in rows] == [[False, True], [True, True]]
     assert rows[1].stats["mean_pass_rate"] == 0.0 and rows[1].stats["num_targets"] == 0.0
+
+
+def test_a_refused_row_has_no_figures_and_stops_nothing(model: Path, tmp_path: Path) -> None:
+    """A row of which the model says nothing finite: `score` stores it as refused, and so does rollout."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    store = make_tokens(tmp_path / "tokens", [(6, 6)] * 6, masks=[np.arange(12) % 6 >= 4] * 6)
+    unknown = int(token_rows(store)[2].tokens[1])  # in the prompt of a document
+    bad = [unknown in np.delete(row.tokens, [5, 11]) for row in token_rows(store)]  # but for the last of a document
+    assert 0 < sum(bad) < 4
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.embed_tokens.weight"][unknown] = torch.nan
+    weights["lm_head.weight"][unknown] = 0.0  # nor does it come in an answer
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    rules = {"samples": 0, "max_new_tokens": 2}
+    with pytest.raises(UserError, match=r"rows are refused, 0 are allowed \(max_rejected_fraction\)"):
+        rollout(config(store, tmp_path / "none", broken, **rules))
+    summary = rollout(config(store, tmp_path / "out", broken, **rules, max_rejected_fraction=0.6))
+    assert [row in summary.worker.refused_rows for row in range(6)] == bad
+    rows = StoreReader(tmp_path / "out" / "scores").scores_rows(range(6))
+    assert [bool(np.isnan(row.more["greedy_score"]).all()) for row in rows] == bad
+    assert [bool(np.isnan(row.more["greedy_score"]).any()) for row in rows] == bad
+    kept = StoreReader(tmp_path / "out" / "answers").tokens_rows(range(6))
+    assert [not row.mask.any() for row in kept if row.mask is not None] == bad
