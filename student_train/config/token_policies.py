@@ -46,11 +46,21 @@ def _excess_loss(columns: Columns) -> Tensor:
     return columns["loss"] - columns["reference_loss"]
 
 
-def _entropy_band(columns: Columns, *, low: float | None, high: float | None) -> Tensor:
-    """1 where low <= entropy <= high, in nats; None leaves that side open."""
+def _band(values: Tensor, low: float | None, high: float | None) -> Tensor:
+    """1 where low <= value <= high; None leaves that side open."""
     low = -math.inf if low is None else low
     high = math.inf if high is None else high
-    return ((columns["entropy"] >= low) & (columns["entropy"] <= high)).float()
+    return ((values >= low) & (values <= high)).float()
+
+
+def _entropy_band(columns: Columns, *, low: float | None, high: float | None) -> Tensor:
+    """1 where low <= entropy <= high, in nats."""
+    return _band(columns["entropy"], low, high)
+
+
+def _excess_band(columns: Columns, *, low: float | None, high: float | None) -> Tensor:
+    """1 where low <= excess loss <= high, in nats: unlike a share, a bound moves positions from row to row."""
+    return _band(_excess_loss(columns), low, high)
 
 
 def _paced(columns: Columns, *, power_a: float, power_b: float) -> Tensor:
@@ -96,6 +106,10 @@ def _needs_a_bound(selector: TokenSelector) -> str | None:
     return f"tokens.policy {selector.policy} needs tokens.low or tokens.high"
 
 
+def _needs_reference_and_bound(selector: TokenSelector) -> str | None:
+    return _needs_reference(selector) or _needs_a_bound(selector)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokenPolicy:
     """All that is particular to a policy.
@@ -133,6 +147,13 @@ TOKEN_POLICIES: dict[str, TokenPolicy] = {
     "excess_loss": TokenPolicy(
         kind="share", needs=("loss", "reference_loss"), score=_excess_loss, check=_needs_reference
     ),
+    "excess_band": TokenPolicy(
+        kind="mask",
+        needs=("loss", "reference_loss"),
+        score=_excess_band,
+        reads=("low", "high"),
+        check=_needs_reference_and_bound,
+    ),
     "entropy_band": TokenPolicy(
         kind="mask", needs=("entropy",), score=_entropy_band, reads=("low", "high"), check=_needs_a_bound
     ),
@@ -154,7 +175,7 @@ class TokenSelector(StrictModel):
     source: str = Field(
         default="student", description="Whose figures: a store of data.scores or data.targets, or student"
     )
-    reference: str | None = Field(default=None, description="excess_loss: store whose loss is taken off")
+    reference: str | None = Field(default=None, description="excess_loss, excess_band: store whose loss is taken off")
     share: Scalar = Field(default=1.0, description="Share of each row's labelled positions that is kept, in (0, 1]")
     floor: Scalar = Field(
         default=0.0, description="Weight of the positions that were not chosen, in [0, 1]; 1 is uniform"
@@ -162,8 +183,8 @@ class TokenSelector(StrictModel):
     max_rank: int = Field(
         default=10, ge=1, le=255, description="label_rank: keep while the true token is among the first so many"
     )
-    low: float | None = Field(default=None, ge=0, description="entropy_band: lowest entropy kept, nats")
-    high: float | None = Field(default=None, ge=0, description="entropy_band: highest entropy kept, nats")
+    low: float | None = Field(default=None, ge=0, description="entropy_band, excess_band: lowest value kept, nats")
+    high: float | None = Field(default=None, ge=0, description="entropy_band, excess_band: highest value kept, nats")
     power_a: float = Field(default=1.0, ge=0, description="paced: a of p^a (1-p)^b")
     power_b: float = Field(default=1.0, ge=0, description="paced: b of p^a (1-p)^b")
     applies_to: Literal["all", "kd"] = Field(

@@ -18,6 +18,7 @@ N = len(ROW)
 NEEDED = {
     "label_rank": {"source": "slm"},
     "excess_loss": {"reference": "slm"},
+    "excess_band": {"reference": "slm", "low": 0.1, "high": 1.0},
     "entropy_band": {"low": 0.5, "high": 1.5},
 }
 
@@ -42,6 +43,8 @@ def slow_score(policy: str, columns: dict[str, torch.Tensor], labelled: torch.Te
         return float(at["rank"] < 10)
     if policy == "entropy_band":
         return float(0.5 <= at["entropy"] <= 1.5)
+    if policy == "excess_band":
+        return float(0.1 <= at["loss"] - at["reference_loss"] <= 1.0)
     if policy == "paced":
         return math.exp(-at["loss"]) * (1 - math.exp(-at["loss"]))
     if policy == "soft_or":
@@ -145,6 +148,13 @@ def test_an_unknown_policy_is_answered_with_all_names_and_the_nearest() -> None:
         TokenSelector(policy="top_los")
     with pytest.raises(ValueError, match=r"Input should be 'label_rank', .* or 'random' \["):
         TokenSelector(policy="zzz")
+
+
+def test_a_band_of_the_excess_needs_a_reference_and_a_bound() -> None:
+    with pytest.raises(ValueError, match=r"excess_band needs tokens\.reference"):
+        TokenSelector(policy="excess_band", source="slm", low=0.0)
+    with pytest.raises(ValueError, match=r"excess_band needs tokens\.low or tokens\.high"):
+        TokenSelector(policy="excess_band", source="slm", reference="teacher")
 
 
 def test_a_row_never_falls_silent() -> None:
