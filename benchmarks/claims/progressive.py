@@ -1,26 +1,26 @@
 """Progressive distillation: a checkpoint from inside the teacher's jump teaches what the last one hides.
 
-**The paper** ("Progressive distillation induces an implicit curriculum", arXiv 2410.05464): on sparse parity a
+Paper: ("Progressive distillation induces an implicit curriculum", arXiv 2410.05464): on sparse parity a
 student that learns from the teacher's intermediate checkpoints, or from one of them and then the last, needs fewer
 steps than from labels or from the last checkpoint alone, if the one is from inside the teacher's phase transition;
 one from before it does not help. With transformers the progressive student jumps at 3.5M examples; labels and
 one-shot are near 0.5 at 8M.
 
-**Set-up** (parity.py): rows of 16 bits, support 5, loss on the parity alone; GPT-2s of one layer with heads of 8. The
+Set-up: (parity.py) rows of 16 bits, support 5, loss on the parity alone; GPT-2s of one layer with heads of 8. The
 teacher: 8 heads, learning rate 2e-4, 8000 steps, the first of the seeds 1000, 1001, ... whose jump is over within 40
 % of its steps (not every one jumps) and has a checkpoint of accuracy 0.58 to 0.72, of one each 50 steps. Students: 2
 heads, 1e-3. Adam (0.9, 0.95), constant rate after 100 steps, batches of 64 examples, initial weights by width. KD
 alone where there is a teacher (alpha 1, T 1).
 
-**Arms**: labels; the last checkpoint (one_shot); the series on the teacher's own clock (series: speed 1, refresh
+Arms: labels; the last checkpoint (one_shot); the series on the teacher's own clock (series: speed 1, refresh
 about 500 steps, so laid that the inside checkpoint is one of them: a student needs some hundred steps of it); 1000
 steps from the checkpoint of the jump whose accuracy is nearest to 0.65, then the last (inside); 1000 steps from the
 one half way to where the jump begins, then the last (before, the control).
 
-**Rule**: inside and series reach 95 % held-out accuracy in fewer steps than labels and one_shot, each in at least 4
+Pass: inside and series reach 95 % held-out accuracy in fewer steps than labels and one_shot, each in at least 4
 of 5 seeds; before does not. Who never reaches it within the cap is slower than any who does.
 
-**Cost**: the teacher 3 minutes, its stores 4, a student of 4500 steps about one, on one core.
+Cost: the teacher 3 minutes, its stores 4, a student of 4500 steps about one, on one core.
 """
 
 from __future__ import annotations
