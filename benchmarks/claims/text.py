@@ -23,7 +23,8 @@ from potstill.common.jobs import Job
 NEEDS = ("novels",)
 # Warm-up, stable, decay to 0: with the initial weights by width every model of this setting trains alike by it.
 WSD: dict[str, Any] = {"kind": "wsd", "warmup": 0.05, "decay": 0.2, "min_ratio": 0.0}
-SELECTION = ("--mode", "top_p_k", "--p", "0.98", "--k", "50")
+# One store for every claim on the teacher; students that train at temperature 2 need its tails.
+SELECTION = ("--mode", "top_p_k", "--p", "0.98", "--k", "50", "--temperatures", "2.0")
 
 
 @dataclass(frozen=True)
