@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from benchmarks.claims.base import Arm, Table
 from benchmarks.claims.paired import mean_and_sd
 from benchmarks.claims.runs import Runs
+from benchmarks.claims.stages import store_bytes
 from potstill.common.spread import Spread, differences
 from potstill.storage import StoreReader
 
 HEADER = ("arm", "held-out loss", "below its labels", "step at the labels' end", "seconds", "MB of targets")
-
-
-def bytes_per_row(store: Path) -> float:
-    """Bytes of a sealed store's units, over its rows."""
-    size = sum(path.stat().st_size for path in (store / "units").rglob("*") if path.is_file())
-    return size / StoreReader(store).num_rows
 
 
 def taught_steps(arm: Arm) -> int:
@@ -40,7 +34,7 @@ def _target_megabytes(arm: Arm) -> float:
     taught = taught_steps(arm)
     if not places or not taught:
         return 0.0
-    return taught * int(data["global_batch_rows"]) * bytes_per_row(Path(places[0])) / 1e6
+    return taught * int(data["global_batch_rows"]) * store_bytes(places[0]) / StoreReader(places[0]).num_rows / 1e6
 
 
 def _step(found: list[float | None]) -> str:

@@ -27,11 +27,11 @@ from benchmarks.claims.base import Arm, Bench, Claim, Finding, Outcome, Plot
 from benchmarks.claims.ends import ends_table
 from benchmarks.claims.paired import compare, steady
 from benchmarks.claims.runs import Runs
-from benchmarks.claims.text import NEEDS, SELECTION, WSD, Shape, Text
+from benchmarks.claims.text import NEEDS, WSD, Shape, Text
 from potstill.common.jobs import Job
 from potstill.common.spread import differences
 
-TEMPERATURE = 2.0
+TEMPERATURE = 2.0  # one of text.SELECTION
 # Narrower and wider than the student of the setting.
 WIDTHS = {
     "quick": {"narrow": Shape(32, 1), "wide": Shape(64, 1)},
@@ -63,8 +63,7 @@ BESIDE = (
 def build(bench: Bench) -> Iterator[list[Job]]:
     """The text, the teacher, and its targets with the tails of temperature 2."""
     text = Text(bench)
-    selection = (*SELECTION, "--temperatures", str(TEMPERATURE))
-    yield [*text.stores(), *text.teacher(), text.dump("teacher", "teacher", selection)]
+    yield [*text.stores(), *text.teacher(), text.dump("teacher", "teacher")]
 
 
 def arms(bench: Bench) -> dict[str, Arm]:

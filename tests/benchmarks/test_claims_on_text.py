@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.claims import pd, pruned, salt
-from benchmarks.claims.base import SCALES, Arm, Bench, Claim, Scale
+from benchmarks.claims.base import SCALES, Arm, Bench, Claim, Outcome, Scale
 from benchmarks.claims.ends import ends_table, taught_steps
 from benchmarks.claims.runs import Run, Runs
 from benchmarks.claims.text import Text
@@ -70,7 +70,7 @@ def test_the_ends_stand_beside_their_price(tmp_path: Path, stores: dict[str, Pat
     assert labels == ("labels", "2.5000 ± 0.0000", "", "20", "4 ± 0", "0.000")
     assert kd[:4] == ("kd", "2.2500 ± 0.3536", "0.2500 ± 0.3536", "15")
     teacher = stores["teacher"]
-    size = sum(path.stat().st_size for path in (teacher / "units").rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in teacher.rglob("*") if path.is_file())
     assert kd[5] == f"{10 * 2 * size / StoreReader(teacher).num_rows / 1e6:.3f}"
 
 
@@ -112,3 +112,64 @@ def test_nll_and_kld_of_a_fixed_target_have_the_same_gradient() -> None:
     entropy = -(log_p.exp() * log_p).sum() / 5
     assert float((nll - kld).detach()) == pytest.approx(float(entropy), rel=1e-5)
     torch.testing.assert_close(ours.grad, nll_logits.grad, rtol=1e-5, atol=1e-6)
+
+
+def _made_up(claim: Claim, tmp_path: Path, store: Path, ends: dict[str, float], easy_gain: float) -> Outcome:
+    """What a claim finds in runs of two seeds that end at these losses (1.0 where none is given)."""
+    bench = _bench(tmp_path)
+    text = Text(bench)
+    for name in ("small", "teacher"):
+        done = text.folder / "runs" / name / "done.json"
+        done.parent.mkdir(parents=True)
+        done.write_text(json.dumps({"heldout": {"heldout_loss": 0.5}}))
+    for name in ("small", "teacher"):
+        text.targets(name).parent.mkdir(exist_ok=True)
+        text.targets(name).symlink_to(store)
+    runs = Runs(bench, claim.arms(bench))
+    for arm in runs.arms:
+        for seed in bench.seeds:
+            lines = []
+            for step in (50, 150, 500):
+                loss = ends.get(arm, 1.0) + 0.001 * seed + (0.5 if step < 500 else 0.0)
+                gain = 0.0 if arm == "labels" else easy_gain
+                sources = {name: {"heldout_loss": loss - gain * (name == "easy")} for name in salt.QUARTERS}
+                lines.append({"step": step, "heldout_loss": loss, "runtime_seconds": 9.0, "sources": sources})
+            folder = runs.run(arm, seed).folder
+            folder.mkdir(parents=True)
+            (folder / "metrics.jsonl").write_text(
+                "".join(json.dumps({"kind": "eval", **line}) + "\n" for line in lines)
+            )
+    return claim.judge(bench, runs)
+
+
+SALT_HOLDS = {"labels": 1.0, "salt_34": 0.9, "salt_34_in_90": 0.95, "kd": 1.1}
+PD_HOLDS = {"constant_1": 0.9, "wsd": 0.8, "mse_probs": 1.3, "wsd_wide": 0.7, "wsd_narrow": 0.95}
+
+
+@pytest.mark.parametrize(
+    ("claim", "ends", "changed", "easy_gain", "broken"),
+    [
+        (salt.CLAIM, SALT_HOLDS, {}, 0.1, None),
+        (salt.CLAIM, SALT_HOLDS, {"salt_34_in_90": 1.01}, 0.1, "in 90 % of the steps"),
+        (salt.CLAIM, SALT_HOLDS, {"kd": 0.85}, 0.1, "below KD throughout"),
+        (salt.CLAIM, SALT_HOLDS, {}, -0.1, "easy quarter"),
+        (pd.CLAIM, PD_HOLDS, {}, 0.0, None),
+        (pd.CLAIM, PD_HOLDS, {"wsd": 0.91}, 0.0, "at or below constant"),
+        (pd.CLAIM, PD_HOLDS, {"mse_probs": 0.99}, 0.0, "MSE of probabilities"),
+        (pd.CLAIM, PD_HOLDS, {"wsd_wide": 0.97}, 0.0, "wide student gains more than the narrow"),
+    ],
+)
+def test_each_rule_decides(
+    claim: Claim,
+    ends: dict[str, float],
+    changed: dict[str, float],
+    easy_gain: float,
+    broken: str | None,
+    tmp_path: Path,
+    stores: dict[str, Path],
+) -> None:
+    outcome = _made_up(claim, tmp_path, stores["teacher"], ends | changed, easy_gain)
+    failed = [finding.text for finding in outcome.findings if finding.rule and not finding.passed]
+    assert outcome.passed == (broken is None)
+    assert all(broken is not None and broken in text for text in failed) and len(failed) == (broken is not None)
+    assert len(outcome.tables[0].rows) == len(claim.arms(_bench(tmp_path)))
