@@ -27,7 +27,8 @@ from benchmarks.claims.tell import tell
 from potstill.common.errors import UserError
 
 QUICK_SEEDS = (1, 2)
-SEEDS = (1, 2, 3, 4, 5)
+# Sizes and rates were chosen on others: what was chosen on a seed is judged without it.
+SEEDS = (11, 12, 13, 14, 15)
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
@@ -73,7 +74,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument("--all", action="store_true", help="run every claim")
     what.add_argument("--list", action="store_true", help="say what each claim is, and run nothing")
     what.add_argument("--tell", action="store_true", help="write what claims.json holds into the pages")
-    parser.add_argument("--seeds", type=parse_seeds, help="of the students (1,2,3,4,5; with --quick 1,2)")
+    parser.add_argument("--seeds", type=parse_seeds, help="of the students (11,12,13,14,15; with --quick 1,2)")
     parser.add_argument(
         "--quick", action="store_true", help="tiny sizes that show the machinery; says nothing of a method"
     )
