@@ -144,7 +144,7 @@ def answers_of_folder(config: EvalConfig, tokens: StoreReader, candidates: Seque
         def decode(ids: Sequence[int]) -> str:
             return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    return answer_writing(config.answers, end_ids=end_ids, decode=decode)
+    return answer_writing(config.answers, end_ids=end_ids, decode=decode, vocab_size=tokens.vocab_size)
 
 
 def model_vocabulary(source: Source, asked: VocabularyConfig | None) -> VocabularyConfig | None:

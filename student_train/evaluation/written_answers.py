@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
 from potstill.common.grading import Grader
-from potstill.kernels.next_token import greedy_tokens
 from potstill.storage import TokensRow
 from potstill.student_train.config.answers import AnswersConfig
 from potstill.student_train.config.train import TrainConfig
 from potstill.student_train.data.stores import Stores
-from potstill.student_train.evaluation.continuing import continued
+from potstill.student_train.evaluation.continuing import greedily, writing
 from potstill.student_train.evaluation.samples import load_tokenizer, marks, special_ids
+from potstill.student_train.evaluation.together import Work, work_together
+from potstill.student_train.model.requests import RunsRequests
 
 NUM_WRITTEN = 4
 
@@ -56,7 +56,7 @@ class AnswerWriting:
 
     max_rows: of the held-out ones, None: all. end_ids: an answer ends before the first of them. grade: of texts, from
     `passing` on a pass; None: only equal tokens are counted. max_tokens: of each graded answer at most, None: as many
-    as the longest reference has.
+    as the longest reference has. vocab_size: ids at and above it are never written (a head's padding).
     """
 
     max_rows: int | None
@@ -65,10 +65,11 @@ class AnswerWriting:
     grade: Grader | None
     passing: float
     decode: Callable[[Sequence[int]], str] | None
+    vocab_size: int
 
     def counts(
         self,
-        model: Any,
+        model: RunsRequests,
         answers: Sequence[Answer],
         *,
         row_length: int,
@@ -80,27 +81,38 @@ class AnswerWriting:
         """[NUM_WRITTEN] of this rank's share: answers written, exact ones, sum of the grades, passes (collective).
 
         An answer is exact where its tokens up to its end are the reference's up to its own, or begin with a reference
-        that has no end. Every rank makes the same number of forwards; an answer may not leave a row.
+        that has no end. An answer may not leave a row.
         """
+        work = self.work(
+            answers, row_length=row_length, batch_rows=batch_rows, rank=rank, world_size=world_size, device=device
+        )
+        return work_together(work, model, device=device, world_size=world_size)
+
+    def work(
+        self,
+        answers: Sequence[Answer],
+        *,
+        row_length: int,
+        batch_rows: int,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+    ) -> Work[list[float]]:
+        """The counts of this rank's share as a generator of forwards."""
         limits = [self._limit(answer, answers, row_length) for answer in answers]
         order = sorted(range(len(answers)), key=lambda n: (len(answers[n].prompt) + limits[n], n))
         found = [0.0] * NUM_WRITTEN
-        for first in range(0, len(order), batch_rows * world_size):
-            together = order[first : first + batch_rows * world_size]
-            mine = together[rank * batch_rows : (rank + 1) * batch_rows]
-            shown = mine or together[:1]  # a rank without a share writes one that is not counted
-            texts = continued(
-                model,
-                [answers[n].prompt for n in shown],
-                limits=[limits[n] for n in shown],
-                num_tokens=max(limits[n] for n in together),
-                choose=greedy_tokens,
+        for first in range(rank * batch_rows, len(order), batch_rows * world_size):
+            mine = order[first : first + batch_rows]
+            texts = yield from writing(
+                [answers[n].prompt for n in mine],
+                limits=[limits[n] for n in mine],
+                vocab_size=self.vocab_size,
+                choose=greedily,
                 device=device,
-                is_over=lambda texts, mine=mine: self._is_over(  # type: ignore[misc]
-                    texts, [limits[n] for n in mine], world_size=world_size, device=device
-                ),
+                end_ids=self.end_ids,
             )
-            for number, text in zip(mine, texts, strict=False):
+            for number, text in zip(mine, texts, strict=True):
                 for at, value in enumerate(self.compare(text, answers[number].reference)):
                     found[at] += value
         return found
@@ -111,19 +123,6 @@ class AnswerWriting:
             return len(answer.reference)
         most = self.max_tokens or max(len(one.reference) for one in answers)
         return min(most, row_length - len(answer.prompt))
-
-    def _is_over(
-        self, texts: Sequence[Sequence[int]], limits: Sequence[int], *, world_size: int, device: torch.device
-    ) -> bool:
-        """Whether every rank's answers have come to an end."""
-        is_over = all(
-            len(text) >= limit or self.end_ids & set(text) for text, limit in zip(texts, limits, strict=False)
-        )
-        if world_size == 1:
-            return is_over
-        waiting = torch.tensor(0.0 if is_over else 1.0, device=device)
-        torch.distributed.all_reduce(waiting)
-        return float(waiting) == 0.0
 
     def compare(self, text: Sequence[int], reference: Sequence[int]) -> tuple[float, ...]:
         """What one answer adds to the counts."""
@@ -142,7 +141,7 @@ class AnswerWriting:
 
 
 def answer_writing(
-    options: AnswersConfig, *, end_ids: set[int], decode: Callable[[Sequence[int]], str] | None
+    options: AnswersConfig, *, end_ids: set[int], decode: Callable[[Sequence[int]], str] | None, vocab_size: int
 ) -> AnswerWriting:
     """How answers are written by these options. Raises UserError where the user's grader cannot be found."""
     return AnswerWriting(
@@ -152,6 +151,7 @@ def answer_writing(
         grade=options.grader.make() if options.has_grader else None,
         passing=options.grader.passing,
         decode=decode,
+        vocab_size=vocab_size,
     )
 
 
@@ -168,7 +168,7 @@ def answer_writing_of(config: TrainConfig, stores: Stores) -> AnswerWriting | No
         def decode(ids: Sequence[int]) -> str:
             return str(tokenizer.decode(list(ids), skip_special_tokens=False))
 
-    return answer_writing(config.eval.answers, end_ids=end_ids, decode=decode)
+    return answer_writing(config.eval.answers, end_ids=end_ids, decode=decode, vocab_size=stores.vocab_size)
 
 
 def written_figures(counts: Sequence[float], *, graded: bool) -> dict[str, float]:

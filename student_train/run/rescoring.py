@@ -176,7 +176,6 @@ class RescoringDecider:
                 per_prompt=options.generated.per_prompt,
                 temperature=options.generated.temperature,
                 batch=options.batch_rows,
-                vocab_size=stores.vocab_size,
                 row_length=stores.spec.row_length,
                 seed=self.config.run.seed,
                 device=topology.device,

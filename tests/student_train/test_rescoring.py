@@ -209,9 +209,8 @@ def scorer_of(tokens: StoreReader, *, batch_rows: int, drawing: dict[str, Any] |
     options = Rescoring(every_steps=1, batch_rows=batch_rows, measure="forced" if drawing is None else "generated")
     answers = None
     if drawing is not None:
-        writing = answer_writing(AnswersConfig(), end_ids=set(), decode=None)
-        sizes = {"vocab_size": tiny.VOCAB, "row_length": tiny.ROW_LENGTH}
-        answers = AnswerDrawing(writing=writing, seed=5, device=CPU, **sizes, **drawing)
+        writing = answer_writing(AnswersConfig(), end_ids=set(), decode=None, vocab_size=tiny.VOCAB)
+        answers = AnswerDrawing(writing=writing, seed=5, device=CPU, row_length=tiny.ROW_LENGTH, **drawing)
     rows = SourceRows([Source("tokens", tokens, {})])
     return RowScorer(options, rows, tiny.ROW_LENGTH, Topology(0, 1, CPU), answers)
 
