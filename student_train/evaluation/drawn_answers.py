@@ -6,8 +6,9 @@ that depend on the rows alone: the rates are the same at any number of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +21,8 @@ from potstill.storage import TokensRow
 from potstill.student_train.config.train import TrainConfig
 from potstill.student_train.data.stores import Stores
 from potstill.student_train.evaluation.continuing import Choose, writing
-from potstill.student_train.evaluation.samples import load_tokenizer, marks, special_ids
 from potstill.student_train.evaluation.together import Work
-from potstill.student_train.evaluation.written_answers import Answer, AnswerWriting, answers_of
+from potstill.student_train.evaluation.written_answers import Answer, AnswerWriting, answer_reading, answers_of
 
 Float32 = NDArray[np.float32]
 _DOCUMENT_BITS = 24  # a row has fewer documents
@@ -73,7 +73,7 @@ class AnswerDrawing:
 
     def _limit(self, answer: Answer) -> int:
         most = self.writing.max_tokens or len(answer.reference)
-        return min(most, self.row_length - len(answer.prompt))
+        return self.writing.limit(answer, most=most, row_length=self.row_length)
 
     def _choosing(self, units: Sequence[int], numbers: Sequence[int], step: int) -> Choose:
         """How the tokens of answer `numbers` to the prompt of each of the documents `units` are drawn."""
@@ -99,8 +99,8 @@ def _documents_with_answer(row: TokensRow) -> NDArray[np.int64]:
     return np.flatnonzero(np.bincount(document[row.has_target()], minlength=len(row.doc_lens)))
 
 
-def drawn_writing(config: TrainConfig, stores: Stores) -> AnswerWriting | None:
-    """How the answers of rescoring end and pass, None where none are drawn.
+def drawn_writing(config: TrainConfig, stores: Stores, student: Any) -> AnswerWriting | None:
+    """How the answers of rescoring end and pass, None where none are drawn. student: its configuration.
 
     Raises UserError where the stores have no masks, or a tokenizer or the user's grader cannot be found.
     """
@@ -113,20 +113,14 @@ def drawn_writing(config: TrainConfig, stores: Stores) -> AnswerWriting | None:
                 f"rescoring.measure generated has answers written after prompts, but {source.tokens.url} has no masks "
                 "that say which tokens are prompts; prepare prompts with answers, or use measure forced"
             )
-    grader, end_ids = options.generated.grader, set(marks(stores, "suffix"))
-    decode: Callable[[Sequence[int]], str] | None = None
-    if grader.kind != "exact":  # which compares tokens
-        tokenizer = load_tokenizer(config, vocab_size=stores.vocab_size, key="rescoring.generated.grader")
-        end_ids |= special_ids(tokenizer)
-
-        def decode(ids: Sequence[int]) -> str:
-            return str(tokenizer.decode(list(ids), skip_special_tokens=False))
-
+    grader = options.generated.grader
+    graded = grader.kind != "exact"  # which compares tokens
+    end_ids, decode = answer_reading(config, stores, student, graded=graded, key="rescoring.generated.grader")
     return AnswerWriting(
         max_rows=None,
         max_tokens=options.generated.max_new_tokens,
-        end_ids=frozenset(end_ids),
-        grade=None if grader.kind == "exact" else grader.make(),
+        end_ids=end_ids,
+        grade=grader.make() if graded else None,
         passing=grader.passing,
         decode=decode,
         vocab_size=stores.vocab_size,

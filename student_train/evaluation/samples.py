@@ -131,14 +131,7 @@ def load_tokenizer(config: TrainConfig, *, vocab_size: int, key: str) -> Any:
     """
     from tokenizers import Tokenizer
 
-    folder = find_tokenizer(config.eval.tokenizer, config)
-    file = None if folder is None else Path(folder) / "tokenizer.json"
-    if file is None or not file.is_file():
-        tokens = config.data.named_sources()[0].config.tokens
-        raise UserError(
-            f"{key} needs the tokenizer of {tokens}, and no tokenizer.json was found "
-            f"{'beside it' if folder is None else f'in {folder}'}; name its folder with eval.tokenizer"
-        )
+    file = tokenizer_folder(config, key=key) / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(file))
     found = tokenizer.get_vocab_size()
     if found > vocab_size:
@@ -147,6 +140,18 @@ def load_tokenizer(config: TrainConfig, *, vocab_size: int, key: str) -> Any:
             "tokenizer that the store was made with"
         )
     return tokenizer
+
+
+def tokenizer_folder(config: TrainConfig, *, key: str) -> Path:
+    """Where the tokenizer of the run's tokens lies. Raises UserError that names `key`, for what needs it."""
+    folder = find_tokenizer(config.eval.tokenizer, config)
+    if folder is None or not (Path(folder) / "tokenizer.json").is_file():
+        tokens = config.data.named_sources()[0].config.tokens
+        raise UserError(
+            f"{key} needs the tokenizer of {tokens}, and no tokenizer.json was found "
+            f"{'beside it' if folder is None else f'in {folder}'}; name its folder with eval.tokenizer"
+        )
+    return Path(folder)
 
 
 def given_prompts(options: HeldoutConfig, tokenizer: Any, *, prefix: Sequence[int], row_length: int) -> list[Prompt]:

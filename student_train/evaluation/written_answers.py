@@ -6,19 +6,22 @@ each trained token is the most probable one (answers.py); what is written is nee
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
+from potstill.common.answer_text import Decode, answer_limit, decoder, end_ids_of, first_end
 from potstill.common.grading import Grader
 from potstill.storage import TokensRow
 from potstill.student_train.config.answers import AnswersConfig
 from potstill.student_train.config.train import TrainConfig
+from potstill.student_train.data.store_tokenizer import read_tokenizer
 from potstill.student_train.data.stores import Stores
 from potstill.student_train.evaluation.continuing import greedily, writing
-from potstill.student_train.evaluation.samples import load_tokenizer, marks, special_ids
+from potstill.student_train.evaluation.samples import load_tokenizer, marks, tokenizer_folder
 from potstill.student_train.evaluation.together import Work, work_together
 from potstill.student_train.model.requests import RunsRequests
 
@@ -64,7 +67,7 @@ class AnswerWriting:
     end_ids: frozenset[int]
     grade: Grader | None
     passing: float
-    decode: Callable[[Sequence[int]], str] | None
+    decode: Decode | None
     vocab_size: int
 
     def counts(
@@ -99,7 +102,8 @@ class AnswerWriting:
         device: torch.device,
     ) -> Work[list[float]]:
         """The counts of this rank's share as a generator of forwards."""
-        limits = [self._limit(answer, answers, row_length) for answer in answers]
+        most = self.max_tokens or max((len(answer.reference) for answer in answers), default=0)
+        limits = [self.limit(answer, most=most, row_length=row_length) for answer in answers]
         order = sorted(range(len(answers)), key=lambda n: (len(answers[n].prompt) + limits[n], n))
         found = [0.0] * NUM_WRITTEN
         for first in range(rank * batch_rows, len(order), batch_rows * world_size):
@@ -117,11 +121,10 @@ class AnswerWriting:
                     found[at] += value
         return found
 
-    def _limit(self, answer: Answer, answers: Sequence[Answer], row_length: int) -> int:
-        """Tokens that are written at most; a reference needs no more than its own to be exact."""
-        if self.grade is None:
-            return len(answer.reference)
-        most = self.max_tokens or max(len(one.reference) for one in answers)
+    def limit(self, answer: Answer, *, most: int, row_length: int) -> int:
+        """Tokens that are written, at most `most`; a reference needs no more than its own to be exact."""
+        needs_more = self.grade is not None and first_end(answer.reference, self.end_ids) is not None
+        most = answer_limit(most, reference=len(answer.reference), has_end=needs_more)
         return min(most, row_length - len(answer.prompt))
 
     def compare(self, text: Sequence[int], reference: Sequence[int]) -> tuple[float, ...]:
@@ -136,12 +139,11 @@ class AnswerWriting:
         return 1.0, float(is_exact), grade, float(grade >= self.passing)
 
     def _before_end(self, ids: Sequence[int]) -> list[int]:
-        end = next((place for place, token in enumerate(ids) if token in self.end_ids), None)
-        return list(ids[:end])
+        return list(ids[: first_end(ids, self.end_ids)])
 
 
 def answer_writing(
-    options: AnswersConfig, *, end_ids: set[int], decode: Callable[[Sequence[int]], str] | None, vocab_size: int
+    options: AnswersConfig, *, end_ids: Iterable[int], decode: Decode | None, vocab_size: int
 ) -> AnswerWriting:
     """How answers are written by these options. Raises UserError where the user's grader cannot be found."""
     return AnswerWriting(
@@ -155,19 +157,28 @@ def answer_writing(
     )
 
 
-def answer_writing_of(config: TrainConfig, stores: Stores) -> AnswerWriting | None:
-    """How a run writes answers, None where it does not. A tokenizer is needed for graded ones; raises UserError."""
+def answer_reading(
+    config: TrainConfig, stores: Stores, student: Any, *, graded: bool, key: str
+) -> tuple[frozenset[int], Decode | None]:
+    """Ids that end an answer of a run, and how texts are read where answers are graded (common/answer_text.py).
+
+    student: its configuration of transformers; it is what rollouts of the run's exports find. Raises UserError that
+    names `key` where the tokenizer of graded answers is not found, or not the one of the stores.
+    """
+    suffix = marks(stores, "suffix")
+    if not graded:
+        return end_ids_of(suffix, None), None
+    load_tokenizer(config, vocab_size=stores.vocab_size, key=key)  # which looks whether it can be the one
+    tokenizer = read_tokenizer(tokenizer_folder(config, key=key))
+    return end_ids_of(suffix, tokenizer, [student.get_text_config()]), decoder(tokenizer)
+
+
+def answer_writing_of(config: TrainConfig, stores: Stores, student: Any) -> AnswerWriting | None:
+    """How a run writes answers, None where it does not. student: its configuration; raises as answer_reading."""
     if not config.eval.answers.generate:
         return None
-    end_ids = set(marks(stores, "suffix"))
-    decode: Callable[[Sequence[int]], str] | None = None
-    if config.eval.answers.has_grader:
-        tokenizer = load_tokenizer(config, vocab_size=stores.vocab_size, key="eval.answers.grader")
-        end_ids |= special_ids(tokenizer)
-
-        def decode(ids: Sequence[int]) -> str:
-            return str(tokenizer.decode(list(ids), skip_special_tokens=False))
-
+    graded = config.eval.answers.has_grader
+    end_ids, decode = answer_reading(config, stores, student, graded=graded, key="eval.answers.grader")
     return answer_writing(config.eval.answers, end_ids=end_ids, decode=decode, vocab_size=stores.vocab_size)
 
 

@@ -131,7 +131,7 @@ def test_no_answer_is_written_beyond_its_row() -> None:
     tree = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": tiny.ROW_LENGTH}
     config = ModelConfig(config={**tree, "bos_token_id": 0, "eos_token_id": 0})
     student = build_student(config, hf_config(config, vocab_size=tiny.VOCAB), seed=0).eval()
-    prompts, references = [tuple(range(1, tiny.ROW_LENGTH - 1)), (1, 2, 3)], [(5, 6), (5, 6, 7, 8)]
+    prompts, references = [tuple(range(1, tiny.ROW_LENGTH - 1)), (1, 2, 3)], [(5, 7), (5, 6, 8, 7)]
     texts = []
 
     class Kept(AnswerWriting):
@@ -139,7 +139,7 @@ def test_no_answer_is_written_beyond_its_row() -> None:
             texts.append(list(text))
             return super().compare(text, reference)
 
-    graded = Kept(**vars(writing(grader=GraderConfig(kind="rouge_l"), max_tokens=9)))
+    graded = Kept(**vars(writing(end_ids={7}, grader=GraderConfig(kind="rouge_l"), max_tokens=9)))
     answers = [Answer(*pair) for pair in zip(prompts, references, strict=True)]
     sizes = {"row_length": tiny.ROW_LENGTH, "batch_rows": 2, "rank": 0, "world_size": 1, "device": CPU}
     assert graded.counts(student, answers, **sizes)[0] == 2.0
@@ -148,6 +148,17 @@ def test_no_answer_is_written_beyond_its_row() -> None:
         for _ in range(min(9, tiny.ROW_LENGTH - len(prompt))):
             ids.append(int(student.hf(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
         assert text == ids[len(prompt) :]
+
+
+def test_a_reference_without_an_end_sets_the_length_of_an_answer() -> None:
+    graded = writing(end_ids={7}, grader=GraderConfig(kind="rouge_l"))
+    found = {
+        reference: graded.limit(Answer((1, 2), reference), most=9, row_length=tiny.ROW_LENGTH)
+        for reference in ((5, 6), (5, 6, 7), (5, 7, 6))
+    }
+    assert list(found.values()) == [2, 9, 9]
+    assert graded.limit(Answer(tuple(range(29)), (5, 7)), most=9, row_length=tiny.ROW_LENGTH) == 3
+    assert writing(end_ids={7}).limit(Answer((1,), (5, 7)), most=9, row_length=tiny.ROW_LENGTH) == 2
 
 
 def test_graded_answers_of_all_ranks_add_up(student: StudentModel, answers) -> None:
