@@ -38,9 +38,8 @@ def _rank_fusion(columns: Sequence[Float64], score: RowScore, num_rows: int, see
     fused = np.zeros_like(columns[0])
     for column, reference in zip(columns, score.of, strict=True):
         signed = column if reference.rank_first == "lowest" else -column
-        value, group, size = np.unique(signed, return_inverse=True, return_counts=True)
-        _check_ties_of_column(value, size, reference, score)
         if score.ties == "mean":
+            _, group, size = np.unique(signed, return_inverse=True, return_counts=True)
             rank = (np.cumsum(size) - (size - 1) / 2)[group]
         else:
             rank = np.empty(len(column), np.float64)
@@ -49,19 +48,28 @@ def _rank_fusion(columns: Sequence[Float64], score: RowScore, num_rows: int, see
     return fused
 
 
-def _check_ties_of_column(value: Float64, size: NDArray[np.int64], reference: StatRef, score: RowScore) -> None:
-    """Refuse a figure that ranks nothing, or whose ranks would be row ids. Raises ValueError that says what to do."""
-    most, num_rows = int(size.max()), int(size.sum())
-    signed = float(value[size.argmax()])
-    at = f"{signed if reference.rank_first == 'lowest' else -signed:.6g}"
-    of = f"statistic {reference.stat!r} of store {reference.store!r}"
-    if most == num_rows > 1:
-        raise ValueError(f"{of} is {at} in all {num_rows} rows, so it ranks none; leave it out, or name another")
-    if score.ties == "row_id" and most > max(FEW_TIED, MAX_TIED_IN_FUSION * num_rows):
-        raise ValueError(
-            f"{of} is {at} in {most} of {num_rows} rows ({most / num_rows:.0%}), which would be ranked by their row "
-            f"ids (more than {MAX_TIED_IN_FUSION:.0%} are refused); rows.score.ties: mean gives them one rank"
-        )
+def _no_ties(columns: Sequence[Float64], score: RowScore) -> list[str]:
+    """Scores that come of one figure as it stands: what matters of their ties is whether a pool is cut there."""
+    return []
+
+
+def _ties_in_fusion(columns: Sequence[Float64], score: RowScore) -> list[str]:
+    """Each figure that ranks nothing, or whose ranks would be row ids, and what to do."""
+    import numpy as np
+
+    found = []
+    for column, reference in zip(columns, score.of, strict=True):
+        value, size = np.unique(column, return_counts=True)
+        most, num_rows = int(size.max()), int(size.sum())
+        of = f"statistic {reference.stat!r} of store {reference.store!r} is {float(value[size.argmax()]):.6g}"
+        if most == num_rows > 1:
+            found.append(f"{of} in all {num_rows} rows, so it ranks none; leave it out, or name another")
+        elif score.ties == "row_id" and most > max(FEW_TIED, MAX_TIED_IN_FUSION * num_rows):
+            found.append(
+                f"{of} in {most} of {num_rows} rows ({most / num_rows:.0%}), which would be ranked by their row ids "
+                f"(more than {MAX_TIED_IN_FUSION:.0%} are refused); rows.score.ties: mean gives them one rank"
+            )
+    return found
 
 
 def _random(columns: Sequence[Float64], score: RowScore, num_rows: int, seed: int) -> Float64:
@@ -77,17 +85,19 @@ class RowScoreKind:
 
     num_stats: least and largest number of statistics that it takes. score(columns, options, num_rows, seed): the
     columns float64 [num_rows], one for each statistic in the order of `of`, of the rows that all stores know (every
-    row where no statistic is taken) -> float64 [num_rows].
+    row where no statistic is taken) -> float64 [num_rows]. ties(columns, options): what is wrong with equal figures in
+    the statistics themselves, wherever a pool is cut.
     """
 
     num_stats: tuple[int, int]
     score: Callable[[Sequence[Float64], RowScore, int, int], Float64]
+    ties: Callable[[Sequence[Float64], RowScore], list[str]] = _no_ties
 
 
 ROW_SCORES: dict[str, RowScoreKind] = {
     "stat": RowScoreKind((1, 1), _stat),
     "difference": RowScoreKind((2, 2), _difference),
-    "rank_fusion": RowScoreKind((2, 16), _rank_fusion),
+    "rank_fusion": RowScoreKind((2, 16), _rank_fusion, _ties_in_fusion),
     "random": RowScoreKind((0, 0), _random),
 }
 

@@ -83,6 +83,9 @@ class CurriculumPlan:
         self.spans = stage_spans(config, total_steps)
         check_warmup(config, self.spans)
         self.segments = plan_segments(config, self.spans, sources)
+        for segment in self.segments:
+            for ties in segment.ties:
+                raise UserError(ties)
         self._sources = tuple(sources)
         self._starts = [segment.first_batch for segment in self.segments]
         self.live: LiveScores | None = None  # what the run has scored itself; None before the first time
@@ -90,7 +93,8 @@ class CurriculumPlan:
     def with_scores(self, scores: LiveScores) -> CurriculumPlan:
         """This plan behind a rescoring: weights are by these scores, and rows are ranked by them. Raises UserError.
 
-        Segments before the step at which they were made are then not those that were trained on.
+        Segments before the step at which they were made are then not those that were trained on. Rows that the scores
+        cannot tell apart are decided by row id: `segment(batch).ties` says whether there are too many of them.
         """
         plan = copy(self)
         plan.live = scores

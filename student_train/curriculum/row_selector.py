@@ -52,8 +52,13 @@ def _has_targets(references: Sequence[StatRef], stats: RowStats, num_rows: int) 
     return known
 
 
-def row_scores(score: RowScore, stats: RowStats, *, num_rows: int, seed: int, key: str) -> Float64:
-    """Score of every row [num_rows], NaN of rows without targets; `key` names the key in errors. Raises UserError."""
+def row_scores(
+    score: RowScore, stats: RowStats, *, num_rows: int, seed: int, key: str
+) -> tuple[Float64, tuple[str, ...]]:
+    """Score of every row [num_rows], NaN of rows without targets, and what is wrong with ties in its statistics.
+
+    `key` names the key in errors and in what is told. Raises UserError.
+    """
     columns = [_column(reference, stats, key) for reference in score.of]
     known = _has_targets(score.of, stats, num_rows)
     if not known.any():
@@ -61,12 +66,9 @@ def row_scores(score: RowScore, stats: RowStats, *, num_rows: int, seed: int, ke
             f"{key}: no row has targets in all of {sorted({r.store for r in score.of})}; nothing to rank by"
         )
     scores = np.full(num_rows, np.nan)
-    kept = [column[known] for column in columns]
-    try:
-        scores[known] = ROW_SCORES[score.kind].score(kept, score, int(known.sum()), seed)
-    except ValueError as error:
-        raise UserError(f"{key}: {error}") from error
-    return scores
+    kept, kind = [column[known] for column in columns], ROW_SCORES[score.kind]
+    scores[known] = kind.score(kept, score, int(known.sum()), seed)
+    return scores, tuple(f"{key}: {what}" for what in kind.ties(kept, score))
 
 
 def ranked_rows(scores: Float64, keep: str) -> NDArray[np.int64]:
@@ -87,10 +89,10 @@ def pool(ranked: NDArray[np.int64], *, share: float, skip: float) -> NDArray[np.
     return None if (first, last) == (0, num_rows) else np.sort(ranked[first:last])
 
 
-def check_ties(
+def ties_at_cut(
     scores: Float64, ranked: NDArray[np.int64], score: RowScore, *, share: float, skip: float, key: str
-) -> None:
-    """Refuse a cut among rows that the score cannot tell apart: their row ids would choose. Raises UserError.
+) -> str | None:
+    """What is wrong with a cut among rows that the score cannot tell apart: their row ids choose. None: nothing.
 
     A few ties at the cut are fine: at most MAX_TIED of the rows that have a score, or FEW_TIED rows.
     """
@@ -101,11 +103,12 @@ def check_ties(
         value = float(scores[ranked[cut]])
         tied = int((scores == value).sum())
         if tied > max(FEW_TIED, MAX_TIED * num_scored):
-            raise UserError(
+            return (
                 f"{key}.score: {tied} of {num_scored} rows ({tied / num_scored:.0%}) have the score {value:.6g}, and "
                 f"the pool (share {share:g}, skip {skip:g}) is cut among them: row ids would choose, not the score "
                 f"({score.describe()}); at most {MAX_TIED:.0%} may tie. {_way_out(score)}"
             )
+    return None
 
 
 def _way_out(score: RowScore) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from potstill.student_train.config.lr_schedule import span_steps
 from potstill.student_train.config.rescoring import Rescoring
 from potstill.student_train.config.stages import RowSelector, Stage
 from potstill.student_train.config.train import TrainConfig
-from potstill.student_train.curriculum.row_selector import Float64, RowStats, check_ties, pool, ranked_rows, row_scores
+from potstill.student_train.curriculum.row_selector import Float64, RowStats, pool, ranked_rows, row_scores, ties_at_cut
 from potstill.student_train.curriculum.schedules import scalar_value
 
 Pool = NDArray[np.int64] | None  # row ids in the source, ascending; None: all of them
@@ -45,13 +45,15 @@ class PlanSource:
 class Segment:
     """Batches from `first_batch` on draw their rows by `order`, the first of them from its position 0 on.
 
-    stream: of the orders; 0 where no row selector works, which is the run's main stream.
+    stream: of the orders; 0 where no row selector works, which is the run's main stream. ties: what is wrong with a
+    score that cannot tell apart rows at a cut of its pools, so that row ids decide there.
     """
 
     first_batch: int
     span: StageSpan
     order: MixedOrder
     stream: int
+    ties: tuple[str, ...] = ()
 
     @property
     def pool_size(self) -> int:
@@ -100,18 +102,18 @@ def check_warmup(config: TrainConfig, spans: tuple[StageSpan, ...]) -> None:
 def plan_segments(
     config: TrainConfig, spans: Sequence[StageSpan], sources: Sequence[PlanSource]
 ) -> tuple[Segment, ...]:
-    """The segments of all stages, in order. Raises UserError that names the key."""
+    """The segments of all stages, in order, with what is wrong with ties. Raises UserError that names the key."""
     found: list[Segment] = []
     given = np.zeros(len(sources), np.int64)  # rows of each source that were taken before
     batch = config.data.global_batch_rows
     for span in spans:
         cutter = _Cutter(config, span, stage_mixture(span, sources), sources)
         parts = cutter.parts()
-        check_scored(config.rescoring, span, [first for first, _ in parts])
-        ends = [*(first for first, _ in parts[1:]), span.end_step]
-        for number, ((first, pools), end) in enumerate(zip(parts, ends, strict=True)):
+        check_scored(config.rescoring, span, [first for first, *_ in parts])
+        ends = [*(first for first, *_ in parts[1:]), span.end_step]
+        for number, ((first, pools, ties), end) in enumerate(zip(parts, ends, strict=True)):
             cutter.check_sizes(number, pools)
-            found.append(cutter.segment(number, first, pools, given))
+            found.append(replace(cutter.segment(number, first, pools, given), ties=ties))
             given = given + cutter.mixture.counts((end - first) * batch)
         if not span.stage.repeat:
             _check_no_repeat(span, found, sources, given)
@@ -197,24 +199,27 @@ class _Cutter:
     mixture: Mixture
     sources: Sequence[PlanSource]
 
-    def parts(self) -> list[tuple[int, list[Pool]]]:
-        """First batch, and the pool of each source, of every segment."""
+    def parts(self) -> list[tuple[int, list[Pool], tuple[str, ...]]]:
+        """First batch, the pool of each source, and what is wrong with ties, of every segment."""
         span, selector = self.span, self.span.stage.rows
         if selector is None:
-            return [(span.first_step, [None] * len(self.sources))]
+            return [(span.first_step, [None] * len(self.sources), ())]
         steps = span.end_step - span.first_step
         count = min(selector.segments, steps)
         scores = [self._scores(number, selector) for number in range(len(self.sources))]
-        ranked = [None if values is None else ranked_rows(values, selector.keep) for values in scores]
-        found: list[tuple[int, list[Pool]]] = []
+        ranked = [None if own is None else ranked_rows(own[0], selector.keep) for own in scores]
+        found: list[tuple[int, list[Pool], tuple[str, ...]]] = []
         for number in range(count):
             x = number / max(count - 1, 1)
             share, skip = scalar_value(selector.share, x), scalar_value(selector.skip, x)
-            for source, (values, rows) in enumerate(zip(scores, ranked, strict=True)):
-                if values is not None and rows is not None:
-                    check_ties(values, rows, selector.score, share=share, skip=skip, key=self._key(source))
+            ties: list[str] = []
+            for source, (own, rows) in enumerate(zip(scores, ranked, strict=True)):
+                if own is not None and rows is not None:
+                    key = self._key(source)
+                    at_cut = ties_at_cut(own[0], rows, selector.score, share=share, skip=skip, key=key)
+                    ties += own[1] if at_cut is None else (*own[1], at_cut)
             pools = [None if rows is None else pool(rows, share=share, skip=skip) for rows in ranked]
-            found.append((span.first_step + number * steps // count, pools))
+            found.append((span.first_step + number * steps // count, pools, tuple(ties)))
         return found
 
     def segment(self, part: int, first_batch: int, pools: Sequence[Pool], given: NDArray[np.int64]) -> Segment:
@@ -255,8 +260,8 @@ class _Cutter:
         batch = self.config.data.global_batch_rows
         return f"a global batch of {batch}" if rows == batch else f"its {rows} rows of a global batch of {batch}"
 
-    def _scores(self, number: int, selector: RowSelector) -> Float64 | None:
-        """Scores of a source's rows; None of one that the stage does not draw from."""
+    def _scores(self, number: int, selector: RowSelector) -> tuple[Float64, tuple[str, ...]] | None:
+        """Scores of a source's rows, and what is wrong with ties in its statistics; None: the stage draws none."""
         source = self.sources[number]
         if not self.mixture.weights[number]:
             return None

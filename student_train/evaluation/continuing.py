@@ -1,61 +1,78 @@
-"""Continuations of prompts by a student, through the module that DeepSpeed wraps; nothing of it touches training."""
+"""Continuations of prompts by a student, through the module that DeepSpeed wraps; nothing of it touches training.
+
+The one loop that writes tokens: samples, held-out answers and the draws of rescoring differ in how an id is chosen.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from potstill.student_train.model.checks import measuring, probe_batch
+from potstill.kernels.next_token import greedy_tokens
+from potstill.student_train.evaluation.together import Work, work_together
+from potstill.student_train.model.checks import probe_batch
 from potstill.student_train.model.probe import NextLogitsRequest
+from potstill.student_train.model.requests import RunsRequests
+
+# (logits float32 [B, V] on the CPU, numbers int64 [B] of their prompts, places int64 [B] of the tokens in their texts)
+# -> ids int64 [B]
+Choose = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def never(texts: Sequence[Sequence[int]]) -> bool:
-    """Write all tokens that are asked for."""
-    return False
+def greedily(logits: Tensor, numbers: Tensor, places: Tensor) -> Tensor:
+    """The most probable id each time."""
+    return greedy_tokens(logits)
 
 
-@torch.no_grad()
+def writing(
+    prompts: Sequence[Sequence[int]],
+    *,
+    limits: Sequence[int],
+    vocab_size: int,
+    choose: Choose,
+    device: torch.device,
+    end_ids: Collection[int] = (),
+) -> Work[list[list[int]]]:
+    """What the model writes behind each prompt (at least one id each), as a generator of forwards.
+
+    limits: most ids of each. end_ids: one of them is the last id of its text. vocab_size: ids at and above it are never
+    chosen (a head's padding). Every forward computes whole rows of what is not at its end again, without a cache of
+    keys and values: that works in any module that DeepSpeed has wrapped, and texts are short.
+    """
+    texts: list[list[int]] = [[] for _ in prompts]
+    alive = [number for number, limit in enumerate(limits) if limit > 0]
+    while alive:
+        rows = [[*prompts[number], *texts[number]] for number in alive]
+        lengths = torch.tensor([len(row) for row in rows])
+        ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)  # causal attention never sees the rest
+        for place, row in enumerate(rows):
+            ids[place, : len(row)] = torch.tensor(row)
+        micro = probe_batch(ids.to(device), np.array([ids.shape[1]], np.int64))
+        logits = yield NextLogitsRequest(micro, after=(lengths - 1).to(device))
+        places = torch.tensor([len(texts[number]) for number in alive])
+        chosen = choose(logits[:, :vocab_size].cpu(), torch.tensor(alive), places)
+        for number, token in zip(alive, chosen.tolist(), strict=True):
+            texts[number].append(token)
+        alive = [number for number in alive if len(texts[number]) < limits[number] and texts[number][-1] not in end_ids]
+    return texts
+
+
 def continued(
-    model: Any,
+    model: RunsRequests,
     prompts: Sequence[Sequence[int]],
     *,
     num_tokens: int,
-    choose: Callable[[Tensor], Tensor],
+    vocab_size: int,
+    choose: Choose,
     device: torch.device,
-    is_over: Callable[[Sequence[Sequence[int]]], bool] = never,
-    limits: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """What the model writes behind each prompt (at least one id each): `num_tokens` ids, or fewer where `is_over`.
+    """`num_tokens` ids behind each prompt, written by `model`, a StudentModel or the engine around one.
 
-    limits: most ids of each, 1 to num_tokens; so that a long prompt leaves no row because a short one's text is longer.
-    `model` is a StudentModel or the engine around one (a collective call: under ZeRO-3 each forward gathers the weights
-    from all ranks, so that `is_over`, asked with what is written so far, must say the same on all of them). `choose`
-    makes the next ids [B] of logits [B, V] on the CPU. Every forward computes whole rows again, without a cache of keys
-    and values: that works in any module that DeepSpeed has wrapped, and texts are short.
+    A collective call: every rank writes the same texts, so that all make the same forwards (see together.py).
     """
-    starts = [len(prompt) for prompt in prompts]
-    lengths = torch.tensor(starts)
-    ends = lengths + (num_tokens if limits is None else torch.tensor(limits))
-    rows, width = torch.arange(len(prompts)), int(ends.max())
-    ids = torch.zeros(len(prompts), width, dtype=torch.int64)  # [B, W]; causal attention never sees the rest
-    for row, prompt in enumerate(prompts):
-        ids[row, : starts[row]] = torch.tensor(prompt)
-
-    def written() -> list[list[int]]:
-        return [ids[row, start : int(lengths[row])].tolist() for row, start in enumerate(starts)]
-
-    # A compiled backbone would be compiled once more for the shape of these rows.
-    with measuring(model), torch.compiler.set_stance("force_eager"):
-        for _ in range(num_tokens):
-            micro = probe_batch(ids.to(device), np.array([width], np.int64))
-            logits = model(NextLogitsRequest(micro, after=(lengths - 1).to(device)))
-            grows = lengths < ends
-            ids[rows[grows], lengths[grows]] = choose(logits.cpu())[grows]
-            lengths += grows
-            if is_over(written()):
-                break
-    return written()
+    limits = [num_tokens] * len(prompts)
+    work = writing(prompts, limits=limits, vocab_size=vocab_size, choose=choose, device=device)
+    return work_together(work, model, device=device, world_size=1)

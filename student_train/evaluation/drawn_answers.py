@@ -6,8 +6,9 @@ that depend on the rows alone: the rates are the same at any number of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +20,9 @@ from potstill.kernels.next_token import draw_uniforms, drawn_tokens
 from potstill.storage import TokensRow
 from potstill.student_train.config.train import TrainConfig
 from potstill.student_train.data.stores import Stores
-from potstill.student_train.evaluation.samples import load_tokenizer, marks, special_ids
+from potstill.student_train.evaluation.continuing import Choose, writing
 from potstill.student_train.evaluation.together import Work
-from potstill.student_train.evaluation.written_answers import Answer, AnswerWriting, answers_of
-from potstill.student_train.model.checks import probe_batch
-from potstill.student_train.model.probe import NextLogitsRequest
+from potstill.student_train.evaluation.written_answers import Answer, AnswerWriting, answer_reading, answers_of
 
 Float32 = NDArray[np.float32]
 _DOCUMENT_BITS = 24  # a row has fewer documents
@@ -33,14 +32,13 @@ _DOCUMENT_BITS = 24  # a row has fewer documents
 class AnswerDrawing:
     """How answers are drawn: per_prompt of each document, `batch` at a time; writing: how long they get, what passes.
 
-    vocab_size: ids at and above it are never taken (a head's padding); row_length: prompt and answer fit into it.
+    row_length: prompt and answer fit into it.
     """
 
     writing: AnswerWriting
     per_prompt: int
     temperature: float
     batch: int
-    vocab_size: int
     row_length: int
     seed: int
     device: torch.device
@@ -59,59 +57,40 @@ class AnswerDrawing:
         passed = np.zeros(len(answers))
         for start in range(0, len(asked), self.batch):
             part = asked[start : start + self.batch]
-            drawn = [_Drawn(answers[n], units[n], k, self._limit(answers[n])) for n, k in part]
-            yield from self._write(drawn, step)
-            for (number, _), one in zip(part, drawn, strict=True):
-                passed[number] += self._passes(one)
+            texts = yield from writing(
+                [answers[n].prompt for n, _ in part],
+                limits=[self._limit(answers[n]) for n, _ in part],
+                vocab_size=self.writing.vocab_size,
+                choose=self._choosing([units[n] for n, _ in part], [k for _, k in part], step),
+                device=self.device,
+                end_ids=self.writing.end_ids,
+            )
+            for (number, _), text in zip(part, texts, strict=True):
+                passed[number] += self._passes(text, answers[number])
         rates = np.full(first, np.nan, np.float32)
         rates[places] = passed / self.per_prompt
         return rates
 
     def _limit(self, answer: Answer) -> int:
         most = self.writing.max_tokens or len(answer.reference)
-        return min(most, self.row_length - len(answer.prompt))
+        return self.writing.limit(answer, most=most, row_length=self.row_length)
 
-    def _write(self, drawn: Sequence[_Drawn], step: int) -> Work[None]:
-        """Draw the tokens of these answers. Whole rows are computed again for each token, without a cache."""
-        alive = [one for one in drawn if one.limit > 0]
-        while alive:
-            lengths = torch.tensor([len(one.answer.prompt) + len(one.ids) for one in alive])
-            ids = torch.zeros(len(alive), int(lengths.max()), dtype=torch.int64)
-            for number, one in enumerate(alive):
-                ids[number, : int(lengths[number])] = torch.tensor([*one.answer.prompt, *one.ids])
-            micro = probe_batch(ids.to(self.device), np.array([ids.shape[1]], np.int64))
-            logits = yield NextLogitsRequest(micro, after=(lengths - 1).to(self.device))
-            for one, token in zip(alive, self._choose(logits, alive, step).tolist(), strict=True):
-                one.ids.append(token)
-            alive = [one for one in alive if len(one.ids) < one.limit and one.ids[-1] not in self.writing.end_ids]
+    def _choosing(self, units: Sequence[int], numbers: Sequence[int], step: int) -> Choose:
+        """How the tokens of answer `numbers` to the prompt of each of the documents `units` are drawn."""
+        of_unit, of_number = torch.tensor(units), torch.tensor(numbers)
 
-    def _choose(self, logits: Tensor, alive: Sequence[_Drawn], step: int) -> Tensor:
-        # Weights that are not finite are told by the losses of the same rows, on all ranks; here an id is enough.
-        known = torch.nan_to_num(logits[:, : self.vocab_size].float().cpu())
-        uniforms = draw_uniforms(
-            seed=self.seed + (step << 32),
-            units=torch.tensor([one.unit for one in alive]),
-            numbers=torch.tensor([one.number for one in alive]),
-            positions=torch.tensor([len(one.ids) for one in alive]),
-        )
-        return drawn_tokens(known, uniforms, temperature=self.temperature)
+        def choose(logits: Tensor, which: Tensor, places: Tensor) -> Tensor:
+            # Weights that are not finite are told by the losses of the same rows, on all ranks; here an id is enough.
+            known = torch.nan_to_num(logits.float())
+            seed = self.seed + (step << 32)
+            uniforms = draw_uniforms(seed=seed, units=of_unit[which], numbers=of_number[which], positions=places)
+            return drawn_tokens(known, uniforms, temperature=self.temperature)
 
-    def _passes(self, one: _Drawn) -> float:
-        _, exact, _, passed = self.writing.compare(one.ids, one.answer.reference)
+        return choose
+
+    def _passes(self, text: Sequence[int], answer: Answer) -> float:
+        _, exact, _, passed = self.writing.compare(text, answer.reference)
         return exact if self.writing.grade is None else passed
-
-
-@dataclass
-class _Drawn:
-    """Answer `number` to the prompt of the document `unit`, of at most `limit` tokens, as far as it is written."""
-
-    answer: Answer
-    unit: int
-    number: int
-    limit: int
-
-    def __post_init__(self) -> None:
-        self.ids: list[int] = []
 
 
 def _documents_with_answer(row: TokensRow) -> NDArray[np.int64]:
@@ -120,8 +99,8 @@ def _documents_with_answer(row: TokensRow) -> NDArray[np.int64]:
     return np.flatnonzero(np.bincount(document[row.has_target()], minlength=len(row.doc_lens)))
 
 
-def drawn_writing(config: TrainConfig, stores: Stores) -> AnswerWriting | None:
-    """How the answers of rescoring end and pass, None where none are drawn.
+def drawn_writing(config: TrainConfig, stores: Stores, student: Any) -> AnswerWriting | None:
+    """How the answers of rescoring end and pass, None where none are drawn. student: its configuration.
 
     Raises UserError where the stores have no masks, or a tokenizer or the user's grader cannot be found.
     """
@@ -134,20 +113,15 @@ def drawn_writing(config: TrainConfig, stores: Stores) -> AnswerWriting | None:
                 f"rescoring.measure generated has answers written after prompts, but {source.tokens.url} has no masks "
                 "that say which tokens are prompts; prepare prompts with answers, or use measure forced"
             )
-    grader, end_ids = options.generated.grader, set(marks(stores, "suffix"))
-    decode: Callable[[Sequence[int]], str] | None = None
-    if grader.kind != "exact":  # which compares tokens
-        tokenizer = load_tokenizer(config, vocab_size=stores.vocab_size, key="rescoring.generated.grader")
-        end_ids |= special_ids(tokenizer)
-
-        def decode(ids: Sequence[int]) -> str:
-            return str(tokenizer.decode(list(ids), skip_special_tokens=False))
-
+    grader = options.generated.grader
+    graded = grader.kind != "exact"  # which compares tokens
+    end_ids, decode = answer_reading(config, stores, student, graded=graded, key="rescoring.generated.grader")
     return AnswerWriting(
         max_rows=None,
         max_tokens=options.generated.max_new_tokens,
-        end_ids=frozenset(end_ids),
-        grade=None if grader.kind == "exact" else grader.make(),
+        end_ids=end_ids,
+        grade=grader.make() if graded else None,
         passing=grader.passing,
         decode=decode,
+        vocab_size=stores.vocab_size,
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from potstill.common.answer_text import decoder, end_ids_of
 from potstill.common.errors import UserError
 from potstill.storage import StoreError, StoreReader
 from potstill.student_train.config.train import EvalConfig
@@ -20,7 +21,7 @@ from potstill.student_train.data.vocabulary import vocabulary_of
 from potstill.student_train.evaluation.bits_per_byte import TextBytes, heldout_bytes
 from potstill.student_train.evaluation.heldout import HeldoutEvaluation
 from potstill.student_train.evaluation.written_answers import AnswerWriting, answer_writing
-from potstill.student_train.hf_export.weights import EXPORT_FILE, Source, find_source, load_model
+from potstill.student_train.hf_export.weights import EXPORT_FILE, Source, find_source, load_model, model_settings
 from potstill.student_train.model.parameters import count_parameters
 from potstill.student_train.model.student import StudentModel
 from potstill.student_train.run.checkpoint import write_json_atomically
@@ -90,7 +91,7 @@ def evaluate(config: EvalConfig) -> EvalSummary:
                 "leave it out (answer_accuracy is their exact match), or set eval.answers in the training run"
             )
         tokens, targets = in_model_vocabulary(vocabulary, tokens, targets, candidates=candidates)
-    writing = answers_of_folder(config, stored, candidates) if config.answers.generate else None
+    writing = answers_of_folder(config, source, stored, candidates) if config.answers.generate else None
     hf = load_model(source, dtype=config.dtype)
     vocab_size = hf.config.get_text_config().vocab_size
     if vocab_size < tokens.vocab_size:
@@ -125,10 +126,12 @@ def evaluate(config: EvalConfig) -> EvalSummary:
     return summary
 
 
-def answers_of_folder(config: EvalConfig, tokens: StoreReader, candidates: Sequence[Path | None]) -> AnswerWriting:
+def answers_of_folder(
+    config: EvalConfig, source: Source, tokens: StoreReader, candidates: Sequence[Path | None]
+) -> AnswerWriting:
     """How the answers of a model are written. Raises UserError, also where no tokenizer reads what is graded."""
-    end_ids = set(tokens.spec.info.get("suffix") or ())
-    decode: Callable[[Sequence[int]], str] | None = None
+    suffix = tokens.spec.info.get("suffix") or ()
+    end_ids, decode = end_ids_of(suffix, None), None
     if config.answers.has_grader:
         wanted = tokens.spec.tokenizer_digest
         tokenizer, others = find_tokenizer_of(wanted, candidates)
@@ -139,12 +142,8 @@ def answers_of_folder(config: EvalConfig, tokens: StoreReader, candidates: Seque
                 f"answers.grader reads texts, and no tokenizer of {tokens.url} lies beside the model or the store "
                 f"({'; '.join(others) or 'none was found'}); name it with tokenizer"
             )
-        end_ids |= set(tokenizer.all_special_ids)
-
-        def decode(ids: Sequence[int]) -> str:
-            return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-    return answer_writing(config.answers, end_ids=end_ids, decode=decode)
+        end_ids, decode = end_ids_of(suffix, tokenizer, model_settings(source)), decoder(tokenizer)
+    return answer_writing(config.answers, end_ids=end_ids, decode=decode, vocab_size=tokens.vocab_size)
 
 
 def model_vocabulary(source: Source, asked: VocabularyConfig | None) -> VocabularyConfig | None:

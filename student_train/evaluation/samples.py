@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from potstill.common.errors import UserError
+from potstill.kernels.next_token import greedy_tokens
 from potstill.storage import StoreError, StoreReader, TokensRow
 from potstill.student_train.config.train import HeldoutConfig, TrainConfig
 from potstill.student_train.data.stores import Stores
@@ -46,6 +47,7 @@ class TextSampler:
     decode: Callable[[Sequence[int]], str]
     end_ids: frozenset[int]  # a text ends before the first of them
     num_tokens: int
+    vocab_size: int  # ids at and above it are never written (a head's padding)
     temperature: float
     seed: int
 
@@ -56,7 +58,8 @@ class TextSampler:
             model,
             [prompt.ids for prompt in self.prompts],
             num_tokens=self.num_tokens,
-            choose=lambda logits: self._choose(logits, generator),
+            vocab_size=self.vocab_size,
+            choose=lambda logits, numbers, places: self._choose(logits, generator),
             device=device,
         )
         return [self._told(prompt, ids) for prompt, ids in zip(self.prompts, texts, strict=True)]
@@ -64,7 +67,7 @@ class TextSampler:
     def _choose(self, logits: Tensor, generator: torch.Generator) -> Tensor:
         """Next token ids [B] from logits [B, V] on the CPU."""
         if self.temperature == 0.0:
-            return logits.argmax(-1)
+            return greedy_tokens(logits)
         probabilities = (logits.double() / self.temperature).softmax(-1)
         return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
@@ -99,6 +102,7 @@ def text_sampler(config: TrainConfig, stores: Stores) -> TextSampler | None:
         decode=decode,
         end_ids=frozenset(special_ids(tokenizer) | set(end)),
         num_tokens=options.sample_tokens,
+        vocab_size=stores.vocab_size,
         temperature=options.sample_temperature,
         seed=config.run.seed,
     )
@@ -127,14 +131,7 @@ def load_tokenizer(config: TrainConfig, *, vocab_size: int, key: str) -> Any:
     """
     from tokenizers import Tokenizer
 
-    folder = find_tokenizer(config.eval.tokenizer, config)
-    file = None if folder is None else Path(folder) / "tokenizer.json"
-    if file is None or not file.is_file():
-        tokens = config.data.named_sources()[0].config.tokens
-        raise UserError(
-            f"{key} needs the tokenizer of {tokens}, and no tokenizer.json was found "
-            f"{'beside it' if folder is None else f'in {folder}'}; name its folder with eval.tokenizer"
-        )
+    file = tokenizer_folder(config, key=key) / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(file))
     found = tokenizer.get_vocab_size()
     if found > vocab_size:
@@ -143,6 +140,18 @@ def load_tokenizer(config: TrainConfig, *, vocab_size: int, key: str) -> Any:
             "tokenizer that the store was made with"
         )
     return tokenizer
+
+
+def tokenizer_folder(config: TrainConfig, *, key: str) -> Path:
+    """Where the tokenizer of the run's tokens lies. Raises UserError that names `key`, for what needs it."""
+    folder = find_tokenizer(config.eval.tokenizer, config)
+    if folder is None or not (Path(folder) / "tokenizer.json").is_file():
+        tokens = config.data.named_sources()[0].config.tokens
+        raise UserError(
+            f"{key} needs the tokenizer of {tokens}, and no tokenizer.json was found "
+            f"{'beside it' if folder is None else f'in {folder}'}; name its folder with eval.tokenizer"
+        )
+    return Path(folder)
 
 
 def given_prompts(options: HeldoutConfig, tokenizer: Any, *, prefix: Sequence[int], row_length: int) -> list[Prompt]:

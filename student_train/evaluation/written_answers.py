@@ -6,21 +6,24 @@ each trained token is the most probable one (answers.py); what is written is nee
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from potstill.common.answer_text import Decode, answer_limit, decoder, end_ids_of, first_end
 from potstill.common.grading import Grader
-from potstill.kernels.next_token import greedy_tokens
 from potstill.storage import TokensRow
 from potstill.student_train.config.answers import AnswersConfig
 from potstill.student_train.config.train import TrainConfig
+from potstill.student_train.data.store_tokenizer import read_tokenizer
 from potstill.student_train.data.stores import Stores
-from potstill.student_train.evaluation.continuing import continued
-from potstill.student_train.evaluation.samples import load_tokenizer, marks, special_ids
+from potstill.student_train.evaluation.continuing import greedily, writing
+from potstill.student_train.evaluation.samples import load_tokenizer, marks, tokenizer_folder
+from potstill.student_train.evaluation.together import Work, work_together
+from potstill.student_train.model.requests import RunsRequests
 
 NUM_WRITTEN = 4
 
@@ -56,7 +59,7 @@ class AnswerWriting:
 
     max_rows: of the held-out ones, None: all. end_ids: an answer ends before the first of them. grade: of texts, from
     `passing` on a pass; None: only equal tokens are counted. max_tokens: of each graded answer at most, None: as many
-    as the longest reference has.
+    as the longest reference has. vocab_size: ids at and above it are never written (a head's padding).
     """
 
     max_rows: int | None
@@ -64,11 +67,12 @@ class AnswerWriting:
     end_ids: frozenset[int]
     grade: Grader | None
     passing: float
-    decode: Callable[[Sequence[int]], str] | None
+    decode: Decode | None
+    vocab_size: int
 
     def counts(
         self,
-        model: Any,
+        model: RunsRequests,
         answers: Sequence[Answer],
         *,
         row_length: int,
@@ -80,50 +84,48 @@ class AnswerWriting:
         """[NUM_WRITTEN] of this rank's share: answers written, exact ones, sum of the grades, passes (collective).
 
         An answer is exact where its tokens up to its end are the reference's up to its own, or begin with a reference
-        that has no end. Every rank makes the same number of forwards; an answer may not leave a row.
+        that has no end. An answer may not leave a row.
         """
-        limits = [self._limit(answer, answers, row_length) for answer in answers]
+        work = self.work(
+            answers, row_length=row_length, batch_rows=batch_rows, rank=rank, world_size=world_size, device=device
+        )
+        return work_together(work, model, device=device, world_size=world_size)
+
+    def work(
+        self,
+        answers: Sequence[Answer],
+        *,
+        row_length: int,
+        batch_rows: int,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+    ) -> Work[list[float]]:
+        """The counts of this rank's share as a generator of forwards."""
+        most = self.max_tokens or max((len(answer.reference) for answer in answers), default=0)
+        limits = [self.limit(answer, most=most, row_length=row_length) for answer in answers]
         order = sorted(range(len(answers)), key=lambda n: (len(answers[n].prompt) + limits[n], n))
         found = [0.0] * NUM_WRITTEN
-        for first in range(0, len(order), batch_rows * world_size):
-            together = order[first : first + batch_rows * world_size]
-            mine = together[rank * batch_rows : (rank + 1) * batch_rows]
-            shown = mine or together[:1]  # a rank without a share writes one that is not counted
-            texts = continued(
-                model,
-                [answers[n].prompt for n in shown],
-                limits=[limits[n] for n in shown],
-                num_tokens=max(limits[n] for n in together),
-                choose=greedy_tokens,
+        for first in range(rank * batch_rows, len(order), batch_rows * world_size):
+            mine = order[first : first + batch_rows]
+            texts = yield from writing(
+                [answers[n].prompt for n in mine],
+                limits=[limits[n] for n in mine],
+                vocab_size=self.vocab_size,
+                choose=greedily,
                 device=device,
-                is_over=lambda texts, mine=mine: self._is_over(  # type: ignore[misc]
-                    texts, [limits[n] for n in mine], world_size=world_size, device=device
-                ),
+                end_ids=self.end_ids,
             )
-            for number, text in zip(mine, texts, strict=False):
+            for number, text in zip(mine, texts, strict=True):
                 for at, value in enumerate(self.compare(text, answers[number].reference)):
                     found[at] += value
         return found
 
-    def _limit(self, answer: Answer, answers: Sequence[Answer], row_length: int) -> int:
-        """Tokens that are written at most; a reference needs no more than its own to be exact."""
-        if self.grade is None:
-            return len(answer.reference)
-        most = self.max_tokens or max(len(one.reference) for one in answers)
+    def limit(self, answer: Answer, *, most: int, row_length: int) -> int:
+        """Tokens that are written, at most `most`; a reference needs no more than its own to be exact."""
+        needs_more = self.grade is not None and first_end(answer.reference, self.end_ids) is not None
+        most = answer_limit(most, reference=len(answer.reference), has_end=needs_more)
         return min(most, row_length - len(answer.prompt))
-
-    def _is_over(
-        self, texts: Sequence[Sequence[int]], limits: Sequence[int], *, world_size: int, device: torch.device
-    ) -> bool:
-        """Whether every rank's answers have come to an end."""
-        is_over = all(
-            len(text) >= limit or self.end_ids & set(text) for text, limit in zip(texts, limits, strict=False)
-        )
-        if world_size == 1:
-            return is_over
-        waiting = torch.tensor(0.0 if is_over else 1.0, device=device)
-        torch.distributed.all_reduce(waiting)
-        return float(waiting) == 0.0
 
     def compare(self, text: Sequence[int], reference: Sequence[int]) -> tuple[float, ...]:
         """What one answer adds to the counts."""
@@ -137,12 +139,11 @@ class AnswerWriting:
         return 1.0, float(is_exact), grade, float(grade >= self.passing)
 
     def _before_end(self, ids: Sequence[int]) -> list[int]:
-        end = next((place for place, token in enumerate(ids) if token in self.end_ids), None)
-        return list(ids[:end])
+        return list(ids[: first_end(ids, self.end_ids)])
 
 
 def answer_writing(
-    options: AnswersConfig, *, end_ids: set[int], decode: Callable[[Sequence[int]], str] | None
+    options: AnswersConfig, *, end_ids: Iterable[int], decode: Decode | None, vocab_size: int
 ) -> AnswerWriting:
     """How answers are written by these options. Raises UserError where the user's grader cannot be found."""
     return AnswerWriting(
@@ -152,23 +153,33 @@ def answer_writing(
         grade=options.grader.make() if options.has_grader else None,
         passing=options.grader.passing,
         decode=decode,
+        vocab_size=vocab_size,
     )
 
 
-def answer_writing_of(config: TrainConfig, stores: Stores) -> AnswerWriting | None:
-    """How a run writes answers, None where it does not. A tokenizer is needed for graded ones; raises UserError."""
+def answer_reading(
+    config: TrainConfig, stores: Stores, student: Any, *, graded: bool, key: str
+) -> tuple[frozenset[int], Decode | None]:
+    """Ids that end an answer of a run, and how texts are read where answers are graded (common/answer_text.py).
+
+    student: its configuration of transformers; it is what rollouts of the run's exports find. Raises UserError that
+    names `key` where the tokenizer of graded answers is not found, or not the one of the stores.
+    """
+    suffix = marks(stores, "suffix")
+    if not graded:
+        return end_ids_of(suffix, None), None
+    load_tokenizer(config, vocab_size=stores.vocab_size, key=key)  # which looks whether it can be the one
+    tokenizer = read_tokenizer(tokenizer_folder(config, key=key))
+    return end_ids_of(suffix, tokenizer, [student.get_text_config()]), decoder(tokenizer)
+
+
+def answer_writing_of(config: TrainConfig, stores: Stores, student: Any) -> AnswerWriting | None:
+    """How a run writes answers, None where it does not. student: its configuration; raises as answer_reading."""
     if not config.eval.answers.generate:
         return None
-    end_ids = set(marks(stores, "suffix"))
-    decode: Callable[[Sequence[int]], str] | None = None
-    if config.eval.answers.has_grader:
-        tokenizer = load_tokenizer(config, vocab_size=stores.vocab_size, key="eval.answers.grader")
-        end_ids |= special_ids(tokenizer)
-
-        def decode(ids: Sequence[int]) -> str:
-            return str(tokenizer.decode(list(ids), skip_special_tokens=False))
-
-    return answer_writing(config.eval.answers, end_ids=end_ids, decode=decode)
+    graded = config.eval.answers.has_grader
+    end_ids, decode = answer_reading(config, stores, student, graded=graded, key="eval.answers.grader")
+    return answer_writing(config.eval.answers, end_ids=end_ids, decode=decode, vocab_size=stores.vocab_size)
 
 
 def written_figures(counts: Sequence[float], *, graded: bool) -> dict[str, float]:

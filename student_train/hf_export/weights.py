@@ -88,3 +88,14 @@ def load_model(source: Source, *, dtype: str, attention: str = "sdpa") -> Any:
         )
     model.tie_weights()
     return model.eval()
+
+
+def model_settings(source: Source) -> list[Any]:
+    """What a source's settings say of its text: its text config, and its generation config where the folder has one."""
+    from transformers import AutoConfig, GenerationConfig
+
+    folder = source.config_folder
+    found = [AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()]
+    if (folder / "generation_config.json").is_file():
+        found.append(GenerationConfig.from_pretrained(folder, local_files_only=True))
+    return found

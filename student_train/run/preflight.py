@@ -76,9 +76,10 @@ def check_run(config: TrainConfig, *, world_size: int) -> CheckedRun:
     check_objectives(config, stores)
     plan = build_plan(config, stores)
     check_rows_held(plan, stores)
-    sampler, writing = text_sampler(config, stores), answer_writing_of(config, stores)
-    student_config = hf_config(config.model, vocab_size=stores.vocab_size, row_length=stores.spec.row_length)
-    return CheckedRun(stores, plan, student_config, accumulation, sampler, writing, drawn_writing(config, stores))
+    sampler = text_sampler(config, stores)
+    student = hf_config(config.model, vocab_size=stores.vocab_size, row_length=stores.spec.row_length)
+    writing, drawing = answer_writing_of(config, stores, student), drawn_writing(config, stores, student)
+    return CheckedRun(stores, plan, student, accumulation, sampler, writing, drawing)
 
 
 def check_start(config: TrainConfig, *, num_ranks: int, planning: bool = False) -> CheckedStart:

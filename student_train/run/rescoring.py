@@ -94,6 +94,7 @@ class RescoringDecider:
         is_first = self.scores is None
         self.scores = self._scorer(run.topology).score(run.engine, rows, step=at.step)
         self._check_weights(at.step, is_first=is_first)
+        self._check_ties(run.plan, at.step, is_first=is_first, is_main=run.topology.is_main)
         self.scored_until = self._reading(at.step)[-1] + 1 if self.options.rows == "upcoming" else None
         seconds = time.monotonic() - started
         figures = figures_of(self.scores, self.options)
@@ -135,6 +136,17 @@ class RescoringDecider:
                 )
             log.warning("%s", found)
 
+    def _check_ties(self, plan: CurriculumPlan, step: int, *, is_first: bool, is_main: bool) -> None:
+        """Refuse a beginning whose rows are ranked by their ids; later a student may come to tell fewer rows apart.
+
+        A run that stopped there could not be continued: how it ranks is pinned.
+        """
+        ties = self.in_plan(plan).segment(step).ties
+        if ties and is_first:
+            raise UserError(f"rescoring before step {step}: {ties[0]}")
+        if ties and is_main:
+            log.warning("rescoring before step %d: row ids decide, %s", step, "; ".join(ties))
+
     def rows_to_score(self, plan: CurriculumPlan, step: int) -> Int64:
         """Ids over all sources, ascending, of the rows to score before `step`."""
         steps = self._reading(step)
@@ -164,7 +176,6 @@ class RescoringDecider:
                 per_prompt=options.generated.per_prompt,
                 temperature=options.generated.temperature,
                 batch=options.batch_rows,
-                vocab_size=stores.vocab_size,
                 row_length=stores.spec.row_length,
                 seed=self.config.run.seed,
                 device=topology.device,

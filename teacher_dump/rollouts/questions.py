@@ -13,6 +13,7 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
+from potstill.common.answer_text import answer_limit, first_end
 from potstill.common.errors import UserError
 from potstill.storage import StoreReader, TokensRow
 
@@ -36,7 +37,7 @@ class Question:
 
     def limit(self, max_new_tokens: int, row_length: int) -> int:
         """New tokens at most: a prompt with its answer fits in a row."""
-        most = max_new_tokens if self.ends is not None else min(max_new_tokens, len(self.reference))
+        most = answer_limit(max_new_tokens, reference=len(self.reference), has_end=self.ends is not None)
         return min(most, row_length - len(self.prompt))
 
 
@@ -49,12 +50,6 @@ class Survey:
     longest: int
     row_documents: int
     row_length: int
-
-
-def before_stop(ids: Ids, stop_ids: frozenset[int]) -> int | None:
-    """Place of the first stop id, None without one."""
-    places = np.flatnonzero(np.isin(ids, list(stop_ids))) if stop_ids else np.zeros(0, np.int64)
-    return int(places[0]) if len(places) else None
 
 
 def questions_of(row: TokensRow, stop_ids: frozenset[int], *, store: str) -> list[Question | None]:
@@ -78,7 +73,7 @@ def questions_of(row: TokensRow, stop_ids: frozenset[int], *, store: str) -> lis
         last = size if rest.all() else first + int(rest.argmin())
         reference = tokens[first:last]
         unit = row.row << DOCUMENT_BITS | number
-        found.append(Question(unit, tokens[:first], reference, before_stop(reference, stop_ids)))
+        found.append(Question(unit, tokens[:first], reference, first_end(reference.tolist(), stop_ids)))
     return found
 
 

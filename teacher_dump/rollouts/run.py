@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from potstill.common.answer_text import decoder
 from potstill.common.errors import UserError
 from potstill.storage import StoreReader
 from potstill.teacher_dump.identity import load_config
@@ -69,7 +70,7 @@ def rollout(config: RolloutConfig, worker: int | None = None, num_workers: int |
     stop_ids = find_stop_ids(config, reader, tokenizer, load_config(config.model))
     asks = survey(reader, stop_ids)
     judge = Judge(
-        as_numbers if tokenizer is None else lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
+        as_numbers if tokenizer is None else decoder(tokenizer),
         config.grader.make(),
         stop_ids,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,20 +12,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from potstill.common.answer_text import Decode, end_ids_of, first_end
 from potstill.common.errors import UserError
 from potstill.common.grading import Grader
 from potstill.common.model_place import one_line
 from potstill.storage import StoreReader
 from potstill.teacher_dump.config import TeacherConfig
 from potstill.teacher_dump.rollouts.config import RolloutConfig
-from potstill.teacher_dump.rollouts.questions import Question, before_stop
+from potstill.teacher_dump.rollouts.questions import Question
 from potstill.teacher_dump.tokenizer import load_tokenizer, tokenizer_digest
 
 log = logging.getLogger(__name__)
 Ids = NDArray[np.int32]
 
 
-def as_numbers(ids: list[int]) -> str:
+def as_numbers(ids: Sequence[int]) -> str:
     """Ids as words between spaces."""
     return " ".join(map(str, ids))
 
@@ -34,14 +35,15 @@ def as_numbers(ids: list[int]) -> str:
 class Judge:
     """Grades answers, one at a time: functions of users need not bear several threads."""
 
-    decode: Callable[[list[int]], str]
+    decode: Decode
     grader: Grader
     stop_ids: frozenset[int]
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def grade(self, question: Question, answer: Ids) -> float:
         """Grade in [0, 1] of an answer, both it and its reference up to where they end. Raises UserError."""
-        mine = answer[: before_stop(answer, self.stop_ids)].tolist()
+        mine = answer.tolist()
+        mine = mine[: first_end(mine, self.stop_ids)]
         wanted = question.reference[: question.ends].tolist()
         with self.lock:
             return self.grader(self.decode(mine), self.decode(wanted))
@@ -85,10 +87,9 @@ def _candidates(config: RolloutConfig, reader: StoreReader) -> list[Path]:
 
 
 def find_stop_ids(config: RolloutConfig, reader: StoreReader, tokenizer: Any | None, model: Any) -> frozenset[int]:
-    """Ids that end an answer: as asked, else what prepare puts behind documents, and the end of the tokenizer.
+    """Ids that end an answer: as asked, else by the rule of common/answer_text.py.
 
-    `model` is the configuration of transformers: what it says of ends counts where the tokenizer knows it as a special
-    token (a default of its class is some word to another tokenizer). Raises UserError for ids that there are not.
+    `model` is the configuration of transformers. Raises UserError for ids that there are not.
     """
     if config.stop_ids is not None:
         beyond = [one for one in config.stop_ids if one >= reader.spec.vocab_size]
@@ -98,18 +99,8 @@ def find_stop_ids(config: RolloutConfig, reader: StoreReader, tokenizer: Any | N
                 "never ends an answer; name ids of its tokenizer"
             )
         return frozenset(config.stop_ids)
-    found = set(reader.spec.info.get("suffix") or ())
-    if tokenizer is not None:
-        added = tokenizer.added_tokens_decoder.items() if hasattr(tokenizer, "added_tokens_decoder") else ()
-        special = {*tokenizer.all_special_ids, *(number for number, token in added if token.special)}
-        ends = [tokenizer.eos_token_id, *_end_ids(model.get_text_config()), *_end_ids(_generation(config.model))]
-        found |= {one for one in ends if one in special}
-    return frozenset(int(one) for one in found)
-
-
-def _end_ids(settings: Any) -> list[int]:
-    ends = getattr(settings, "eos_token_id", None)
-    return list(ends) if isinstance(ends, list | tuple) else [] if ends is None else [ends]
+    settings = [model.get_text_config(), _generation(config.model)]
+    return end_ids_of(reader.spec.info.get("suffix") or (), tokenizer, settings)
 
 
 def _generation(teacher: TeacherConfig) -> Any | None:

@@ -16,9 +16,12 @@ from potstill.student_train import evaluate
 from potstill.student_train.config.answers import AnswersConfig
 from potstill.student_train.config.train import EvalConfig, ModelConfig
 from potstill.student_train.evaluation.heldout import HeldoutEvaluation, SourcesEvaluation, evaluation_line
+from potstill.student_train.evaluation.samples import Prompt, TextSampler
+from potstill.student_train.evaluation.together import work_together
 from potstill.student_train.evaluation.written_answers import Answer, AnswerWriting, answer_writing, answers_of
 from potstill.student_train.hf_export.weights import find_source, load_model
 from potstill.student_train.model.hf_config import hf_config
+from potstill.student_train.model.probe import NextLogitsRequest
 from potstill.student_train.model.student import StudentModel, build_student
 from potstill.student_train.run.metrics import read_metrics
 from tests.dist_harness import run_ranks
@@ -109,7 +112,8 @@ def words(ids: Any) -> str:
 
 
 def writing(*, end_ids: Any = (), **options: Any) -> AnswerWriting:
-    return answer_writing(AnswersConfig(generate=True, **options), end_ids=set(end_ids), decode=words)
+    options = AnswersConfig(generate=True, **options)
+    return answer_writing(options, end_ids=set(end_ids), decode=words, vocab_size=tiny.VOCAB)
 
 
 def test_written_answers_are_exact_where_they_are_right(student: StudentModel, answers) -> None:
@@ -127,7 +131,7 @@ def test_no_answer_is_written_beyond_its_row() -> None:
     tree = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": tiny.ROW_LENGTH}
     config = ModelConfig(config={**tree, "bos_token_id": 0, "eos_token_id": 0})
     student = build_student(config, hf_config(config, vocab_size=tiny.VOCAB), seed=0).eval()
-    prompts, references = [tuple(range(1, tiny.ROW_LENGTH - 1)), (1, 2, 3)], [(5, 6), (5, 6, 7, 8)]
+    prompts, references = [tuple(range(1, tiny.ROW_LENGTH - 1)), (1, 2, 3)], [(5, 7), (5, 6, 8, 7)]
     texts = []
 
     class Kept(AnswerWriting):
@@ -135,7 +139,7 @@ def test_no_answer_is_written_beyond_its_row() -> None:
             texts.append(list(text))
             return super().compare(text, reference)
 
-    graded = Kept(**vars(writing(grader=GraderConfig(kind="rouge_l"), max_tokens=9)))
+    graded = Kept(**vars(writing(end_ids={7}, grader=GraderConfig(kind="rouge_l"), max_tokens=9)))
     answers = [Answer(*pair) for pair in zip(prompts, references, strict=True)]
     sizes = {"row_length": tiny.ROW_LENGTH, "batch_rows": 2, "rank": 0, "world_size": 1, "device": CPU}
     assert graded.counts(student, answers, **sizes)[0] == 2.0
@@ -146,6 +150,17 @@ def test_no_answer_is_written_beyond_its_row() -> None:
         assert text == ids[len(prompt) :]
 
 
+def test_a_reference_without_an_end_sets_the_length_of_an_answer() -> None:
+    graded = writing(end_ids={7}, grader=GraderConfig(kind="rouge_l"))
+    found = {
+        reference: graded.limit(Answer((1, 2), reference), most=9, row_length=tiny.ROW_LENGTH)
+        for reference in ((5, 6), (5, 6, 7), (5, 7, 6))
+    }
+    assert list(found.values()) == [2, 9, 9]
+    assert graded.limit(Answer(tuple(range(29)), (5, 7)), most=9, row_length=tiny.ROW_LENGTH) == 3
+    assert writing(end_ids={7}).limit(Answer((1,), (5, 7)), most=9, row_length=tiny.ROW_LENGTH) == 2
+
+
 def test_graded_answers_of_all_ranks_add_up(student: StudentModel, answers) -> None:
     """ROUGE-L of the words: a wrong answer shares its first tokens with the reference, and passes from 0.5 on."""
     tokens, right = answers
@@ -154,17 +169,28 @@ def test_graded_answers_of_all_ranks_add_up(student: StudentModel, answers) -> N
     assert found["answer_exact"] == sum(right) / 10 < found["answer_pass_rate"] <= 1.0
     assert found["answer_exact"] < found["answer_grade"] < 1.0
     whole = evaluation(tokens, writing=graded).totals(student)[WRITTEN]
-    alone = _Alone(**vars(graded))
-    parts = [evaluation(tokens, rank=rank, world_size=4, writing=alone) for rank in range(4)]
-    shares = np.array([part.totals(student)[WRITTEN] for part in parts])
+    asked = answers_of(tokens.tokens_rows(range(tokens.num_rows)))
+    sizes = {"row_length": tiny.ROW_LENGTH, "batch_rows": 2, "world_size": 4, "device": CPU}
+    works = [graded.work(asked, rank=rank, **sizes) for rank in range(4)]
+    shares = np.array([work_together(work, student, device=CPU, world_size=1) for work in works])
     assert shares.sum(0) == pytest.approx(whole) and shares[:, 0].tolist() == [4.0, 2.0, 2.0, 2.0]
 
 
-class _Alone(AnswerWriting):
-    """Asks no other rank whether it is at an end: there is no process group here."""
+def test_ids_of_the_padding_of_a_head_are_never_written() -> None:
+    """The weights say them wherever they are asked; the ids below them are then the ones to choose among."""
 
-    def _is_over(self, texts: Any, limits: Any, **options: Any) -> bool:
-        return super()._is_over(texts, limits, **{**options, "world_size": 1})
+    class Padded(torch.nn.Module):
+        def forward(self, request: NextLogitsRequest) -> torch.Tensor:
+            return torch.arange(tiny.VOCAB + 3.0).expand(len(request.after), -1)
+
+    sizes = {"row_length": tiny.ROW_LENGTH, "batch_rows": 2, "rank": 0, "world_size": 1, "device": CPU}
+    last = tiny.VOCAB - 1
+    assert writing().counts(Padded(), [Answer((1,), (last, last))], **sizes)[:2] == [1.0, 1.0]
+    prompts = (Prompt("given", "", (1, 2)),)
+    for temperature in (0.0, 1e-3):
+        options = {"end_ids": frozenset(), "num_tokens": 2, "temperature": temperature, "seed": 0}
+        sampler = TextSampler(prompts, words, vocab_size=tiny.VOCAB, **options)
+        assert [text["text"] for text in sampler.write(Padded(), device=CPU)] == [f"w{last} w{last}"]
 
 
 @pytest.mark.parametrize(
@@ -206,7 +232,8 @@ def test_a_run_writes_the_figures_on_every_number_of_ranks(
     run_ranks(workers.train_run, tree, world=2)
     (line,) = (record for record in read_metrics(tmp_path / "run") if record["kind"] == "eval")
     alone = AnswersConfig.model_validate(options)
-    found = evaluation(tokens, writing=answer_writing(alone, end_ids={7}, decode=words)).measure(student)
+    alone_writing = answer_writing(alone, end_ids={7}, decode=words, vocab_size=tiny.VOCAB)
+    found = evaluation(tokens, writing=alone_writing).measure(student)
     for name in ("answer_accuracy", "answers", "answer_exact", "answer_grade", "answer_pass_rate", "answers_written"):
         assert line[name] == pytest.approx(found[name]), name
     assert line["answer_exact"] == line["answer_accuracy"]

@@ -160,11 +160,11 @@ def test_rows_without_targets_are_the_last_to_be_chosen(kind: str, keep: str) ->
     stats = {"teacher": {"mean_loss": loss, "num_targets": targets}, "slm": {"mean_loss": other}}
     names = ["slm", "teacher"] if kind != "stat" else ["teacher"]
     score = RowScore.model_validate({"kind": kind, "of": [{"store": name} for name in names]})
-    found = ranked_rows(row_scores(score, stats, num_rows=12, seed=0, key="k"), keep)
+    found = ranked_rows(row_scores(score, stats, num_rows=12, seed=0, key="k")[0], keep)
     assert found[-2:].tolist() == [2, 7]
     there = np.setdiff1d(np.arange(12), [2, 7])
     fewer = {name: {stat: values[there] for stat, values in store.items()} for name, store in stats.items()}
-    expected = there[ranked_rows(row_scores(score, fewer, num_rows=10, seed=0, key="k"), keep)]
+    expected = there[ranked_rows(row_scores(score, fewer, num_rows=10, seed=0, key="k")[0], keep)]
     assert found[:-2].tolist() == expected.tolist()
     stats["teacher"]["num_targets"] = np.zeros(12, np.float32)
     with pytest.raises(UserError, match="no row has targets"):

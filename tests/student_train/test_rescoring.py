@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from copy import deepcopy
 from dataclasses import replace
 from itertools import pairwise
@@ -208,9 +209,8 @@ def scorer_of(tokens: StoreReader, *, batch_rows: int, drawing: dict[str, Any] |
     options = Rescoring(every_steps=1, batch_rows=batch_rows, measure="forced" if drawing is None else "generated")
     answers = None
     if drawing is not None:
-        writing = answer_writing(AnswersConfig(), end_ids=set(), decode=None)
-        sizes = {"vocab_size": tiny.VOCAB, "row_length": tiny.ROW_LENGTH}
-        answers = AnswerDrawing(writing=writing, seed=5, device=CPU, **sizes, **drawing)
+        writing = answer_writing(AnswersConfig(), end_ids=set(), decode=None, vocab_size=tiny.VOCAB)
+        answers = AnswerDrawing(writing=writing, seed=5, device=CPU, row_length=tiny.ROW_LENGTH, **drawing)
     rows = SourceRows([Source("tokens", tokens, {})])
     return RowScorer(options, rows, tiny.ROW_LENGTH, Topology(0, 1, CPU), answers)
 
@@ -379,6 +379,40 @@ def test_a_beginning_from_which_nothing_follows_is_refused(masked, whole: Path, 
     of_kd.scores = decider.scores
     of_kd._check_weights(0, is_first=True)
     assert "rescoring before step 0: all that was scored weighs 0, so there is no KD up to step 4" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["stat", "rank_fusion"])
+def test_ties_are_refused_the_first_time_and_told_later(masked, whole: Path, tmp_path: Path, caplog, kind: str) -> None:
+    """A run that stopped at a later scoring could not be continued: by what rows are ranked is pinned."""
+    stages = deepcopy(tree_of(masked, tmp_path)["curriculum"])
+    if kind == "rank_fusion":
+        of = [{"store": "current"}, {"store": "current", "stat": "mean_entropy"}]
+        stages[0]["rows"]["score"] = {"kind": kind, "of": of}
+    config = workers.config_of(tree_of(masked, tmp_path / "run", curriculum=stages))
+    checked = check_run(config, world_size=1)
+    decider = rescoring_decider(config, checked)
+    assert decider is not None
+    scores = scores_at(whole, 4)
+    decider.scores = scores
+    decider._check_ties(checked.plan, 0, is_first=True, is_main=True)
+    assert not caplog.records, "no two rows are alike"
+    loss = np.where(np.repeat(np.arange(NUM_ROWS) < 20, 3), 2 * scores.count, scores.sums["loss"]).astype(np.float32)
+    decider.scores = replace(scores, sums={**scores.sums, "loss": loss})
+    said = {"stat": r"20 of 24 rows \(83%\) have the score 2", "rank_fusion": r"'mean_loss' .* is 2 in 20 of 24 rows"}
+    with pytest.raises(UserError, match=rf"rescoring before step 0: curriculum\.0\.rows.*{said[kind]}"):
+        decider._check_ties(checked.plan, 0, is_first=True, is_main=True)
+    decider._check_ties(checked.plan, 4, is_first=False, is_main=False)
+    assert not caplog.records, "one rank tells it"
+    decider._check_ties(checked.plan, 4, is_first=False, is_main=True)
+    [record] = caplog.records
+    assert re.search(rf"rescoring before step 4: row ids decide, .*{said[kind]}", record.getMessage())
+    plan = decider.in_plan(checked.plan)
+    if kind == "stat":
+        mean_loss = decider.scores.statistics["mean_loss"]
+        drawn = np.concatenate([plan.rows(step) for step in (4, 5, 6)])
+        assert sorted(drawn) == sorted(np.argsort(-mean_loss, kind="stable")[: NUM_ROWS // 2])
+        decider._check_ties(checked.plan, 8, is_first=True, is_main=True)  # weighs, and ranks no rows
+    assert plan.identity() == checked.plan.identity()
 
 
 def test_another_rescoring_is_another_run(masked, whole: Path) -> None:

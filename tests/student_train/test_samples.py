@@ -33,6 +33,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made.add_special_tokens([AddedToken("end", special=True)])
     folder = tmp_path_factory.mktemp("tokenizer")
     made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "end"}')
     return folder
 
 
