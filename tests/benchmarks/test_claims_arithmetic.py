@@ -107,7 +107,7 @@ def write_signal(bench: Bench, values: list[float | None]) -> None:
     (Arithmetic(bench).folder / "signal_to_noise.json").write_text(json.dumps([values] * SAMPLES))
 
 
-BELL = [0.0, 0.01, 0.02, 0.05, 0.04, 0.02, 0.01, 0.01]
+BELL = [0.0, 0.01, 0.05, 0.04, 0.02, 0.01, 0.01]
 
 
 @pytest.mark.parametrize(
