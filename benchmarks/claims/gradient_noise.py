@@ -20,9 +20,9 @@ from potstill.storage import StoreReader, TokensRow
 if TYPE_CHECKING:
     from torch import Tensor
 
-BINS = (0.0, 0.01, 0.05, 0.2, 0.5, 0.8, 0.95, 0.99, 1.0)
+BINS = (0.0, 0.01, 0.05, 0.25, 0.75, 0.95, 0.99, 1.0)
 SAMPLES = 5
-PER_BIN = {"quick": 2, "cpu": 80, "gpu": 200}  # problems of a sample
+PER_BIN = {"quick": 2, "cpu": 50, "gpu": 200}  # problems of a sample
 
 
 def signal_to_noise(bench: Bench) -> list[list[float | None]]:

@@ -59,7 +59,7 @@ def test_problems_are_the_same_each_time_and_forget_in_their_share(tmp_path: Pat
         assert is_right or not level.taught
         hard += not level.taught
         wrong += not is_right
-    assert hard / 2000 == pytest.approx(0.5, abs=0.05)
+    assert hard / 2000 == pytest.approx(0.6, abs=0.05)
     # Some problems have no carry to forget.
     assert 0.7 < wrong / hard < 0.85
 
@@ -107,7 +107,7 @@ def write_signal(bench: Bench, values: list[float | None]) -> None:
     (Arithmetic(bench).folder / "signal_to_noise.json").write_text(json.dumps([values] * SAMPLES))
 
 
-BELL = [0.0, 0.01, 0.02, 0.05, 0.04, 0.02, 0.01, 0.01]
+BELL = [0.0, 0.01, 0.05, 0.04, 0.02, 0.01, 0.01]
 
 
 @pytest.mark.parametrize(
