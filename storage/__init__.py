@@ -35,13 +35,14 @@ from potstill.storage.rows.column import Column
 from potstill.storage.rows.columns import COLUMNS
 from potstill.storage.rows.id_map import IdMap
 from potstill.storage.rows.k_bound import KBound, bound_positions
+from potstill.storage.rows.only_rows import HELD, held_mask, only_rows_field
 from potstill.storage.rows.row_types import NO_LABEL, Row, ScoresRow, TargetsRow, TokensRow, token_digest
 from potstill.storage.rows.scores_columns import SCORES_COLUMNS, ScoresColumn
 from potstill.storage.rows.sparse_targets import Candidates, SparseTargets, concatenate
 from potstill.storage.rows.tokens_columns import TOKENS_COLUMNS, TokensColumn
 from potstill.storage.rows.vocabulary import VocabularyMap, dropped_mass
 from potstill.storage.store.gc import GcReport, collect_garbage
-from potstill.storage.store.held_rows import HELD, held_mask, held_rows, missing_text, only_rows_field
+from potstill.storage.store.held_rows import held_rows, missing_text
 from potstill.storage.store.inspect import format_row
 from potstill.storage.store.reader import StoreReader
 from potstill.storage.store.seal import Manifest, seal_store

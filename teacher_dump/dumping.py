@@ -47,7 +47,7 @@ def dump(
     """Do this worker's share of the units that are missing, of each checkpoint in turn if there are several.
 
     `only_rows` gives the rows that each of them is run over; the others take their places in the store without targets
-    (storage/store/held_rows.py). See `run_worker` for errors and the end of a run.
+    (storage/rows/only_rows.py). See `run_worker` for errors and the end of a run.
     """
 
     def run(member: DumpConfig) -> WorkerSummary:

@@ -11,12 +11,12 @@ from potstill.storage.files.unit_file import row_sizes
 from potstill.storage.rows.array_types import Float32
 from potstill.storage.rows.column import Column, Values
 from potstill.storage.rows.columns import COLUMNS, misfit
+from potstill.storage.rows.only_rows import check_held_row
 from potstill.storage.rows.row_types import Row, ScoresRow, TargetsRow, TokensRow
 from potstill.storage.rows.scores_columns import check_scores_columns
 from potstill.storage.rows.target_checks import check_kept_normaliser
 from potstill.storage.rows.tokens_columns import TOKENS_COLUMNS
 from potstill.storage.rows.validation import validate
-from potstill.storage.store.held_rows import check_held_row
 from potstill.storage.store.spec import RunSpec
 
 _TYPES = {"tokens": TokensRow, "targets": TargetsRow, "scores": ScoresRow}

@@ -12,10 +12,10 @@ from typing import Any
 from potstill.storage.errors import CorruptError, MismatchError, StoreError, VersionError
 from potstill.storage.files.checked_json import canonical, get_list
 from potstill.storage.rows.columns import COLUMNS, AnyColumn, column_features, namable_columns
+from potstill.storage.rows.only_rows import ONLY_ROWS, check_only_rows
 from potstill.storage.rows.scores_columns import SCORES_COLUMNS
 from potstill.storage.rows.tokens_columns import TOKENS_COLUMNS
 from potstill.storage.rows.value_grid import ODDS_STEP, ODDS_ZERO, SCORE_STEP, VALUE_STEP
-from potstill.storage.store.held_rows import ONLY_ROWS, check_only_rows
 
 FORMAT_MAJOR, FORMAT_MINOR = 1, 0
 FREQUENCY_IDS, KEPT_NORMALISER = "frequency_ids", "kept_normaliser"

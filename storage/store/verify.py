@@ -17,11 +17,12 @@ from potstill.storage.files.folder import StoreFolder, StorePath
 from potstill.storage.files.ipc_layout import parse_footer
 from potstill.storage.files.paths import open_folder
 from potstill.storage.files.unit_file import arrow_schema
+from potstill.storage.rows.only_rows import ONLY_ROWS, check_held_row, held_mask, only_rows_field
 from potstill.storage.rows.row_checks import check_tokens_columns
 from potstill.storage.rows.row_types import Row, TargetsRow, TokensRow
 from potstill.storage.rows.target_checks import check_kept_normaliser
 from potstill.storage.rows.validation import validate
-from potstill.storage.store.held_rows import ONLY_ROWS, check_held_row, held_mask, held_rows, only_rows_field
+from potstill.storage.store.held_rows import held_rows
 from potstill.storage.store.index import build_columns
 from potstill.storage.store.reader import StoreReader
 from potstill.storage.store.seal import MANIFEST_NAME, Manifest, load_manifest, open_index
