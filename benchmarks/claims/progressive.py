@@ -13,7 +13,8 @@ heads, 1e-3. Adam (0.9, 0.95), constant rate after 100 steps, batches of 64 exam
 alone where there is a teacher (alpha 1, T 1).
 
 Arms: labels; the last checkpoint (one_shot); the series on the teacher's own clock (series: speed 1, refresh
-about 500 steps, so laid that the inside checkpoint is one of them: a student needs some hundred steps of it); 1000
+about 500 steps, so laid that the inside checkpoint is one of them: a student needs some hundred steps of it. Chosen
+after a pilot, in which a series of refresh 100 was sooner than labels in two seeds of five alone: docs/log.md); 1000
 steps from the checkpoint of the jump whose accuracy is nearest to 0.65, then the last (inside); 1000 steps from the
 one half way to where the jump begins, then the last (before, the control).
 

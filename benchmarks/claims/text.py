@@ -80,7 +80,7 @@ SIZES: dict[str, TextSize] = {
         vocab_size=300,
         row_length=32,
         student=Model(shape=Shape(32, 2), steps=8, batch_rows=4, lr=4e-3),
-        teacher=Model(shape=Shape(64, 1), steps=8, batch_rows=4, lr=4e-3),
+        teacher=Model(shape=Shape(64, 2), steps=8, batch_rows=4, lr=4e-3),
     ),
     "cpu": TextSize(
         student_every=4,
