@@ -27,12 +27,25 @@ def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def on_cpu(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Whole parameters as tensors of the CPU while open; what they then hold goes back to their own device."""
+    homes = [(parameter, parameter.data) for parameter in parameters if parameter.device.type != "cpu"]
+    for parameter, home in homes:
+        parameter.data = home.cpu()
+    yield
+    for parameter, home in homes:
+        home.copy_(parameter.data)
+        parameter.data = home
+
+
 @torch.no_grad()
 def draw_weights(hf: Any, *, seed: int, residual_std: float | None = None) -> None:
     """Draw the initial weights again, module by module in a fixed order, by the architecture's own rule.
 
-    While ZeRO-3 builds a model its constructors take random numbers that they do not take elsewhere; drawing once
-    more makes a seed mean the same weights for every stage and number of ranks (on one kind of device).
+    While ZeRO-3 builds a model its constructors take random numbers that they do not take elsewhere, and on a GPU they
+    take them from the GPU; drawing once more, on the CPU, makes a seed mean the same weights for every stage, number of
+    ranks and device.
     `residual_std` is that of the projections into the residual stream, which some architectures scale by themselves;
     None leaves them as drawn.
     """
@@ -43,11 +56,12 @@ def draw_weights(hf: Any, *, seed: int, residual_std: float | None = None) -> No
             owners |= {id(module): inner for module in inner.modules()}
     for module in children_first(hf):
         # An attention or MLP may draw the weights of its own children once more (GPT-2, from which others have it).
-        with gathered([weight for part in (module, *module.children()) for weight in part.parameters(recurse=False)]):
+        weights = [weight for part in (module, *module.children()) for weight in part.parameters(recurse=False)]
+        with gathered(weights), on_cpu(weights):
             owners[id(module)]._init_weights(module)
     if residual_std is not None:
         for _, parameter in residual_projections(hf):
-            with gathered([parameter]):
+            with gathered([parameter]), on_cpu([parameter]):
                 parameter.normal_(0.0, residual_std)
 
 
