@@ -40,7 +40,7 @@ TINY_STUDENT = {
 }
 # 90M parameters, for the ZeRO stages: enough for their buffers to be cut in several pieces.
 SMALL_STUDENT = {**STUDENT, "vocab-size": 32000, "hidden-size": 768, "num-layers": 8, "row-length": 1024, "repeats": 1}
-TEACHER = {"rows": 32, "rounds": 5, "dtype": "bfloat16", "device": "cuda", "hidden": 2048, "layers": 16}
+TEACHER = {"rows": 256, "rounds": 3, "dtype": "bfloat16", "device": "cuda", "hidden": 2048, "layers": 16}
 TEACHER |= {"vocab": 128256, "batch-rows": 4, "row-length": 2048}
 TINY_TEACHER = {"hidden": 64, "layers": 1, "vocab": 256, "rows": 4, "row-length": 32, "rounds": 1, "k": 8}
 
