@@ -23,9 +23,11 @@ logger = logging.getLogger(__name__)
 
 MAX_ROWS = 16
 BLOCK_ROWS = 4096
-# Nats. A divergence of two models that are nearly one is a small difference of larger numbers: below this an error is
-# judged as one of this loss. Their gradient is judged as any other.
+# Nats. A divergence of two models that are nearly one, or the loss of a student that knows every label, is a small
+# difference of larger numbers: below this an error is judged as one of this loss. A gradient by the logits below that
+# of such a loss likewise: q - 1 keeps none of its digits in float32 where the loss is 1e-7.
 SMALL_LOSS = 0.01
+ROUNDINGS = 4  # of the largest logit, that a logit less the log of the sum of all may be off by
 # Error of a whole gradient over its norm. One rounding of each factor of the products, then sums.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
@@ -72,7 +74,9 @@ def compare(
         truth, _ = logits_loss(logits, reference, inplace=False)
         (slope,) = torch.autograd.grad(truth, logits)
     with torch.no_grad():
-        figures = relative_errors(sample, {**values, "loss": loss}, truth, slope)
+        small = small_loss(float(logits.abs().max()) * settings.logit_scale, sample.hidden.dtype)
+        least = small, small * _weight_norm(options.token_weights, rows.shape[0])
+        figures = relative_errors(sample, {**values, "loss": loss}, truth, slope, least=least)
     judge(figures, inputs.hidden.dtype)
     return figures
 
@@ -88,6 +92,20 @@ def _of_rows(options: CallOptions, rows: Tensor) -> CallOptions:
     """The options of the call on the tokens `rows` alone, divided by the sum of their own weights."""
     weights, kd_weights = (None if w is None else w[rows] for w in (options.token_weights, options.kd_weights))
     return replace(options, token_weights=weights, kd_weights=kd_weights, num_active=None, normalizer=None)
+
+
+def small_loss(largest_logit: float, dtype: torch.dtype) -> float:
+    """SMALL_LOSS, or more where the logits are so large that their rounding alone would pass for an error of it."""
+    inner = dtype if dtype == torch.float64 else torch.float32
+    return max(SMALL_LOSS, ROUNDINGS * torch.finfo(inner).eps * largest_logit / TOLERANCES[dtype])
+
+
+def _weight_norm(weights: Tensor | None, num_rows: int) -> float:
+    """Euclidean norm of the rows' weights, divided by their sum: the size of a gradient in which each row is wrong."""
+    if weights is None:
+        return num_rows**-0.5
+    wide = weights.to("cpu", torch.float64)
+    return float(wide.norm() / wide.sum().abs())
 
 
 def _on_cpu(options: CallOptions) -> CallOptions:
@@ -116,10 +134,11 @@ def wide_logits(inputs: LinearInputs) -> Tensor:
 
 
 def relative_errors(
-    inputs: LinearInputs, values: Mapping[str, Tensor], loss: Tensor, slope: Tensor
+    inputs: LinearInputs, values: Mapping[str, Tensor], loss: Tensor, slope: Tensor, *, least: tuple[float, float]
 ) -> dict[str, float]:
     """|value - truth| / |truth| (Euclidean) of the loss and of each gradient, from the reference's loss and its
-    gradient by the logits, `slope` [R, V]; inf where a value is not finite. A loss below SMALL_LOSS counts as that."""
+    gradient by the logits, `slope` [R, V]; inf where a value is not finite. A loss below the first of `least`
+    counts as that, and gradients whose slope is below the second as those of one as large."""
     hidden = inputs.hidden.to("cpu", torch.float64)
     grad_hidden = torch.zeros_like(hidden)
     squares = torch.zeros(2, dtype=torch.float64)  # of the difference and of the truth, of the head's gradient
@@ -131,12 +150,14 @@ def relative_errors(
     pairs = {"hidden gradient": grad_hidden}
     if "bias gradient" in values:
         pairs["bias gradient"] = slope.sum(0)
-    figures = {"loss": _ratio(abs(float(values["loss"]) - float(loss)), max(abs(float(loss)), SMALL_LOSS))}
+    size_of_slope = float(slope.norm())
+    grow = max(1.0, least[1] / size_of_slope) if size_of_slope > 0 else 1.0
+    figures = {"loss": _ratio(abs(float(values["loss"]) - float(loss)), max(abs(float(loss)), least[0]))}
     for name, truth in pairs.items():
         difference = values[name].to("cpu", torch.float64) - truth
-        figures[name] = _ratio(float(difference.norm()), float(truth.norm()))
+        figures[name] = _ratio(float(difference.norm()), grow * float(truth.norm()))
     error, size = squares.sqrt().tolist()
-    return figures | {"weight gradient": _ratio(error, size)}
+    return figures | {"weight gradient": _ratio(error, grow * size)}
 
 
 def _ratio(error: float, size: float) -> float:

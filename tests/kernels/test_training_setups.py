@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -139,6 +141,42 @@ def test_self_check_takes_a_student_that_is_nearly_its_teacher() -> None:
     loss, _ = linear_sparse_loss(**given)
     assert 0 < float(loss.detach()) < 1e-3
     assert self_check(**given)["loss"] < 3e-5
+
+
+def knows_every_label(loss: float) -> dict:
+    """Labels alone, and a student whose every other id is as far below as makes this loss a token."""
+    labels = torch.arange(40) % 16
+    weight = torch.zeros(90, 16)
+    weight[:16] = torch.eye(16)
+    scale = math.log(89.0 / math.expm1(loss))
+    hidden = scale * torch.nn.functional.one_hot(labels, 16).float()
+    leaves = {"hidden": hidden.requires_grad_(), "weight": weight.requires_grad_()}
+    return {**leaves, "labels": labels, "token_weights": (torch.arange(40) % 3).float(), "targets": None, "alpha": 0.0}
+
+
+@pytest.mark.parametrize("loss", [1e-2, 1e-4, 1e-6, 1e-7])
+def test_self_check_takes_a_student_that_knows_every_label(loss: float) -> None:
+    """Of q - 1 float32 keeps no digit at 1e-7: a run that has learned its task was refused when it was resumed."""
+    given = knows_every_label(loss)
+    wide = {name: given[name].detach().double() for name in ("hidden", "weight")}
+    found, _ = linear_sparse_loss(**{**given, **wide})
+    assert float(found) == pytest.approx(loss, rel=1e-5)
+    assert max(self_check(**given).values()) < 5e-5
+
+
+@pytest.mark.parametrize("loss", [1.0, 1e-2, 1e-3])
+def test_self_check_catches_an_error_of_a_thousandth_of_a_small_gradient(
+    monkeypatch: pytest.MonkeyPatch, loss: float
+) -> None:
+    """Above a loss of a hundredth an error counts as ever; below, as one of a hundredth, or of what rounding may do."""
+    from potstill.kernels import self_check as checks
+
+    true_loss, given = checks.linear_loss, knows_every_label(loss)
+    share = 1e-3 * max(1.0, checks.small_loss(float(given["hidden"].detach().max()), torch.float32) / loss)
+    assert share < 0.2
+    monkeypatch.setattr(checks, "linear_loss", lambda *a: ((1 + share) * (got := true_loss(*a))[0], got[1]))
+    with pytest.raises(SelfCheckError, match="gradient"):
+        self_check(**given)
 
 
 def test_self_check_catches_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
