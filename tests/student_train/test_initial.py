@@ -113,6 +113,23 @@ def test_a_wrong_std_of_the_residual_projections_is_refused() -> None:
         check_initial_std(student.hf, config, residual_std=std)
 
 
+def test_a_small_matrix_may_scatter_and_a_wrong_std_of_it_is_refused() -> None:
+    """48 numbers have a standard deviation of their own, off by a fifth once in a while; one of a tenth is no chance."""
+    model = model_of(
+        inline("llama", hidden_size=16, num_attention_heads=2, num_key_value_heads=2, num_hidden_layers=1), init="width"
+    )
+    config = hf_config(model, vocab_size=3)
+    found = []
+    for seed in range(40):
+        student = build_student(model, config, seed=seed)
+        found.append(float(student.hf.get_input_embeddings().weight.detach().std()))
+    assert not all(0.2 < std < 0.3 for std in found), "none of the seeds shows what the test is for"
+    with torch.no_grad():
+        student.hf.get_input_embeddings().weight.mul_(0.1)
+    with pytest.raises(RuntimeError, match="embedding has std"):
+        check_initial_std(student.hf, config)
+
+
 @pytest.mark.parametrize("init", ["width", "width_residual"])
 def test_the_rule_means_the_same_weights_under_every_stage(stores: Any, tmp_path: Path, init: str) -> None:
     """The first loss, by rule: stages 0 and 3 agree, and differ from the other rule's."""
