@@ -114,7 +114,7 @@ def test_a_wrong_std_of_the_residual_projections_is_refused() -> None:
 
 
 def test_a_small_matrix_may_scatter_and_a_wrong_std_of_it_is_refused() -> None:
-    """48 numbers have a standard deviation of their own, off by a fifth once in a while; one of a tenth is no chance."""
+    """48 numbers have a standard deviation of their own, off by a fifth once in a while; a tenth of it is no chance."""
     model = model_of(
         inline("llama", hidden_size=16, num_attention_heads=2, num_key_value_heads=2, num_hidden_layers=1), init="width"
     )
