@@ -34,10 +34,12 @@ def on_cpu(parameters: list[nn.Parameter]) -> Iterator[None]:
     homes = [(parameter, parameter.data) for parameter in parameters if parameter.device.type != "cpu"]
     for parameter, home in homes:
         parameter.data = home.cpu()
-    yield
-    for parameter, home in homes:
-        home.copy_(parameter.data)
-        parameter.data = home
+    try:
+        yield
+    finally:
+        for parameter, home in homes:
+            home.copy_(parameter.data)
+            parameter.data = home
 
 
 @torch.no_grad()
