@@ -21,7 +21,7 @@ one half way to where the jump begins, then the last (before, the control).
 Pass: inside and series reach 95 % held-out accuracy in fewer steps than labels and one_shot, each in at least 4
 of 5 seeds; before does not. Who never reaches it within the cap is slower than any who does.
 
-Cost: the teacher 3 minutes, its stores 4, a student of 4500 steps about one, on one core.
+Cost: the teacher 3 minutes, its stores 4, a student of 4500 steps three, all on one core.
 """
 
 from __future__ import annotations
