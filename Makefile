@@ -6,8 +6,7 @@ STAMP  := $(VENV)/.installed
 SLOW   := $(VENV)/.installed-slow
 MINUTES ?= 9
 
-# Tests and benchmarks: one thread per process; three test processes for two cores, since many tests wait. The demo
-# decides for itself.
+# Tests and benchmarks: one thread per process, two processes. The demo decides for itself.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .PHONY: help setup demo test test-slow lint bench bench-gpu clean
@@ -44,7 +43,7 @@ lint: setup
 	$(BIN)/mypy examples/*.py
 
 test: lint
-	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow" -n 3 --dist loadgroup $(TEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup $(TEST_ARGS)
 
 test-slow: $(SLOW)
 	$(TEST_ENV) $(BIN)/python -m pytest -m slow $(TEST_ARGS)

@@ -73,7 +73,7 @@ def is_sealed(store):
     return (store / "run.json").exists() and store_status(store).sealed
 
 
-@pytest.mark.parametrize("num_writers", [1, 2])
+@pytest.mark.parametrize("num_writers", [pytest.param(1, marks=pytest.mark.slow), 2])  # alone, it is the easier case
 def test_a_few_kills(tmp_path, num_writers):
     # So many rows that a quick machine is not done before the second kill.
     kills, _ = campaign(tmp_path, num_rows=800, num_writers=num_writers, kills_wanted=3, seed=num_writers)

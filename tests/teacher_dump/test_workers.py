@@ -114,7 +114,7 @@ def test_a_place_that_holds_something_else_is_left_alone(
     assert (tmp_path / "file").read_text() == "more of it"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_a_batch_that_takes_too_long_is_not_waited_for(tmp_path: Path, llama: Path, number: signal.Signals) -> None:
     tokens = make_tokens(tmp_path / "tokens", [(16,)] * 6, rows_per_unit=1)
     config = _config(tokens, tmp_path / "out", llama)
