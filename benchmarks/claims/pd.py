@@ -123,7 +123,7 @@ def _wider(text: str, more: list[float], less: list[float], *, rule: bool = True
 
 CLAIM = Claim(
     name="pd",
-    title="stored logits of a larger teacher lower the loss, most with alpha on the learning rate's clock",
+    title="stored logits of a larger teacher lower the loss; alpha on the rate's clock does no worse than alpha 1",
     build=build,
     arms=arms,
     judge=judge,
