@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.claims.base import SCALES, Bench, Claim, Scale
 from benchmarks.claims.report import keep, result_of, result_text
-from benchmarks.claims.runs import run_arms, run_jobs
+from benchmarks.claims.runs import run_arms, run_setting
 from benchmarks.claims.table import CLAIMS, find_claim, head
 from benchmarks.claims.tell import tell
 from potstill.common.errors import UserError
@@ -55,7 +55,7 @@ def run_claim(claim: Claim, bench: Bench, *, parallel: int, any_source: bool, ou
     """Build, run, judge, tell and keep one claim. Raises UserError of a job that fails."""
     check_data(claim, bench)
     for jobs in claim.build(bench):
-        run_jobs(jobs, bench.work, parallel)
+        run_setting(jobs, bench, parallel)
     arms = claim.arms(bench)
     runs = run_arms(bench, arms, parallel, any_source=any_source)
     outcome = claim.judge(bench, runs)

@@ -24,7 +24,7 @@ from pydantic import BaseModel
 from benchmarks.claims.base import Arm, Bench
 from potstill.common.config import build_config
 from potstill.common.errors import UserError
-from potstill.common.jobs import Job, JobRunner, Starter, say
+from potstill.common.jobs import Job, JobRunner, Starter, say, shell_line
 from potstill.common.processes import start
 from potstill.launch.ranks import count_devices
 from potstill.launch.warm_server import WarmChild, warm_up
@@ -163,6 +163,35 @@ def run_jobs(jobs: Sequence[Job], work: Path, parallel: int) -> None:
 
     starter: Starter = cold if on_gpu else WarmChild
     JobRunner(list(jobs), starter=starter, slots=parallel, log_folder=work / "logs", show=say).run()
+
+
+def run_setting(jobs: Sequence[Job], bench: Bench, parallel: int) -> None:
+    """As `run_jobs`, for jobs that make a setting; what another command line made is not taken for what is asked for.
+
+    Each command line is kept below the built stores, with the configuration files that it names. Raises UserError: one
+    differs from that of a job which is done.
+    """
+    folder = bench.work / "built" / bench.scale / "commands"
+    folder.mkdir(parents=True, exist_ok=True)
+    for job in jobs:
+        path = folder / f"{job.name}.txt"
+        told = "\n".join([shell_line(job.command), *_named_files(job.command)]).replace(str(bench.work), "WORK")
+        if job.is_done() and path.is_file() and path.read_text(encoding="utf-8") != told:
+            raise UserError(
+                f"{job.name}: what stands below {folder.parent} was made by another command line ({path}) than this: "
+                f"{shell_line(job.command)}. Remove what it made, and what was made of that, or name another --work"
+            )
+        path.write_text(told, encoding="utf-8")
+    run_jobs(jobs, bench.work, parallel)
+
+
+def _named_files(command: Sequence[str]) -> Iterator[str]:
+    """Contents of the configurations among the words: a YAML file, or the config.json of a folder without weights."""
+    for word in map(Path, command):
+        if word.suffix == ".yaml" and word.is_file():
+            yield word.read_text(encoding="utf-8")
+        elif (word / "config.json").is_file() and not list(word.glob("*.safetensors")):
+            yield (word / "config.json").read_text(encoding="utf-8")
 
 
 def run_arms(bench: Bench, arms: dict[str, Arm], parallel: int, *, any_source: bool) -> Runs:

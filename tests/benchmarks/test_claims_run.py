@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.claims import report
+from benchmarks.claims import report, runs
 from benchmarks.claims.__main__ import run_claim
 from benchmarks.claims.base import Arm, Bench, Claim, Outcome, Plot
 from benchmarks.claims.paired import compare
@@ -72,3 +72,27 @@ def test_a_claim_runs_once_and_is_kept(
     assert (kept["effect"], kept["pass"]) == (first["effect"], first["pass"])
     assert "KD helps" in (output / "claims.md").read_text()
     assert (output / "claims" / "tiny_loss.svg").is_file()
+
+
+def test_a_store_of_another_command_line_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A changed size of a setting, or shape of a model, does not go with what was built before."""
+    monkeypatch.setattr(runs, "run_jobs", lambda jobs, work, parallel: None)  # all are done, or told to be
+    bench = Bench(work=tmp_path / "work", data=tmp_path / "data", scale="quick", seeds=(1, 2))
+    (tmp_path / "shape").mkdir()
+    (tmp_path / "shape" / "config.json").write_text("64 wide")
+    done = False
+
+    def train(steps: int) -> None:
+        words = ("potstill", "train", "--steps", str(steps), "--model-config", str(tmp_path / "shape"))
+        runs.run_setting([Job(name="train-small", command=words, is_done=lambda: done)], bench, 1)
+
+    train(500)
+    train(600)  # not done yet: it may still change
+    done = True
+    train(600)
+    with pytest.raises(UserError, match=r"train-small: what stands below .* was made by another .*--steps 800"):
+        train(800)
+    train(600)
+    (tmp_path / "shape" / "config.json").write_text("96 wide")
+    with pytest.raises(UserError, match="another command line"):
+        train(600)
