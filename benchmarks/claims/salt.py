@@ -211,7 +211,7 @@ def _teacher_note(bench: Bench) -> str:
 
 CLAIM = Claim(
     name="salt",
-    title="a smaller teacher that leaves early saves steps, one that stays costs loss",
+    title="A smaller teacher in the place of labels saves steps if it leaves early, and costs loss if it stays",
     build=build,
     arms=arms,
     judge=judge,
