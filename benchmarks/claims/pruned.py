@@ -109,9 +109,9 @@ def judge(bench: Bench, runs: Runs) -> Outcome:
         Plot(
             name=cut,
             title=f"Starts pruned by {cut}, and random ones of that shape",
-            x="tokens",
+            x="step",
             y="held-out loss, nats per token",
-            curves={name: runs.curves(name, x="tokens") for name in runs.arms if _cut_of(name) == cut},
+            curves={name: runs.curves(name) for name in runs.arms if _cut_of(name) == cut},
         )
         for cut in CUTS
     ]

@@ -58,7 +58,7 @@ BESIDE = (
 SMALL = {
     "quick": Model(shape=Shape(32, 1), steps=4, batch_rows=4, lr=8e-3),
     "cpu": Model(shape=Shape(48, 2), steps=1000, batch_rows=8, lr=1.2e-2),
-    "gpu": Model(shape=Shape(128, 4), steps=180, batch_rows=12, lr=4e-3),
+    "gpu": Model(shape=Shape(128, 4), steps=1200, batch_rows=12, lr=4e-3),
 }
 
 
