@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Scale = Literal["quick", "cpu", "gpu"]
 SCALES: tuple[Scale, ...] = ("quick", "cpu", "gpu")
+COUNTED = ("seeds", "samples")  # units of an effect that is a number of things
 
 
 @dataclass(frozen=True, kw_only=True)

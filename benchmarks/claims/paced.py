@@ -90,7 +90,10 @@ def judge(bench: Bench, runs: Runs) -> Outcome:
         order(BETA, FILTER, beyond_interval=False),
         order(FILTER, UNIFORM, beyond_interval=False),
         count(
-            "signal to noise is higher inside than at both ends of p", [_is_bell(one) for one in signal], most(SAMPLES)
+            "signal to noise is higher inside than at both ends of p",
+            [_is_bell(one) for one in signal],
+            most(SAMPLES),
+            of="samples",
         ),
         compare(
             f"the mastered levels are kept within {MARGIN:.0f} points by beta",

@@ -50,14 +50,14 @@ def compare(
     )
 
 
-def count(text: str, holds: Sequence[bool], at_least: int, *, rule: bool = True) -> Finding:
-    """Whether something holds in at least so many seeds."""
+def count(text: str, holds: Sequence[bool], at_least: int, *, of: str = "seeds", rule: bool = True) -> Finding:
+    """Whether something holds in at least so many seeds (or samples: one of COUNTED)."""
     number = sum(holds)
     return Finding(
-        text=f"{text} (in at least {at_least} of {len(holds)} seeds)",
+        text=f"{text} (in at least {at_least} of {len(holds)} {of})",
         passed=number >= at_least,
         effect=float(number),
-        unit="seeds",
+        unit=of,
         values=tuple(float(value) for value in holds),
         rule=rule,
     )

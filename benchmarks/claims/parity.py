@@ -1,89 +1,28 @@
 """The setting of the claim progressive: sparse parity, learned by small GPT-2s through the store.
 
 An example is a row of random bits, a query token, and the parity of the bits at the support's places: 18 tokens of a
-vocabulary of 3, of which the last alone is trained on. Several examples share a row of the store as documents, so that
-a batch is a few rows. Everything is made by potstill's commands: `import tokens`, `train` (the teacher, with permanent
-checkpoints), `export`, `dump`. The teacher is chosen by its own curve of accuracy, before any student is trained.
+vocabulary of 3, of which the last alone is trained on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
-import yaml
+import numpy as np
 
-from benchmarks.claims.base import Bench
-from potstill.common.errors import UserError
-from potstill.common.jobs import Job
-from potstill.student_train.run.metrics import read_metrics
-from potstill.student_train.run.run_folder import read_done
+from benchmarks.claims.jump import Curve, Ints, Jump, JumpSize, Net
 
 QUERY = 2  # the token behind the bits
-CHANCE, LEARNED = 0.55, 0.95  # accuracy: not yet above chance, and learned
-INSIDE = 0.65  # accuracy of the checkpoint from inside the jump
-SATURATED = 0.4  # the jump must be over at this share of the teacher's steps
 
 
 @dataclass(frozen=True, kw_only=True)
-class Net:
-    """A GPT-2: `heads` heads of 8, one layer unless said."""
-
-    heads: int
-    lr: float
-    layers: int = 1
-
-    def config(self, length: int) -> dict[str, Any]:
-        """As Hugging Face's config.json, without dropout."""
-        return {
-            "model_type": "gpt2",
-            "n_embd": 8 * self.heads,
-            "n_layer": self.layers,
-            "n_head": self.heads,
-            "n_positions": length,
-            "vocab_size": 3,
-            "activation_function": "gelu_pytorch_tanh",
-            "resid_pdrop": 0.0,
-            "embd_pdrop": 0.0,
-            "attn_pdrop": 0.0,
-            "bos_token_id": QUERY,
-            "eos_token_id": QUERY,
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParitySize:
-    """Numbers of the setting.
-
-    refresh: about so many steps between two checkpoints of the series; save_every: between two of the teacher; first:
-    steps that the arms with one early checkpoint learn from it; cap: steps of a student; near: how far the
-    accuracy of the inside checkpoint may lie from INSIDE.
-    """
+class ParitySize(JumpSize):
+    """Numbers of the setting: how many bits, and the places of those that count."""
 
     bits: int
     support: tuple[int, ...]
-    examples: int
-    heldout: int
-    teacher: Net
-    student: Net
-    teacher_seeds: tuple[int, ...]
-    teacher_steps: int
-    save_every: int
-    refresh: int
-    first: int
-    cap: int
-    eval_every: int
-    near: float
-    batch_rows: int = 8
-    examples_in_row: int = 8
-
-    @property
-    def jump_by(self) -> int:
-        """Step by which the teacher's jump must be over."""
-        return round(SATURATED * self.teacher_steps)
 
 
 SIZES: dict[str, ParitySize] = {
@@ -124,220 +63,31 @@ SIZES["gpu"] = SIZES["cpu"]  # such nets are too small for a GPU to matter
 
 
 @dataclass(frozen=True)
-class Curve:
-    """Accuracy of a teacher at its checkpoints: (step, accuracy), in order."""
+class Parity(Jump):
+    """Sparse parity."""
 
-    points: tuple[tuple[int, float], ...]
-
-    @property
-    def learned(self) -> int | None:
-        """The first step from which on it has learned; None: it has not."""
-        late = [step for step, accuracy in self.points if accuracy < LEARNED]
-        after = [step for step, _ in self.points if not late or step > late[-1]]
-        return after[0] if after else None
-
-    @property
-    def begins(self) -> int:
-        """The last step before it has learned at which it is not above chance: there the jump begins."""
-        end = self.learned or self.points[-1][0]
-        return max((step for step, accuracy in self.points if accuracy < CHANCE and step < end), default=0)
-
-    @property
-    def inside(self) -> int:
-        """The step of the jump at which the accuracy is nearest to INSIDE."""
-        end = self.learned or self.points[-1][0]
-        jump = [point for point in self.points if self.begins < point[0] < end]
-        return min(jump or self.points, key=lambda point: abs(point[1] - INSIDE))[0]
-
-
-@dataclass(frozen=True)
-class Parity:
-    """The setting below a bench's folder: the jobs that make it, and where it stands."""
-
-    bench: Bench
-    name: str = field(default="parity")
+    name: ClassVar[str] = "parity"
+    words: ClassVar[tuple[str, ...]] = ("0", "1", "?")
 
     @property
     def size(self) -> ParitySize:
         """The numbers of the bench's scale."""
         return SIZES[self.bench.scale]
 
-    @cached_property
-    def folder(self) -> Path:
-        """Below which all of it stands."""
-        return self.bench.folder(self.name)
-
     @property
-    def row_length(self) -> int:
-        """Tokens of a row of the stores."""
-        return self.size.examples_in_row * (self.size.bits + 2)
+    def length(self) -> int:
+        """Bits, query, parity."""
+        return self.size.bits + 2
 
-    def tokens(self, part: str) -> Path:
-        """Tokens store: `train` or `heldout`."""
-        return self.folder / "data" / part / "train"
+    def examples(self, random: np.random.Generator, count: int) -> tuple[Ints, Ints]:
+        """Bits, query and parity, of which the parity is trained on."""
+        bits = random.integers(0, 2, (count, self.size.bits))
+        parity = bits[:, list(self.size.support)].sum(1, keepdims=True) % 2
+        ids = np.concatenate([bits, np.full((count, 1), QUERY), parity], axis=1).astype(np.int32)
+        mask = np.zeros_like(ids)
+        mask[:, -1] = 1
+        return ids, mask
 
-    def targets(self, step: int) -> Path:
-        """Targets store of the teacher's checkpoint of that step."""
-        return self.folder / "targets" / f"step_{step}"
-
-    def run_tree(self, net: Net, *, steps: int, every: int) -> dict[str, Any]:
-        """The configuration that all runs share: data, batch, optimizer, evaluations."""
-        return {
-            "run": {"max_steps": steps, "num_threads": 1},
-            "model": {"config": net.config(self.row_length), "init": "width"},
-            "data": {
-                "tokens": str(self.tokens("train")),
-                "heldout": str(self.tokens("heldout")),
-                "global_batch_rows": self.size.batch_rows,
-                "micro_batch_rows": self.size.batch_rows,
-                "order": "block",
-            },
-            "optimizer": {"lr": net.lr, "betas": [0.9, 0.95], "weight_decay": 0.0},
-            "schedule": {"kind": "constant", "warmup": min(100, self.size.cap // 4)},
-            "logging": {"every_steps": every},
-            "eval": {"every_steps": every},
-            "zero_stage": 0,
-        }
-
-    def write_tables(self) -> None:
-        """The examples as tables of ids and masks, and a tokenizer of three words, once."""
-        import numpy as np
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-        from tokenizers import Tokenizer, models, pre_tokenizers
-        from transformers import PreTrainedTokenizerFast
-
-        size, random = self.size, np.random.Generator(np.random.Philox(7))
-        if (self.folder / "heldout.parquet").is_file():
-            return
-        words = Tokenizer(models.WordLevel({"0": 0, "1": 1, "?": QUERY}, unk_token="?"))
-        words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(self.folder / "tokenizer")
-        for part, count in (("train", size.examples), ("heldout", size.heldout)):
-            bits = random.integers(0, 2, (count, size.bits))
-            parity = bits[:, list(size.support)].sum(1, keepdims=True) % 2
-            ids = np.concatenate([bits, np.full((count, 1), QUERY), parity], axis=1).astype(np.int32)
-            mask = np.zeros_like(ids)
-            mask[:, -1] = 1
-            table = pa.table({"input_ids": list(ids), "loss_mask": list(mask)})
-            pq.write_table(table, self.folder / f"{part}.parquet")
-
-    def import_jobs(self) -> list[Job]:
-        """Tables to tokens stores."""
-        options = ("--tokenizer", str(self.folder / "tokenizer"), "--mask-column", "loss_mask", "--packing", "whole")
-        return [
-            Job(
-                name=f"{self.name}-import-{part}",
-                command=("potstill", "import", "tokens", "--input", str(self.folder / f"{part}.parquet"), "--output",
-                         str(self.folder / "data" / part), "--row-length", str(self.row_length), *options,
-                         "--set", "heldout_fraction=0"),
-                is_done=(self.tokens(part) / "manifest.json").is_file,
-            )
-            for part in ("train", "heldout")
-        ]  # fmt: skip
-
-    def teacher_job(self, seed: int, steps: int) -> Job:
-        """One teacher to step `steps`, or on to there, with a checkpoint at each evaluation."""
-        size, folder = self.size, self.folder / "teachers" / str(seed)
-        tree = self.run_tree(size.teacher, steps=steps, every=size.save_every)
-        tree["run"] |= {"output_dir": str(folder), "seed": 1000 + seed}
-        tree["checkpoint"] = {"every_steps": size.save_every, "permanent_every_steps": size.save_every}
-        path = self.folder / "configs" / f"teacher_{seed}_{steps}.yaml"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
-        return Job(
-            name=f"{self.name}-teacher-{seed}-{steps}",
-            command=("potstill", "train", "--config", str(path), "--num-ranks", "1"),
-            is_done=lambda: self.done_steps(seed) >= steps,
-        )
-
-    def done_steps(self, seed: int) -> int:
-        """Steps of a teacher's finished run; 0 where there is none."""
-        done = read_done(self.folder / "teachers" / str(seed))
-        return 0 if done is None else int(done["step"])
-
-    def curve(self, seed: int) -> Curve:
-        """The accuracy of a finished teacher."""
-        records = [record for record in read_metrics(self.folder / "teachers" / str(seed)) if record["kind"] == "eval"]
-        return Curve(tuple((record["step"], record["accuracy"]) for record in records))
-
-    def is_fit(self, curve: Curve) -> bool:
-        """Whether its jump is over early enough to be saturated at the end, and a checkpoint lies inside."""
-        learned = curve.learned
-        if learned is None or learned > self.size.jump_by:
-            return False
-        return abs(dict(curve.points)[curve.inside] - INSIDE) <= self.size.near
-
-    @cached_property
-    def teacher(self) -> int:
-        """Seed of the first teacher that is fit. Raises UserError: none is."""
-        for seed in self.size.teacher_seeds:
-            if self.done_steps(seed) == self.size.teacher_steps and self.is_fit(self.curve(seed)):
-                return seed
-        raise UserError(f"{self.folder}: no teacher of the seeds {self.size.teacher_seeds} learns parity as it should")
-
-    @cached_property
-    def refresh(self) -> int:
-        """Steps between two checkpoints of the series: about size.refresh, so that the inside one is of the series."""
-        every = self.size.save_every
-        parts = range(max(1, self.inside // (2 * self.size.refresh)), max(2, 2 * self.inside // self.size.refresh))
-        fits = sorted(parts, key=lambda n: (self.inside % (n * every), abs(self.inside / n - self.size.refresh)))
-        return max(every, self.inside // fits[0] // every * every)
-
-    @cached_property
-    def series(self) -> tuple[int, ...]:
-        """Steps of the checkpoints of the series: each `refresh` steps to the end of the jump, and the last."""
-        learned, last = self.curve(self.teacher).learned or 0, self.size.teacher_steps
-        inside = self.inside // self.refresh * self.refresh
-        steps = (self.inside if step == inside else step for step in range(self.refresh, learned, self.refresh))
-        return (*steps, last)
-
-    @cached_property
-    def inside(self) -> int:
-        """Step of the checkpoint from inside the jump."""
-        return self.curve(self.teacher).inside
-
-    @cached_property
-    def before(self) -> int:
-        """Step of the control: half way to where the jump begins."""
-        every = self.size.save_every
-        return max(every, self.curve(self.teacher).begins // 2 // every * every)
-
-    def store_jobs(self) -> list[Job]:
-        """Export and dump every checkpoint that an arm learns from."""
-        jobs, run = [], self.folder / "teachers" / str(self.teacher)
-        for step in sorted({*self.series, self.inside, self.before}):
-            model = self.folder / "models" / f"step_{step}"
-            jobs.append(
-                Job(
-                    name=f"{self.name}-export-{step}",
-                    command=("potstill", "export", "--run", str(run / "checkpoints" / f"step_{step:08d}"),
-                             "--output-dir", str(model), "--tokenizer", str(self.folder / "tokenizer"), "--no-check"),
-                    is_done=(model / "config.json").is_file,
-                )
-            )  # fmt: skip
-            jobs.append(
-                Job(
-                    name=f"{self.name}-dump-{step}",
-                    command=("potstill", "dump", "--tokens", str(self.tokens("train")), "--output",
-                             str(self.targets(step)), "--teacher", str(model), "--mode", "top_k", "--k", "3",
-                             "--batch-rows", "32"),
-                    needs=(f"{self.name}-export-{step}",),
-                    is_done=(self.targets(step) / "manifest.json").is_file,
-                )
-            )  # fmt: skip
-        return jobs
-
-    def build(self) -> Iterator[list[Job]]:
-        """All jobs: examples, teachers until one is fit, the stores of its checkpoints."""
-        self.write_tables()
-        yield self.import_jobs()
-        seeds = self.size.teacher_seeds
-        for first in range(0, len(seeds), 2):
-            pair = seeds[first : first + 2]  # one for each core
-            yield [self.teacher_job(seed, self.size.jump_by) for seed in pair if not self.done_steps(seed)]
-            fit = next((seed for seed in pair if self.is_fit(self.curve(seed))), None)
-            if fit is not None:
-                yield [self.teacher_job(fit, self.size.teacher_steps)]
-                break
-        yield self.store_jobs()
+    def measured(self, points: Sequence[tuple[int, float]]) -> Curve:
+        """From chance to certainty."""
+        return Curve(tuple(points), floor=0.5, top=1.0)

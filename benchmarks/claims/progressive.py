@@ -6,11 +6,11 @@ steps than from labels or from the last checkpoint alone, if the one is from ins
 one from before it does not help. With transformers the progressive student jumps at 3.5M examples; labels and
 one-shot are near 0.5 at 8M.
 
-Set-up: (parity.py) rows of 16 bits, support 5, loss on the parity alone; GPT-2s of one layer with heads of 8. The
-teacher: 8 heads, learning rate 2e-4, 8000 steps, the first of the seeds 1000, 1001, ... whose jump is over within 40
-% of its steps (not every one jumps) and has a checkpoint of accuracy 0.58 to 0.72, of one each 50 steps. Students: 2
-heads, 1e-3. Adam (0.9, 0.95), constant rate after 100 steps, batches of 64 examples, initial weights by width. KD
-alone where there is a teacher (alpha 1, T 1).
+Set-up: (parity.py; a grammar has progressive_grammar) rows of 16 bits, support 5, loss on the parity alone; GPT-2s
+of one layer with heads of 8. The teacher: 8 heads, learning rate 2e-4, 8000 steps, the first of the seeds 1000, 1001,
+... whose jump is over within 40 % of its steps (not every one jumps) and has a checkpoint of accuracy 0.58 to 0.72,
+of one each 50 steps. Students: 2 heads, 1e-3. Adam (0.9, 0.95), constant rate after 100 steps, batches of 64 examples,
+initial weights by width. KD alone where there is a teacher (alpha 1, T 1).
 
 Arms: labels; the last checkpoint (one_shot); the series on the teacher's own clock (series: speed 1, refresh
 about 500 steps, so laid that the inside checkpoint is one of them: a student needs some hundred steps of it. Chosen
@@ -30,8 +30,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from benchmarks.claims.base import Arm, Bench, Claim, Finding, Outcome, Plot, Table
+from benchmarks.claims.jump import Jump
 from benchmarks.claims.paired import count, most, written
-from benchmarks.claims.parity import LEARNED, Parity
+from benchmarks.claims.parity import Parity
 from benchmarks.claims.runs import Runs
 from potstill.common.jobs import Job
 
@@ -45,8 +46,17 @@ def build(bench: Bench) -> Iterator[list[Job]]:
 
 
 def arms(bench: Bench) -> dict[str, Arm]:
-    """The arms by name; they differ in the curriculum alone."""
-    setting = Parity(bench)
+    """The arms by name."""
+    return curricula(Parity(bench))
+
+
+def judge(bench: Bench, runs: Runs) -> Outcome:
+    """Count the seeds."""
+    return judged(Parity(bench), runs, "Sparse parity")
+
+
+def curricula(setting: Jump) -> dict[str, Arm]:
+    """The arms of a setting by name; they differ in the curriculum alone."""
     size, last = setting.size, setting.size.teacher_steps
     targets = {f"t{step}": str(setting.targets(step)) for step in {*setting.series, setting.inside, setting.before}}
 
@@ -82,15 +92,16 @@ def beats(steps: dict[str, list[float | None]], arm: str) -> list[bool]:
     return [all(sooner(own, steps[other][number]) for other in PLAIN) for number, own in enumerate(steps[arm])]
 
 
-def judge(bench: Bench, runs: Runs) -> Outcome:
-    """Count the seeds; beside it wall time and bytes."""
-    setting, goals = Parity(bench), [LEARNED] * len(bench.seeds)
+def judged(setting: Jump, runs: Runs, title: str) -> Outcome:
+    """Count the seeds in which an arm comes to the setting's goal sooner; beside it wall time and bytes."""
+    bench, goals = setting.bench, [setting.goal] * len(setting.bench.seeds)
+    goal = f"{100 * setting.goal:.0f} %"
     steps = {arm: runs.reach(arm, goals, FIGURE, falling=False) for arm in runs.arms}
     seconds = {arm: runs.reach(arm, goals, FIGURE, x="runtime_seconds", falling=False) for arm in runs.arms}
     needed = most(len(bench.seeds))
     control = beats(steps, "before")
     against_control = [sooner(a, b) for a, b in zip(steps["inside"], steps["before"], strict=True)]
-    than = "sooner at 95 % than labels and the last alone"
+    than = f"sooner at {goal} than labels and the last alone"
     findings = (
         count(f"inside the jump, then the last: {than}", beats(steps, "inside"), needed),
         count(f"the series on the teacher's clock: {than}", beats(steps, "series"), needed),
@@ -108,7 +119,7 @@ def judge(bench: Bench, runs: Runs) -> Outcome:
     return Outcome(
         findings=findings,
         tables=(
-            Table(title=f"Steps to 95 % held-out accuracy (of {setting.size.cap})", header=("arm", *seeds),
+            Table(title=f"Steps to {goal} held-out accuracy (of {setting.size.cap})", header=("arm", *seeds),
                   rows=tuple((arm, *written(found, 0)) for arm, found in steps.items())),
             Table(title="Seconds of training to it, without evaluations", header=("arm", *seeds),
                   rows=tuple((arm, *written(found, 1)) for arm, found in seconds.items())),
@@ -116,9 +127,9 @@ def judge(bench: Bench, runs: Runs) -> Outcome:
                   rows=tuple((arm, *_stores(runs, arm)) for arm in runs.arms)),
         ),
         plots=(
-            Plot(name="progressive", title="Sparse parity: accuracy of the students", x="step", y=FIGURE,
+            Plot(name="progressive", title=f"{title}: accuracy of the students", x="step", y=FIGURE,
                  curves={arm: runs.curves(arm, FIGURE) for arm in runs.arms}),
-            Plot(name="progressive_teacher", title="Sparse parity: the teacher's jump", x="step of the teacher",
+            Plot(name="progressive_teacher", title=f"{title}: the teacher's jump", x="step of the teacher",
                  y=FIGURE, curves={"teacher": [[(float(step), value) for step, value in teacher.points]]}),
         ),
         notes=(

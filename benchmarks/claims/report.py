@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.about import about
-from benchmarks.claims.base import Bench, Claim, Finding, Outcome, Table
+from benchmarks.claims.base import COUNTED, Bench, Claim, Finding, Outcome, Table
 from benchmarks.claims.runs import Runs
 from benchmarks.claims.svg import draw
 from benchmarks.claims.table import CLAIMS, head
@@ -19,15 +19,17 @@ from potstill.common.text_tables import table
 
 def finding_line(finding: Finding) -> str:
     """One finding as a line of text."""
-    number = (
-        f"{finding.effect:.0f} {finding.unit}" if finding.unit == "seeds" else f"{finding.effect:+.4f} {finding.unit}"
-    )
+    number = f"{_effect(finding.effect, finding.unit)} {finding.unit}"
     parts = [f"{'pass' if finding.passed else 'FAIL' if finding.rule else 'no'}: {finding.text}: {number}"]
     if finding.interval is not None:
         parts.append(f"95 % interval {finding.interval[0]:+.4f} to {finding.interval[1]:+.4f}")
     if finding.standardised is not None:
         parts.append(f"d {finding.standardised:+.1f}")
     return ", ".join(parts) + ("" if finding.rule else " (beside the rule)")
+
+
+def _effect(effect: float, unit: str) -> str:
+    return f"{effect:.0f}" if unit in COUNTED else f"{effect:+.4f}"
 
 
 def table_text(found: Table) -> str:
@@ -111,8 +113,7 @@ def markdown(results: dict[str, Any]) -> str:
 def row_end(result: dict[str, Any]) -> str:
     """Effect, interval and number of seeds as the last cells of a Markdown row."""
     interval = "-" if result["interval"] is None else "{:+.4f} to {:+.4f}".format(*result["interval"])
-    effect = f"{result['effect']:.0f}" if result["unit"] == "seeds" else f"{result['effect']:+.4f}"
-    return f"{effect} {result['unit']} | {interval} | {len(result['seeds'])} |"
+    return f"{_effect(result['effect'], result['unit'])} {result['unit']} | {interval} | {len(result['seeds'])} |"
 
 
 def _about_line(result: dict[str, Any]) -> str:

@@ -7,7 +7,17 @@ from importlib import import_module
 from benchmarks.claims.base import Claim
 from potstill.common.errors import UserError
 
-CLAIMS: tuple[str, ...] = ("progressive", "salt", "pd", "pocl", "paced", "selector", "targets", "pruned")
+CLAIMS: tuple[str, ...] = (
+    "progressive",
+    "progressive_grammar",
+    "salt",
+    "pd",
+    "pocl",
+    "paced",
+    "selector",
+    "targets",
+    "pruned",
+)
 
 
 def find_claim(name: str) -> Claim:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks.claims.base import Bench
-from benchmarks.claims.parity import Curve, Parity
+from benchmarks.claims.grammar import Grammar
+from benchmarks.claims.jump import Curve
+from benchmarks.claims.parity import Parity
 from benchmarks.claims.progressive import arms, beats
 from potstill.common.config import build_config
 from potstill.common.errors import UserError
@@ -73,3 +76,31 @@ def test_a_teacher_that_is_not_done_or_does_not_jump_is_none(tmp_path: Path) -> 
 def test_never_is_slower_than_any_step_and_a_tie_is_not_sooner() -> None:
     steps = {"labels": [None, 500.0, 400.0, None], "one_shot": [None, None, 900.0, 300.0]}
     assert beats({**steps, "inside": [800.0, 400.0, 400.0, None]}, "inside") == [True, True, False, False]
+
+
+def grammar(work: Path) -> Grammar:
+    """The setting without anything made."""
+    return Grammar(Bench(work=work, data=work, scale="cpu", seeds=(1, 2)))
+
+
+def test_a_sentence_is_what_the_grammar_derives(tmp_path: Path) -> None:
+    setting = grammar(tmp_path)
+    ids, mask = setting.examples(np.random.Generator(np.random.Philox(1)), 200)
+    assert (ids[:, 0] == 3).all() and ids.shape == (200, 33) and np.flatnonzero(mask[0]).tolist() == [16, 32]
+    symbols = ids[:, 1:]
+    for rules in reversed(setting.rules):
+        made_of = {tuple(pair): symbol for symbol, pairs in enumerate(rules.tolist()) for pair in pairs}
+        assert len(made_of) == rules.shape[0] * 2  # no two rules of a level are alike
+        symbols = np.array([[made_of[tuple(pair)] for pair in row.reshape(-1, 2).tolist()] for row in symbols])
+    assert symbols.shape == (200, 1) and not symbols.any()
+
+
+def test_the_climb_on_a_grammar_is_measured_from_the_token_before_to_the_teachers_end(tmp_path: Path) -> None:
+    setting = grammar(tmp_path)
+    assert 0.45 < setting.floor < 0.55
+    points = [(step, 0.5 if step < 400 else min(0.85, 0.5 + (step - 350) / 1000)) for step in range(50, 1601, 50)]
+    curve = setting.measured(points)
+    assert curve.top == pytest.approx(0.85) and curve.at(0.9) == pytest.approx(
+        setting.floor + 0.9 * (0.85 - setting.floor)
+    )
+    assert curve.begins < curve.inside < (curve.learned or 0) and abs(dict(points)[curve.inside] - curve.at(0.5)) < 0.03
