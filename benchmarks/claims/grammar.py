@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -81,6 +81,8 @@ class Grammar(Jump):
 
     name: ClassVar[str] = "grammar"
     words: ClassVar[tuple[str, ...]] = ("a", "b", "c", "^")
+    # The teacher's best guess alone, as in the paper's scripts for grammars.
+    objective: ClassVar[dict[str, Any]] = {"temperature": 1e-20, "missing_mass": "renorm"}
 
     @property
     def size(self) -> GrammarSize:

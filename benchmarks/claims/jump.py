@@ -134,6 +134,7 @@ class Jump(ABC):
 
     name: ClassVar[str]
     words: ClassVar[tuple[str, ...]]  # the vocabulary; the last word stands for every special token
+    objective: ClassVar[dict[str, Any]] = {}  # of the students, beside alpha 1
 
     @property
     @abstractmethod

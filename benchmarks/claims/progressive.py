@@ -64,7 +64,7 @@ def curricula(setting: Jump) -> dict[str, Arm]:
         tree = setting.run_tree(size.student, steps=size.cap, every=size.eval_every)
         tree["run"]["name"] = "progressive"
         tree["checkpoint"] = {"keep_last": 1}
-        tree["objective"] = {"alpha": 1.0, "temperature_side": "teacher"}
+        tree["objective"] = {"alpha": 1.0, "temperature_side": "teacher", **setting.objective}
         tree["data"]["targets"] = {f"t{step}": targets[f"t{step}"] for step in sorted(set(stores))}
         return Arm(config={**tree, "curriculum": list(stages)})
 
