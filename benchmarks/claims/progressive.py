@@ -31,7 +31,7 @@ from typing import Any
 
 from benchmarks.claims.base import Arm, Bench, Claim, Finding, Outcome, Plot, Table
 from benchmarks.claims.jump import Jump
-from benchmarks.claims.paired import count, most, written
+from benchmarks.claims.paired import count, mean_and_sd, most, written
 from benchmarks.claims.parity import Parity
 from benchmarks.claims.runs import Runs
 from potstill.common.jobs import Job
@@ -123,6 +123,8 @@ def judged(setting: Jump, runs: Runs, title: str) -> Outcome:
                   rows=tuple((arm, *written(found, 0)) for arm, found in steps.items())),
             Table(title="Seconds of training to it, without evaluations", header=("arm", *seeds),
                   rows=tuple((arm, *written(found, 1)) for arm, found in seconds.items())),
+            Table(title=f"Held-out accuracy at step {setting.size.cap}, over the seeds", header=("arm", "accuracy"),
+                  rows=tuple((arm, mean_and_sd(runs.final(arm, FIGURE))) for arm in runs.arms)),
             Table(title="Stores that an arm learns from", header=("arm", "stores", "bytes"),
                   rows=tuple((arm, *_stores(runs, arm)) for arm in runs.arms)),
         ),
