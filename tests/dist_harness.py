@@ -6,9 +6,11 @@ end is killed.
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import queue
+import signal
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -38,13 +40,17 @@ def _rank_main(
     import torch
 
     torch.set_num_threads(1)
+    faulthandler.register(signal.SIGUSR2, all_threads=True, chain=False)  # what a rank that does not answer is asked
     try:
-        results.put((rank, True, function(*args)))
+        answer = (rank, True, function(*args))
     except BaseException:
-        results.put((rank, False, traceback.format_exc()))
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        answer = (rank, False, traceback.format_exc())
+    results.put(answer)
+    # A function that has run the exit functions itself has spent those that would wait for the answer to be sent.
+    results.close()
+    results.join_thread()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 class Ranks:
@@ -88,10 +94,24 @@ class Ranks:
             try:
                 rank, fine, value = self._results.get(timeout=max(0.1, end - time.monotonic()))
             except queue.Empty:
-                raise AssertionError(f"ranks {sorted(set(range(self._world)) - set(found))} did not answer") from None
+                silent = sorted(set(range(self._world)) - set(found))
+                raise AssertionError(f"ranks {silent} did not answer: {self._tell_where(silent)}") from None
             assert fine, f"rank {rank} raised:\n{value}"
             found[rank] = value
         return [found[rank] for rank in range(self._world)]
+
+    def _tell_where(self, ranks: Sequence[int]) -> str:
+        """Let ranks print their stacks to standard error; says which of them have ended instead."""
+        told = []
+        for rank in ranks:
+            process = self.processes[rank]
+            if process.is_alive() and process.pid is not None:
+                os.kill(process.pid, signal.SIGUSR2)
+                told.append(f"{rank} lives, its stack is on standard error")
+            else:
+                told.append(f"{rank} has ended with exit code {process.exitcode}")
+        time.sleep(1)  # for the stacks to be written before the processes are killed
+        return ", ".join(told)
 
 
 def run_ranks(function: Callable[..., Any], *args: Any, world: int, timeout_seconds: float = 90.0) -> list[Any]:

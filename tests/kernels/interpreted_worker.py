@@ -67,6 +67,7 @@ def compare_loss(
     return {
         "loss": float((got - loss).abs() / loss.abs()),
         "grad": float((got_grad - grad).abs().max()),
+        "largest": float(grad.abs().max()),
         "sums": float(((got_sums - sums).abs() / (1 + sums.abs())).max()),
         "finite": bool(got_grad.isfinite().all()),
     }

@@ -46,8 +46,10 @@ def check_errors(errors: dict) -> None:
         if case == "linear":
             assert max(found.values()) < 1e-6, (case, found)
         else:
-            # Gradients reach 2 here: float16 rounds there by 5e-4 to 1e-3, truncated bf16 by up to 2^-6.
+            # Of gradients that reach 2: float16 rounds there by 5e-4 to 1e-3, truncated bf16 by up to 2^-6. Those of
+            # mse_logprobs reach 7, where float32's own steps are four times as large; exp is that of the processor.
             limit = 2e-6 if "float32" in case else (1.1e-3 if "float16" in case and "b" not in case else 0.016)
+            limit *= max(1.0, found["largest"] / 2)
             assert found["finite"] and found["grad"] < limit, (case, found)
             assert found["loss"] < 3e-6 and found["sums"] < 5e-6, (case, found)
 
