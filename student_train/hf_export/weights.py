@@ -11,8 +11,10 @@ from torch import Tensor
 
 from potstill.common.errors import UserError
 from potstill.student_train.model.parameters import DTYPES
-from potstill.student_train.run.checkpoint import MANIFEST, Checkpoint, list_checkpoints, read_checkpoint
+from potstill.student_train.run.checkpoint import Checkpoint, checkpoint_folders, read_checkpoint
+from potstill.student_train.run.checkpoint_files import MANIFEST, DamagedError, UnfinishedError
 from potstill.student_train.run.run_folder import CONFIG_FILE, STUDENT_FOLDER
+from potstill.student_train.run.unpickling import only_allowed
 
 PREFIX = "hf."
 EXPORT_FILE = "potstill_export.json"  # what an export says of where its weights come from
@@ -42,26 +44,36 @@ def find_source(path: Path) -> Source:
     if not path.is_dir():
         raise UserError(f"{path} does not exist; give a run folder, a checkpoint folder or a Hugging Face folder")
     if (path / MANIFEST).is_file():
-        return Source(path, read_checkpoint(path))
+        return Source(path, read_checkpoint(path, contents=True))
     if (path / CONFIG_FILE).is_file():
-        checkpoints = list_checkpoints(path)
-        if not checkpoints:
-            raise UserError(f"run {path} holds no whole checkpoint yet; let it reach its first save")
-        return Source(path, checkpoints[-1])
+        return Source(path, _newest(path))
     if (path / "config.json").is_file():
         return Source(path, None)
     raise UserError(f"{path} is neither a run folder, nor a checkpoint, nor a Hugging Face folder (no config.json)")
 
 
+def _newest(run: Path) -> Checkpoint:
+    """The newest checkpoint of a run, checked by content; an older one does not stand in for it. Raises UserError."""
+    for folder in reversed(checkpoint_folders(run)):
+        try:
+            return read_checkpoint(folder, contents=True)
+        except UnfinishedError:
+            continue  # a save that is under way, or was cut short
+        except DamagedError as error:
+            raise DamagedError(f"{error}; name an older one of {folder.parent} to read that") from error
+    raise UserError(f"run {run} holds no whole checkpoint yet; let it reach its first save")
+
+
 def checkpoint_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Full weights of a checkpoint by Hugging Face name; float32 masters where the run kept them (ZeRO 1-3)."""
     folder = checkpoint.folder
-    if checkpoint.zero_stage == 0:
-        state = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
-    else:
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    with only_allowed(folder):
+        if checkpoint.zero_stage == 0:
+            state = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu")["module"]
+        else:
+            from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-        state = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
+            state = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
     # What does not begin so are parameters of loss terms, which are no part of the student.
     return {name.removeprefix(PREFIX): tensor for name, tensor in state.items() if name.startswith(PREFIX)}
 

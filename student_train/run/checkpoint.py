@@ -1,12 +1,13 @@
 """Checkpoints: DeepSpeed writes the files, our manifest makes them exist.
 
-A folder `step_NNNNNNNN` without a readable manifest, or whose files do not have the sizes that the manifest names, is
-no checkpoint. The manifest is written last (temporary file, fsync, rename) and deleted first. Loading unpickles:
-load only checkpoints that you trust.
+A folder `step_NNNNNNNN` without a manifest is no checkpoint; one whose files are not those that the manifest names, by
+size and content, is damaged (checkpoint_files.py). The manifest is written last (temporary file, fsync, rename) and
+deleted first. Loading is limited to tensors, plain values and a few classes (unpickling.py).
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -21,17 +22,24 @@ import torch
 
 from potstill.common.errors import UserError
 from potstill.student_train.config.train import CheckpointConfig
-from potstill.student_train.run.engine import Topology, broadcast_object
+from potstill.student_train.run.checkpoint_files import (
+    MANIFEST,
+    DamagedError,
+    ResumeError,
+    UnfinishedError,
+    check_contents,
+    check_sizes,
+    describe_files,
+    files_of,
+    manifest_of,
+    read_manifest,
+)
+from potstill.student_train.run.engine import Topology, broadcast_object, gather_objects
 from potstill.student_train.run.loop_state import LoopState
+from potstill.student_train.run.unpickling import only_allowed
 from potstill.student_train.run.write_failures import SharedSave
 
 log = logging.getLogger(__name__)
-MANIFEST = "potstill.json"
-MANIFEST_VERSION = 1
-
-
-class ResumeError(UserError):
-    """A checkpoint cannot be continued with this configuration, these stores or this world."""
 
 
 @dataclass(frozen=True)
@@ -104,32 +112,29 @@ def checkpoint_folder(run: Path, step: int) -> Path:
     return checkpoints_folder(run) / f"step_{step:08d}"
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
-    """Read and verify one checkpoint. Raises ResumeError that says what is missing."""
+def read_checkpoint(folder: Path, *, contents: bool = False) -> Checkpoint:
+    """Read the manifest of one checkpoint and check its files by size, with `contents` also by digest.
+
+    Raises ResumeError that says what is missing, DamagedError where it is not what was saved.
+    """
     if not folder.is_dir():
         raise ResumeError(f"checkpoint {folder} does not exist; give the folder step_NNNNNNNN of a run's checkpoints")
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ResumeError(
-            f"{folder} holds no {MANIFEST}: its save was not finished, so it is no checkpoint; take another one"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise ResumeError(f"{folder / MANIFEST} cannot be read: {error}") from error
-    if manifest.get("version") != MANIFEST_VERSION:
-        raise ResumeError(f"{folder}: manifest version {manifest.get('version')}, expected {MANIFEST_VERSION}")
-    for name, size in manifest["files"].items():
-        path = folder / name
-        found = path.stat().st_size if path.is_file() else None
-        if found != size:
-            raise ResumeError(f"{path} has {found} bytes, the manifest says {size}; the checkpoint is damaged")
+    manifest = read_manifest(folder)
+    check_sizes(folder, manifest)
+    if contents:
+        check_contents(folder, manifest)
     return Checkpoint(folder, manifest)
 
 
+def checkpoint_folders(run: Path) -> list[Path]:
+    """The folders under which checkpoints of a run lie, whole or not, oldest first."""
+    return sorted(checkpoints_folder(run).glob("step_*"))
+
+
 def list_checkpoints(run: Path) -> list[Checkpoint]:
-    """The whole checkpoints of a run, oldest first. Unfinished or damaged folders are passed over with a warning."""
+    """The checkpoints of a run whose files have their sizes, oldest first; others are passed over with a warning."""
     found = []
-    for folder in sorted(checkpoints_folder(run).glob("step_*")):
+    for folder in checkpoint_folders(run):
         try:
             found.append(read_checkpoint(folder))
         except ResumeError as error:
@@ -138,28 +143,99 @@ def list_checkpoints(run: Path) -> list[Checkpoint]:
 
 
 def find_resume(options: CheckpointConfig, run: Path) -> Checkpoint | None:
-    """The checkpoint to continue from, None for a start from the beginning. Raises ResumeError that names the key."""
+    """The checkpoint that a start would try first, by sizes alone; None for a start from the beginning.
+
+    Touches nothing. Raises ResumeError that names the key.
+    """
     try:
         if isinstance(options.resume, Path):
             return read_checkpoint(options.resume)
         return next(reversed(list_checkpoints(run)), None) if options.resume == "auto" else None
     except ResumeError as error:
-        key = f"checkpoint.resume = {options.resume}: " if isinstance(options.resume, Path) else ""
-        raise ResumeError(f"{key}{error}") from error
+        raise _naming_key(options, error) from error
+
+
+def _naming_key(options: CheckpointConfig, error: ResumeError) -> ResumeError:
+    """The same error, with the key that asked for the checkpoint in front."""
+    return type(error)(f"checkpoint.resume = {options.resume}: {error}" if options.resume != "auto" else str(error))
 
 
 def choose_resume(options: CheckpointConfig, run: Path, topology: Topology) -> Checkpoint | None:
-    """The checkpoint to continue from, chosen by rank 0 for all. Raises ResumeError (on all ranks)."""
+    """The checkpoint to continue from, the same on all ranks, its contents checked by all ranks together.
+
+    With `auto` one that is damaged is named and set aside, and the newest whole one is taken. Raises ResumeError (on
+    all ranks): where the one that was named is damaged, or where there are only damaged ones.
+    """
+    if options.resume == "never":
+        return None
+    if isinstance(options.resume, Path):
+        try:
+            return _checked_together(options.resume, topology)
+        except ResumeError as error:
+            raise _naming_key(options, error) from error
+    found = broadcast_object(checkpoint_folders(run) if topology.is_main else None)
+    damaged = []
+    for folder in reversed(found):
+        try:
+            return _checked_together(folder, topology)
+        except DamagedError as error:
+            aside = _set_aside_together(folder, topology)
+            damaged.append(aside)
+            log.error("%s; it is set aside as %s, and an older checkpoint is looked for", error, aside.name)
+        except UnfinishedError as error:
+            log.warning("passing over %s", error)
+    if damaged:
+        raise DamagedError(
+            f"no checkpoint of {run} is whole; damaged: {', '.join(map(str, damaged))}. Take them from a copy, or "
+            "start anew with --force (run.force: true)"
+        )
+    return None
+
+
+def _checked_together(folder: Path, topology: Topology) -> Checkpoint:
+    """Read a checkpoint on rank 0 and check its contents on all ranks. Raises on all ranks what failed on any."""
     answer: Any = None
     if topology.is_main:
         try:
-            answer = find_resume(options, run)
+            answer = read_checkpoint(folder)
         except ResumeError as error:
             answer = error
     answer = broadcast_object(answer)
     if isinstance(answer, ResumeError):
         raise answer
+    damage: ResumeError | None = None
+    try:
+        check_contents(folder, answer.manifest, part=(topology.rank, topology.world_size))
+    except ResumeError as error:
+        damage = error
+    for found in gather_objects(damage):
+        if found is not None:
+            raise found
     return answer
+
+
+def _set_aside_together(folder: Path, topology: Topology) -> Path:
+    """Let rank 0 set a damaged checkpoint aside. Raises ResumeError on all ranks where it cannot."""
+    answer: Any = None
+    if topology.is_main:
+        try:
+            answer = set_aside(folder)
+        except OSError as error:
+            answer = ResumeError(f"{folder} is damaged and cannot be set aside: {error}; rename it by hand")
+    answer = broadcast_object(answer)
+    if isinstance(answer, ResumeError):
+        raise answer
+    return answer
+
+
+def set_aside(folder: Path) -> Path:
+    """Give a damaged checkpoint a name that nobody reads, `damaged_step_NNNNNNNN`; nothing of it is deleted."""
+    number, aside = 1, folder.with_name(f"damaged_{folder.name}")
+    while aside.exists():
+        number, aside = number + 1, folder.with_name(f"damaged_{folder.name}.{number}")
+    os.rename(folder, aside)
+    sync_folder(folder.parent)
+    return aside
 
 
 def differing_lines(saved: dict[str, Any], now: dict[str, Any], *, who: str) -> list[str]:
@@ -214,32 +290,42 @@ def save_checkpoint(
             folder.mkdir(parents=True, exist_ok=True)
     with save.deepspeed_part(engine):
         engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state={"potstill": loop}, save_latest=False)
+    written: dict[str, dict[str, Any]] = {}
+    with save.part():
+        # Each rank reads what it wrote out of its own memory; another machine's would first have to come from the disk.
+        written = describe_files(folder, save.written, sync=True)
+    known = {name: said for part in gather_objects(written) for name, said in part.items()}
     with save.part():
         if topology.is_main:
             about = {"loop": loop, "data": data, "pinned": pinned, "world_size": topology.world_size, **extra}
             if decisions := write_decisions(folder):
                 about["decisions"] = decisions
-            size = commit_checkpoint(folder, about)
+            size = commit_checkpoint(folder, about, known=known)
             log.info("saved %s: %.1f MB in %.1f s", folder, size / 1e6, time.monotonic() - started)
     return folder
 
 
-def commit_checkpoint(folder: Path, about: dict[str, Any]) -> int:
-    """Make sure that the files are on the disk, then write the manifest. Returns the size of the files in bytes."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    for path in paths:
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    files = {str(path.relative_to(folder)): path.stat().st_size for path in paths}
+def commit_checkpoint(folder: Path, about: dict[str, Any], *, known: dict[str, dict[str, Any]] | None = None) -> int:
+    """Make sure that the files are on the disk, then write the manifest. Returns the size of the files in bytes.
+
+    `known` is what describe_files has said already, of files that their ranks have made durable.
+    """
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    files = known or {}
+    if absent := sorted(files.keys() - set(names)):
+        raise OSError(errno.ENOENT, "this rank does not see a file that another one wrote", str(folder / absent[0]))
+    rest = describe_files(folder, [name for name in names if name not in files], sync=True)
     sync_folder(folder.parent)  # retention may delete an older one right after
-    write_json_atomically(folder / MANIFEST, {"version": MANIFEST_VERSION, "files": files, **about})
-    return sum(files.values())
+    manifest = manifest_of({**files, **rest}, about)
+    write_json_atomically(folder / MANIFEST, manifest)
+    return sum(said["bytes"] for said in files_of(manifest).values())
 
 
 def load_checkpoint(engine: Any, folder: Path, *, step: int, universal: bool) -> None:
     """Load weights and optimizer into the engine and compare what came back. Raises ResumeError."""
     settings = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
-    path, client = engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
+    with only_allowed(folder):
+        path, client = engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
     if path is None:
         raise ResumeError(f"DeepSpeed found nothing to load in {folder}; the checkpoint is damaged, take another one")
     restore_optimizer(engine.optimizer, settings)

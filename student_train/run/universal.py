@@ -55,7 +55,7 @@ def convert(checkpoint: Checkpoint, output: Path, *, num_workers: int = 1) -> No
     output.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own: a converter that outlives its killed parent must not write into the next attempt's folder.
     part = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+    command = [sys.executable, "-m", "potstill.student_train.run.to_universal"]
     command += ["--input_folder", str(checkpoint.folder), "--output_folder", str(part)]
     command += ["--num_extract_workers", str(num_workers), "--num_merge_workers", str(num_workers)]
     if checkpoint.zero_stage < 3:
@@ -91,7 +91,7 @@ def main() -> None:
     options = parser.parse_args()
     setup_logging()
     try:
-        convert(read_checkpoint(options.checkpoint), options.output, num_workers=options.num_workers)
+        convert(read_checkpoint(options.checkpoint, contents=True), options.output, num_workers=options.num_workers)
     except ResumeError as error:
         sys.exit(f"error: {error}")
 

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ class SharedSave:
     step: int
     topology: Topology
     last_saved: str | None
+    written: list[str] = field(default_factory=list)  # names of the files that DeepSpeed wrote on this rank
 
     @contextmanager
     def part(self) -> Iterator[None]:
@@ -91,7 +92,13 @@ class SharedSave:
             return write_or_note
 
         writer = engine.checkpoint_engine
-        writer.save, engine._copy_recovery_script = noting(writer.save), noting(engine._copy_recovery_script)
+        save = writer.save
+
+        def save_and_list(state_dict: Any, path: str) -> None:
+            save(state_dict, path)
+            self.written.append(Path(path).resolve().relative_to(self.folder.resolve()).as_posix())
+
+        writer.save, engine._copy_recovery_script = noting(save_and_list), noting(engine._copy_recovery_script)
         try:
             yield
         finally:

@@ -38,6 +38,19 @@ def train_run(tree: dict[str, Any]) -> dict[str, Any]:
     return {"status": summary.status, "steps": summary.steps, "tokens": summary.tokens}
 
 
+def train_runs(trees: list[dict[str, Any]]) -> list[str]:
+    """Train one run after the other in this process; what each ended with, in words."""
+    from potstill.common.errors import UserError
+
+    endings = []
+    for tree in trees:
+        try:
+            endings.append(str(train_run(tree)["status"]))
+        except UserError as error:
+            endings.append(f"{type(error).__name__}: {error}")
+    return endings
+
+
 def train_with_plain_sgd(tree: dict[str, Any]) -> int:
     """Train as a rank with `optimizer.kind: plain`, an entry added here; returns the steps that it took."""
     from potstill.student_train.config.optimizers import OPTIMIZERS
