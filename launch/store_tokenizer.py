@@ -27,7 +27,9 @@ def check_tokenizer(place: Path, *, digest: str, store: str) -> None:
         from transformers import AutoTokenizer
 
         try:
-            found = tokenizer_digest(AutoTokenizer.from_pretrained(place, local_files_only=True))
+            found = tokenizer_digest(
+                AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
+            )
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"tokenizer {place} cannot be loaded: {error}") from error
     if found != digest:

@@ -60,7 +60,8 @@ def located(teacher: TeacherConfig) -> TeacherConfig:
 
 def _place_options(teacher: TeacherConfig) -> dict[str, Any]:
     """What else than its name says where a model is: the same for its configuration, tokenizer and weights."""
-    return {key: teacher.load_options[key] for key in _PLACE_KEYS if key in teacher.load_options}
+    asked = {key: teacher.load_options[key] for key in _PLACE_KEYS if key in teacher.load_options}
+    return {"trust_remote_code": False, **asked}  # left out, transformers would ask on the terminal
 
 
 def computing_dtype(teacher: TeacherConfig, model_config: Any) -> str:

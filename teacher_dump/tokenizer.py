@@ -62,7 +62,7 @@ def load_tokenizer(source: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source, local_files_only=local_only)
+        return AutoTokenizer.from_pretrained(source, local_files_only=local_only, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"tokenizer {source!r} cannot be loaded: {one_line(error)}") from error
 

@@ -24,7 +24,7 @@ def read_tokenizer(folder: Path) -> Any:
     if not folder.is_dir():
         raise UserError(f"tokenizer {folder} is no folder; name the folder that holds tokenizer.json")
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"tokenizer {folder} cannot be loaded: {error}") from error
 

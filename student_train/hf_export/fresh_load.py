@@ -18,7 +18,9 @@ def main(folder: Path, probe: Path) -> int:
     from potstill.student_train.hf_export.hf_folder import probe_logits
 
     expected = torch.load(probe, weights_only=True)
-    found = probe_logits(AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype="auto"))
+    found = probe_logits(
+        AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, trust_remote_code=False, dtype="auto")
+    )
     difference = float((found - expected).abs().max())
     sys.stdout.write(f"{difference}\n")
     if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):

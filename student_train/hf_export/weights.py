@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from potstill.common.errors import UserError
+from potstill.common.model_place import one_line
 from potstill.student_train.model.parameters import DTYPES
 from potstill.student_train.run.checkpoint import Checkpoint, checkpoint_folders, read_checkpoint
 from potstill.student_train.run.checkpoint_files import MANIFEST, DamagedError, UnfinishedError
@@ -79,13 +81,17 @@ def checkpoint_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def load_model(source: Source, *, dtype: str, attention: str = "sdpa") -> Any:
-    """The Hugging Face model of a source, on the CPU, in eval mode."""
+    """The Hugging Face model of a source, on the CPU, in eval mode. No code of the folder is run. Raises UserError."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    options = {"attn_implementation": attention, "dtype": DTYPES[dtype]}
+    options: dict[str, Any] = {"attn_implementation": attention, "dtype": DTYPES[dtype]}
     if source.checkpoint is None:
-        return AutoModelForCausalLM.from_pretrained(source.folder, local_files_only=True, **options).eval()
-    config = AutoConfig.from_pretrained(source.config_folder, local_files_only=True)
+        place = {"local_files_only": True, "trust_remote_code": False}
+        try:
+            return AutoModelForCausalLM.from_pretrained(source.folder, **place, **options).eval()
+        except (OSError, ValueError, ImportError, RuntimeError, UnpicklingError) as error:
+            raise UserError(f"model {source.folder} cannot be loaded: {one_line(error)}") from error
+    config = AutoConfig.from_pretrained(source.config_folder, local_files_only=True, trust_remote_code=False)
     model = AutoModelForCausalLM.from_config(config, **options)
     state = {name: tensor.to(DTYPES[dtype]) for name, tensor in checkpoint_state(source.checkpoint).items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
@@ -107,7 +113,7 @@ def model_settings(source: Source) -> list[Any]:
     from transformers import AutoConfig, GenerationConfig
 
     folder = source.config_folder
-    found = [AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()]
+    found = [AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_text_config()]
     if (folder / "generation_config.json").is_file():
         found.append(GenerationConfig.from_pretrained(folder, local_files_only=True))
     return found

@@ -81,7 +81,7 @@ def _folder_config(folder: Path, key: str) -> Any:
     if not folder.exists():
         raise UserError(f"{key} {folder} does not exist; give a folder with a config.json (nothing is downloaded)")
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
         raise UserError(f"{key} {folder} holds no readable model configuration: {_one_line(error)}") from error
 

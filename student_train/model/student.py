@@ -153,10 +153,11 @@ def build_student(model: ModelConfig, config: Any, *, seed: int) -> StudentModel
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    options = {"attn_implementation": model.attention, "dtype": torch.float32}
+    options: dict[str, Any] = {"attn_implementation": model.attention, "dtype": torch.float32}
     try:
         if model.path is not None:
-            hf = AutoModelForCausalLM.from_pretrained(model.path, config=config, local_files_only=True, **options)
+            place = {"local_files_only": True, "trust_remote_code": False}
+            hf = AutoModelForCausalLM.from_pretrained(model.path, config=config, **place, **options)
         else:
             hf = AutoModelForCausalLM.from_config(config, **options)
     except (ValueError, ImportError) as error:  # an attention that the architecture or this machine lacks

@@ -164,7 +164,9 @@ def _stored_dtype(source: Source) -> str:
         return read_run_config(source.run).model.dtype
     from transformers import AutoConfig
 
-    saved = str(AutoConfig.from_pretrained(source.folder, local_files_only=True).dtype).removeprefix("torch.")
+    saved = str(
+        AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False).dtype
+    ).removeprefix("torch.")
     return saved if saved in DTYPES else "float32"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def load(teacher: TeacherConfig, wanted: TopKWanted | None = None) -> HfEngine:
 
     device = choose_device(teacher.device)
     make_current(device)
-    options: dict[str, Any] = dict(teacher.load_options)
+    options: dict[str, Any] = {"trust_remote_code": False} | dict(teacher.load_options)
     # The dtype that run.json names, also where "auto" could mean something else to another version of transformers.
     options.setdefault("dtype", computing_dtype(teacher, load_config(teacher)))
     if teacher.attention is not None:
@@ -72,7 +73,7 @@ def load(teacher: TeacherConfig, wanted: TopKWanted | None = None) -> HfEngine:
         options.setdefault("device_map", {"": str(device)})
     try:
         model, found = AutoModelForCausalLM.from_pretrained(teacher.model, output_loading_info=True, **options)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, UnpicklingError) as error:
         raise UserError(f"teacher {teacher.model!r} cannot be loaded: {error}") from error
     refuse_missing(teacher, found["missing_keys"])
     if not placed:

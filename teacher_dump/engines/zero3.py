@@ -8,6 +8,7 @@ on one rank ends the group.
 from __future__ import annotations
 
 import logging
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -173,13 +174,13 @@ def load(teacher: TeacherConfig, wanted: TopKWanted | None = None) -> Zero3Engin
         "bf16": {"enabled": dtype == "bfloat16"},
         "fp16": {"enabled": dtype == "float16"},
     }
-    options: dict[str, Any] = {"dtype": dtype} | dict(teacher.load_options)
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False} | dict(teacher.load_options)
     if teacher.attention is not None:
         options["attn_implementation"] = teacher.attention
     keep = HfDeepSpeedConfig(settings)
     try:
         model, found = AutoModelForCausalLM.from_pretrained(teacher.model, output_loading_info=True, **options)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, UnpicklingError) as error:
         raise UserError(f"teacher {teacher.model!r} cannot be loaded: {error}") from error
     refuse_missing(teacher, found["missing_keys"])
     engine, *_ = deepspeed.initialize(model=model.eval(), config=settings)

@@ -14,13 +14,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from potstill.common.errors import UserError
-from potstill.student_train.hf_export.weights import checkpoint_state, find_source
+from potstill.student_train.hf_export.weights import checkpoint_state, find_source, load_model
 from potstill.student_train.run.checkpoint import checkpoint_folder, read_checkpoint
 from potstill.student_train.run.checkpoint_files import MANIFEST, describe_files, manifest_of
 from potstill.student_train.run.universal import convert
 from potstill.student_train.run.unpickling import UnpicklingRefusedError, only_allowed
+from potstill.teacher_dump.config import TeacherConfig
+from potstill.teacher_dump.engines.loading import load_engine
 from tests.dist_harness import run_ranks
 from tests.student_train import workers
 from tests.student_train.test_resume import tree_of
@@ -103,3 +106,41 @@ def test_the_mark_is_made_where_loading_is_not_limited(trained: dict[int, Path],
     assert torch.load is load and not mark.exists()
     torch.load(file, weights_only=False)
     assert mark.exists()
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def load_as_teacher(folder: Path) -> Any:
+    return load_engine(TeacherConfig(model=str(folder), device="cpu", dtype="float32"))
+
+
+@pytest.mark.parametrize("load", [load_as_teacher, lambda folder: load_model(find_source(folder), dtype="float32")])
+def test_a_model_folder_runs_no_code_and_asks_nobody(
+    model: Path, tmp_path: Path, load: Callable[[Path], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither weights that are a pickle with code in them, nor a class of its own beside them: each is an error."""
+    mark = tmp_path / "the planted code ran"
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a person was asked"))
+    with_code, with_class = (Path(shutil.copytree(model, tmp_path / name)) for name in ("code", "class"))
+    weights = load_file(with_code / "model.safetensors")
+    (with_code / "model.safetensors").unlink()
+    torch.save({"code": Code(mark), **weights}, with_code / "pytorch_model.bin")
+    settings = json.loads((with_class / "config.json").read_text())
+    settings |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    (with_class / "config.json").write_text(json.dumps(settings))
+    (with_class / "own.py").write_text(f"import os\nos.mkdir({str(mark)!r})\n")
+    for folder, words in ((with_code, "mkdir"), (with_class, "custom code")):
+        with pytest.raises(UserError, match=words) as error:
+            load(folder)
+        assert str(folder) in str(error.value)
+    assert not mark.exists()
+    assert load(model) is not None
