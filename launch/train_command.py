@@ -116,8 +116,10 @@ def _dry_run(start: CheckedStart) -> tuple[str, dict[str, object]]:
 def _prepare(config: TrainConfig, scratch: Path) -> Path:
     """Make the run folder ready (with --force: empty), and a log file in it that begins with what the check printed."""
     from potstill.student_train.run.run_folder import new_log_file, prepare_run_folder
+    from potstill.student_train.run.run_lock import ProcessMark, RunLock
 
-    prepare_run_folder(config)
+    with RunLock(config.run.output_dir, (ProcessMark.here(0),)).take():  # then by the ranks themselves
+        prepare_run_folder(config)
     log_file = new_log_file(config.run.output_dir)
     with log_file.open("a", encoding="utf-8") as file:
         file.write((scratch / "check.log").read_text(encoding="utf-8", errors="replace"))

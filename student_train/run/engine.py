@@ -95,6 +95,19 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
+def on_main(topology: Topology, function: Any, *args: Any) -> None:
+    """Run a function on rank 0, to whose end all ranks wait; its UserError or OSError is raised on every rank."""
+    error: UserError | OSError | None = None
+    if topology.is_main:
+        try:
+            function(*args)
+        except (UserError, OSError) as caught:
+            error = caught
+    error = broadcast_object(error)
+    if error is not None:
+        raise error
+
+
 def gather_objects(value: Any) -> list[Any]:
     """The value of every rank, by rank, on every rank."""
     box = [None] * torch.distributed.get_world_size()

@@ -28,6 +28,7 @@ from potstill.student_train.model.hf_config import hf_config
 from potstill.student_train.run.checkpoint import Checkpoint, ResumeError, check_pinned, find_resume
 from potstill.student_train.run.engine import check_deepspeed, deepspeed_config
 from potstill.student_train.run.run_folder import check_run_folder, check_student, pinned_values
+from potstill.student_train.run.run_lock import refuse_running
 from potstill.student_train.run.trackers import check_trackers
 
 log = logging.getLogger(__name__)
@@ -87,6 +88,8 @@ def check_start(config: TrainConfig, *, num_ranks: int, planning: bool = False) 
 
     With `planning` the ranks need not fit this machine: what does not is a note.
     """
+    if not planning:
+        refuse_running(config.run.output_dir)
     machine = this_machine()
     notes = check_machine(machine, num_ranks, planning=planning)
     checked = check_run(config, world_size=num_ranks)

@@ -11,6 +11,7 @@ from potstill.student_train.curriculum.plan import CurriculumPlan
 from potstill.student_train.run.engine import Topology
 from potstill.student_train.run.legs import Legs
 from potstill.student_train.run.loop_state import LoopState
+from potstill.student_train.run.run_lock import RunLock
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class RunBase:
     engine: Any  # of DeepSpeed, around the student
     legs: Legs
     state: LoopState
+    lock: RunLock  # on the run folder
 
     @property
     def folder(self) -> Path:

@@ -25,6 +25,7 @@ from potstill.student_train.run.checkpoint import (
     write_json_atomically,
     write_text_atomically,
 )
+from potstill.student_train.run.run_lock import LOCK_FILE
 from potstill.student_train.run.stop import STOP_FILE
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ def check_run_folder(config: TrainConfig) -> bool:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"run.output_dir {folder} is a file; name a folder")
     holds_run = (folder / CONFIG_FILE).is_file()
-    ours = {PART_FILE, LOGS_FOLDER}  # what a start leaves that was killed before the run was a run
+    ours = {PART_FILE, LOGS_FOLDER, LOCK_FILE}  # what a start leaves that was killed before the run was a run
     others = [path for path in folder.iterdir() if path.name not in ours] if folder.is_dir() else []
     if others and not holds_run:
         raise UserError(f"run.output_dir {folder} holds other files and no run; name a new or empty folder")
@@ -106,6 +107,8 @@ def delete_run(folder: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)  # of a deletion that was killed
         os.replace(checkpoints, aside)
     for path in sorted(folder.iterdir(), key=lambda path: path.name == CONFIG_FILE):  # the mark of a run goes last
+        if path.name == LOCK_FILE:
+            continue  # whoever deletes holds it
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

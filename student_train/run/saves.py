@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from potstill.student_train.run.checkpoint import apply_retention, checkpoint_folder, save_checkpoint
+from potstill.student_train.run.engine import on_main
 from potstill.student_train.run.run_base import RunBase
 
 
@@ -23,8 +24,12 @@ class Saves:
         return self.last is not None and Path(self.last).resolve() == folder.resolve()
 
     def write(self) -> None:
-        """Commit a checkpoint on all ranks (a collective call). Raises CheckpointWriteError on all of them."""
+        """Commit a checkpoint on all ranks (a collective call).
+
+        Raises on all of them CheckpointWriteError, and RunHeldError where another run has taken the folder.
+        """
         base = self._base
+        on_main(base.topology, base.lock.check)
         folder = save_checkpoint(
             base.engine,
             run=base.folder,

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from potstill.common.errors import UserError
 from potstill.common.progress import Progress
 from potstill.storage import Loader, StoreError, StoreReader
 from potstill.student_train.config.train import TrainConfig
@@ -27,10 +26,11 @@ from potstill.student_train.run.checkpoint import Checkpoint, ResumeError, choos
 from potstill.student_train.run.deciders import build_deciders
 from potstill.student_train.run.engine import (
     Topology,
-    broadcast_object,
     build_engine,
     check_deepspeed,
     deepspeed_config,
+    gather_objects,
+    on_main,
     start_distributed,
     world_from_environment,
     zero3_construction,
@@ -54,12 +54,14 @@ from potstill.student_train.run.preflight import CheckedRun, check_continuable, 
 from potstill.student_train.run.run_base import RunBase
 from potstill.student_train.run.run_folder import (
     DONE_FILE,
+    check_run_folder,
     pinned_values,
     prepare_run_folder,
     report_changes,
     write_done,
     write_start,
 )
+from potstill.student_train.run.run_lock import ProcessMark, RunLock
 from potstill.student_train.run.run_parts import Run, SelfChecks
 from potstill.student_train.run.saves import Saves
 from potstill.student_train.run.source_figures import source_totals
@@ -88,31 +90,38 @@ def train(config: TrainConfig, *, checked: CheckedRun | None = None) -> TrainSum
     checked = checked or check_run(config, world_size=world_from_environment()[1])
     topology = start_distributed()
     on_main(topology, check_trackers, config.logging)
-    on_main(topology, prepare_run_folder, config)
-    checkpoint = choose_resume(config.checkpoint, config.run.output_dir, topology)
-    with open_run(config, topology, checked, checkpoint) as run:
-        done, is_main = run.state.step, topology.is_main
-        with Progress(run.plan.total_steps, done=done, unit="steps", description="train", enabled=is_main) as progress:
-            status = train_steps(run, progress)
-        summary = summarise(run, status, seconds=time.monotonic() - started)
-        if summary.is_done:
-            about = {"step": summary.steps, "tokens": summary.tokens, "heldout": summary.heldout}
-            on_main(topology, write_done, run.folder, about)
-    torch.distributed.barrier()
+    with lock_run(config, topology) as lock:
+        on_main(topology, prepare_run_folder, config)
+        checkpoint = choose_resume(config.checkpoint, config.run.output_dir, topology)
+        with open_run(config, topology, checked, checkpoint, lock) as run:
+            summary = train_to_the_end(run, started)
+        torch.distributed.barrier()
     return summary
 
 
-def on_main(topology: Topology, function: Any, *args: Any) -> None:
-    """Run a function on rank 0, to whose end all ranks wait; its UserError or OSError is raised on every rank."""
-    error: UserError | OSError | None = None
-    if topology.is_main:
-        try:
-            function(*args)
-        except (UserError, OSError) as caught:
-            error = caught
-    error = broadcast_object(error)
-    if error is not None:
-        raise error
+@contextmanager
+def lock_run(config: TrainConfig, topology: Topology) -> Iterator[RunLock]:
+    """While open, this run alone writes to its folder. Raises RunHeldError on all ranks where another one does."""
+    on_main(topology, check_run_folder, config)  # nothing is put into a folder that is no run's
+    lock = RunLock(config.run.output_dir, tuple(gather_objects(ProcessMark.here(topology.rank))))
+    on_main(topology, lock.take)
+    try:
+        yield lock
+    finally:
+        if topology.is_main:
+            lock.give_back()
+
+
+def train_to_the_end(run: Run, started: float) -> TrainSummary:
+    """Take the steps that are left, and mark the run as done if these were all."""
+    done, is_main = run.state.step, run.topology.is_main
+    with Progress(run.plan.total_steps, done=done, unit="steps", description="train", enabled=is_main) as progress:
+        status = train_steps(run, progress)
+    summary = summarise(run, status, seconds=time.monotonic() - started)
+    if summary.is_done:
+        about = {"step": summary.steps, "tokens": summary.tokens, "heldout": summary.heldout}
+        on_main(run.topology, write_done, run.folder, about)
+    return summary
 
 
 def build_model(
@@ -130,7 +139,7 @@ def build_model(
 
 @contextmanager
 def open_run(
-    config: TrainConfig, topology: Topology, checked: CheckedRun, checkpoint: Checkpoint | None
+    config: TrainConfig, topology: Topology, checked: CheckedRun, checkpoint: Checkpoint | None, lock: RunLock
 ) -> Iterator[Run]:
     """Build model, engine, loader and figures, and bring them to where the checkpoint stands."""
     stores, plan, student_config = checked.stores, checked.plan, checked.student_config
@@ -150,7 +159,7 @@ def open_run(
         metrics = MetricsLog(config.run.output_dir, config.logging, name=config.run.name)
         on_main(topology, metrics.open)
         with StopRequest(config.run.output_dir, max_runtime_minutes=config.run.max_runtime_minutes) as stop:
-            base = RunBase(config, topology, engine, legs, state)
+            base = RunBase(config, topology, engine, legs, state, lock)
             saves = Saves(
                 base,
                 pinned=pinned_values(config),
