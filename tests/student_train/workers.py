@@ -51,6 +51,19 @@ def train_runs(trees: list[dict[str, Any]]) -> list[str]:
     return endings
 
 
+def train_all_runs(*trees: dict[str, Any]) -> list[str]:
+    """As train_runs, with any exception as an ending."""
+    import traceback
+
+    endings = []
+    for tree in trees:
+        try:
+            endings.append(str(train_run(tree)["status"]))
+        except Exception:
+            endings.append(traceback.format_exc())
+    return endings
+
+
 def train_with_plain_sgd(tree: dict[str, Any]) -> int:
     """Train as a rank with `optimizer.kind: plain`, an entry added here; returns the steps that it took."""
     from potstill.student_train.config.optimizers import OPTIMIZERS
