@@ -19,6 +19,7 @@ from potstill.student_train.data.stores import build_plan, open_stores
 from potstill.student_train.run.engine import Topology
 from potstill.student_train.run.legs import DecisionPoint, Legs
 from potstill.student_train.run.loop_state import LoopState
+from potstill.student_train.run.run_lock import RunLock
 from potstill.student_train.run.run_base import RunBase
 from tests.student_train import tiny, workers
 
@@ -83,7 +84,7 @@ class Walk:
             return Loader(plan, opened.tokens, joined, finish=finisher, **ends)
 
         self.legs = Legs(self.plan, open_loader, deciders=[] if mover is None else [mover], device=CPU)
-        self.base = RunBase(config, Topology(0, 1, CPU), None, self.legs, LoopState())
+        self.base = RunBase(config, Topology(0, 1, CPU), None, self.legs, LoopState(), RunLock(output, ()))
         self.figures: list[tuple[str, dict[str, Any]]] = []
 
     def go(self, *, end: int = STEPS) -> list[str]:
