@@ -19,8 +19,8 @@ from potstill.student_train.data.stores import build_plan, open_stores
 from potstill.student_train.run.engine import Topology
 from potstill.student_train.run.legs import DecisionPoint, Legs
 from potstill.student_train.run.loop_state import LoopState
-from potstill.student_train.run.run_lock import RunLock
 from potstill.student_train.run.run_base import RunBase
+from potstill.student_train.run.run_lock import RunLock
 from tests.student_train import tiny, workers
 
 CPU = torch.device("cpu")
