@@ -35,11 +35,7 @@ pytestmark = pytest.mark.slow
 
 def options() -> dict[str, Any]:
     """Two checkpoints, and steps behind the last one: what was loaded shows in their losses."""
-    return {
-        "run": {"max_steps": 10},
-        "checkpoint": {"every_steps": 4, "keep_last": 9},
-        "curriculum": [{"targets": "teacher"}],
-    }
+    return {"run": {"max_steps": 10}, "checkpoint": {"every_steps": 4, "keep_last": 9}}
 
 
 def flip(path: Path, chance: random.Random) -> None:
