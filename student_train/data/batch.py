@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from potstill.kernels.types import IGNORE_LABEL, SparseTargetTensors
-from potstill.storage import LoadedBatch, ScoresRow, TargetsRow, TokensRow, check_row_alignment
+from potstill.storage import LoadedBatch, ScoresRow, TargetsRow, TokensRow
 from potstill.student_train.config.weights import Weights
 from potstill.student_train.curriculum.live_scores import LiveRow, LiveScores
 from potstill.student_train.curriculum.step_objective import StepObjective, TokenChoice
@@ -150,7 +150,6 @@ def collate(
     live: the scores that the run has made itself, if weights are by them.
     fixed_length: lay every micro-batch out to row_length, for a compiled backbone; else to its longest row.
     """
-    _check_alignment(batch)
     parts = [slice(first, first + micro_batch_rows) for first in range(0, len(batch.tokens), micro_batch_rows)]
     sizes: dict[str, Any] = {"row_length": row_length, "fixed_length": fixed_length}
     micros = [_micro_batch(batch, objective, part, live=live, **sizes) for part in parts]
@@ -160,14 +159,6 @@ def collate(
         replace(micro, extras={name: value for term in terms for name, value in term.columns(batch, part).items()})
         for micro, part in zip(micros, parts, strict=True)
     ]
-
-
-def _check_alignment(batch: LoadedBatch) -> None:
-    """No row whose targets stand beside its tokens comes into a loss. Raises MismatchError that names store and row."""
-    for name, rows in batch.joined.items():
-        for tokens, row in zip(batch.tokens, rows, strict=True):
-            if isinstance(row, TargetsRow):
-                check_row_alignment(tokens, row, where=f"targets store {name!r}")
 
 
 def grid_length(longest: int, row_length: int) -> int:

@@ -50,8 +50,8 @@ def check_belongs(reader: StoreReader, tokens: StoreReader, *, key: str, tokens_
 def check_targets(targets: StoreReader, tokens: StoreReader, *, key: str) -> None:
     """See on some rows that the targets stand at the tokens they are for. Raises UserError; a shift by one trains.
 
-    A wrong store ends here, before there is a model; each row is looked at again when it is read (`collate`). Where
-    neither labels nor first choices can tell, that is said in one line.
+    A wrong store ends here, before there is a model; each row is looked at again when it is read (`check_aligned`).
+    Where neither labels nor first choices can tell, that is said in one line.
     """
     try:
         report = check_alignment(tokens, targets)

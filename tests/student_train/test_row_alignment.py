@@ -15,12 +15,10 @@ import yaml
 
 from potstill.common.errors import UserError
 from potstill.common.exit_codes import ERROR
-from potstill.kernels.settings import LossSettings
 from potstill.launch.cli import main
 from potstill.storage import LoadedBatch, MismatchError, Source, SourceRows, StoreReader, TargetsRow, TokensRow
 from potstill.storage import concatenate as joined_targets
-from potstill.student_train.curriculum.step_objective import StepObjective
-from potstill.student_train.data.batch import collate
+from potstill.student_train.data.alignment import check_aligned
 from potstill.student_train.data.opening import check_targets
 from potstill.student_train.data.stores import open_stores
 from potstill.student_train.run.metrics import METRICS_FILE
@@ -87,22 +85,14 @@ DRAWS = {"selection": {"mode": "sample", "num_draws": 20, "power": 1.0}}
 
 
 def refused_rows(tokens: StoreReader, targets: StoreReader) -> list[int]:
-    """Rows that cannot be made a batch of, each read and collated alone."""
-    mode = (targets.spec.selection or {})["mode"]
-    settings = LossSettings(alpha=1.0, divergence="sampled" if mode == "sample" else "forward_kl")
-    objective = StepObjective(targets="teacher", settings=settings, tokens=None)
+    """Rows that are refused, each read alone."""
     reader = SourceRows([Source("tokens", tokens, {"teacher": targets})])
     said: list[str] = []
     for number in range(tokens.num_rows):
         ids = np.array([number])
         of_tokens, joined = reader.read(ids, frozenset({"teacher"}))
         try:
-            collate(
-                LoadedBatch(batch=0, rows=ids, tokens=of_tokens, joined=joined),
-                objective,
-                micro_batch_rows=1,
-                row_length=tiny.ROW_LENGTH,
-            )
+            check_aligned(LoadedBatch(batch=0, rows=ids, tokens=of_tokens, joined=joined))
         except MismatchError as error:
             said.append(str(error))
     return [int(re.findall(r"targets store 'teacher': row (\d+): .* shifted", text)[0]) for text in said]

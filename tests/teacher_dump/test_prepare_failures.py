@@ -99,20 +99,23 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(tmp
 def test_another_prepare_that_took_the_place_is_noticed(
     corpus: Path, tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Where a file system has no locks, so that a second one was not told to wait."""
     from potstill.teacher_dump.prepared import Output
 
-    finish = Output.finish
+    finish, out = Output.finish, tmp_path / "out"
 
     def overtaken(self: Output, *args: Any, **options: Any) -> Any:
         summary = finish(self, *args, **options)
         monkeypatch.undo()
-        prepare(config(corpus, tmp_path / "out", tokenizer_folder, row_length=16, force=True))
+        prepare(config(corpus, tmp_path / "other", tokenizer_folder, row_length=16))
+        shutil.rmtree(out / "train")
+        (tmp_path / "other" / "train").rename(out / "train")
         return summary
 
     monkeypatch.setattr(Output, "finish", overtaken)
     with pytest.raises(MismatchError, match="another prepare"):
-        prepare(config(corpus, tmp_path / "out", tokenizer_folder))
-    assert StoreReader(tmp_path / "out" / "train").spec.row_length == 16
+        prepare(config(corpus, out, tokenizer_folder))
+    assert StoreReader(out / "train").spec.row_length == 16
 
 
 def test_the_tokenizer_of_a_prepare_that_was_quicker_is_as_good(
