@@ -11,6 +11,7 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
+from potstill.common.disk_room import free_room, is_no_room
 from potstill.storage.errors import CorruptError, NotAStoreError, ReadFailedError, WriteFailedError
 from potstill.storage.files.absence import explain_absence
 from potstill.storage.files.folder import SUBFOLDERS, StoreFolder, StorePath
@@ -36,8 +37,9 @@ def writing(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         name = errno.errorcode.get(error.errno or 0, "error")
+        free = f", {free_room(what)}" if is_no_room(error) else ""
         raise WriteFailedError(
-            f"writing {what} failed: {name} ({error.strerror or error}); nothing was committed, "
+            f"writing {what} failed: {name} ({error.strerror or error}{free}); nothing was committed, "
             "free space or repair the file system and run again"
         ) from error
 
