@@ -97,13 +97,15 @@ def first_choices(rows: Iterable[tuple[TokensRow, TargetsRow]]) -> FirstChoices:
 def _confidence(targets: SparseTargets, places: Int64) -> float:
     """Sum over positions of the probability of the first entry, without the bias that choosing it among draws has."""
     first, draws = targets.offsets[places], targets.num_draws
-    kind, mass = targets.entry_mass(np.float64)
+    kind, values = targets.entry_column
     if kind == "probability":
-        return float(mass[first].sum())
+        return float(np.exp(values[first].astype(np.float64)).sum())
     if kind == "weight":
-        return float(np.minimum(mass[first], 1.0).sum()) if (draws or 0) >= _WEIGHTS_AT_LEAST else float("nan")
+        mass = np.minimum(np.exp(values[first].astype(np.float64)), 1.0)
+        return float(mass.sum()) if (draws or 0) >= _WEIGHTS_AT_LEAST else float("nan")
     if draws is None or draws < 2:
         return float("nan")
     # How often two draws of a position are the same one.
+    mass = values / float(draws)
     pairs = segment_sums(mass * (mass * draws - 1) / (draws - 1), targets.offsets)
     return float(pairs[places].sum())
