@@ -16,6 +16,7 @@ from potstill.common.exit_codes import DONE, ERROR
 from potstill.launch.cli import main
 from potstill.storage import StoreReader, StoreWriter
 from potstill.teacher_dump import PrepareConfig, prepare
+from potstill.teacher_dump import held_output as held_output_module
 from potstill.teacher_dump.held_output import LOCK_FILE, held_output
 from potstill.teacher_dump.kept_tokenizer import UNSETTLED
 from tests.teacher_dump.tiny import some_texts, write_jsonl
@@ -81,6 +82,22 @@ def test_a_lock_goes_with_its_folder_and_comes_again(tmp_path: Path) -> None:
     with pytest.raises(KeyError), held_output(out, stores=()):
         raise KeyError
     assert out.is_dir() and not list(out.iterdir())
+
+
+def test_a_file_that_its_holder_has_just_removed_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock, calls = held_output_module._lock, []
+
+    def late(number: int, file: Path) -> None:
+        calls.append(number)
+        if len(calls) == 1:
+            file.unlink()  # between our opening it and our lock, the other run came to its end
+        lock(number, file)
+
+    monkeypatch.setattr(held_output_module, "_lock", late)
+    with held_output(tmp_path, stores=()):
+        assert len(calls) == 2 and (tmp_path / LOCK_FILE).exists()
+        with pytest.raises(UserError, match="another prepare or import"), held_output(tmp_path, stores=()):
+            pass
 
 
 def test_what_a_run_killed_before_its_first_rows_has_left_pins_nothing(
