@@ -10,7 +10,7 @@ import errno
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from potstill.launch.cli import main
 from potstill.storage import StoreReader
 from tests.dist_harness import run_ranks
 from tests.student_train import tiny, workers
+from tests.student_train.made_up_runs import records, write_run
 from tests.teacher_dump.foreign_files import truth_of, write_distillkit
 from tests.teacher_dump.test_rollout import model, tokens
 from tests.teacher_dump.tiny import chat_tokenizer, save_llama, some_texts, write_jsonl
@@ -35,14 +36,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("made")
     stores = tiny.write_all(folder / "stores")
     rows = StoreReader(stores["tokens"]).tokens_rows(range(40))
-    run_ranks(workers.train_run, tiny.config_tree(stores, folder / "run", run={"max_steps": 2}), world=1)
     found = {
         **stores,
         "corpus": write_jsonl(folder / "corpus.jsonl", some_texts(200)),
         "tokenizer": chat_tokenizer(folder / "tokenizer"),
         "model": save_llama(folder / "model", vocab_size=tiny.VOCAB),
         "foreign": write_distillkit(folder / "foreign", [truth_of(row) for row in rows]),
-        "run": folder / "run",
+        "run": write_run(folder / "run", records(steps=50)),
     }
     return {name: str(path) for name, path in found.items()}
 
@@ -75,7 +75,6 @@ COMMANDS = {
         (8, 4096),
         "model.safetensors",
     ),
-    "export": ("export --run {run} --output {out} --set check=false", (8, 4096), "model.safetensors"),
     "eval": ("eval --model {model} --heldout {heldout} --output {out}/figures.json", (0, 64), "figures.json"),
     "report": ("report {run} --output {out}/report.html", (24, 16384), "report.html"),
     "inspect": (
@@ -104,7 +103,28 @@ def told(words: list[str], place: Path, capsys: pytest.CaptureFixture[str]) -> i
 def test_each_command_says_where_and_continues_when_there_is_room(
     name: str, made: dict[str, str], small_disk: SmallDisk, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    template, sizes, makes = COMMANDS[name]
+    try_sizes(*COMMANDS[name], made, small_disk, capsys)
+
+
+@pytest.mark.slow  # trains; `prune` writes its folder in the same way
+@pytest.mark.timeout(120)
+def test_an_export_says_where_and_continues_when_there_is_room(
+    made: dict[str, str], small_disk: SmallDisk, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stores = {name: Path(path) for name, path in made.items()}
+    run_ranks(workers.train_run, tiny.config_tree(stores, tmp_path / "run", run={"max_steps": 2}), world=1)
+    command = "export --run {run} --output {out} --set check=false"
+    try_sizes(command, (8, 4096), "model.safetensors", {"run": str(tmp_path / "run")}, small_disk, capsys)
+
+
+def try_sizes(
+    template: str,
+    sizes: Sequence[int],
+    makes: str,
+    made: dict[str, str],
+    small_disk: SmallDisk,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     codes = []
     for kib in sizes:
         disk = small_disk(max(kib, 4))

@@ -98,8 +98,7 @@ def refused_rows(tokens: StoreReader, targets: StoreReader) -> list[int]:
     return [int(re.findall(r"targets store 'teacher': row (\d+): .* shifted", text)[0]) for text in said]
 
 
-@pytest.mark.parametrize("by", [1, -1])
-@pytest.mark.parametrize(("make", "options"), [(taught, {}), (drawn, DRAWS)])
+@pytest.mark.parametrize(("make", "options", "by"), [(taught, {}, 1), (drawn, DRAWS, -1)])
 def test_four_shifted_rows_of_89_are_refused_when_they_are_read(
     tokens: StoreReader, targets: Callable[..., StoreReader], make: Make, options: dict[str, Any], by: int
 ) -> None:
@@ -125,9 +124,9 @@ def test_a_run_ends_at_the_first_shifted_row(
     assert len(steps) < 23
 
 
-@pytest.mark.parametrize("by", [1, -1])
-@pytest.mark.parametrize("labelled", [True, False])
-@pytest.mark.parametrize("make", [taught, drawn])
+@pytest.mark.parametrize(
+    ("make", "labelled", "by"), [(taught, True, 1), (taught, False, 1), (taught, False, -1), (drawn, False, -1)]
+)
 def test_a_whole_store_shifted_is_refused_before_the_run(
     tokens: StoreReader, targets: Callable[..., StoreReader], make: Make, labelled: bool, by: int
 ) -> None:

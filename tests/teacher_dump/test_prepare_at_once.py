@@ -46,15 +46,14 @@ def holder(output: Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("force", [False, True])
 def test_the_second_ends_at_once_and_says_who_writes_there(
-    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], force: bool
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "deep" / "out"
     first = holder(out)
     try:
         started = time.monotonic()
-        assert main(words(corpus, out, *(["--force"] if force else []))) == ERROR
+        assert main(words(corpus, out, "--force")) == ERROR
         assert time.monotonic() - started < 10
         error = capsys.readouterr().err.strip()
         assert "\n" not in error and f"{out}: another prepare or import writes there, process {first.pid} on " in error
