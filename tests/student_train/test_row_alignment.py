@@ -11,16 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from potstill.common.errors import UserError
 from potstill.common.exit_codes import ERROR
 from potstill.launch.cli import main
-from potstill.storage import LoadedBatch, MismatchError, Source, SourceRows, StoreReader, TargetsRow, TokensRow
+from potstill.storage import LoadedBatch, Loader, MismatchError, Source, SourceRows, StoreReader, TargetsRow, TokensRow
 from potstill.storage import concatenate as joined_targets
 from potstill.student_train.data.alignment import check_aligned
 from potstill.student_train.data.opening import check_targets
-from potstill.student_train.data.stores import open_stores
+from potstill.student_train.data.step_batch import BatchFinisher
+from potstill.student_train.data.stores import build_plan, open_stores
 from potstill.student_train.run.metrics import METRICS_FILE
 from tests.dist_harness import run_ranks
 from tests.student_train import tiny, workers
@@ -107,6 +109,29 @@ def test_four_shifted_rows_of_89_are_refused_when_they_are_read(
     assert refused_rows(tokens, store) == list(SHIFTED)
 
 
+def run_tree(stores: dict[str, Path], tokens: StoreReader, targets: StoreReader, folder: Path) -> dict[str, Any]:
+    """A run of one epoch of 89 rows."""
+    data = {"tokens": tokens.url, "targets": {"teacher": targets.url}, "scores": {}}
+    return tiny.config_tree(stores, folder / "run", data=data, run={"max_steps": 23})
+
+
+def test_the_loader_of_a_run_ends_at_the_first_shifted_row(
+    stores: dict[str, Path], tokens: StoreReader, targets: Callable[..., StoreReader], tmp_path: Path
+) -> None:
+    config = workers.config_of(run_tree(stores, tokens, targets(taught, moved=SHIFTED), tmp_path))
+    opened = open_stores(config)
+    plan = build_plan(config, opened)
+    sizes = {"micro_batch_rows": 2, "row_length": tiny.ROW_LENGTH}
+    finisher = BatchFinisher(plan=plan, **sizes, terms=(), device=torch.device("cpu"))
+    first = next(step for step in range(23) if set(SHIFTED) & set(plan.rows(step).tolist()))
+    with Loader(plan, opened.sources, finish=finisher) as loader:
+        for step in range(first):
+            assert next(loader).batch == step
+        with pytest.raises(MismatchError, match=r"targets store 'teacher': row (13|29|54|76): .*shifted"):
+            next(loader)
+
+
+@pytest.mark.slow
 def test_a_run_ends_at_the_first_shifted_row(
     stores: dict[str, Path],
     tokens: StoreReader,
@@ -114,8 +139,7 @@ def test_a_run_ends_at_the_first_shifted_row(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    data = {"tokens": tokens.url, "targets": {"teacher": targets(taught, moved=SHIFTED).url}, "scores": {}}
-    tree = tiny.config_tree(stores, tmp_path / "run", data=data, run={"max_steps": 23})  # one epoch of 89 rows
+    tree = run_tree(stores, tokens, targets(taught, moved=SHIFTED), tmp_path)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
     assert main(["train", "--config", str(tmp_path / "run.yaml")]) == ERROR
     errors = capsys.readouterr().err
@@ -176,8 +200,7 @@ def test_a_teacher_that_cannot_tell_is_taken_on_trust(
 def test_two_ranks_end_at_the_first_shifted_row(
     stores: dict[str, Path], tokens: StoreReader, targets: Callable[..., StoreReader], tmp_path: Path
 ) -> None:
-    data = {"tokens": tokens.url, "targets": {"teacher": targets(taught, moved=SHIFTED).url}, "scores": {}}
-    tree = tiny.config_tree(stores, tmp_path / "run", data=data, run={"max_steps": 23})
+    tree = run_tree(stores, tokens, targets(taught, moved=SHIFTED), tmp_path)
     with pytest.raises(AssertionError, match=r"targets store 'teacher': row \d+"):
         run_ranks(workers.train_run, tree, world=2)
 
