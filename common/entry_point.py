@@ -7,7 +7,8 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from potstill.common.errors import FORESEEN_ERRORS
+from potstill.common.disk_room import is_no_room, no_room_text
+from potstill.common.errors import FORESEEN_ERRORS, UserError
 from potstill.common.exit_codes import DONE, ERROR, INTERRUPTED
 
 
@@ -29,12 +30,17 @@ def run_command(work: Callable[[], int], *, program: str, show_traceback: bool) 
     except FORESEEN_ERRORS as error:
         if show_traceback:
             traceback.print_exc()
-        print(f"{program}: error: {text_of(error)}", file=sys.stderr)
+        full = is_no_room(error) and not isinstance(error, UserError)  # of which each says itself what to do
+        print(f"{program}: error: {no_room_text(error) if full else text_of(error)}", file=sys.stderr)
         return ERROR
     except Exception as error:
-        traceback.print_exc()
-        found = f"not foreseen: {type(error).__name__}: {text_of(error)}"
-        print(f"{program}: error: {found}; this is a defect of potstill, please report it", file=sys.stderr)
+        full = is_no_room(error)
+        if show_traceback or not full:
+            traceback.print_exc()
+        found = f"{type(error).__name__}: {no_room_text(error) if full else text_of(error)}"
+        if not full:
+            found = f"not foreseen: {found}; this is a defect of potstill, please report it"
+        print(f"{program}: error: {found}", file=sys.stderr)
         return ERROR
     return code
 

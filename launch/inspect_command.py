@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from potstill.common.disk_room import write_whole
 from potstill.common.errors import UserError
 from potstill.common.exit_codes import DONE
 from potstill.common.text_tables import print_table
@@ -136,8 +137,7 @@ def _write_page(arguments: argparse.Namespace, reader: StoreReader) -> int:
             previous=names[number - 1].name if number else None,
             following=names[number + 1].name if number + 1 < len(names) else None,
         )
-        name.parent.mkdir(parents=True, exist_ok=True)
-        name.write_text(page, encoding="utf-8")
+        write_whole(name, page)
     print(f"wrote {arguments.html}: {len(rows)} rows" + ("" if is_file else f", {names[0].name} to {names[-1].name}"))
     return DONE
 

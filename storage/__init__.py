@@ -31,8 +31,10 @@ from potstill.storage.loading.mixture_plan import MixturePlan
 from potstill.storage.loading.order import ORDER_VERSION, RowOrder, permute
 from potstill.storage.loading.row_plan import EpochPlan, RowPlan
 from potstill.storage.loading.sources import Source, SourceRows
+from potstill.storage.rows.alignment import check_row_alignment
 from potstill.storage.rows.column import Column
 from potstill.storage.rows.columns import COLUMNS
+from potstill.storage.rows.first_choices import FirstChoices
 from potstill.storage.rows.id_map import IdMap
 from potstill.storage.rows.k_bound import KBound, bound_positions
 from potstill.storage.rows.only_rows import HELD, held_mask, only_rows_field
@@ -68,6 +70,7 @@ __all__ = [
     "CorruptError",
     "Draw",
     "EpochPlan",
+    "FirstChoices",
     "GaveUpError",
     "GcReport",
     "IdMap",
@@ -113,6 +116,7 @@ __all__ = [
     "check_joined",
     "check_output",
     "check_places",
+    "check_row_alignment",
     "check_student",
     "collect_garbage",
     "concatenate",

@@ -10,6 +10,8 @@ from pathlib import Path
 from potstill.common.errors import UserError
 from potstill.teacher_dump.tokenizer import TRAINED_RECORD, TextEncoder, load_tokenizer, saved_beside, tokenizer_digest
 
+# In a copy whose first rows are not committed yet: a run that is killed meanwhile must not pin the output by it.
+UNSETTLED = "unsettled"
 # What tokenizers of transformers save; nothing else is ever deleted with one.
 _TOKENIZER_FILES = {
     "added_tokens.json",
@@ -24,7 +26,24 @@ _TOKENIZER_FILES = {
     "vocab.json",
     "vocab.txt",
     TRAINED_RECORD,
+    UNSETTLED,
 }
+
+
+def take_away_unsettled(folder: Path, has_rows: bool) -> None:
+    """Delete a copy that a killed run has placed without committing rows (with rows: its mark), or was still writing.
+
+    For a caller that is alone in the folder above it.
+    """
+    for unfinished in folder.parent.glob(f"{folder.name}.*.tmp"):
+        shutil.rmtree(unfinished)
+    mark = folder / UNSETTLED
+    if not mark.exists():
+        return
+    if has_rows:
+        mark.unlink()
+    else:
+        shutil.rmtree(folder)
 
 
 class KeptTokenizer:
@@ -58,6 +77,7 @@ class KeptTokenizer:
                     f"the tokenizer, saved and loaded again, is another one (digest {saved[:12]}, expected "
                     f"{self._encoder.digest[:12]}); transformers cannot save it whole"
                 )
+            (partial / UNSETTLED).touch()
             if self._folder.exists() and self._force:
                 self._check_replaceable()
                 shutil.rmtree(self._folder)
@@ -79,7 +99,9 @@ class KeptTokenizer:
                 path.rmdir()
 
     def settle(self) -> None:
-        """Rows were committed: what was placed stays, whatever comes."""
+        """Rows are committed: what was placed stays, whatever comes."""
+        if self._placed:
+            (self._folder / UNSETTLED).unlink(missing_ok=True)
         self._placed, self._new_parents = False, []
 
     def _stands_already(self) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from potstill.common.errors import UserError
 from potstill.storage import MismatchError, RunSpec, StoreReader, StoreWriter, TokensRow, discard_unused, seal_store
+from potstill.teacher_dump.conflict import conflict_text
 from potstill.teacher_dump.documents import Place
 from potstill.teacher_dump.kept_tokenizer import KeptTokenizer
 from potstill.teacher_dump.packing.base import (
@@ -95,7 +96,7 @@ class Output:
     ) -> None:
         self.path, self.spec = path, spec
         self._force, self._tokenizer = force, tokenizer
-        self._writer = None if force else StoreWriter.resume(path, spec)
+        self._writer = None if force else self._resumed()
         records = {} if self._writer is None else self._writer.committed()
         self._unit = next(unit for unit in itertools.count() if unit not in records)
         self.complete = False
@@ -122,6 +123,15 @@ class Output:
             parts=parts,
         )
         self._packer: Packer = import_module(PACKINGS[packing].module).make(start)
+
+    def _resumed(self) -> StoreWriter | None:
+        try:
+            return StoreWriter.resume(self.path, self.spec)
+        except MismatchError as error:
+            found = StoreReader(self.path, allow_partial=True).spec
+            if found.kind != self.spec.kind:
+                raise
+            raise MismatchError(conflict_text(f"{self.path}/run.json", found, self.spec)) from error
 
     @property
     def begun(self) -> bool:

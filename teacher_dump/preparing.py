@@ -19,6 +19,7 @@ from potstill.common.progress import Progress
 from potstill.storage import RunSpec, check_output
 from potstill.teacher_dump.config import PrepareConfig
 from potstill.teacher_dump.documents import Document
+from potstill.teacher_dump.held_output import held_output
 from potstill.teacher_dump.kept_tokenizer import KeptTokenizer
 from potstill.teacher_dump.prepared import MASK_COLUMN, Output, check_untrained
 from potstill.teacher_dump.records.base import RecordKind, record_kind
@@ -46,10 +47,16 @@ def prepare(config: PrepareConfig) -> PrepareSummary:
     """Tokenize and pack `config.input` into sealed tokens stores under `config.output`.
 
     After a kill the same call continues; after the end it does nothing. A run that fails before its first unit
-    of rows leaves nothing at the output. Raises UserError for bad input and StoreError for trouble with the stores.
+    of rows leaves nothing at the output. Raises UserError for bad input, or while another run writes there, and
+    StoreError for trouble with the stores.
     """
-    started = time.monotonic()
     _check_places(config)
+    with held_output(config.output, stores=(TRAIN, HELDOUT)):
+        return _prepare(config)
+
+
+def _prepare(config: PrepareConfig) -> PrepareSummary:
+    started = time.monotonic()
     kind = record_kind(config)
     source = open_source(config, kind)
     split = _make_split(config, source)

@@ -57,3 +57,8 @@ def text_hash(text: str, *, salt: str) -> int:
     """64-bit hash of a text (blake2b keyed by the salt)."""
     key = hashlib.blake2b(salt.encode(), digest_size=32).digest()
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, key=key).digest(), "little")
+
+
+def share_of(threshold: int) -> float:
+    """Share of all hashes that lie below a threshold."""
+    return threshold / _RANGE

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from potstill.common.disk_room import free_room
 from potstill.common.errors import UserError
 from potstill.common.model_place import TOKENIZER_FILES, find_model, one_line
 from potstill.common.token_table import tokenizer_digest
@@ -195,8 +196,8 @@ def saved_beside(folder: Path) -> Iterator[Path]:
         if isinstance(error, UserError) or not (isinstance(error, OSError) or "(os error " in str(error)):
             raise
         raise UserError(
-            f"writing the tokenizer to {folder} failed: {one_line(error)}; free space, or name another output, and run "
-            "the same command again"
+            f"writing the tokenizer to {folder} failed: {one_line(error)} ({free_room(folder)}); free space, or name "
+            "another output, and run the same command again"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

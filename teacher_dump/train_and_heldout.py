@@ -57,6 +57,7 @@ def place_copy(kept: KeptTokenizer | None, outputs: Outputs) -> None:
     """Put the copy back where rows of an earlier run stand and somebody has deleted it since."""
     if kept is not None and any(output.begun for output in outputs.values()):
         kept.place()
+        kept.settle()
 
 
 def bad_lines_of_all(outputs: Outputs) -> int | None:

@@ -8,6 +8,7 @@ import logging
 import mmap
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from potstill.storage.files.object_paths import ObjectFolder
 
 logger = logging.getLogger(__name__)
 
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_LINK = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 
 
@@ -36,10 +38,18 @@ def writing(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         name = errno.errorcode.get(error.errno or 0, "error")
+        free = f", {_free_room(what)}" if error.errno in _NO_ROOM else ""
         raise WriteFailedError(
-            f"writing {what} failed: {name} ({error.strerror or error}); nothing was committed, "
+            f"writing {what} failed: {name} ({error.strerror or error}{free}); nothing was committed, "
             "free space or repair the file system and run again"
         ) from error
+
+
+def _free_room(what: str) -> str:
+    folder = Path(what)
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    return f"{shutil.disk_usage(folder).free:,} bytes are free at {folder}"
 
 
 class LocalFolder:

@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from potstill.storage.errors import MismatchError, StoreError
+from potstill.storage.errors import MismatchError
 from potstill.storage.loading.order import permute
+from potstill.storage.rows.alignment import BESIDE, LabelAgreement, check_row_alignment, check_row_places
+from potstill.storage.rows.first_choices import FirstChoices, first_choices
 from potstill.storage.rows.row_types import TargetsRow, TokensRow
 from potstill.storage.store.held_rows import held_rows
 from potstill.storage.store.reader import StoreReader
 
-# Label and entry are rounded on the same grid from the same number, so they agree to one grid step.
-TOLERANCE_NATS = 1 / 16 + 1e-3
-MIN_FRACTION = 0.99
+_POSITIONS, _ROWS_AT_MOST = 1 << 13, 64  # that are counted where there are no labels
 
 
 @dataclass(frozen=True)
 class AlignmentReport:
-    """How many labels were found among the kept entries, and how many agreed with the label column."""
+    """How many labels were found among the kept entries, and how many agreed with the label column.
+
+    first_choices: what was counted where labels cannot tell, else None.
+    """
 
     num_rows: int
     num_labels: int
     num_kept: int
     num_agreeing: int
+    first_choices: FirstChoices | None = None
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether the sample shows that the targets stand at their tokens, rather than merely not that they do not."""
+        return self.first_choices is None or self.first_choices.stands_right
 
 
 def check_student(reader: StoreReader, *, vocab_size: int, tokenizer_digest: str, context_length: int) -> None:
@@ -46,24 +56,30 @@ def check_student(reader: StoreReader, *, vocab_size: int, tokenizer_digest: str
 
 
 def check_alignment(tokens: StoreReader, targets: StoreReader, *, num_rows: int = 16) -> AlignmentReport:
-    """Recompute label log-probabilities from the entries in row 0 and some others; catches a shift by one token.
+    """See in row 0 and some others that targets stand at their tokens: each row alone, and all of them together.
 
-    Where the label tokens[t+1] is among the entries of targets[t], its log-probability must equal the stored label
-    column; where that column says more than the least entry kept, the label must be among them. Raises MismatchError
-    below 99% agreement, and as `check_places` does; needs stores with a label column and log-probabilities.
+    The rules are those of `check_row_alignment`, which a student applies to every row that it reads. Without labels the
+    first choices of up to 64 rows are counted. Raises MismatchError that names a row or the figures.
     """
     rows = _some_rows(targets, num_rows)
-    totals = np.zeros(4, np.int64)
-    for found_tokens, found_targets in zip(tokens.tokens_rows(rows), targets.targets_rows(rows), strict=True):
-        _check_places(found_tokens, found_targets, targets.url)
-        totals += _row_agreement(found_tokens, found_targets, targets.url)
-    labels, kept, agreeing, absent = (int(x) for x in totals)
-    if agreeing < MIN_FRACTION * (kept + absent):
-        raise MismatchError(
-            f"{targets.url}: of {labels} labels {kept} are among the entries and {agreeing} of these agree with the "
-            f"label column, {absent} should be there and are not; the targets are shifted or belong to other tokens"
-        )
-    return AlignmentReport(len(rows), labels, kept, agreeing)
+    found, pairs = LabelAgreement(), _pairs(tokens, targets, rows)
+    for of_tokens, of_targets in pairs:
+        check_row_places(of_tokens, of_targets, where=targets.url)
+    for of_tokens, of_targets in pairs:
+        found += check_row_alignment(of_tokens, of_targets, where=targets.url)
+    problem, chosen = found.problem, None
+    if problem is None and not found.can_tell:
+        longest = max((len(of_tokens.tokens) for of_tokens, _ in pairs), default=1)
+        more = min(_ROWS_AT_MOST, max(num_rows, _POSITIONS // longest))
+        chosen = first_choices(_pairs(tokens, targets, _some_rows(targets, more)))
+        problem = chosen.text if chosen.stands_beside else None
+    if problem is not None:
+        raise MismatchError(f"{targets.url}: of {len(rows)} rows, {problem}; {BESIDE}")
+    return AlignmentReport(len(rows), found.num_labels, found.num_kept, found.num_compared - found.num_wrong, chosen)
+
+
+def _pairs(tokens: StoreReader, targets: StoreReader, rows: Sequence[int]) -> list[tuple[TokensRow, TargetsRow]]:
+    return list(zip(tokens.tokens_rows(rows), targets.targets_rows(rows), strict=True))
 
 
 def check_places(tokens: StoreReader, targets: StoreReader, *, num_rows: int = 16) -> None:
@@ -74,7 +90,7 @@ def check_places(tokens: StoreReader, targets: StoreReader, *, num_rows: int = 1
     """
     rows = _some_rows(targets, num_rows)
     for found_tokens, found_targets in zip(tokens.tokens_rows(rows), targets.targets_rows(rows), strict=True):
-        _check_places(found_tokens, found_targets, targets.url)
+        check_row_places(found_tokens, found_targets, where=targets.url)
 
 
 def _some_rows(targets: StoreReader, num_rows: int) -> list[int]:
@@ -85,37 +101,3 @@ def _some_rows(targets: StoreReader, num_rows: int) -> list[int]:
     picks = permute(np.arange(num_rows), num_all, seed=0, epoch=0) if num_rows else np.zeros(0, np.int64)
     places = sorted({0, *picks.tolist()}) if num_rows else []
     return places if held is None else [int(row) for row in held[places]]
-
-
-def _check_places(tokens: TokensRow, row: TargetsRow, where: str) -> None:
-    counts, places = np.diff(row.targets.offsets), tokens.has_target()
-    if len(counts) != len(places):
-        raise MismatchError(f"{where}: row {row.row} has {len(counts)} positions, the tokens store {len(places)}")
-    wrong = np.flatnonzero((counts > 0) & ~places)
-    if not wrong.size:
-        return
-    at = int(wrong[0])
-    is_masked = at + 1 not in np.cumsum(tokens.doc_lens)
-    reason = f"token {at + 1} is not trained on (its mask is off)" if is_masked else f"token {at} ends its document"
-    raise MismatchError(
-        f"{where}: row {row.row}, position {at} holds a target of {counts[at]} entries, expected none: {reason}. "
-        f"{wrong.size} positions of the row are so; make the targets again from this tokens store"
-    )
-
-
-def _row_agreement(tokens: TokensRow, row: TargetsRow, where: str) -> tuple[int, int, int, int]:
-    """Labels, those among the entries, those of them that agree, and those that should be there and are not."""
-    targets = row.targets
-    if targets.label_logprob is None or targets.logprobs is None:
-        raise StoreError(f"{where}: row {row.row} has no label column or no log-probabilities to check against")
-    labels = tokens.labels()
-    counts = np.diff(targets.offsets)
-    of_entry = np.repeat(np.arange(targets.num_tokens), counts)
-    hits = targets.ids == labels[of_entry]
-    close = np.abs(targets.logprobs[hits] - targets.label_logprob[of_entry[hits]]) <= TOLERANCE_NATS
-    has_label = (labels >= 0) & (counts > 0)
-    least = np.zeros(targets.num_tokens, np.float32)
-    least[counts > 0] = targets.logprobs[targets.offsets[1:][counts > 0] - 1]  # entries go down
-    expected = has_label & (targets.label_logprob > least + TOLERANCE_NATS)
-    expected[of_entry[hits]] = False
-    return int(has_label.sum()), int(hits.sum()), int(close.sum()), int(expected.sum())

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from potstill.common.errors import UserError
-from potstill.storage import StoreError, StoreReader, TargetsRow, UnsealedError, check_alignment, check_places
+from potstill.storage import StoreError, StoreReader, UnsealedError, check_alignment
 from potstill.storage.loading.joining import first_difference
 
 log = logging.getLogger(__name__)
@@ -50,16 +50,17 @@ def check_belongs(reader: StoreReader, tokens: StoreReader, *, key: str, tokens_
 def check_targets(targets: StoreReader, tokens: StoreReader, *, key: str) -> None:
     """See on some rows that the targets stand at the tokens they are for. Raises UserError; a shift by one trains.
 
-    None may stand where no token is trained on. Whether they are the right ones cannot be seen in stores of draws, or
-    without the label column, which is said.
+    A wrong store ends here, before there is a model; each row is looked at again when it is read (`check_aligned`).
+    Where neither labels nor first choices can tell, that is said in one line.
     """
-    first = targets.row(0)
-    assert isinstance(first, TargetsRow)
-    has_labels = first.targets.logprobs is not None and first.targets.label_logprob is not None
-    if not has_labels:
-        log.info("%s holds no log-probabilities of labels: its alignment with the tokens cannot be checked", key)
     try:
-        check = check_alignment if has_labels else check_places
-        check(tokens, targets)
+        report = check_alignment(tokens, targets)
     except StoreError as error:
         raise UserError(f"{key}: {error}; dump it again from the tokens store that you train on") from error
+    if not report.is_certain:
+        assert report.first_choices is not None
+        log.warning(
+            "%s is taken on trust to stand at its tokens: it holds no labels to compare, and %s, which cannot tell",
+            key,
+            report.first_choices.text,
+        )

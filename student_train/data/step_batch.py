@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from potstill.storage import LoadedBatch
 from potstill.student_train.curriculum.plan import CurriculumPlan, rows_digest
 from potstill.student_train.curriculum.step_objective import StepObjective
+from potstill.student_train.data.alignment import check_aligned
 from potstill.student_train.data.batch import MicroBatch, collate, map_tensors
 from potstill.student_train.data.unit_sums import UnitSums, total
 
@@ -67,6 +68,7 @@ class BatchFinisher:
         # Of this thread only. Each thread that calls torch would otherwise bring a team of one thread per core with
         # it; torch's DataLoader does the same in its own threads.
         torch.set_num_threads(1)
+        check_aligned(loaded)
         objective = self.plan.objective(loaded.batch)
         micros = collate(
             loaded,

@@ -115,7 +115,8 @@ def unused_columns(config: TrainConfig, name: str) -> frozenset[str]:
     )
     temperatures = [config.objective.temperature, *(stage.temperature for stage in config.curriculum)]
     is_plain = all(value is None or set(scalar_bounds(value)) == {1.0} for value in temperatures)
-    side = frozenset() if selecting else frozenset({"entropy", "label", "label_rank"})
+    # The label column stays: by it each row is seen to stand at its tokens.
+    side = frozenset() if selecting else frozenset({"entropy", "label_rank"})
     return side | (frozenset({"tail_at"}) if is_plain else frozenset())
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from potstill.common.answer_text import decoder, end_ids_of
+from potstill.common.disk_room import room_for
 from potstill.common.errors import UserError
 from potstill.storage import StoreError, StoreReader
 from potstill.student_train.config.train import EvalConfig
@@ -121,8 +122,9 @@ def evaluate(config: EvalConfig) -> EvalSummary:
     )
     summary = EvalSummary(config.model, step, count_parameters(student), evaluation.measure(student), text)
     if config.output is not None:
-        config.output.parent.mkdir(parents=True, exist_ok=True)
-        write_json_atomically(config.output, summary.to_json())
+        with room_for(config.output):
+            config.output.parent.mkdir(parents=True, exist_ok=True)
+            write_json_atomically(config.output, summary.to_json())
     return summary
 
 

@@ -18,6 +18,7 @@ from potstill.common.errors import UserError
 from potstill.kernels.settings import LossSettings
 from potstill.storage import LoadedBatch, StoreReader, TokensRow
 from potstill.student_train.curriculum.step_objective import StepObjective
+from potstill.student_train.data.alignment import check_aligned
 from potstill.student_train.data.batch import JoinedRow, MicroBatch, collate
 from potstill.student_train.evaluation.answers import NUM_COUNTS, answer_figures
 from potstill.student_train.evaluation.calibration import NUM_BINS, expected_calibration_error
@@ -79,6 +80,7 @@ class HeldoutEvaluation:
         joined = {} if self.targets is None else {TARGETS: cast("list[JoinedRow]", self.targets.rows(ids))}
         tokens = cast("list[TokensRow]", self.tokens.rows(ids))
         batch = LoadedBatch(batch=0, rows=rows.astype(np.int64), tokens=tokens, joined=joined)
+        check_aligned(batch)
         return collate(
             batch,
             objective,

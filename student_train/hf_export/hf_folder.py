@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from potstill.common.disk_room import room_for
 from potstill.common.errors import UserError
 from potstill.common.packed import probe_ids
 from potstill.storage import StoreError, StoreReader
@@ -91,32 +92,33 @@ def export(config: ExportConfig) -> ExportSummary:
     restore_use_cache(model, run_config.model)
     part = config.output_dir.with_name(f".{config.output_dir.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    part.parent.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(part, max_shard_size=config.max_shard_bytes)
-    tokenizer = find_tokenizer(config.tokenizer, run_config)
-    if tokenizer is not None:
-        copy_tokenizer(tokenizer, part)
-    record = {"step": source.checkpoint.step, "checkpoint": str(source.checkpoint.folder), "dtype": dtype}
-    own = source.checkpoint.manifest.get("stores", {}).get(VOCABULARY)
-    if own is not None:
-        record["vocabulary_map"] = own
-    write_json_atomically(part / EXPORT_FILE, record)
-    num_parameters = sum(p.numel() for p in model.parameters())
-    title = config.output_dir.name if run_config.run.name == "run" else run_config.run.name
-    facts = gather_facts(
-        source.run,
-        source.checkpoint,
-        run_config,
-        title=title,
-        hf_config=model.config,
-        num_parameters=num_parameters,
-        dtype=dtype,
-    )
-    write_text_atomically(part / CARD_FILE, model_card(facts))
-    difference = check_in_fresh_process(model, part) if config.check else None
-    if config.output_dir.exists():
-        shutil.rmtree(config.output_dir)
-    os.replace(part, config.output_dir)
+    with room_for(config.output_dir, unfinished=part):
+        part.parent.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(part, max_shard_size=config.max_shard_bytes)
+        tokenizer = find_tokenizer(config.tokenizer, run_config)
+        if tokenizer is not None:
+            copy_tokenizer(tokenizer, part)
+        record = {"step": source.checkpoint.step, "checkpoint": str(source.checkpoint.folder), "dtype": dtype}
+        own = source.checkpoint.manifest.get("stores", {}).get(VOCABULARY)
+        if own is not None:
+            record["vocabulary_map"] = own
+        write_json_atomically(part / EXPORT_FILE, record)
+        num_parameters = sum(p.numel() for p in model.parameters())
+        title = config.output_dir.name if run_config.run.name == "run" else run_config.run.name
+        facts = gather_facts(
+            source.run,
+            source.checkpoint,
+            run_config,
+            title=title,
+            hf_config=model.config,
+            num_parameters=num_parameters,
+            dtype=dtype,
+        )
+        write_text_atomically(part / CARD_FILE, model_card(facts))
+        difference = check_in_fresh_process(model, part) if config.check else None
+        if config.output_dir.exists():
+            shutil.rmtree(config.output_dir)
+        os.replace(part, config.output_dir)
     return ExportSummary(
         output_dir=config.output_dir,
         step=source.checkpoint.step,

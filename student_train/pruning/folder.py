@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from potstill.common.disk_room import room_for
 from potstill.common.errors import UserError
 from potstill.common.token_table import tokenizer_digest
 from potstill.storage import StoreReader
@@ -207,14 +208,15 @@ def _write(
     """The folder under another name, then in its place; returns the largest difference of logits, if asked for."""
     part = config.output_dir.with_name(f".{config.output_dir.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    part.parent.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(part)
-    if tokenizer is not None:
-        copy_tokenizer(tokenizer, part)
-    write_json_atomically(part / PRUNE_FILE, record)
-    write_text_atomically(part / CARD_FILE, prune_card(facts))
-    difference = check_in_fresh_process(model, part) if config.check else None
-    if config.output_dir.exists():
-        shutil.rmtree(config.output_dir)
-    os.replace(part, config.output_dir)
+    with room_for(config.output_dir, unfinished=part):
+        part.parent.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(part)
+        if tokenizer is not None:
+            copy_tokenizer(tokenizer, part)
+        write_json_atomically(part / PRUNE_FILE, record)
+        write_text_atomically(part / CARD_FILE, prune_card(facts))
+        difference = check_in_fresh_process(model, part) if config.check else None
+        if config.output_dir.exists():
+            shutil.rmtree(config.output_dir)
+        os.replace(part, config.output_dir)
     return difference

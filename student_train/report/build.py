@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from potstill.common.disk_room import write_whole
 from potstill.common.errors import UserError
 from potstill.student_train.config.train import RunConfig
 from potstill.student_train.report.charts import AXES, RunRecords, colour, dash, draw_all
@@ -271,6 +272,5 @@ def write_report(folders: Sequence[Path], output: Path, *, force: bool = False) 
             f"{', '.join(str(run.folder) for run in runs)}: no metrics yet; let a run reach its first line "
             "(logging.every_steps)"
         )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(render(runs), encoding="utf-8")
+    write_whole(output, render(runs))
     return output

@@ -79,7 +79,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ["--set", "run.output_dir=r", *NEEDED.split()]
 
 
-@pytest.mark.parametrize("error", [SelfCheckError("loss 2 apart"), CorruptError("unit 3 is cut"), OSError(28, "full")])
+@pytest.mark.parametrize("error", [SelfCheckError("loss 2 apart"), CorruptError("unit 3 is cut"), OSError(13, "shut")])
 def test_a_rank_says_what_a_person_can_correct_in_one_line(
     alone: list[str], error: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,6 +89,16 @@ def test_a_rank_says_what_a_person_can_correct_in_one_line(
     assert rank.main([*alone, "--traceback"]) == ERROR
     errors = capsys.readouterr().err
     assert errors.startswith("Traceback") and errors.endswith(f"\npotstill.student_train: error: {error}\n")
+
+
+def test_a_rank_says_what_to_do_about_a_full_disk(
+    alone: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(trainer, "train", raising(OSError(28, "full", str(tmp_path / "file"))))
+    assert rank.main(alone) == ERROR
+    error = capsys.readouterr().err
+    assert error.startswith(f"potstill.student_train: error: writing {tmp_path / 'file'} failed: [Errno 28] full")
+    assert f"bytes are free at {tmp_path}" in error and "make room there" in error and error.count("\n") == 1
 
 
 def test_a_defect_and_an_interrupt_of_a_rank_end_as_those_of_the_command(

@@ -86,7 +86,8 @@ def test_columns_that_no_stage_looks_at_are_left_alone(stores) -> None:
         return row.targets
 
     plain = first()
-    assert plain.label_logprob is None and plain.entropy is None and plain.label_rank is None and not plain.log_tail_at
+    assert plain.entropy is None and plain.label_rank is None and not plain.log_tail_at
+    assert plain.label_logprob is not None, "by it every row is seen to stand at its tokens"
     assert 2.0 in first(temperature=2.0).log_tail_at
     chosen = first(tokens={"policy": "label_rank", "source": "teacher", "max_rank": 4})
     assert chosen.label_rank is not None

@@ -116,7 +116,7 @@ def test_other_input_or_settings_do_not_mix_with_a_store(corpus: Path, tmp_path:
         prepare(config(corpus, tmp_path / "out", tokenizer_folder, row_length=33))
     before = digests(tmp_path / "out")
     write_jsonl(corpus / "part3.jsonl", ["one more"])
-    with pytest.raises(MismatchError, match="info"):
+    with pytest.raises(MismatchError, match="files of the input: the store has 3, this command wants 4"):
         prepare(config(corpus, tmp_path / "out", tokenizer_folder))
     assert digests(tmp_path / "out") == before
     prepare(config(corpus, tmp_path / "out", tokenizer_folder, force=True))

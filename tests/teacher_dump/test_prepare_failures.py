@@ -64,7 +64,7 @@ def test_rows_that_were_written_do_hold_the_place(corpus: Path, tmp_path: Path, 
     out = tmp_path / "out"
     with pytest.raises(UserError, match="--force, because rows of the other part"):
         prepare(config(corpus, out, tokenizer_folder, heldout_fraction=1e-9))
-    with pytest.raises(MismatchError, match=r"info\.split\.threshold is"):
+    with pytest.raises(MismatchError, match=r"held-out share .*: the store has 1e-09, this"):
         prepare(config(corpus, out, tokenizer_folder))
     prepare(config(corpus, out, tokenizer_folder, force=True))
 
@@ -99,20 +99,23 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(tmp
 def test_another_prepare_that_took_the_place_is_noticed(
     corpus: Path, tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Where a file system has no locks, so that a second one was not told to wait."""
     from potstill.teacher_dump.prepared import Output
 
-    finish = Output.finish
+    finish, out = Output.finish, tmp_path / "out"
 
     def overtaken(self: Output, *args: Any, **options: Any) -> Any:
         summary = finish(self, *args, **options)
         monkeypatch.undo()
-        prepare(config(corpus, tmp_path / "out", tokenizer_folder, row_length=16, force=True))
+        prepare(config(corpus, tmp_path / "other", tokenizer_folder, row_length=16))
+        shutil.rmtree(out / "train")
+        (tmp_path / "other" / "train").rename(out / "train")
         return summary
 
     monkeypatch.setattr(Output, "finish", overtaken)
     with pytest.raises(MismatchError, match="another prepare"):
-        prepare(config(corpus, tmp_path / "out", tokenizer_folder))
-    assert StoreReader(tmp_path / "out" / "train").spec.row_length == 16
+        prepare(config(corpus, out, tokenizer_folder))
+    assert StoreReader(out / "train").spec.row_length == 16
 
 
 def test_the_tokenizer_of_a_prepare_that_was_quicker_is_as_good(
@@ -184,3 +187,25 @@ def test_rows_longer_than_the_tokenizers_model_reads_are_warned_of(
     note = prepare(config(corpus, tmp_path / "third", tmp_path / "alone", row_length=128)).notes[0]
     assert "100 positions" in note and "model_max_length of the tokenizer" in note
     assert not prepare(config(corpus, tmp_path / "fourth", tokenizer_folder, row_length=128)).notes
+
+
+def test_a_conflict_is_told_key_by_key_in_the_words_of_the_options(
+    corpus: Path, tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    prepare(config(corpus, tmp_path / "out", tokenizer_folder))
+    other = write_jsonl(tmp_path / "other.jsonl", some_texts(150))
+    changes: dict[str, Any] = {"row_length": 16, "rows_per_unit": 8, "packing": "whole", "heldout_fraction": 0.1}
+    with pytest.raises(MismatchError) as caught:
+        prepare(config(other, tmp_path / "out", tokenizer_folder, text_field="body", append_eos=False, **changes))
+    first, *lines, last = str(caught.value).splitlines()
+    assert first == f"{tmp_path / 'out' / 'train' / 'run.json'}: rows of another configuration stand here:"
+    assert "use the options of that run" in last and "--force" in last
+    assert "  row_length: the store has 32, this command wants 16" in lines
+    assert "  rows_per_unit: the store has 4, this command wants 8" in lines
+    assert '  packing: the store has "cut", this command wants "whole"' in lines
+    assert '  text_field: the store has "text", this command wants "body"' in lines
+    held_out = "  held-out share (heldout_fraction, heldout_documents): the store has 0, this command wants 0.1"
+    assert held_out in lines
+    starts = {line.split(":")[0].strip() for line in lines}
+    assert {"content of the input", "bytes of the input", "append_eos"} <= starts and "tokenizer" not in starts
+    assert all("{" not in line and len(line) < 120 for line in lines), lines

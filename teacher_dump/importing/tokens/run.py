@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,12 @@ from potstill.common.errors import UserError
 from potstill.common.model_place import TOKENIZER_FILES, find_model
 from potstill.common.progress import Progress
 from potstill.storage import RunSpec, check_output
+from potstill.teacher_dump.held_output import held_output
 from potstill.teacher_dump.importing.format_options import check_options
 from potstill.teacher_dump.importing.tokens.base import Ids, Reading
 from potstill.teacher_dump.importing.tokens.config import ImportTokensConfig
 from potstill.teacher_dump.importing.tokens.formats import TOKEN_FORMATS
-from potstill.teacher_dump.importing.tokens.search import find_token_files
+from potstill.teacher_dump.importing.tokens.search import FoundFile, find_token_files
 from potstill.teacher_dump.importing.tokens.source import PARTS, TokenDocument, TokenSource
 from potstill.teacher_dump.prepared import MASK_COLUMN, Output, check_untrained
 from potstill.teacher_dump.split import Split
@@ -49,14 +50,20 @@ def import_tokens(config: ImportTokensConfig) -> PrepareSummary:
     """Pack the ids of `config.input` into sealed tokens stores under `config.output`.
 
     After a kill the same call continues; after the end it does nothing. A run that fails before its first unit
-    of rows leaves nothing at the output. Raises UserError for bad input and StoreError for trouble with the stores.
+    of rows leaves nothing at the output. Raises UserError for bad input, or while another run writes there, and
+    StoreError for trouble with the stores.
     """
-    started = time.monotonic()
     found = find_token_files(config.input, config.format)
     check_options(TOKEN_FORMATS, found[0].format, dict(config))
     parts = (TRAIN, HELDOUT) if config.heldout_fraction or config.heldout_documents else (TRAIN,)
     for part in parts:
         check_output(inside(config.output, part))
+    with held_output(config.output, stores=(TRAIN, HELDOUT)):
+        return _import(config, found, parts)
+
+
+def _import(config: ImportTokensConfig, found: Sequence[FoundFile], parts: tuple[str, ...]) -> PrepareSummary:
+    started = time.monotonic()
     find_model(config.tokenizer, what="tokenizer", files=TOKENIZER_FILES)
     encoder = text_encoder(config.tokenizer, append_eos=False, add_bos=False)
     reading = _reading(config, encoder)
