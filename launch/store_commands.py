@@ -50,17 +50,17 @@ SEAL = Command(
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from potstill.storage import store_status, verify_store
+    from potstill.storage import rows_to_verify, verify_store
 
-    total = store_status(arguments.store).rows_committed
-    with Progress(total, unit="rows", description="verify") as progress:
+    with Progress(rows_to_verify(arguments.store), unit="rows", description="verify") as progress:
         report = verify_store(arguments.store, deep=arguments.deep, progress=progress.update)
-    print(report.format())
+    print(json.dumps(report.to_json()) if arguments.json else report.format())
     return DONE if report.ok else INCOMPLETE
 
 
 def _verify_arguments(parser: argparse.ArgumentParser) -> None:
     _store_argument(parser)
+    _json_argument(parser)
     parser.add_argument("--deep", action="store_true", help="read every byte and decode every row, not sizes only")
 
 

@@ -50,7 +50,7 @@ from potstill.storage.store.self_check import AlignmentReport, check_alignment, 
 from potstill.storage.store.spec import RunSpec
 from potstill.storage.store.stats import StoreStats, store_stats
 from potstill.storage.store.status import StoreStatus, store_status
-from potstill.storage.store.verify import VerifyReport, verify_store
+from potstill.storage.store.verify import VerifyReport, rows_to_verify, verify_store
 from potstill.storage.store.writer import StoreWriter, check_output, discard_store, discard_unused
 
 __all__ = [
@@ -125,6 +125,7 @@ __all__ = [
     "missing_text",
     "only_rows_field",
     "permute",
+    "rows_to_verify",
     "seal_store",
     "source_seed",
     "store_stats",
