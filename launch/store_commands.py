@@ -25,7 +25,7 @@ def _seal(arguments: argparse.Namespace) -> int:
     from potstill.storage import UnsealedError, seal_store
 
     try:
-        manifest = seal_store(arguments.store)
+        manifest = seal_store(arguments.store, fast=arguments.fast, again=True)
     except UnsealedError as error:
         # Not a fault: units are still to come. A damaged store ends with the code of an error instead.
         print(f"potstill seal: {error}", file=sys.stderr)
@@ -37,14 +37,22 @@ def _seal(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def _seal_arguments(parser: argparse.ArgumentParser) -> None:
+    _store_argument(parser)
+    parser.add_argument(
+        "--fast", action="store_true", help="look at the sizes of the units only; the manifest says so (bytes_checked)"
+    )
+
+
 SEAL = Command(
     name="seal",
     summary="close a complete store: index, manifest, digest",
-    description="Write the index and the manifest of a store whose units are all there. Readers refuse a store before "
-    "that. A sealed store can be sealed again: nothing changes. Ends with 3 while units are missing, with 1 when the "
-    "store is damaged.",
-    examples=("potstill seal data/targets",),
-    add_arguments=_store_argument,
+    description="Write the index and the manifest of a store whose units are all there, after every byte of them was "
+    "read back and held against its checksum. Readers refuse a store before that. A sealed store can be sealed again: "
+    "it is read once more, and nothing changes. Ends with 3 while units are missing, with 1 when the store is damaged; "
+    "potstill repair is what helps then.",
+    examples=("potstill seal data/targets", "potstill seal data/targets --fast"),
+    add_arguments=_seal_arguments,
     run=_seal,
 )
 

@@ -45,13 +45,14 @@ from potstill.storage.store.gc import GcReport, collect_garbage
 from potstill.storage.store.held_rows import held_rows, missing_text
 from potstill.storage.store.inspect import format_row
 from potstill.storage.store.reader import StoreReader
-from potstill.storage.store.seal import Manifest, seal_store
+from potstill.storage.store.repair import RepairReport, repair_store
+from potstill.storage.store.seal import Manifest, check_sealed, seal_store
 from potstill.storage.store.self_check import AlignmentReport, check_alignment, check_places, check_student
 from potstill.storage.store.spec import RunSpec
 from potstill.storage.store.stats import StoreStats, store_stats
 from potstill.storage.store.status import StoreStatus, store_status
 from potstill.storage.store.verify import VerifyReport, rows_to_verify, verify_store
-from potstill.storage.store.writer import StoreWriter, check_output, discard_store, discard_unused
+from potstill.storage.store.writer import StoreWriter, check_output, discard_store, discard_unused, read_spec
 
 __all__ = [
     "COLUMNS",
@@ -82,6 +83,7 @@ __all__ = [
     "MixturePlan",
     "NotAStoreError",
     "ReadFailedError",
+    "RepairReport",
     "Row",
     "RowDataset",
     "RowOrder",
@@ -113,6 +115,7 @@ __all__ = [
     "check_joined",
     "check_output",
     "check_places",
+    "check_sealed",
     "check_student",
     "collect_garbage",
     "concatenate",
@@ -125,6 +128,8 @@ __all__ = [
     "missing_text",
     "only_rows_field",
     "permute",
+    "read_spec",
+    "repair_store",
     "rows_to_verify",
     "seal_store",
     "source_seed",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 SUBFOLDERS = ("units", "failures", "tmp")
+QUARANTINE = "quarantine"  # a further one, where repair puts what it takes out
 URL_SCHEMES = ("s3://", "gs://", "az://", "file://", "memory://")
 StorePath = str | Path
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from potstill.storage.errors import ReadFailedError, StoreError
 
 # What is wrong, by kind; docs/format.md lists them, because programs read them from `potstill verify --json`.
 KINDS = {
@@ -14,9 +17,12 @@ KINDS = {
     "record": "no readable commit record, or one of another attempt than the manifest names",
     "layout": "the checksums fit, but the parts of the file are not those of the record, the manifest or the run",
     "rows": "the bytes are whole, but rows break a rule of their content",
-    "unreadable": "the system does not let the file be read, so nothing is known of its content",
+    "unreadable": "reading ends in an error of the disk, or what stands there is no file",
+    "refused": "no permission, or no answer: nothing is known of the content",
     "signature": "no signature, or one that does not hold",
 }
+# Errors of the system that speak of the file or the disk, not of who asks or of the way there.
+_OF_THE_FILE = {errno.EIO, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EUCLEAN}
 PARTS = ("store", "id_map", "manifest", "index", "unit", "signature")
 
 
@@ -34,6 +40,14 @@ class Finding:
     def to_json(self) -> dict[str, Any]:
         """All fields, as plain JSON values."""
         return {**asdict(self), "rows": [list(span) for span in self.rows]}
+
+
+def kind_of(error: StoreError) -> str:
+    """The kind of a finding that an error of reading makes."""
+    if not isinstance(error, ReadFailedError):
+        return "bytes"
+    cause = error.__cause__
+    return "unreadable" if isinstance(cause, OSError) and cause.errno in _OF_THE_FILE else "refused"
 
 
 def spans(rows: Iterable[int]) -> tuple[tuple[int, int], ...]:

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from potstill.storage.errors import CorruptError, StoreError, UnsealedError
+from potstill.storage.errors import CorruptError, NotAStoreError, StoreError, UnsealedError
 from potstill.storage.files.checked_json import dump_checked, get_int, get_list, get_text, read_checked
-from potstill.storage.files.commit import CommitRecord, committed_records, read_record
+from potstill.storage.files.commit import CommitRecord, committed_records, list_records, read_record
 from potstill.storage.files.folder import StoreFolder, StorePath
 from potstill.storage.files.paths import open_folder
 from potstill.storage.store.index import ROWS_PER_BLOCK, IndexBlock, RowIndex, build_columns, encode_index
@@ -22,10 +22,11 @@ from potstill.storage.store.writer import load_spec
 logger = logging.getLogger(__name__)
 
 MANIFEST_NAME = "manifest.json"
+SIGNATURE_NAME = f"{MANIFEST_NAME}.sig"
 INDEX_NAME = "index.arrow"
 MAX_MANIFEST_BYTES = 1 << 30
 _UNIT_FILE = re.compile(r"u\d{7,12}-[0-9a-f]{12}\.arrow")
-_INDEX_FILE = re.compile(r"index(-[0-9a-f]{12})?\.arrow")
+INDEX_FILE = re.compile(r"index(-[0-9a-f]{12})?\.arrow")
 STAGES = {"tokens": "prepare", "targets": "dump", "scores": "score"}  # the command that writes each kind
 TOTALS = ("num_rows", "num_tokens", "num_entries", "num_targets", "num_bytes")
 
@@ -89,7 +90,12 @@ def seal_store(path: StorePath, *, fast: bool = False, again: bool = False) -> M
     spec = load_spec(folder)
     manifest = load_manifest(folder, spec)
     if manifest is not None:
-        _check_sealed(folder, manifest, read_bytes=again and not fast)
+        _check_sealed(folder, manifest)
+        if again:
+            _check_records(folder, spec, manifest)
+        if again and not fast:
+            check_bytes(folder, manifest.units)
+            _check_index_bytes(folder, manifest)
         return manifest
     records = committed_records(folder, spec)
     ordered = _complete(records, spec, folder)
@@ -122,28 +128,68 @@ def seal_store(path: StorePath, *, fast: bool = False, again: bool = False) -> M
             f"{folder.url}/{MANIFEST_NAME} was deleted by somebody else while the store was sealed; seal it again"
         )
     # Once more, now that it stands there: a repair that began beside this has taken units out, and the seal is no good.
-    _check_sealed(folder, found_manifest, read_bytes=False)
+    _check_sealed(folder, found_manifest)
     return found_manifest
 
 
-def _check_sealed(folder: StoreFolder, manifest: Manifest, *, read_bytes: bool) -> None:
-    """Raise CorruptError where files of a sealed store are missing or of other sizes, or their bytes are damaged."""
+def check_sealed(path: StorePath) -> bool:
+    """Whether a sealed store stands at `path`; False also where there is none at all.
+
+    Raises CorruptError, which names the command that repairs, where its manifest is damaged or files are missing or of
+    other sizes: what a worker must hear before it says that nothing is to be done. Costs a listing, and no bytes.
+    """
+    folder = open_folder(path)
+    try:
+        spec = load_spec(folder)
+    except NotAStoreError:
+        return False
+    try:
+        manifest = load_manifest(folder, spec)
+    except CorruptError as error:
+        raise CorruptError(f"{error}; or run `potstill repair {folder.url}`, which unseals the store") from error
+    if manifest is None:
+        return False
+    _check_sealed(folder, manifest)
+    listed = list_records(folder)
+    lost = [f"unit {unit} is sealed and has no record" for unit in range(len(manifest.units)) if unit not in listed]
+    if lost:
+        raise CorruptError(damaged_text(folder, lost, len(manifest.units)))
+    return True
+
+
+def _check_sealed(folder: StoreFolder, manifest: Manifest) -> None:
+    """Raise CorruptError where files of a sealed store are missing or of other sizes than the manifest says."""
     found = folder.size(manifest.index_file)
     if found != manifest.index_bytes:
         state = "missing" if found is None else f"{found} bytes"
         raise CorruptError(
             f"{folder.url}/{manifest.index_file}: {state}, the manifest says {manifest.index_bytes} bytes; run "
-            f"`potstill repair {folder.url}`, which says what to do"
+            f"`potstill repair {folder.url}`, which takes it out, and seal again"
         )
     check_sizes(folder, manifest.units)
-    if read_bytes:
-        data = folder.read(manifest.index_file, max_bytes=manifest.index_bytes) or b""
-        if hashlib.sha256(data).hexdigest() != manifest.index_sha256:
-            raise CorruptError(
-                f"{folder.url}/{manifest.index_file}: content does not fit the sha256 of the manifest; run "
-                f"`potstill repair {folder.url}`, which says what to do"
-            )
-        check_bytes(folder, manifest.units)
+
+
+def _check_records(folder: StoreFolder, spec: RunSpec, manifest: Manifest) -> None:
+    """Raise CorruptError where the records of a sealed store are not those that the manifest was made of."""
+    records = committed_records(folder, spec)
+    problems = []
+    for unit, entry in enumerate(manifest.units):
+        record = records.get(unit)
+        if record is None:
+            problems.append(f"unit {unit} is sealed and has no readable record")
+        elif (record.file, record.num_bytes, record.sha256) != tuple(entry):
+            problems.append(f"the record of unit {unit} names {record.file}, the manifest {entry.file}")
+    if problems:
+        raise CorruptError(damaged_text(folder, problems, len(manifest.units)))
+
+
+def _check_index_bytes(folder: StoreFolder, manifest: Manifest) -> None:
+    data = folder.read(manifest.index_file, max_bytes=manifest.index_bytes) or b""
+    if hashlib.sha256(data).hexdigest() != manifest.index_sha256:
+        raise CorruptError(
+            f"{folder.url}/{manifest.index_file}: content does not fit the sha256 of the manifest; run "
+            f"`potstill repair {folder.url}`, which takes it out, and seal again"
+        )
 
 
 def _complete(records: dict[int, CommitRecord], spec: RunSpec, folder: StoreFolder) -> list[CommitRecord]:
@@ -229,7 +275,7 @@ def parse_manifest(value: Mapping[str, Any], spec: RunSpec, *, where: str) -> Ma
     if digest != store_digest(spec.fingerprint, [u.sha256 for u in units]):
         raise CorruptError(f"{where}: store digest does not fit the units it lists")
     index = value.get("index")
-    if not isinstance(index, dict) or not _INDEX_FILE.fullmatch(get_text(index, "file", where=where)):
+    if not isinstance(index, dict) or not INDEX_FILE.fullmatch(get_text(index, "file", where=where)):
         raise CorruptError(f"{where}: field 'index' is damaged")
     index_bytes = get_int(index, "bytes", where=where)
     blocks = _index_blocks(get_list(index, "blocks", where=where), index_bytes, where)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from potstill.storage.errors import ReadFailedError, StoreError
+from potstill.storage.errors import StoreError
 from potstill.storage.files.commit import CommitRecord, list_records
 from potstill.storage.files.folder import StoreFolder
 from potstill.storage.rows.id_map import ID_MAP_NAME, IdMap
 from potstill.storage.rows.only_rows import HELD, ONLY_ROWS, only_rows_field
-from potstill.storage.store.finding import Finding
+from potstill.storage.store.finding import Finding, kind_of
 from potstill.storage.store.index import build_columns
 from potstill.storage.store.seal import MANIFEST_NAME, Manifest, load_manifest, open_index
 from potstill.storage.store.spec import RunSpec
@@ -72,11 +72,6 @@ def survey_store(folder: StoreFolder, spec: RunSpec, *, deep: bool, progress: Pr
         num_bytes=num_bytes,
         findings=tuple(findings),
     )
-
-
-def kind_of(error: StoreError, otherwise: str = "bytes") -> str:
-    """The kind of a finding that an error makes."""
-    return "unreadable" if isinstance(error, ReadFailedError) else otherwise
 
 
 def _look_at_id_map(folder: StoreFolder, spec: RunSpec, findings: list[Finding]) -> IdMap | None:

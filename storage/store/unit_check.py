@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.ipc as ipc
 
-from potstill.storage.errors import CorruptError, ReadFailedError, StoreError
+from potstill.storage.errors import CorruptError, StoreError
 from potstill.storage.files.checked_json import READ_ATTEMPTS, read_checked
 from potstill.storage.files.commit import MAX_RECORD_BYTES, CommitRecord, parse_record, record_name
 from potstill.storage.files.folder import StoreFolder
@@ -22,17 +22,21 @@ from potstill.storage.rows.row_checks import check_tokens_columns
 from potstill.storage.rows.row_types import Row, TargetsRow, TokensRow
 from potstill.storage.rows.target_checks import check_kept_normaliser
 from potstill.storage.rows.validation import validate
-from potstill.storage.store.finding import Finding, spans, told
+from potstill.storage.store.finding import Finding, kind_of, spans, told
 from potstill.storage.store.spec import RunSpec
 from potstill.storage.store.unit_bytes import UnitEntry
 
 
 @dataclass(frozen=True)
 class UnitCheck:
-    """What was found of a unit: its record where one can be read, and what is wrong where something is."""
+    """What was found of a unit: its record where one can be read, and what is wrong where something is.
+
+    `record_names`: the records that stand there up to the one that counts, or all of them where none can be read.
+    """
 
     unit: int
     record: CommitRecord | None
+    record_names: tuple[str, ...]
     finding: Finding | None
 
 
@@ -50,37 +54,43 @@ class UnitChecker:
 
         None where the unit has no record and no manifest asks for one: it is still to be done.
         """
-        record, errors = self._record(unit, max(1, generations))
+        record, names, errors = self._record(unit, max(1, generations))
         if record is None:
-            if not errors and entry is None:
+            if not names and entry is None:
                 return None
             state = "is sealed but has no readable record" if entry is not None else "counts as not committed"
-            reason = "; ".join(errors) or f"{self.folder.url}/units/{record_name(unit)} is missing"
-            where = f"{self.folder.url}: unit {unit}" if entry is not None else f"unit {unit}"
-            return UnitCheck(unit, None, self._finding(unit, record_name(unit), "record", f"{where} {state}: {reason}"))
+            reason = "; ".join(map(str, errors)) or f"{self.folder.url}/units/{record_name(unit)} is missing"
+            kinds = {kind_of(error) for error in errors}
+            kind = "refused" if "refused" in kinds else "record"
+            text = f"{self.folder.url}: unit {unit} {state}: {reason}"
+            return UnitCheck(unit, None, names, self._finding(unit, record_name(unit), kind, text))
         found = (record.file, record.num_bytes, record.sha256)
         if entry is not None and found != tuple(entry):
             text = f"{self.folder.url}/manifest.json: unit {unit} names {entry.file}, its record {record.file}"
-            return UnitCheck(unit, record, self._finding(unit, entry.file, "record", text))
+            return UnitCheck(unit, record, names, self._finding(unit, entry.file, "record", text))
         try:
-            return UnitCheck(unit, record, self._file(record))
+            return UnitCheck(unit, record, names, self._file(record))
         except StoreError as error:
-            kind = "unreadable" if isinstance(error, ReadFailedError) else "bytes"
-            return UnitCheck(unit, record, self._finding(unit, record.file, kind, str(error)))
+            finding = self._finding(unit, record.file, kind_of(error), str(error))
+            return UnitCheck(unit, record, names, finding)
 
-    def _record(self, unit: int, generations: int) -> tuple[CommitRecord | None, list[str]]:
-        """The first readable record, and why those before it are not."""
-        errors: list[str] = []
+    def _record(self, unit: int, generations: int) -> tuple[CommitRecord | None, tuple[str, ...], list[StoreError]]:
+        """The first readable record, the names of those that stand there up to it, and why those before it fail."""
+        names: list[str] = []
+        errors: list[StoreError] = []
         for generation in range(generations):
             name = f"units/{record_name(unit, generation)}"
             try:
                 value = read_checked(self.folder, name, max_bytes=MAX_RECORD_BYTES)
                 if value is not None:
-                    where = f"{self.folder.url}/{name}"
-                    return parse_record(value, unit=unit, spec=self.spec, where=where), errors
+                    names.append(name)
+                    record = parse_record(value, unit=unit, spec=self.spec, where=f"{self.folder.url}/{name}")
+                    return record, tuple(names), errors
             except StoreError as error:
-                errors.append(str(error))
-        return None, errors
+                errors.append(error)
+                if name not in names:
+                    names.append(name)
+        return None, tuple(names), errors
 
     def _finding(self, unit: int, file: str, kind: str, text: str, rows: tuple[tuple[int, int], ...] = ()) -> Finding:
         return Finding(part="unit", kind=kind, text=text, unit=unit, file=f"units/{file}", rows=rows)

@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 RUN_NAME = "run.json"
 MAX_RUN_BYTES = 16 << 20
-_OWN_TOP_NAMES = re.compile(r"run\.json|manifest\.json|index(-[0-9a-f]{12})?\.arrow|id_map\.u32")
+_OWN_TOP_NAMES = re.compile(r"run\.json|manifest\.json(\.sig)?|index(-[0-9a-f]{12})?\.arrow|id_map\.u32")
 
 
 def load_spec(folder: StoreFolder) -> RunSpec:
@@ -52,6 +52,11 @@ def load_spec(folder: StoreFolder) -> RunSpec:
     if value is None:
         raise NotAStoreError(folder.explain_absence())
     return RunSpec.from_json(value, where=f"{folder.url}/{RUN_NAME}")
+
+
+def read_spec(path: StorePath) -> RunSpec:
+    """What run.json of the store at `path` says; NotAStoreError when there is none, CorruptError when it is damaged."""
+    return load_spec(open_folder(path))
 
 
 def load_id_map(folder: StoreFolder, spec: RunSpec) -> IdMap | None:
