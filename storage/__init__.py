@@ -48,6 +48,7 @@ from potstill.storage.store.reader import StoreReader
 from potstill.storage.store.repair import RepairReport, repair_store
 from potstill.storage.store.seal import Manifest, check_sealed, seal_store
 from potstill.storage.store.self_check import AlignmentReport, check_alignment, check_places, check_student
+from potstill.storage.store.signing import check_key, sign_store, signature_findings
 from potstill.storage.store.spec import RunSpec
 from potstill.storage.store.stats import StoreStats, store_stats
 from potstill.storage.store.status import StoreStatus, store_status
@@ -113,6 +114,7 @@ __all__ = [
     "bound_positions",
     "check_alignment",
     "check_joined",
+    "check_key",
     "check_output",
     "check_places",
     "check_sealed",
@@ -132,6 +134,8 @@ __all__ = [
     "repair_store",
     "rows_to_verify",
     "seal_store",
+    "sign_store",
+    "signature_findings",
     "source_seed",
     "store_stats",
     "store_status",

@@ -17,6 +17,7 @@ from potstill.storage.files.paths import open_folder
 from potstill.storage.store.index import ROWS_PER_BLOCK, IndexBlock, RowIndex, build_columns, encode_index
 from potstill.storage.store.spec import RunSpec
 from potstill.storage.store.unit_bytes import UnitEntry, check_bytes, check_sizes, damaged_text, noted_units
+from potstill.storage.store.who_may_write import warn_of_writers
 from potstill.storage.store.writer import load_spec
 
 logger = logging.getLogger(__name__)
@@ -90,6 +91,7 @@ def seal_store(path: StorePath, *, fast: bool = False, again: bool = False) -> M
     spec = load_spec(folder)
     manifest = load_manifest(folder, spec)
     if manifest is not None:
+        warn_of_writers(folder, [unit.file for unit in manifest.units], index=manifest.index_file)
         _check_sealed(folder, manifest)
         if again:
             _check_records(folder, spec, manifest)
@@ -100,6 +102,7 @@ def seal_store(path: StorePath, *, fast: bool = False, again: bool = False) -> M
     records = committed_records(folder, spec)
     ordered = _complete(records, spec, folder)
     units = tuple(UnitEntry(r.file, r.num_bytes, r.sha256) for r in ordered)
+    warn_of_writers(folder, [unit.file for unit in units])
     check_sizes(folder, units)
     if not fast:
         check_bytes(folder, units)

@@ -11,6 +11,7 @@ from potstill.storage.files.folder import StorePath
 from potstill.storage.files.paths import open_folder
 from potstill.storage.store.finding import Finding
 from potstill.storage.store.survey import Progress, survey_store
+from potstill.storage.store.who_may_write import warn_of_writers
 from potstill.storage.store.writer import load_spec
 
 
@@ -76,7 +77,9 @@ def verify_store(
     called with the number of rows just checked; `also` are findings of others, put behind ours.
     """
     folder = open_folder(path)
-    survey = survey_store(folder, load_spec(folder), deep=deep, progress=progress)
+    spec = load_spec(folder)
+    survey = survey_store(folder, spec, deep=deep, progress=progress)
+    warn_of_writers(folder, [record.file for record in survey.records.values()])
     return VerifyReport(
         url=folder.url,
         sealed=survey.sealed,
