@@ -69,7 +69,7 @@ class LocalFolder:
         nearest = self.root
         while not os.path.lexists(nearest):
             nearest = nearest.parent
-        if not nearest.is_dir():
+        if not os.path.isdir(nearest):
             raise WriteFailedError(f"{self.url}: {nearest} is a file, expected a folder; name another path")
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise WriteFailedError(f"{self.url}: {nearest} may not be written by this user; name another path")
@@ -191,8 +191,11 @@ class LocalFolder:
     def map(self, name: str, size: int) -> memoryview | None:
         if size == 0:
             return memoryview(b"")
-        with open(self.root / name, "rb") as file:
-            return memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ))
+        try:
+            with open(self.root / name, "rb") as file:
+                return memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ))
+        except (OSError, ValueError) as error:
+            raise ReadFailedError(f"{self.url}/{name}: cannot be mapped ({error})") from error
 
     def _tmp_path(self) -> Path:
         return self.root / "tmp" / f"{os.getpid():x}-{secrets.token_hex(8)}"

@@ -6,6 +6,7 @@ the whole store, as far as `verify --deep` reads it. No cryptography of our own.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -29,7 +30,7 @@ _PUBLIC_KEY = re.compile(r"(ssh|ecdsa|sk)-\S+ +AAAA\S+")
 
 def check_key(key: Path) -> None:
     """Raise StoreError where no signature could be made with `key`: said before a store is sealed, not after."""
-    if not key.is_file():
+    if not os.path.isfile(key):
         raise StoreError(f"{key} is not a file; --sign takes an ssh key (`ssh-keygen -t ed25519 -f KEY` makes one)")
     _run(["-Y", "sign", "-f", str(key), "-n", NAMESPACE], b"probe", what=f"signing with {key}", key=key)
 
@@ -60,8 +61,7 @@ def signature_findings(path: StorePath, keys: Path) -> tuple[Finding, ...]:
         _tool()
         if signature is None:
             return _finding(f"{where}: the store is not signed; `potstill seal {folder.url} --sign KEY` signs it")
-        file = Path(scratch) / SIGNATURE_NAME
-        file.write_bytes(signature)
+        file = _scratch_file(Path(scratch) / SIGNATURE_NAME, signature)
         found = _call(["-Y", "find-principals", "-s", str(file), "-f", str(allowed)], b"")
         if found.returncode:
             reason = _text(found)
@@ -111,9 +111,16 @@ def _allowed(keys: Path) -> Iterator[Path]:
         yield keys
         return
     with tempfile.TemporaryDirectory(prefix="potstill_signers_") as scratch:
-        made = Path(scratch) / "allowed_signers"
-        made.write_text("".join(f"{_OWNER} {line}\n" if _PUBLIC_KEY.match(line) else f"{line}\n" for line in lines))
-        yield made
+        text = "".join(f"{_OWNER} {line}\n" if _PUBLIC_KEY.match(line) else f"{line}\n" for line in lines)
+        yield _scratch_file(Path(scratch) / "allowed_signers", text.encode())
+
+
+def _scratch_file(path: Path, data: bytes) -> Path:
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise StoreError(f"{path} cannot be written ({error.strerror}); make room for temporary files") from error
+    return path
 
 
 def _run(command: Sequence[str], data: bytes, *, what: str, key: Path) -> bytes:
@@ -134,6 +141,8 @@ def _call(command: Sequence[str], data: bytes) -> subprocess.CompletedProcess[by
         return subprocess.run(
             [_tool(), *command], input=data, capture_output=True, timeout=TIMEOUT_SECONDS, start_new_session=True
         )
+    except OSError as error:
+        raise StoreError(f"ssh-keygen cannot be run ({error.strerror})") from error
     except subprocess.TimeoutExpired as error:
         raise StoreError(
             f"ssh-keygen gave no answer within {TIMEOUT_SECONDS:g} s (an agent or a token that waits?)"
