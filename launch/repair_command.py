@@ -30,11 +30,12 @@ _SHOWN = 20
 
 
 def _repair(arguments: argparse.Namespace) -> int:
-    from potstill.storage import read_spec
+    from potstill.storage import CorruptError, read_spec
 
     store, config = arguments.store, arguments.with_config
     if config is not None:
-        config_for(maker_of(read_spec(store)), config, store)  # now, while the store is as it was
+        with contextlib.suppress(CorruptError):  # of run.json, which repair answers
+            config_for(maker_of(read_spec(store)), config, store)  # now, while the store is as it was
     report = _repaired(store, dry_run=arguments.dry_run)
     maker = maker_of(report.spec)
     beside = _repair_beside(report, dry_run=arguments.dry_run)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from potstill.storage.errors import CorruptError, ReadFailedError, StoreError
+from potstill.storage.files.checked_json import read_checked
 from potstill.storage.files.commit import list_records
 from potstill.storage.files.folder import QUARANTINE, StoreFolder, StorePath
 from potstill.storage.files.paths import open_folder
@@ -26,7 +27,14 @@ from potstill.storage.store.spec import RunSpec
 from potstill.storage.store.survey import Progress, Survey, survey_store
 from potstill.storage.store.unit_bytes import noted_units, size_problems
 from potstill.storage.store.unit_check import UnitChecker
-from potstill.storage.store.writer import StoreWriter, load_id_map, load_spec
+from potstill.storage.store.writer import (
+    MAX_RUN_BYTES,
+    RUN_NAME,
+    StoreWriter,
+    fingerprint_of_records,
+    load_id_map,
+    load_spec,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -81,11 +89,12 @@ def repair_store(
 
     `also`: units that are taken out although they are sound, because those of a store beside must be made with them.
     Any number of these may run at once, beside workers that write: what is taken out is looked at again just before.
-    Raises ReadFailedError, with nothing changed, where files cannot be judged because reading them was refused; and
-    CorruptError where run.json is damaged, since it says what all other bytes mean.
+    Raises ReadFailedError, with nothing changed, where files cannot be judged because reading them was refused. A
+    damaged run.json says nothing of what all other bytes mean: it alone is taken out then, and CorruptError says what
+    to run, which writes it anew.
     """
     folder = open_folder(path)
-    spec = _load_spec(folder)
+    spec = _load_spec(folder, dry_run=dry_run)
     survey = survey_store(folder, spec, deep=True, progress=progress)
     refused = [finding for finding in survey.findings if finding.kind == "refused"]
     if refused:
@@ -114,14 +123,24 @@ def repair_store(
     )
 
 
-def _load_spec(folder: StoreFolder) -> RunSpec:
+def _load_spec(folder: StoreFolder, *, dry_run: bool) -> RunSpec:
+    """The run, where its file is whole; else the file is set aside. Raises CorruptError, also of a dry run."""
     try:
-        return load_spec(folder)
+        read_checked(folder, RUN_NAME, max_bytes=MAX_RUN_BYTES)
     except CorruptError as error:
+        new_name = f"{_prefix()}.{RUN_NAME}"
+        verb = "would be" if dry_run or not folder.move(RUN_NAME, new_name) else "was"
         raise CorruptError(
-            f"{error}. It cannot be made again from the units, which only name it: restore run.json from a copy of the "
-            "store, or from a store of the same options, then run repair again"
+            f"{error}. It {verb} moved to {new_name}. Run the command that wrote the store, with the same options: it "
+            "writes run.json again and leaves all units as they are (other options are refused, because the units name "
+            f"their run: {fingerprint_of_records(folder) or 'no unit has a record'}); then run repair again"
         ) from error
+    return load_spec(folder)  # what is whole and of another version is nothing to repair
+
+
+def _prefix() -> str:
+    """What the names in the quarantine begin with: when, and a mark that two repairs do not share."""
+    return f"{QUARANTINE}/{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{secrets.token_hex(3)}"
 
 
 def _missing(survey: Survey, redo: list[int]) -> tuple[int, ...] | None:
@@ -142,8 +161,7 @@ class _Repair:
         self, folder: StoreFolder, spec: RunSpec, survey: Survey, *, dry_run: bool, also: frozenset[int]
     ) -> None:
         self._folder, self._spec, self._survey, self._dry_run, self._also = folder, spec, survey, dry_run, also
-        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        self._prefix = f"{QUARANTINE}/{stamp}-{secrets.token_hex(3)}"
+        self._prefix = _prefix()
         self.moved: list[tuple[str, str]] = []
         self.redo: list[int] = []
 

@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 import potstill.storage.files.paths as paths
 from potstill.storage import (
     CorruptError,
+    MismatchError,
     ReadFailedError,
     StoreReader,
     StoreWriter,
@@ -25,8 +27,9 @@ from potstill.storage import (
     store_status,
     verify_store,
 )
+from potstill.storage.store.repair import _Repair
 from tests.storage.damage import KINDS, flip, make_again, record_file, swap, unit_file
-from tests.storage.stores import make_tokens_row, tokens_spec, write_targets, write_tokens
+from tests.storage.stores import make_targets_row, make_tokens_row, tokens_spec, write_targets, write_tokens
 
 NUM_ROWS = 20  # five units
 
@@ -64,6 +67,7 @@ def test_each_damage_is_taken_out_and_made_again(originals, store, kind):
         files_of(store).values()
     )
     assert all((store / new).exists() or (store / new).is_symlink() for _, new in report.moved)
+    assert [unit for unit in report.redo if list((store / "units").glob(f"u{unit:07d}*"))] == []
     again = repair_store(store)
     assert again.findings == () and again.moved == ()
     assert make_again(store, tokens) == StoreReader(original).digest
@@ -159,14 +163,49 @@ def refuse_open(real):
     return opened
 
 
-def test_a_damaged_run_json_is_told(store):
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_damaged_run_json_is_written_anew_by_the_same_run_only(originals, store, sealed):
+    original = originals[1]
+    spec = StoreReader(original).spec
+    if not sealed:
+        (store / "manifest.json").unlink()
     flip(store / "run.json", random.Random(0))
-    with pytest.raises(CorruptError, match=r"restore run.json from a copy of the store.*then run repair again"):
+    with pytest.raises(CorruptError, match="would be moved to quarantine"):
+        repair_store(store, dry_run=True)
+    assert (store / "run.json").exists()
+    with pytest.raises(CorruptError, match=rf"It was moved to quarantine/.*run.json.*their run: {spec.fingerprint}"):
         repair_store(store)
+    units = files_of(store / "units")
+    with pytest.raises(MismatchError, match=f"the units are of the run {spec.fingerprint}"):
+        StoreWriter.create(store, replace(spec, stats=()))
+    assert StoreWriter.create(store, spec).todo() == []
+    assert seal_store(store).store_digest == StoreReader(original).digest
+    assert files_of(store / "units") == units and repair_store(store).whole
+
+
+def test_a_unit_that_was_made_good_since_it_was_looked_at_is_left(originals, store, monkeypatch):
+    """Between the look and the moves another repair and a worker do all the work: nothing of theirs is taken out."""
+    tokens, original, _ = originals
+    flip(unit_file(store, 1), random.Random(0))
+    (store / "manifest.json").unlink()
+    real = _Repair.take_out
+
+    def late(self):
+        monkeypatch.setattr(_Repair, "take_out", real)
+        assert repair_store(store).redo == (1,)
+        spec = StoreReader(original).spec
+        rows = tokens.tokens_rows(range(4, 8))
+        StoreWriter.create(store, spec).commit_unit(1, [make_targets_row(row, spec) for row in rows])
+        real(self)
+
+    monkeypatch.setattr(_Repair, "take_out", late)
+    report = repair_store(store)
+    assert report.findings and report.redo == () and StoreWriter.create(store, StoreReader(original).spec).todo() == []
+    assert seal_store(store).store_digest == StoreReader(original).digest
 
 
 def stop_at(monkeypatch, number):
-    """End the `number`-th move before (even) or after (odd) its rename, as a kill would."""
+    """End a repair before the move of this number, which is the state after the one before it, as a kill would."""
     real, calls = paths.LocalFolder.move, []
 
     class Stopped(BaseException):
@@ -174,9 +213,7 @@ def stop_at(monkeypatch, number):
 
     def move(self, name, new_name):
         calls.append(name)
-        if len(calls) == number // 2 + 1:
-            if number % 2:
-                real(self, name, new_name)
+        if len(calls) == number + 1:
             raise Stopped
         return real(self, name, new_name)
 
@@ -186,7 +223,7 @@ def stop_at(monkeypatch, number):
 
 def test_a_kill_at_any_moment_is_finished_by_the_next_repair(originals, tmp_path, monkeypatch):
     tokens, original, _ = originals
-    for number in range(40):
+    for number in range(20):
         store = tmp_path / str(number)
         shutil.copytree(original, store)
         flip(unit_file(store, 1), random.Random(number))
@@ -207,7 +244,7 @@ def test_a_kill_at_any_moment_is_finished_by_the_next_repair(originals, tmp_path
         repair_store(store)
         assert make_again(store, tokens) == StoreReader(original).digest
     assert verify_store(store, deep=True).ok
-    assert number >= 16  # manifest, index, and file and record of four units, each before and after
+    assert number >= 9  # manifest, index, files of three units and records of four
 
 
 def test_repairs_at_once_beside_a_worker(originals, store):
