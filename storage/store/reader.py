@@ -286,7 +286,7 @@ class StoreReader:
                     return DecodedBatch(data, spec=self._spec, where=where)
                 problem: StoreError = CorruptError(
                     f"{where}: record batch at {int(entry['offset'])} does not fit its crc32; "
-                    f"restore the file from a copy, or run `potstill repair {self.url}`, which says how to make it again"
+                    f"restore the file from a copy, or run `potstill repair {self.url}`, to make it again"
                 )
             except GaveUpError:
                 raise
