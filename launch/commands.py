@@ -9,6 +9,7 @@ from potstill.launch.import_commands import IMPORT
 from potstill.launch.inspect_command import INSPECT
 from potstill.launch.plan import PLAN
 from potstill.launch.prune_command import PRUNE
+from potstill.launch.repair_command import REPAIR
 from potstill.launch.rollout_command import ROLLOUT
 from potstill.launch.status_command import STATUS
 from potstill.launch.store_commands import GC, SEAL, STATS, VERIFY
@@ -26,6 +27,7 @@ _COMPLETED: tuple[Command | CommandGroup, ...] = (
     STATUS,
     SEAL,
     VERIFY,
+    REPAIR,
     INSPECT,
     STATS,
     GC,

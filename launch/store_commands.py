@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 from potstill.common.exit_codes import DONE, INCOMPLETE
 from potstill.common.progress import Progress
@@ -22,10 +23,12 @@ def _json_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def _seal(arguments: argparse.Namespace) -> int:
-    from potstill.storage import UnsealedError, seal_store
+    from potstill.storage import UnsealedError, check_key, seal_store, sign_store
 
+    if arguments.sign is not None:
+        check_key(arguments.sign)
     try:
-        manifest = seal_store(arguments.store)
+        manifest = seal_store(arguments.store, fast=arguments.fast, again=True)
     except UnsealedError as error:
         # Not a fault: units are still to come. A damaged store ends with the code of an error instead.
         print(f"potstill seal: {error}", file=sys.stderr)
@@ -34,42 +37,71 @@ def _seal(arguments: argparse.Namespace) -> int:
         f"sealed {arguments.store}: {manifest.num_rows} rows, {manifest.num_tokens} tokens, "
         f"{format_bytes(manifest.num_bytes)}, digest {manifest.store_digest}"
     )
+    if arguments.sign is not None:
+        sign_store(arguments.store, arguments.sign)
+        print(f"signed with {arguments.sign}: manifest.json.sig")
     return DONE
+
+
+def _seal_arguments(parser: argparse.ArgumentParser) -> None:
+    _store_argument(parser)
+    parser.add_argument(
+        "--fast", action="store_true", help="look at the sizes of the units only; the manifest says so (bytes_checked)"
+    )
+    parser.add_argument(
+        "--sign", type=Path, metavar="KEY", help="sign the store with an ssh key (or one that an agent holds)"
+    )
 
 
 SEAL = Command(
     name="seal",
     summary="close a complete store: index, manifest, digest",
-    description="Write the index and the manifest of a store whose units are all there. Readers refuse a store before "
-    "that. A sealed store can be sealed again: nothing changes. Ends with 3 while units are missing, with 1 when the "
-    "store is damaged.",
-    examples=("potstill seal data/targets",),
-    add_arguments=_store_argument,
+    description="Write the index and the manifest of a store whose units are all there, after every byte of them was "
+    "read back and held against its checksum. Readers refuse a store before that. A sealed store can be sealed again: "
+    "it is read once more, and nothing changes. Ends with 3 while units are missing, with 1 when the store is damaged; "
+    "potstill repair is what helps then.",
+    examples=("potstill seal data/targets", "potstill seal data/targets --sign ~/.ssh/id_ed25519"),
+    add_arguments=_seal_arguments,
     run=_seal,
 )
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from potstill.storage import store_status, verify_store
+    from potstill.storage import rows_to_verify, signature_findings, verify_store
 
-    total = store_status(arguments.store).rows_committed
-    with Progress(total, unit="rows", description="verify") as progress:
-        report = verify_store(arguments.store, deep=arguments.deep, progress=progress.update)
-    print(report.format())
+    # First: of a store that a stranger has made nothing else is read before it is known who it comes from.
+    signature = () if arguments.key is None else signature_findings(arguments.store, arguments.key)
+    with Progress(rows_to_verify(arguments.store), unit="rows", description="verify") as progress:
+        report = verify_store(arguments.store, deep=arguments.deep, progress=progress.update, also=signature)
+    as_json = {**report.to_json(), "signature_checked": arguments.key is not None}
+    print(json.dumps(as_json) if arguments.json else report.format())
+    if arguments.key is not None and not signature and not arguments.json:
+        print(f"signed by a key of {arguments.key}" + ("" if arguments.deep else "; --deep holds the bytes against it"))
     return DONE if report.ok else INCOMPLETE
 
 
 def _verify_arguments(parser: argparse.ArgumentParser) -> None:
     _store_argument(parser)
+    _json_argument(parser)
     parser.add_argument("--deep", action="store_true", help="read every byte and decode every row, not sizes only")
+    parser.add_argument(
+        "--key",
+        type=Path,
+        metavar="SIGNERS",
+        help="see that the store is signed by one of these: a public ssh key, or an allowed-signers file of ssh-keygen",
+    )
 
 
 VERIFY = Command(
     name="verify",
     summary="look for damage in a store",
-    description="Check records, sizes, index and manifest; with --deep also every checksum and every row. Ends with 0 "
-    "when the store is sound, with 3 when it is not.",
-    examples=("potstill verify data/targets", "potstill verify data/targets --deep"),
+    description="Check records, sizes, index and manifest; with --deep also every checksum and every row; with --key "
+    "also the signature. One line for each unit that is damaged. Ends with 0 when the store is sound, else with 3.",
+    examples=(
+        "potstill verify data/targets",
+        "potstill verify data/targets --deep --json",
+        "potstill verify data/targets --deep --key teacher.pub",
+    ),
     add_arguments=_verify_arguments,
     run=_verify,
 )

@@ -47,13 +47,15 @@ from potstill.storage.store.gc import GcReport, collect_garbage
 from potstill.storage.store.held_rows import held_rows, missing_text
 from potstill.storage.store.inspect import format_row
 from potstill.storage.store.reader import StoreReader
-from potstill.storage.store.seal import Manifest, seal_store
+from potstill.storage.store.repair import RepairReport, repair_store
+from potstill.storage.store.seal import Manifest, check_sealed, seal_store
 from potstill.storage.store.self_check import AlignmentReport, check_alignment, check_places, check_student
+from potstill.storage.store.signing import check_key, sign_store, signature_findings
 from potstill.storage.store.spec import RunSpec
 from potstill.storage.store.stats import StoreStats, store_stats
 from potstill.storage.store.status import StoreStatus, store_status
-from potstill.storage.store.verify import VerifyReport, verify_store
-from potstill.storage.store.writer import StoreWriter, check_output, discard_store, discard_unused
+from potstill.storage.store.verify import VerifyReport, rows_to_verify, verify_store
+from potstill.storage.store.writer import StoreWriter, check_output, discard_store, discard_unused, read_spec
 
 __all__ = [
     "COLUMNS",
@@ -85,6 +87,7 @@ __all__ = [
     "MixturePlan",
     "NotAStoreError",
     "ReadFailedError",
+    "RepairReport",
     "Row",
     "RowDataset",
     "RowOrder",
@@ -114,9 +117,11 @@ __all__ = [
     "bound_positions",
     "check_alignment",
     "check_joined",
+    "check_key",
     "check_output",
     "check_places",
     "check_row_alignment",
+    "check_sealed",
     "check_student",
     "collect_garbage",
     "concatenate",
@@ -129,7 +134,12 @@ __all__ = [
     "missing_text",
     "only_rows_field",
     "permute",
+    "read_spec",
+    "repair_store",
+    "rows_to_verify",
     "seal_store",
+    "sign_store",
+    "signature_findings",
     "source_seed",
     "store_stats",
     "store_status",

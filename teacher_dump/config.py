@@ -274,6 +274,7 @@ class WalkConfig(StrictModel):
         default=2, ge=1, le=64, description="Threads that encode and commit beside the forward passes"
     )
     seal: bool = Field(default=True, description="Seal the store when all units are there (one worker only)")
+    fast_seal: bool = Field(default=False, description="Seal without reading the units back (sizes only)")
     force: bool = Field(default=False, description="Delete a store that stands at the output and begin again")
 
     @model_validator(mode="after")

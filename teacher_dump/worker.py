@@ -14,7 +14,16 @@ from numpy.typing import NDArray
 
 from potstill.common.errors import UserError
 from potstill.common.progress import Progress, format_seconds
-from potstill.storage import CommitRecord, KBound, RunSpec, StoreReader, StoreWriter, seal_store
+from potstill.storage import (
+    CommitRecord,
+    CorruptError,
+    KBound,
+    RunSpec,
+    StoreReader,
+    StoreWriter,
+    check_sealed,
+    seal_store,
+)
 from potstill.teacher_dump.batches import TeacherBatch, apart_batch, packed_batch
 from potstill.teacher_dump.config import TeacherConfig, WalkConfig
 from potstill.teacher_dump.identity import check_fits, computing_dtype, describe, load_config, members
@@ -145,8 +154,9 @@ def run_worker(
     writer = StoreWriter.create(config.output, spec, force=config.force, id_frequencies=ranking)
     beside = job.beside(tokens)
     if beside is not None:
+        check_sealed(beside.url)
         _check_beside(writer, beside, config.output)
-    units = writer.todo(worker=place.worker, num_workers=place.num_workers)
+    units = _todo(writer, place)
     log.info(
         "%s: worker %d of %d (%s) has %d units to do",
         job.word,
@@ -171,6 +181,21 @@ def run_worker(
     return _finish(config, job, writer, place, ranks, totals, seconds=time.monotonic() - started)
 
 
+def _todo(writer: StoreWriter, place: WorkerPlace) -> list[int]:
+    """Units of this worker's share without a record. Raises StoreError where a sealed store is damaged.
+
+    Whether it is sealed is asked first: a store that others complete and seal meanwhile has no unit to do then.
+    """
+    sealed = check_sealed(writer.url)
+    units = writer.todo(worker=place.worker, num_workers=place.num_workers)
+    if sealed and units:
+        raise CorruptError(
+            f"{writer.url} is sealed, but {len(units)} of its units have no readable record (first: {units[:5]}); run "
+            f"`potstill repair {writer.url}`, then this command again"
+        )
+    return units
+
+
 def _check_beside(writer: StoreWriter, beside: StoreWriter, output: str) -> None:
     """Raise UserError where the store beside lacks units that are done: no walk would come to them again."""
     undone = set(writer.todo())  # first: a unit that others finish meanwhile is there in the store beside
@@ -178,8 +203,9 @@ def _check_beside(writer: StoreWriter, beside: StoreWriter, output: str) -> None
     if lacking:
         raise UserError(
             f"{beside.url} lacks {len(lacking)} units whose figures stand in {output} (first: {lacking[:5]}): these "
-            "were made with --keep none, or the folder was deleted since. Name another output, or begin again with "
-            "--force"
+            "were made with --keep none, or the folder was deleted or damaged since. `potstill repair "
+            f"{beside.url}` takes these units out of both, to be made again by this command; or name another "
+            "output, or begin again with --force"
         )
 
 
@@ -320,7 +346,7 @@ def _finish(
     bytes_per_token = _bytes_per_token(writer, totals.last_unit, left_out)
     sealed = False
     if config.seal and place.num_workers == ranks.world and num_missing == 0:
-        manifest = seal_store(config.output)
+        manifest = seal_store(config.output, fast=config.fast_seal)
         num_tokens = manifest.num_tokens
         if left_out is not None:
             num_tokens = sum(_tokens_run(writer, record, left_out) for record in writer.committed().values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 
 _RUN_NAME = "run.json"
@@ -11,9 +12,10 @@ _SHOWN = 5
 
 def explain_absence(root: Path) -> str:
     """One line on a local path without a readable run.json: what is there instead, and what to name."""
-    if root.is_file():
+    # These functions of os.path ask without an error where this user may not look; those of Path raise one.
+    if os.path.isfile(root):
         return f"{root} is a file, expected the folder of a store; name the folder that holds {_RUN_NAME}"
-    if root.is_dir():
+    if os.path.isdir(root):
         inside = _stores_in(root)
         if inside:
             return f"{root} is not a store, but these folders in it are: {_listed(inside)}; name one of them"
@@ -22,7 +24,7 @@ def explain_absence(root: Path) -> str:
             "a store is what prepare, dump or score has written (prepare: OUTPUT/train and OUTPUT/heldout)"
         )
     above = root.parent
-    while not above.is_dir() and above != above.parent:
+    while not os.path.isdir(above) and above != above.parent:
         above = above.parent
     # The first part of the path that is wrong, among the names that stand beside it.
     wrong = root.relative_to(above).parts[0]
@@ -39,12 +41,12 @@ def explain_absence(root: Path) -> str:
 
 
 def _stores_in(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in _folders(folder) if (entry / _RUN_NAME).is_file())
+    return sorted(entry.name for entry in _folders(folder) if os.path.isfile(entry / _RUN_NAME))
 
 
 def _folders(folder: Path) -> list[Path]:
     try:
-        return [entry for entry in folder.iterdir() if entry.is_dir()]
+        return [entry for entry in folder.iterdir() if os.path.isdir(entry)]
     except OSError:  # a folder that may not be listed gives no hints; the error stands without them
         return []
 

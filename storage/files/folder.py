@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 SUBFOLDERS = ("units", "failures", "tmp")
+QUARANTINE = "quarantine"  # a further one, where repair puts what it takes out
 URL_SCHEMES = ("s3://", "gs://", "az://", "file://", "memory://")
 StorePath = str | Path
 
@@ -37,6 +38,9 @@ class StoreFolder(Protocol):
     def names(self, prefix: str) -> list[str]:
         """Names of the objects in one subfolder ('' for the top), without the prefix, sorted."""
 
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Bytes of each object that `names` lists, by name; from one listing where the place tells them in it."""
+
     def put(self, name: str, data: bytes | memoryview) -> None:
         """Publish a whole object durably under a name that nobody else writes."""
 
@@ -45,6 +49,12 @@ class StoreFolder(Protocol):
 
     def delete(self, name: str) -> None:
         """Remove an object; a missing one is no error."""
+
+    def move(self, name: str, new_name: str) -> bool:
+        """Give an object, or whatever stands at its place, another name durably; False where nothing stands there.
+
+        `new_name` must be free. Of the two names at least one is there at any moment.
+        """
 
     def remove_if_empty(self) -> None:
         """Remove the folder and its subfolders as far as nothing is in them."""

@@ -71,7 +71,11 @@ class NodeCache:
 
     def _evict(self) -> None:
         """Down to three quarters, so that a full cache is not swept on every put."""
-        entries = sorted(self._entries())
+        try:
+            entries = sorted(self._entries())
+        except OSError as error:
+            logger.warning("node cache %s: could not be listed to make room (%s)", self._folder, error.strerror)
+            return
         self._num_bytes = sum(size for _, size, _ in entries)
         for _, size, path in entries:
             if self._num_bytes <= self._max_bytes * 3 // 4:

@@ -107,11 +107,14 @@ class ObjectFolder:
         return self._reading(name, lambda: int(self._obs().head(self._store(), name)["size"]))
 
     def names(self, prefix: str) -> list[str]:
-        def listing() -> list[str]:
-            found = self._obs().list_with_delimiter(self._store(), prefix=prefix or None)
-            return sorted(str(item["path"]).rsplit("/", 1)[-1] for item in found["objects"])
+        return sorted(self.sizes(prefix))
 
-        return self._reading(f"{prefix}/", listing) or []
+    def sizes(self, prefix: str) -> dict[str, int]:
+        def listing() -> dict[str, int]:
+            found = self._obs().list_with_delimiter(self._store(), prefix=prefix or None)
+            return {str(item["path"]).rsplit("/", 1)[-1]: int(item["size"]) for item in found["objects"]}
+
+        return self._reading(f"{prefix}/", listing) or {}
 
     def put(self, name: str, data: bytes | memoryview) -> None:
         def upload() -> None:
@@ -144,6 +147,19 @@ class ObjectFolder:
                 return
 
         self._writing(name, remove)
+
+    def move(self, name: str, new_name: str) -> bool:
+        def copy() -> bool:
+            try:
+                self._obs().copy(self._store(), name, new_name)
+            except FileNotFoundError:
+                return False
+            return True
+
+        if not self._writing(new_name, copy):
+            return False
+        self.delete(name)
+        return True
 
     def remove_if_empty(self) -> None:
         """An object store has no folders."""

@@ -79,7 +79,7 @@ class LocalFolder:
         nearest = self.root
         while not os.path.lexists(nearest):
             nearest = nearest.parent
-        if not nearest.is_dir():
+        if not os.path.isdir(nearest):
             raise WriteFailedError(f"{self.url}: {nearest} is a file, expected a folder; name another path")
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise WriteFailedError(f"{self.url}: {nearest} may not be written by this user; name another path")
@@ -130,14 +130,28 @@ class LocalFolder:
             return os.stat(self.root / name).st_size
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            raise ReadFailedError(f"{self.url}/{name}: cannot be looked at ({error.strerror})") from error
 
     def names(self, prefix: str) -> list[str]:
+        return sorted(entry.name for entry in self._files(prefix))
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        sizes = (
+            (entry.name, self.size(f"{prefix}/{entry.name}" if prefix else entry.name)) for entry in self._files(prefix)
+        )
+        return {name: size for name, size in sizes if size is not None}  # None: removed since it was listed
+
+    def _files(self, prefix: str) -> list[os.DirEntry[str]]:
         try:
-            return sorted(e.name for e in os.scandir(self.root / prefix) if e.is_file(follow_symlinks=False))
+            with os.scandir(self.root / prefix) as entries:
+                return [entry for entry in entries if entry.is_file(follow_symlinks=False)]
         except FileNotFoundError:
             return []
         except NotADirectoryError:
             raise NotAStoreError(f"{self.url}/{prefix} is not a folder") from None
+        except OSError as error:
+            raise ReadFailedError(f"{self.url}/{prefix}: cannot be listed ({error.strerror})") from error
 
     def put(self, name: str, data: bytes | memoryview) -> None:
         with writing(f"{self.url}/{name}"):
@@ -166,6 +180,19 @@ class LocalFolder:
         with writing(f"{self.url}/{name}"), contextlib.suppress(FileNotFoundError):
             os.unlink(self.root / name)
 
+    def move(self, name: str, new_name: str) -> bool:
+        source, target = self.root / name, self.root / new_name
+        with writing(f"{self.url}/{new_name}"):
+            target.parent.mkdir(exist_ok=True)
+            self._sync_folder(self.root)
+            try:
+                os.rename(source, target)
+            except FileNotFoundError:
+                return False
+            self._sync_folder(target.parent)
+            self._sync_folder(source.parent)
+        return True
+
     def remove_if_empty(self) -> None:
         for folder in (*(self.root / name for name in SUBFOLDERS), self.root):
             with contextlib.suppress(OSError):  # not empty, or not there
@@ -174,8 +201,11 @@ class LocalFolder:
     def map(self, name: str, size: int) -> memoryview | None:
         if size == 0:
             return memoryview(b"")
-        with open(self.root / name, "rb") as file:
-            return memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ))
+        try:
+            with open(self.root / name, "rb") as file:
+                return memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ))
+        except (OSError, ValueError) as error:
+            raise ReadFailedError(f"{self.url}/{name}: cannot be mapped ({error})") from error
 
     def _tmp_path(self) -> Path:
         return self.root / "tmp" / f"{os.getpid():x}-{secrets.token_hex(8)}"

@@ -32,6 +32,7 @@ from potstill.storage.rows.vocabulary import DRAWS_NEED_ALL, VocabularyMap
 from potstill.storage.store.index import PartialIndex, RowIndex, StatColumns, build_columns
 from potstill.storage.store.seal import Manifest, load_manifest, open_index, store_digest
 from potstill.storage.store.spec import RunSpec
+from potstill.storage.store.who_may_write import warn_of_writers
 from potstill.storage.store.writer import load_id_map, load_spec
 
 logger = logging.getLogger(__name__)
@@ -92,6 +93,7 @@ class StoreReader:
             manifest.num_tokens,
         )
         self._index = open_index(self._folder, manifest, self._spec)
+        warn_of_writers(self._folder, self._files, index=manifest.index_file)
 
     def _open_partial(self, num_units: int | None) -> None:
         records = committed_records(self._folder, self._spec)
@@ -284,7 +286,7 @@ class StoreReader:
                     return DecodedBatch(data, spec=self._spec, where=where)
                 problem: StoreError = CorruptError(
                     f"{where}: record batch at {int(entry['offset'])} does not fit its crc32; "
-                    "restore the file from a copy (`potstill verify --deep` lists all that is damaged)"
+                    f"restore the file from a copy, or run `potstill repair {self.url}`, to make it again"
                 )
             except GaveUpError:
                 raise

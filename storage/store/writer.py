@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 RUN_NAME = "run.json"
 MAX_RUN_BYTES = 16 << 20
-_OWN_TOP_NAMES = re.compile(r"run\.json|manifest\.json|index(-[0-9a-f]{12})?\.arrow|id_map\.u32")
+_OWN_TOP_NAMES = re.compile(r"run\.json|manifest\.json(\.sig)?|index(-[0-9a-f]{12})?\.arrow|id_map\.u32")
 
 
 def load_spec(folder: StoreFolder) -> RunSpec:
@@ -52,6 +52,11 @@ def load_spec(folder: StoreFolder) -> RunSpec:
     if value is None:
         raise NotAStoreError(folder.explain_absence())
     return RunSpec.from_json(value, where=f"{folder.url}/{RUN_NAME}")
+
+
+def read_spec(path: StorePath) -> RunSpec:
+    """What run.json of the store at `path` says; NotAStoreError when there is none, CorruptError when it is damaged."""
+    return load_spec(open_folder(path))
 
 
 def load_id_map(folder: StoreFolder, spec: RunSpec) -> IdMap | None:
@@ -98,6 +103,7 @@ class StoreWriter:
             _refuse_other_kind(folder, spec)
             delete_store(folder)
         _refuse_foreign(folder)
+        _refuse_other_units(folder, spec)
         folder.prepare()
         if id_map is not None and folder.read(ID_MAP_NAME, max_bytes=4 * spec.vocab_size) is None:
             folder.create(ID_MAP_NAME, id_map.to_bytes())
@@ -282,6 +288,32 @@ def _refuse_other_kind(folder: StoreFolder, spec: RunSpec) -> None:
         return  # nothing there, or nothing that anybody can read
     if found.kind != spec.kind:
         require_same(found, spec, where=f"{folder.url}/{RUN_NAME}")
+
+
+def fingerprint_of_records(folder: StoreFolder) -> str | None:
+    """The run that the first readable record in `folder` names, None where there is no such record."""
+    for unit, generations in list_records(folder).items():
+        for generation in range(generations):
+            try:
+                value = read_checked(folder, f"units/{record_name(unit, generation)}", max_bytes=MAX_RECORD_BYTES)
+            except StoreError as error:
+                logger.warning("unit %d tells no run: %s", unit, error)
+                continue
+            if value is not None and isinstance(value.get("fingerprint"), str):
+                return str(value["fingerprint"])
+    return None
+
+
+def _refuse_other_units(folder: StoreFolder, spec: RunSpec) -> None:
+    """Where repair has taken a damaged run.json out, only the same run may write it anew: the units are its own."""
+    if folder.read(RUN_NAME, max_bytes=MAX_RUN_BYTES) is not None:
+        return
+    found = fingerprint_of_records(folder)
+    if found is not None and found != spec.fingerprint:
+        raise MismatchError(
+            f"{folder.url}: there is no run.json, and the units are of the run {found}, this is {spec.fingerprint}; "
+            "use the options that the store was written with, another output, or delete the folder"
+        )
 
 
 def _refuse_foreign(folder: StoreFolder) -> None:

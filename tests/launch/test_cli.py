@@ -61,7 +61,7 @@ def test_the_table_holds_every_command_that_is_promised() -> None:
     promised = (
         "plan prepare dump score rollout seal status verify inspect stats gc presets train eval report export demo"
     )
-    promised += " completion import prune"
+    promised += " completion import prune repair"
     assert sorted(NAMES) == sorted(promised.split())
 
 

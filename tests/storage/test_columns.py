@@ -154,8 +154,9 @@ def test_it_is_stored_and_verified(stores: Stores, monkeypatch: pytest.MonkeyPat
     assert list(sizes)[-4:] == ["margin0", "margin1", "summary", "mark"] and all(sizes.values())
     # Its rule is checked again on what was read back.
     monkeypatch.setitem(COLUMNS, "margin", replace(MARGIN, check=refuse_all))
-    problems = verify_store(stores.path, deep=True).problems
-    assert len(problems) == NUM_ROWS and all("margin: refused" in problem for problem in problems)
+    findings = verify_store(stores.path, deep=True).findings
+    assert sum(last - first + 1 for found in findings for first, last in found.rows) == NUM_ROWS
+    assert all("margin: refused" in found.text for found in findings)
 
 
 def refuse_all(values: Array, name: str, found: Examined) -> None:

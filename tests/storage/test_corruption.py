@@ -168,7 +168,7 @@ def test_missing_renamed_and_swapped_units(original, store):
     first.write_bytes(data[0])
     second.write_bytes(data[1])
     third.unlink()
-    assert any("None bytes" in problem for problem in verify_store(store, deep=False).problems)
+    assert any("is missing" in problem for problem in verify_store(store, deep=False).problems)
 
 
 def test_unit_with_valid_checksums_but_other_rows_is_refused(original, store, tmp_path):

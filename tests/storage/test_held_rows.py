@@ -137,4 +137,4 @@ def test_what_does_not_fit_is_refused_by_writer_and_verify(tmp_path: Path, store
         patch.setattr(row_checks, "check_held_row", lambda stats, num_entries: None)
         write(tmp_path / "e", spec, rows)
     problems = verify_store(tmp_path / "e", deep=True).problems
-    assert len(problems) == 2 and "rows held make" in problems[0]
+    assert len(problems) == 2 and "rows held make" in problems[1]
