@@ -7,8 +7,8 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from potstill.common.errors import FORESEEN_ERRORS
-from potstill.common.exit_codes import DONE, ERROR, INTERRUPTED
+from potstill.common.errors import FORESEEN_ERRORS, PreemptedError
+from potstill.common.exit_codes import DONE, ERROR, INTERRUPTED, PREEMPTED
 
 
 def run_command(work: Callable[[], int], *, program: str, show_traceback: bool) -> int:
@@ -26,6 +26,9 @@ def run_command(work: Callable[[], int], *, program: str, show_traceback: bool) 
     except KeyboardInterrupt:
         print(f"{program}: interrupted; the same command continues from here", file=sys.stderr)
         return INTERRUPTED
+    except PreemptedError as error:
+        print(f"{program}: {text_of(error)}", file=sys.stderr)
+        return PREEMPTED
     except FORESEEN_ERRORS as error:
         if show_traceback:
             traceback.print_exc()

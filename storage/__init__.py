@@ -6,9 +6,11 @@ The format is described in docs/format.md; this facade is the only thing other r
 from potstill.storage.errors import (
     CorruptError,
     GaveUpError,
+    HungReadError,
     MismatchError,
     NotAStoreError,
     ReadFailedError,
+    StoppedReadError,
     StoreError,
     StoreExistsError,
     UnsealedError,
@@ -17,6 +19,7 @@ from potstill.storage.errors import (
 )
 from potstill.storage.files.commit import CommitRecord
 from potstill.storage.files.folder import StorePath
+from potstill.storage.files.waiting import give_up_reads, stuck_read
 from potstill.storage.loading.joining import JoinedRow, RowDataset, RowSample, check_joined
 from potstill.storage.loading.loader import LoadedBatch, Loader
 from potstill.storage.loading.mixture import (
@@ -70,6 +73,7 @@ __all__ = [
     "EpochPlan",
     "GaveUpError",
     "GcReport",
+    "HungReadError",
     "IdMap",
     "JoinedRow",
     "KBound",
@@ -93,6 +97,7 @@ __all__ = [
     "Source",
     "SourceRows",
     "SparseTargets",
+    "StoppedReadError",
     "StoreError",
     "StoreExistsError",
     "StorePath",
@@ -120,6 +125,7 @@ __all__ = [
     "discard_unused",
     "dropped_mass",
     "format_row",
+    "give_up_reads",
     "held_mask",
     "held_rows",
     "missing_text",
@@ -129,6 +135,7 @@ __all__ = [
     "source_seed",
     "store_stats",
     "store_status",
+    "stuck_read",
     "token_digest",
     "verify_store",
     "whole_weights",

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from potstill.storage.errors import CorruptError, StoreError, UnsealedError
+from potstill.storage.errors import CorruptError, StoreError, TornError, UnsealedError
 from potstill.storage.files.checked_json import dump_checked, get_int, get_list, get_text, read_checked
 from potstill.storage.files.commit import CommitRecord, committed_records, read_record, record_name
 from potstill.storage.files.folder import StoreFolder, StorePath
@@ -82,7 +82,11 @@ def seal_store(path: StorePath) -> Manifest:
     """Seal a complete store, or return the manifest it has; UnsealedError names the units that are missing."""
     folder = open_folder(path)
     spec = load_spec(folder)
-    manifest = load_manifest(folder, spec)
+    try:
+        manifest = load_manifest(folder, spec)
+    except TornError as error:
+        logger.warning("%s; the store is sealed again", error)
+        manifest = None
     if manifest is not None:
         return manifest
     records = committed_records(folder, spec)
@@ -111,7 +115,7 @@ def seal_store(path: StorePath) -> Manifest:
         index_sha256=sha256,
         index_blocks=tuple(blocks),
     )
-    if folder.create(MANIFEST_NAME, manifest.to_bytes()):
+    if folder.create(MANIFEST_NAME, manifest.to_bytes()) or folder.replace_torn(MANIFEST_NAME, manifest.to_bytes()):
         logger.info("sealed %s: %d rows, %d tokens", folder.url, manifest.num_rows, manifest.num_tokens)
     found_manifest = load_manifest(folder, spec)
     if found_manifest is None:
