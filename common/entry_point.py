@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 from potstill.common.errors import FORESEEN_ERRORS, PreemptedError
 from potstill.common.exit_codes import DONE, ERROR, INTERRUPTED, PREEMPTED
@@ -14,7 +15,8 @@ from potstill.common.exit_codes import DONE, ERROR, INTERRUPTED, PREEMPTED
 def run_command(work: Callable[[], int], *, program: str, show_traceback: bool) -> int:
     """Do `work` and return its exit code, or that of what ended it; `program` begins each message on standard error.
 
-    A traceback is shown of a defect always, of an error that a person can correct with `show_traceback` only.
+    A traceback is shown of a defect always, of an error that a person can correct with `show_traceback` only. After a
+    PreemptedError it does not return: the process ends.
     """
     try:
         code = work()
@@ -28,7 +30,7 @@ def run_command(work: Callable[[], int], *, program: str, show_traceback: bool) 
         return INTERRUPTED
     except PreemptedError as error:
         print(f"{program}: {text_of(error)}", file=sys.stderr)
-        return PREEMPTED
+        leave(PREEMPTED)
     except FORESEEN_ERRORS as error:
         if show_traceback:
             traceback.print_exc()
@@ -40,6 +42,13 @@ def run_command(work: Callable[[], int], *, program: str, show_traceback: bool) 
         print(f"{program}: error: {found}; this is a defect of potstill, please report it", file=sys.stderr)
         return ERROR
     return code
+
+
+def leave(code: int) -> NoReturn:
+    """End this process here: who asked by a signal waits for nothing that hangs, nor for the libraries' own ends."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def text_of(error: BaseException) -> str:

@@ -19,6 +19,7 @@ from potstill.storage.errors import (
 )
 from potstill.storage.files.commit import CommitRecord
 from potstill.storage.files.folder import StorePath
+from potstill.storage.files.prefetch import Prefetcher
 from potstill.storage.files.waiting import give_up_reads, stuck_read
 from potstill.storage.loading.joining import JoinedRow, RowDataset, RowSample, check_joined
 from potstill.storage.loading.loader import LoadedBatch, Loader
@@ -85,6 +86,7 @@ __all__ = [
     "Mixture",
     "MixturePlan",
     "NotAStoreError",
+    "Prefetcher",
     "ReadFailedError",
     "Row",
     "RowDataset",

@@ -91,7 +91,7 @@ class Prefetcher(Generic[T]):
         return len(self._pending)
 
     def take(self) -> T:
-        """Wait for the oldest task; raises its error here, in the consumer.
+        """Wait for the oldest task; raises its error here, in the consumer. The next call is for the next task.
 
         Raises HungReadError, or StoppedReadError after a signal, where a read of the threads does not come back.
         """
@@ -100,9 +100,10 @@ class Prefetcher(Generic[T]):
         task = self._pending[0]
         while not task.done.wait(POLL_SECONDS):
             check_waits(self._idents)
+        if self._pending:  # none where it was closed meanwhile
+            self._pending.popleft()
         if task.error is not None:
             raise task.error
-        self._pending.popleft()
         return task.value  # type: ignore[return-value]  # done without error means value is set
 
     def close(self) -> None:

@@ -31,11 +31,11 @@ STUCK_SECONDS = 1.0
 class Wait:
     """One call under way; its clock starts again with `moved`, so that a long read of many pieces is no hang."""
 
-    __slots__ = ("is_told", "since", "thread", "what")
+    __slots__ = ("is_told", "pid", "since", "thread", "what")
 
     def __init__(self, what: str) -> None:
         self.what, self.since, self.is_told = what, time.monotonic(), False
-        self.thread = threading.get_ident()
+        self.thread, self.pid = threading.get_ident(), os.getpid()
 
     def moved(self) -> None:
         """Say that the call has got on."""
@@ -99,7 +99,8 @@ def check_waits(threads: Collection[int]) -> None:
 
 def stuck_read(*, threads: Collection[int] | None = None) -> Wait | None:
     """A call, of these threads or of any, of which nothing has come for STUCK_SECONDS; None where there is none."""
-    found = (w for w in tuple(_under_way.values()) if threads is None or w.thread in threads)
+    own = os.getpid()  # a fork has a copy of what was under way in its parent
+    found = (w for w in tuple(_under_way.values()) if w.pid == own and (threads is None or w.thread in threads))
     return next((wait for wait in found if wait.seconds() > STUCK_SECONDS), None)
 
 

@@ -44,16 +44,19 @@ class HangingMount:
         self._gate.unlink(missing_ok=True)
 
     @contextmanager
-    def process(self, arguments: list[str], mark: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
-        """`python ARGUMENTS` under the library, killed at the end; its log is what it writes to standard error."""
+    def process(
+        self, arguments: list[str], mark: str, *, log: Path | None = None, **environment: str
+    ) -> Iterator[subprocess.Popen[str]]:
+        """`python ARGUMENTS` under the library, killed at the end; its output and errors come by pipes, or in `log`."""
         paths = os.pathsep.join([str(ROOT), str(ROOT / "src")])
         added = {"LD_PRELOAD": str(self._library), "HANG_PATH": mark, "HANG_WHILE": str(self._gate)}
+        sink = subprocess.PIPE if log is None else log.open("w")
         process = subprocess.Popen(
             [sys.executable, *arguments],
             env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **added, **environment},
             cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdout=sink,
+            stderr=sink,
             text=True,
         )
         try:
@@ -61,6 +64,6 @@ class HangingMount:
         finally:
             process.kill()
             process.wait()
-            for stream in (process.stdout, process.stderr):
-                if stream is not None:
+            for stream in (process.stdout, process.stderr, sink):
+                if stream is not None and not isinstance(stream, int):
                     stream.close()
