@@ -24,7 +24,7 @@ from potstill.storage.files.ipc_layout import parse_batch, parse_footer
 
 # A row in global order costs one block read, so blocks are small; the manifest says what a store has.
 ROWS_PER_BLOCK = 1024
-CACHE_BYTES = 64 << 20  # of blocks that are kept; a store of 1.6 million rows without statistics fits
+CACHE_BYTES = 128 << 20  # of blocks that are kept; the index of 4 million rows without statistics fits
 COLUMN_READ_BYTES = 4 << 20  # one read on the way through a whole column
 COLUMNS = (
     ("unit", "<u4"),
