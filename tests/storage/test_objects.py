@@ -14,14 +14,17 @@ server_module = pytest.importorskip("moto.server")
 from potstill.storage import (  # noqa: E402
     CorruptError,
     EpochPlan,
+    HungReadError,
     Loader,
     MismatchError,
     ReadFailedError,
+    StoppedReadError,
     StoreError,
     StoreReader,
     StoreWriter,
     WriteFailedError,
     collect_garbage,
+    give_up_reads,
     seal_store,
     store_status,
     verify_store,
@@ -291,3 +294,20 @@ def test_memory_and_file_urls_follow_the_protocol(tmp_path):
     folder = open_folder(f"file://{tmp_path}")
     assert folder.create("units/a", b"1") and not folder.create("units/a", b"2")
     assert folder.read("units/a", max_bytes=5) == b"1" and folder.names("units") == ["a"] and folder.size("b") is None
+
+
+def test_a_server_that_does_not_answer_is_named_and_given_up(s3, remote, monkeypatch):
+    """The client waits in code of its own: the bound, and a signal that asks to stop, hold all the same."""
+    reader = StoreReader(remote[0])
+    s3.fault = fail_first("stall", 100)
+    monkeypatch.setenv("POTSTILL_READ_LIMIT_SECONDS", "0.2")
+    with pytest.raises(HungReadError, match=r"s3://bucket/a run/tokens/units/u0.*: a read has not come back for 0 s"):
+        reader.row(3)
+    monkeypatch.delenv("POTSTILL_READ_LIMIT_SECONDS")
+    monkeypatch.setattr("potstill.storage.files.waiting.STUCK_SECONDS", 0.2)
+    give_up_reads("SIGTERM")
+    try:
+        with pytest.raises(StoppedReadError, match="stopped by SIGTERM while a read of s3://bucket/a run/tokens"):
+            StoreReader(remote[0])
+    finally:
+        give_up_reads(None)
