@@ -114,17 +114,17 @@ def _check(wait: Wait) -> None:
     seconds, limit = wait.seconds(), seconds_of(LIMIT_VARIABLE)
     if seconds > limit:
         raise HungReadError(
-            f"{wait.what}: a read has not come back for {seconds:.0f} s, at most {limit:.0f} are waited for "
+            f"{wait.what}: a read has not come back for {seconds:.3g} s, at most {limit:.3g} are waited for "
             f"({LIMIT_VARIABLE}); see that the file system or the server answers, then run the same command again"
         )
     if _stop_reason is not None and seconds > STUCK_SECONDS:
         raise StoppedReadError(
-            f"stopped by {_stop_reason} while a read of {wait.what} had not come back for {seconds:.1f} s; "
+            f"stopped by {_stop_reason} while a read of {wait.what} had not come back for {seconds:.3g} s; "
             "the same command continues from what is saved"
         )
     if seconds > seconds_of(WARN_VARIABLE) and not wait.is_told:
         wait.is_told = True
-        text = "%s: a read has not come back for %.0f s; it is given up after %.0f s"
+        text = "%s: a read has not come back for %.3g s; it is given up after %.3g s"
         logger.warning(text, wait.what, seconds, limit)
 
 

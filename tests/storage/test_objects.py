@@ -299,9 +299,9 @@ def test_memory_and_file_urls_follow_the_protocol(tmp_path):
 def test_a_server_that_does_not_answer_is_named_and_given_up(s3, remote, monkeypatch):
     """The client waits in code of its own: the bound, and a signal that asks to stop, hold all the same."""
     reader = StoreReader(remote[0])
-    s3.fault = fail_first("stall", 100)
+    s3.fault, s3.stall_seconds = fail_first("stall", 100), 0.6
     monkeypatch.setenv("POTSTILL_READ_LIMIT_SECONDS", "0.2")
-    with pytest.raises(HungReadError, match=r"s3://bucket/a run/tokens/units/u0.*: a read has not come back for 0 s"):
+    with pytest.raises(HungReadError, match=r"s3://bucket/a run/tokens/.*: a read has not come back for 0\.\d"):
         reader.row(3)
     monkeypatch.delenv("POTSTILL_READ_LIMIT_SECONDS")
     monkeypatch.setattr("potstill.storage.files.waiting.STUCK_SECONDS", 0.2)
