@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.ipc as ipc
 
-from potstill.storage.errors import CorruptError, StoreError
+from potstill.storage.errors import CorruptError, HungReadError, StoreError
 from potstill.storage.files.commit import CommitRecord, committed_records
 from potstill.storage.files.folder import StoreFolder, StorePath
 from potstill.storage.files.ipc_layout import parse_footer
@@ -151,6 +151,8 @@ def _check_rows(path: StorePath, manifest: Manifest | None, progress: Progress |
     for row in range(reader.num_rows):
         try:
             _check_content(reader.row(row), reader.spec, where=f"{reader.url}: row {row}")
+        except HungReadError:  # every other row would be waited for as long
+            raise
         except StoreError as error:
             problems.append(str(error))
         if progress is not None:

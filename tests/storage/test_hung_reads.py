@@ -66,6 +66,18 @@ def answering(mount):
     give_up_reads(None)
 
 
+@pytest.fixture
+def hung():
+    """Work that hangs until the test is over, and leaves nothing under way for the next one."""
+    release = threading.Event()
+    yield lambda wait: release.wait(20)
+    release.set()
+    deadline = time.monotonic() + 10
+    while waiting._under_way:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def wait_for_line(stream, text):
     seen = []
     while line := stream.readline():
@@ -121,15 +133,16 @@ def test_verify_obeys_signals_while_it_waits_for_a_hung_file(mount, store, call,
     assert "Traceback" not in log
 
 
-def test_verify_ends_by_itself_and_names_the_file(mount, store):
+@pytest.mark.parametrize(("mark", "words"), [("run.json", ()), (".arrow", ("--deep",))], ids=["run.json", "a unit"])
+def test_verify_ends_by_itself_and_names_the_file(mount, store, mark, words):
     mount.hang()
     bounds = {"POTSTILL_READ_LIMIT_SECONDS": "0.5"}
-    with mount.process(["-m", "potstill.launch", "verify", store], "tokens/run.json", **bounds) as process:
+    with mount.process(["-m", "potstill.launch", "verify", store, *words], mark, **bounds) as process:
         _, log = process.communicate(timeout=20)
-    assert process.returncode == 1 and f"potstill verify: error: {store}/run.json: a read has not come back" in log
+    assert process.returncode == 1 and re.search(rf"potstill verify: error: {store}/.*{mark}: a read has not come", log)
 
 
-def test_a_read_that_gets_on_is_not_given_up(monkeypatch):
+def test_a_read_that_gets_on_is_not_given_up(monkeypatch, hung):
     monkeypatch.setenv("POTSTILL_READ_LIMIT_SECONDS", "0.4")
 
     def slowly(wait):
@@ -140,7 +153,7 @@ def test_a_read_that_gets_on_is_not_given_up(monkeypatch):
 
     assert waiting_for("a large file", slowly) == "all"
     with pytest.raises(HungReadError, match=r"a file: a read has not come back for 0\.\d+ s, at most 0\.4 are waited"):
-        waiting_for("a file", lambda wait: time.sleep(1))
+        waiting_for("a file", hung)
 
 
 def test_errors_and_results_come_from_the_thread_that_made_the_call():
@@ -177,26 +190,24 @@ def test_helpers_end_with_the_threads_they_work_for_and_a_fork_has_its_own():
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
-def test_a_stop_waits_for_reads_that_are_only_slow(monkeypatch):
+def test_a_stop_waits_for_reads_that_are_only_slow(monkeypatch, hung):
     monkeypatch.setattr(waiting, "STUCK_SECONDS", 0.5)
     give_up_reads("SIGTERM")
     assert waiting_for("a file", lambda wait: time.sleep(0.2) or "there") == "there"
     with pytest.raises(StoppedReadError, match=r"stopped by SIGTERM while a read of a file had not come back for 0\."):
-        waiting_for("a file", lambda wait: time.sleep(2))
+        waiting_for("a file", hung)
     give_up_reads(None)
     assert stuck_read() is not None and stuck_read(threads=set()) is None
 
 
-def test_closing_does_not_wait_for_a_stuck_thread(monkeypatch):
+def test_closing_does_not_wait_for_a_stuck_thread(monkeypatch, hung):
     monkeypatch.setattr(waiting, "STUCK_SECONDS", 0.05)
-    release = threading.Event()
     prefetcher = Prefetcher(num_threads=1, name="stuck")
-    prefetcher.submit([lambda: waiting_for("a file", lambda wait: release.wait(20))], lambda found: found)
+    prefetcher.submit([lambda: waiting_for("a file", hung)], lambda found: found)
     time.sleep(0.2)
     started = time.monotonic()
     prefetcher.close()
     assert time.monotonic() - started < 0.5
-    release.set()
 
 
 def test_parallel_reads_come_in_order_and_the_first_error_is_raised():
