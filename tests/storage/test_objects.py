@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 import urllib.request
 
 import pytest
@@ -29,7 +30,7 @@ from potstill.storage import (  # noqa: E402
     store_status,
     verify_store,
 )
-from potstill.storage.files import object_paths  # noqa: E402
+from potstill.storage.files import object_paths, waiting  # noqa: E402
 from potstill.storage.files.paths import open_folder  # noqa: E402
 from tests.storage.fault_proxy import FaultProxy  # noqa: E402
 from tests.storage.stores import (  # noqa: E402
@@ -304,10 +305,14 @@ def test_a_server_that_does_not_answer_is_named_and_given_up(s3, remote, monkeyp
     with pytest.raises(HungReadError, match=r"s3://bucket/a run/tokens/.*: a read has not come back for 0\.\d"):
         reader.row(3)
     monkeypatch.delenv("POTSTILL_READ_LIMIT_SECONDS")
-    monkeypatch.setattr("potstill.storage.files.waiting.STUCK_SECONDS", 0.2)
+    monkeypatch.setattr(waiting, "STUCK_SECONDS", 0.2)
     give_up_reads("SIGTERM")
     try:
         with pytest.raises(StoppedReadError, match="stopped by SIGTERM while a read of s3://bucket/a run/tokens"):
             StoreReader(remote[0])
     finally:
         give_up_reads(None)
+    deadline = time.monotonic() + 20
+    while waiting._under_way:  # nothing of it is left for the next test
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
