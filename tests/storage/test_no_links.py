@@ -24,6 +24,7 @@ from potstill.storage import (
     seal_store,
     verify_store,
 )
+from potstill.storage.files import durable
 from potstill.storage.files.checked_json import dump_checked, is_torn
 from potstill.storage.files.commit import record_name
 from potstill.storage.files.durable import publish_by_claim
@@ -210,6 +211,22 @@ def test_exactly_one_of_many_writers_wins_without_links(tmp_path, torn):
         winners |= set(won)
         assert not [item for item in (folder / "tmp").rglob("*") if item.is_file()]
     assert winners
+
+
+def test_a_claim_that_comes_after_its_file_is_not_published(tmp_path, monkeypatch):
+    """Between two looks of a writer the file is published, its claim swept, and a third writer has made a new claim."""
+    final, claim, real = tmp_path / "final.json", tmp_path / f"{durable.CLAIM}final.json", durable._read
+
+    def read(path, max_bytes):
+        if path.parent == claim and not final.exists():
+            final.write_bytes(content_of(0))
+            claim.mkdir()
+            path.write_bytes(content_of(1))
+        return real(path, max_bytes)
+
+    monkeypatch.setattr(durable, "_read", read)
+    assert not publish_by_claim(final, content_of(2), spare=tmp_path)
+    assert final.read_bytes() == content_of(0) and not claim.exists()
 
 
 @pytest.mark.parametrize("content", ["empty", "half", "zeros", "without its end"])
