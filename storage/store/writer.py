@@ -32,6 +32,7 @@ from potstill.storage.files.commit import (
     read_record,
     record_name,
 )
+from potstill.storage.files.durable import CLAIM
 from potstill.storage.files.folder import SUBFOLDERS, StoreFolder, StorePath
 from potstill.storage.files.paths import open_folder
 from potstill.storage.files.unit_file import encode_unit
@@ -273,7 +274,10 @@ def discard_store(path: StorePath, *, kind: str, writer: str) -> None:
 
 
 def delete_store(folder: StoreFolder) -> None:
-    """Delete the files of a store, run.json last; does nothing when there is no run.json."""
+    """Delete the files of a store, run.json last; without a run.json only what a killed writer has claimed."""
+    for item in folder.names("tmp"):
+        if item.startswith(CLAIM):  # it would be published by the next one
+            folder.delete(f"tmp/{item}")
     if folder.read(RUN_NAME, max_bytes=MAX_RUN_BYTES) is None:
         return
     logger.warning("deleting the store %s", folder.url)

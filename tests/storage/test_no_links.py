@@ -229,6 +229,20 @@ def test_a_claim_that_comes_after_its_file_is_not_published(tmp_path, monkeypatc
     assert final.read_bytes() == content_of(0) and not claim.exists()
 
 
+def test_force_does_away_with_the_claim_of_a_killed_run_too(tokens, tmp_path, monkeypatch):
+    monkeypatch.setattr(LocalFolder, "_link", lambda self, tmp, final, data: None)
+    first, other = (targets_spec(NUM_ROWS, tokens.digest, vocab_size=size) for size in (1000, 2000))
+    claim = tmp_path / "d" / "tmp" / f"{durable.CLAIM}run.json"
+    claim.mkdir(parents=True)
+    (claim / "whole").write_bytes(dump_checked(first.to_json()))
+    with pytest.raises(StoreError, match="vocab_size is 1000 in the store, 2000 is wanted now"):
+        StoreWriter.create(tmp_path / "d", other)
+    (tmp_path / "d" / "run.json").unlink()
+    claim.mkdir()
+    (claim / "whole").write_bytes(dump_checked(first.to_json()))
+    assert StoreWriter.create(tmp_path / "d", other, force=True).spec == other
+
+
 @pytest.mark.parametrize("content", ["empty", "half", "zeros", "without its end"])
 def test_a_run_json_that_was_never_finished_is_replaced(tokens, wanted, tmp_path, content):
     dump(tokens, tmp_path / "whole")
