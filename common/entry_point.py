@@ -6,16 +6,18 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 from potstill.common.disk_room import is_no_room, no_room_text
-from potstill.common.errors import FORESEEN_ERRORS, UserError
-from potstill.common.exit_codes import DONE, ERROR, INTERRUPTED
+from potstill.common.errors import FORESEEN_ERRORS, PreemptedError, UserError
+from potstill.common.exit_codes import DONE, ERROR, INTERRUPTED, PREEMPTED
 
 
 def run_command(work: Callable[[], int], *, program: str, show_traceback: bool) -> int:
     """Do `work` and return its exit code, or that of what ended it; `program` begins each message on standard error.
 
-    A traceback is shown of a defect always, of an error that a person can correct with `show_traceback` only.
+    A traceback is shown of a defect always, of an error that a person can correct with `show_traceback` only. After a
+    PreemptedError it does not return: the process ends.
     """
     try:
         code = work()
@@ -27,6 +29,9 @@ def run_command(work: Callable[[], int], *, program: str, show_traceback: bool) 
     except KeyboardInterrupt:
         print(f"{program}: interrupted; the same command continues from here", file=sys.stderr)
         return INTERRUPTED
+    except PreemptedError as error:
+        print(f"{program}: {text_of(error)}", file=sys.stderr)
+        leave(PREEMPTED)
     except FORESEEN_ERRORS as error:
         if show_traceback:
             traceback.print_exc()
@@ -43,6 +48,13 @@ def run_command(work: Callable[[], int], *, program: str, show_traceback: bool) 
         print(f"{program}: error: {found}", file=sys.stderr)
         return ERROR
     return code
+
+
+def leave(code: int) -> NoReturn:
+    """End this process here: who asked by a signal waits for nothing that hangs, nor for the libraries' own ends."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def text_of(error: BaseException) -> str:

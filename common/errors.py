@@ -13,5 +13,9 @@ class ConfigError(UserError):
     """A configuration file or an override cannot be used."""
 
 
+class PreemptedError(UserError):
+    """A signal ended the work before its end, at a place where it could not go on; the same command continues."""
+
+
 # What the person at the terminal can act on: no space and no permission among it.
 FORESEEN_ERRORS = (UserError, OSError)

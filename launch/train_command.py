@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from potstill.common.config import dump_config
-from potstill.common.errors import ConfigError
+from potstill.common.errors import ConfigError, PreemptedError
 from potstill.common.exit_codes import DONE, ERROR, INTERRUPTED, PREEMPTED
 from potstill.common.noise import noise_to
 from potstill.common.options import read_config
@@ -160,7 +160,7 @@ def _one_of_many(config: TrainConfig, *, as_json: bool) -> int:
 
 def _on_ranks(config: TrainConfig, num_ranks: int, scratch: Path, log_file: Path, *, as_json: bool) -> int:
     """Start the ranks with exactly the configuration that was checked, and judge how they ended."""
-    from potstill.student_train.run.rank_report import FOLDER_VARIABLE, LOG_VARIABLE, read_summary
+    from potstill.student_train.run.rank_report import FOLDER_VARIABLE, LOG_VARIABLE, read_errors, read_summary
     from potstill.student_train.run.run_folder import read_done
 
     checked = scratch / "config.yaml"
@@ -180,6 +180,9 @@ def _on_ranks(config: TrainConfig, num_ranks: int, scratch: Path, log_file: Path
         name = signal.Signals(end.signals[0]).name
         print(f"potstill train: stopped by {name} before the first step; the same command starts it", file=sys.stderr)
         return INTERRUPTED if end.signals[0] == signal.SIGINT else PREEMPTED
+    if end.signals and (preempted := [error for error in read_errors(scratch) if error.preempted]):
+        # The other ranks, which waited for this one, only say that they have lost it.
+        raise PreemptedError(preempted[0].text)
     print(f"potstill train: error: {_what_failed(end, scratch)}; log: {log_file}", file=sys.stderr)
     return ERROR
 

@@ -6,9 +6,11 @@ The format is described in docs/format.md; this facade is the only thing other r
 from potstill.storage.errors import (
     CorruptError,
     GaveUpError,
+    HungReadError,
     MismatchError,
     NotAStoreError,
     ReadFailedError,
+    StoppedReadError,
     StoreError,
     StoreExistsError,
     UnsealedError,
@@ -17,6 +19,8 @@ from potstill.storage.errors import (
 )
 from potstill.storage.files.commit import CommitRecord
 from potstill.storage.files.folder import StorePath
+from potstill.storage.files.prefetch import Prefetcher
+from potstill.storage.files.waiting import give_up_reads, stuck_read
 from potstill.storage.loading.joining import JoinedRow, RowDataset, RowSample, check_joined
 from potstill.storage.loading.loader import LoadedBatch, Loader
 from potstill.storage.loading.mixture import (
@@ -75,6 +79,7 @@ __all__ = [
     "FirstChoices",
     "GaveUpError",
     "GcReport",
+    "HungReadError",
     "IdMap",
     "JoinedRow",
     "KBound",
@@ -86,6 +91,7 @@ __all__ = [
     "Mixture",
     "MixturePlan",
     "NotAStoreError",
+    "Prefetcher",
     "ReadFailedError",
     "RepairReport",
     "Row",
@@ -99,6 +105,7 @@ __all__ = [
     "Source",
     "SourceRows",
     "SparseTargets",
+    "StoppedReadError",
     "StoreError",
     "StoreExistsError",
     "StorePath",
@@ -129,6 +136,7 @@ __all__ = [
     "discard_unused",
     "dropped_mass",
     "format_row",
+    "give_up_reads",
     "held_mask",
     "held_rows",
     "missing_text",
@@ -143,6 +151,7 @@ __all__ = [
     "source_seed",
     "store_stats",
     "store_status",
+    "stuck_read",
     "token_digest",
     "verify_store",
     "whole_weights",

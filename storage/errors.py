@@ -1,6 +1,6 @@
 """Errors of the store: each message says what failed, where, what was found and expected, and what to do."""
 
-from potstill.common.errors import UserError
+from potstill.common.errors import PreemptedError, UserError
 
 
 class StoreError(UserError):
@@ -27,6 +27,10 @@ class CorruptError(StoreError):
     """Bytes on disk are not what their checksum, size or structure says."""
 
 
+class TornError(CorruptError):
+    """A file ends before its checksum: whoever wrote it was killed, or it was cut."""
+
+
 class VersionError(StoreError):
     """The store was written by an unknown major version or needs an unknown feature."""
 
@@ -41,3 +45,15 @@ class ReadFailedError(StoreError):
 
 class GaveUpError(ReadFailedError):
     """As ReadFailedError, after retries; the caller should not retry again."""
+
+
+class HungReadError(GaveUpError):
+    """A read has not come back within the limit: the file system or the server does not answer."""
+
+
+class StoppedReadError(GaveUpError, PreemptedError):
+    """A signal asked to stop while a read did not come back."""
+
+
+# Whoever looks on after an error of one file does not after these: the next file would be waited for as long.
+NO_ANSWER = (HungReadError, StoppedReadError)

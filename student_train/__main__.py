@@ -17,8 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from potstill.common.entry_point import run_command
-from potstill.common.errors import FORESEEN_ERRORS
+from potstill.common.entry_point import leave, run_command
+from potstill.common.errors import FORESEEN_ERRORS, PreemptedError
 from potstill.common.exit_codes import DONE, ERROR, PREEMPTED
 from potstill.common.log import setup_logging
 from potstill.common.noise import noise_to
@@ -85,6 +85,8 @@ def run_reported(options: argparse.Namespace, reports: Path) -> int:
     except Exception as error:
         write_error(reports, rank=rank, error=error, foreseen=isinstance(error, FORESEEN_ERRORS))
         traceback.print_exc(file=sys.stdout)  # the log file
+        if isinstance(error, PreemptedError):
+            leave(ERROR)  # of a rank, so that the launcher does not wait for the others
         return ERROR
     if rank == 0:
         write_summary(reports, summary)

@@ -13,10 +13,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from potstill.common.errors import UserError
-from potstill.storage import Row, StoreReader, StoreWriter, TokensRow, WriteFailedError
+from potstill.storage import HungReadError, Prefetcher, Row, StoreReader, StoreWriter, TokensRow, WriteFailedError
 from potstill.teacher_dump.batches import TeacherBatch
 from potstill.teacher_dump.left_out import LeftOut
 from potstill.teacher_dump.selection import Refused
@@ -117,16 +118,15 @@ class Walk:
         self.totals = WalkTotals()
 
     def run(self, units: Sequence[int]) -> WalkTotals:
-        """Do the units in order. Raises WriteFailedError or WalkEndedError (refused rows, failures in a row)."""
+        """Do the units in order. Raises WriteFailedError, HungReadError or WalkEndedError (refused rows, failures)."""
         unfinished: deque[tuple[int, Future[_Committed]]] = deque()
         self._unit_began = time.perf_counter()
-        with (
-            ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reading,
-            ThreadPoolExecutor(self._finish_threads, thread_name_prefix="finish") as finishing,
-        ):
+        # A daemon thread: one that waits for a read that hangs must not be waited for at the end.
+        reading: Prefetcher[_Unit] = Prefetcher(num_threads=1, name="read-ahead")
+        with ThreadPoolExecutor(self._finish_threads, thread_name_prefix="finish") as finishing:
             try:
-                for number, ahead in self._read_ahead(reading, units):
-                    self._step(number, ahead, finishing, unfinished)
+                for number in self._read_ahead(reading, units):
+                    self._step(number, reading, finishing, unfinished)
                     while len(unfinished) >= _UNITS_UNFINISHED:
                         self._collect(unfinished)
                     if self.totals.stopped_by is not None:
@@ -135,17 +135,17 @@ class Walk:
                     self._collect(unfinished)
             finally:
                 # After an error nothing that has not begun shall begin; what runs is waited for.
-                reading.shutdown(wait=False, cancel_futures=True)
+                reading.close()
                 finishing.shutdown(wait=True, cancel_futures=True)
         return self.totals
 
-    def _read_ahead(self, pool: ThreadPoolExecutor, units: Sequence[int]) -> Iterator[tuple[int, Future[_Unit]]]:
-        ahead: deque[tuple[int, Future[_Unit]]] = deque()
-        for number in units:
-            ahead.append((number, pool.submit(self._load, number)))
-            if len(ahead) > _UNITS_AHEAD:
-                yield ahead.popleft()
-        yield from ahead
+    def _read_ahead(self, reading: Prefetcher[_Unit], units: Sequence[int]) -> Iterator[int]:
+        """The units in order, each to be taken from `reading`, where the next one is under way by then."""
+        for place, number in enumerate(units):
+            begin = place + _UNITS_AHEAD if place else 0
+            for ahead in units[begin : place + 1 + _UNITS_AHEAD]:
+                reading.submit([partial(self._load, ahead)], lambda loaded: loaded[0])
+            yield number
 
     def _load(self, number: int) -> _Unit:
         rows = self._reader.rows(self._writer.unit_rows(number))
@@ -159,14 +159,14 @@ class Walk:
     def _step(
         self,
         number: int,
-        ahead: Future[_Unit],
+        reading: Prefetcher[_Unit],
         finishing: ThreadPoolExecutor,
         unfinished: deque[tuple[int, Future[_Committed]]],
     ) -> None:
         parts: list[Future[BatchRows]] = []
         try:
             with _timed(self.totals.seconds, "wait_input"):
-                unit = ahead.result()
+                unit = reading.take()
             for batch in unit.batches:
                 while unfinished and unfinished[0][1].done():
                     self._collect(unfinished)  # a disk that is full must not wait for the end of this unit
@@ -181,7 +181,7 @@ class Walk:
                 parts.append(finishing.submit(result.rows))
                 self._wait_for_finishers(parts)
                 self._on_rows(len(batch.rows), sum(len(row.tokens) for row in batch.rows))
-        except (WalkEndedError, WriteFailedError):
+        except (WalkEndedError, WriteFailedError, HungReadError):
             raise
         except Exception as error:
             self._failed(number, error)
@@ -228,7 +228,7 @@ class Walk:
         try:
             with _timed(self.totals.seconds, "wait_finish"):
                 done = future.result()
-        except (WalkEndedError, WriteFailedError):
+        except (WalkEndedError, WriteFailedError, HungReadError):
             raise
         except Exception as error:
             self._failed(number, error)

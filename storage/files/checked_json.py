@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from collections.abc import Mapping
 from typing import Any
 
-from potstill.storage.errors import CorruptError, StoreError
+from potstill.storage.errors import CorruptError, StoreError, TornError
 from potstill.storage.files.folder import StoreFolder
 
 READ_ATTEMPTS = 3
 TAIL_BYTES = len(b',"crc32":"00000000"}\n')
+_TAIL = re.compile(rb',"crc32":"[0-9a-f]{8}"\}\n')
 
 
 def canonical(value: Mapping[str, Any]) -> str:
@@ -30,12 +32,22 @@ def dump_checked(value: Mapping[str, Any]) -> bytes:
     return body + b',"crc32":"%08x"}\n' % zlib.crc32(body)
 
 
+def is_torn(data: bytes) -> bool:
+    """Whether a checked file was never finished: it has no checksum at its end, right or wrong."""
+    return _TAIL.fullmatch(data[-TAIL_BYTES:]) is None
+
+
 def load_checked(data: bytes, *, where: str) -> dict[str, Any]:
-    """Parse and check; CorruptError names `where`."""
+    """Parse and check; CorruptError names `where`, TornError a file that was never finished."""
+    if is_torn(data):
+        raise TornError(
+            f"{where}: no checksum at the end of its {len(data)} bytes (torn or truncated file); run the command that "
+            "writes it again, or restore the file from a copy"
+        )
     body, tail = data[:-TAIL_BYTES], data[-TAIL_BYTES:]
-    if len(data) <= TAIL_BYTES or tail != b',"crc32":"%08x"}\n' % zlib.crc32(body):
+    if tail != b',"crc32":"%08x"}\n' % zlib.crc32(body):
         raise CorruptError(
-            f"{where}: checksum at the end does not fit its {len(data)} bytes (torn, truncated or damaged file); "
+            f"{where}: checksum at the end does not fit its {len(data)} bytes (damaged file); "
             "restore the file from a copy"
         )
     try:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from potstill.storage.errors import CorruptError
 from potstill.storage.files.checked_json import dump_checked, get_int, get_list, get_text, read_checked
 from potstill.storage.files.folder import StoreFolder
+from potstill.storage.files.prefetch import in_parallel
 from potstill.storage.files.unit_file import BatchEntry
 from potstill.storage.store.spec import RunSpec
 
 logger = logging.getLogger(__name__)
 
 MAX_RECORD_BYTES = 1 << 30
+MAX_RECORD_BASE_BYTES, MAX_RECORD_ROW_BYTES = 64 << 20, 4096  # what any record, and each of its rows, may take
 MAX_GENERATIONS = 1000
 _RECORD_NAME = re.compile(r"u(\d{7,12})(?:\.(\d{1,4}))?\.json")
 _FILE_NAME = re.compile(r"u(\d{7,12})-[0-9a-f]{12}\.arrow")
@@ -70,6 +72,11 @@ def record_name(unit: int, generation: int = 0) -> str:
     return f"u{unit:07d}.json" if generation == 0 else f"u{unit:07d}.{generation}.json"
 
 
+def max_record_bytes(spec: RunSpec) -> int:
+    """Bytes above which no file is a record of this run: it is not read into memory."""
+    return min(MAX_RECORD_BYTES, MAX_RECORD_BASE_BYTES + MAX_RECORD_ROW_BYTES * spec.rows_per_unit)
+
+
 def parse_record(value: Mapping[str, Any], *, unit: int, spec: RunSpec, where: str) -> CommitRecord:
     """Check every field against the run; CorruptError on the first that does not fit."""
     if get_text(value, "fingerprint", where=where) != spec.fingerprint:
@@ -114,7 +121,7 @@ def read_record(folder: StoreFolder, unit: int, spec: RunSpec, *, generations: i
     for generation in range(generations):
         name = f"units/{record_name(unit, generation)}"
         try:
-            value = read_checked(folder, name, max_bytes=MAX_RECORD_BYTES)
+            value = read_checked(folder, name, max_bytes=max_record_bytes(spec))
             if value is not None:
                 return parse_record(value, unit=unit, spec=spec, where=f"{folder.url}/{name}")
         except CorruptError as error:
@@ -133,6 +140,11 @@ def list_records(folder: StoreFolder) -> dict[int, int]:
     return dict(sorted(found.items()))
 
 
+def has_records(folder: StoreFolder) -> bool:
+    """Whether any unit has a record, readable or not; one that a listing does not show yet is asked for by name."""
+    return bool(list_records(folder)) or folder.size(f"units/{record_name(0)}") is not None
+
+
 def committed_records(folder: StoreFolder, spec: RunSpec) -> dict[int, CommitRecord]:
     """All readable records by unit; read by several threads where each read is a request over a network."""
     listed = list_records(folder)
@@ -143,8 +155,7 @@ def committed_records(folder: StoreFolder, spec: RunSpec) -> dict[int, CommitRec
     if folder.parallel_reads == 1:
         records = [read(unit) for unit in listed]
     else:
-        with ThreadPoolExecutor(folder.parallel_reads, thread_name_prefix="potstill-records") as pool:
-            records = list(pool.map(read, listed))
+        records = in_parallel([partial(read, unit) for unit in listed], num_threads=folder.parallel_reads)
     return {record.unit: record for record in records if record is not None}
 
 

@@ -45,7 +45,13 @@ class StoreFolder(Protocol):
         """Publish a whole object durably under a name that nobody else writes."""
 
     def create(self, name: str, data: bytes | memoryview) -> bool:
-        """Publish durably unless the name exists: True if this call made it. The commit point."""
+        """Publish durably unless the name exists: True if this call made it. The commit point.
+
+        Where there are no hard links, True may also mean that another writer has made it, of the same bytes.
+        """
+
+    def replace_torn(self, name: str, data: bytes | memoryview) -> bool:
+        """As `create` of a checked JSON file, but one that was never finished does not count as there."""
 
     def delete(self, name: str) -> None:
         """Remove an object; a missing one is no error."""
@@ -58,6 +64,3 @@ class StoreFolder(Protocol):
 
     def remove_if_empty(self) -> None:
         """Remove the folder and its subfolders as far as nothing is in them."""
-
-    def map(self, name: str, size: int) -> memoryview | None:
-        """Memory map of an object of exactly `size` bytes, or None where that is not possible."""

@@ -12,11 +12,17 @@ import logging
 import os
 import secrets
 import threading
+from functools import partial
 from pathlib import Path
+
+from potstill.storage.errors import CorruptError, GaveUpError, ReadFailedError, WriteFailedError
+from potstill.storage.files.regular import read_file
+from potstill.storage.files.waiting import waiting_for
 
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".batch"
+MAX_ENTRY_BYTES = 1 << 32  # no record batch is longer
 
 
 class NodeCache:
@@ -24,19 +30,28 @@ class NodeCache:
 
     def __init__(self, folder: str | Path, *, max_bytes: int) -> None:
         self._folder, self._max_bytes = Path(os.path.abspath(folder)), max_bytes
-        self._folder.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
-        self._num_bytes = sum(size for _, size, _ in self._entries())
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._num_bytes = sum(size for _, size, _ in self._entries())
+        except OSError as error:
+            raise WriteFailedError(
+                f"node cache {self._folder}: cannot be made or listed ({error.strerror}); name another cache folder"
+            ) from error
 
     def get(self, key: str) -> bytes | None:
-        """Cached bytes of `key`, or None."""
-        path = self._folder / (key + SUFFIX)
+        """Cached bytes of `key`, or None. Raises HungReadError or StoppedReadError where the disk does not answer."""
+        path = str(self._folder / (key + SUFFIX))
         try:
-            data = path.read_bytes()
-            os.utime(path)
-        except OSError:
-            # Another process may have evicted it, or the disk failed: the store still has it.
+            data = waiting_for(path, partial(read_file, path, where=path, max_bytes=MAX_ENTRY_BYTES))
+        except GaveUpError:
+            raise
+        except (CorruptError, ReadFailedError) as error:
+            logger.warning("node cache: %s; read from the store instead", error)
             return None
+        if data is not None:
+            with contextlib.suppress(OSError):  # another process may have evicted it
+                os.utime(path)
         return data
 
     def put(self, key: str, data: bytes) -> None:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from potstill.storage.errors import CorruptError, GaveUpError, NotAStoreError, StoreError, WriteFailedError
 from potstill.storage.files.folder import URL_SCHEMES
+from potstill.storage.files.waiting import waiting_for
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +140,9 @@ class ObjectFolder:
 
         return self._writing(name, upload)
 
+    def replace_torn(self, name: str, data: bytes | memoryview) -> bool:
+        return self.create(name, data)  # an object appears whole or not at all
+
     def delete(self, name: str) -> None:
         def remove() -> None:
             try:
@@ -164,9 +168,6 @@ class ObjectFolder:
     def remove_if_empty(self) -> None:
         """An object store has no folders."""
 
-    def map(self, name: str, size: int) -> memoryview | None:
-        return None
-
     @staticmethod
     def _obs() -> Any:
         try:
@@ -189,7 +190,8 @@ class ObjectFolder:
 
     def _reading(self, name: str, work: Callable[[], T]) -> T | None:
         try:
-            return self._retry(name, work)
+            # The client waits in its own code, where no signal reaches a thread of ours.
+            return self._retry(name, lambda: waiting_for(f"{self.url}/{name}", lambda wait: work()))
         except FileNotFoundError:
             return None
         except NotADirectoryError as error:

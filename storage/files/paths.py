@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
-import mmap
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from potstill.storage.errors import CorruptError, NotAStoreError, ReadFailedError, WriteFailedError
 from potstill.storage.files.absence import explain_absence
+from potstill.storage.files.checked_json import is_torn
+from potstill.storage.files.durable import discard, publish_by_claim, sync_folder, write_file
 from potstill.storage.files.folder import SUBFOLDERS, StoreFolder, StorePath
 from potstill.storage.files.object_paths import ObjectFolder
-
-logger = logging.getLogger(__name__)
+from potstill.storage.files.regular import file_size, is_regular, read_file, read_part
+from potstill.storage.files.waiting import Wait, waiting_for
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+T = TypeVar("T")
 _NO_LINK = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 
 
@@ -53,7 +55,10 @@ def _free_room(what: str) -> str:
 
 
 class LocalFolder:
-    """A POSIX or NFS folder. Files appear whole: temporary file, fsync, rename or link, fsync of the folder."""
+    """A POSIX or NFS folder. Files appear whole: temporary file, fsync, rename or link, fsync of the folder.
+
+    Only regular files are read, and each look at the file system ends (waiting.py).
+    """
 
     parallel_reads = 1
 
@@ -70,12 +75,15 @@ class LocalFolder:
                 (self.root / name).mkdir(exist_ok=True)
             probe = self._tmp_path()
             try:
-                self._write_file(probe, b"probe")
+                write_file(probe, b"probe")
             finally:
-                _discard(probe)
-            self._sync_folder(self.root)
+                discard(probe)
+            sync_folder(self.root)
 
     def check_writable(self) -> None:
+        self._waiting("", lambda wait: self._check_writable())
+
+    def _check_writable(self) -> None:
         nearest = self.root
         while not os.path.lexists(nearest):
             nearest = nearest.parent
@@ -85,67 +93,40 @@ class LocalFolder:
             raise WriteFailedError(f"{self.url}: {nearest} may not be written by this user; name another path")
 
     def explain_absence(self) -> str:
-        return explain_absence(self.root)
+        return self._waiting("", lambda wait: explain_absence(self.root))
 
     def read(self, name: str, *, max_bytes: int) -> bytes | None:
-        try:
-            with open(self.root / name, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size > max_bytes:
-                    raise CorruptError(f"{self.url}/{name}: {size} bytes, at most {max_bytes} expected")
-                return file.read()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            raise ReadFailedError(f"{self.url}/{name}: cannot be read ({error.strerror})") from error
+        path, where = self.root / name, f"{self.url}/{name}"
+        return self._waiting(name, lambda wait: read_file(path, wait, where=where, max_bytes=max_bytes))
 
     def read_range(self, name: str, offset: int, length: int) -> bytes:
-        try:
-            fd = os.open(self.root / name, os.O_RDONLY)
-        except FileNotFoundError:
-            raise CorruptError(f"{self.url}/{name}: file is missing; restore it from a copy") from None
-        except OSError as error:
-            raise ReadFailedError(f"{self.url}/{name}: cannot be opened ({error.strerror})") from error
-        try:
-            size = os.fstat(fd).st_size
-            if offset + length > size:
-                raise CorruptError(
-                    f"{self.url}/{name}: {size} bytes, expected at least {offset + length} (truncated file)"
-                )
-            pieces, done = [], 0
-            while done < length:
-                piece = os.pread(fd, length - done, offset + done)
-                if not piece:
-                    raise CorruptError(f"{self.url}/{name}: ended at {offset + done}, expected {offset + length}")
-                pieces.append(piece)
-                done += len(piece)
-        except OSError as error:
-            raise ReadFailedError(f"{self.url}/{name}: read at {offset} failed ({error.strerror})") from error
-        finally:
-            os.close(fd)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        path, where = self.root / name, f"{self.url}/{name}"
+        found = self._waiting(name, lambda wait: read_part(path, wait, where=where, offset=offset, length=length))
+        if found is None:
+            raise CorruptError(f"{where}: file is missing; restore it from a copy")
+        return found
 
     def size(self, name: str) -> int | None:
-        try:
-            return os.stat(self.root / name).st_size
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            raise ReadFailedError(f"{self.url}/{name}: cannot be looked at ({error.strerror})") from error
-
-    def names(self, prefix: str) -> list[str]:
-        return sorted(entry.name for entry in self._files(prefix))
+        path, where = self.root / name, f"{self.url}/{name}"
+        return self._waiting(name, lambda wait: file_size(path, where=where))
 
     def sizes(self, prefix: str) -> dict[str, int]:
-        sizes = (
-            (entry.name, self.size(f"{prefix}/{entry.name}" if prefix else entry.name)) for entry in self._files(prefix)
-        )
+        names = self.names(prefix)
+        sizes = ((name, self.size(f"{prefix}/{name}" if prefix else name)) for name in names)
         return {name: size for name, size in sizes if size is not None}  # None: removed since it was listed
 
-    def _files(self, prefix: str) -> list[os.DirEntry[str]]:
+    def names(self, prefix: str) -> list[str]:
+        return self._waiting(prefix, lambda wait: self._names(prefix))
+
+    def _names(self, prefix: str) -> list[str]:
         try:
             with os.scandir(self.root / prefix) as entries:
-                return [entry for entry in entries if entry.is_file(follow_symlinks=False)]
+                found = list(entries)
+            names = [entry.name for entry in found if is_regular(entry)]
+            if prefix == "tmp":  # what a killed writer may have left there, see publish_by_claim
+                folders = [entry for entry in found if entry.is_dir(follow_symlinks=False)]
+                names += [f"{folder.name}/{inner}" for folder in folders for inner in _inside(folder.path)]
+            return sorted(names)
         except FileNotFoundError:
             return []
         except NotADirectoryError:
@@ -157,70 +138,66 @@ class LocalFolder:
         with writing(f"{self.url}/{name}"):
             tmp = self._tmp_path()
             try:
-                self._write_file(tmp, data)
+                write_file(tmp, data)
                 os.rename(tmp, self.root / name)
             except OSError:
-                _discard(tmp)
+                discard(tmp)
                 raise
-            self._sync_folder((self.root / name).parent)
+            sync_folder((self.root / name).parent)
 
     def create(self, name: str, data: bytes | memoryview) -> bool:
         final = self.root / name
         with writing(f"{self.url}/{name}"):
             tmp = self._tmp_path()
             try:
-                self._write_file(tmp, data)
+                write_file(tmp, data)
                 made = self._link(tmp, final, data)
             finally:
-                _discard(tmp)
-            self._sync_folder(final.parent)
+                discard(tmp)
+            if made is None:
+                made = publish_by_claim(final, data, spare=self.root / "tmp")
+            sync_folder(final.parent)
         return made
 
+    def replace_torn(self, name: str, data: bytes | memoryview) -> bool:
+        with writing(f"{self.url}/{name}"):
+            return publish_by_claim(self.root / name, data, spare=self.root / "tmp", is_torn=is_torn)
+
     def delete(self, name: str) -> None:
+        path = self.root / name
         with writing(f"{self.url}/{name}"), contextlib.suppress(FileNotFoundError):
-            os.unlink(self.root / name)
+            os.unlink(path)
+        if name.startswith("tmp/") and path.parent != self.root / "tmp":
+            with contextlib.suppress(OSError):  # not empty, or not there
+                path.parent.rmdir()
 
     def move(self, name: str, new_name: str) -> bool:
         source, target = self.root / name, self.root / new_name
         with writing(f"{self.url}/{new_name}"):
             target.parent.mkdir(exist_ok=True)
-            self._sync_folder(self.root)
+            sync_folder(self.root)
             try:
                 os.rename(source, target)
             except FileNotFoundError:
                 return False
-            self._sync_folder(target.parent)
-            self._sync_folder(source.parent)
+            sync_folder(target.parent)
+            sync_folder(source.parent)
         return True
 
     def remove_if_empty(self) -> None:
-        for folder in (*(self.root / name for name in SUBFOLDERS), self.root):
-            with contextlib.suppress(OSError):  # not empty, or not there
+        spare = [self.root / "tmp" / name for name in _inside(str(self.root / "tmp"))]
+        for folder in (*spare, *(self.root / name for name in SUBFOLDERS), self.root):
+            with contextlib.suppress(OSError):  # not empty, not there, or no folder
                 folder.rmdir()
 
-    def map(self, name: str, size: int) -> memoryview | None:
-        if size == 0:
-            return memoryview(b"")
-        try:
-            with open(self.root / name, "rb") as file:
-                return memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ))
-        except (OSError, ValueError) as error:
-            raise ReadFailedError(f"{self.url}/{name}: cannot be mapped ({error})") from error
+    def _waiting(self, name: str, work: Callable[[Wait], T]) -> T:
+        return waiting_for(f"{self.url}/{name}".rstrip("/"), work)
 
     def _tmp_path(self) -> Path:
         return self.root / "tmp" / f"{os.getpid():x}-{secrets.token_hex(8)}"
 
-    def _write_file(self, path: Path, data: bytes | memoryview, flags: int = 0) -> None:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | flags, 0o666)
-        try:
-            view = memoryview(data)
-            while len(view):
-                view = view[os.write(fd, view) :]
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-    def _link(self, tmp: Path, final: Path, data: bytes | memoryview) -> bool:
+    def _link(self, tmp: Path, final: Path, data: bytes | memoryview) -> bool | None:
+        """True if the link was made, False if the name is taken, None where the file system has no hard links."""
         try:
             os.link(tmp, final)
         except FileExistsError:
@@ -229,30 +206,13 @@ class LocalFolder:
         except OSError as error:
             if error.errno not in _NO_LINK:
                 raise
-            return self._create_without_links(final, data)
+            return None
         return True
 
-    def _create_without_links(self, final: Path, data: bytes | memoryview) -> bool:
-        try:
-            self._write_file(final, data)
-        except FileExistsError:
-            return False
-        except OSError:
-            _discard(final)
-            raise
-        return True
 
-    def _sync_folder(self, folder: Path) -> None:
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-
-def _discard(path: Path) -> None:
-    """Remove a file of our own; leftovers in tmp/ are harmless and swept by gc."""
+def _inside(folder: str) -> list[str]:
+    """Names in a folder, none of one that is gone."""
     try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        logger.warning("could not remove %s (%s); gc will sweep it", path, error.strerror)
+        return os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []

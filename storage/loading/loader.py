@@ -11,9 +11,9 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar, overload
 
 from potstill.storage.errors import MismatchError, StoreError
+from potstill.storage.files.prefetch import Prefetcher
 from potstill.storage.loading.joining import JoinedRow, as_targets
 from potstill.storage.loading.order import ORDER_VERSION, Int64
-from potstill.storage.loading.prefetch import Prefetcher
 from potstill.storage.loading.row_plan import RowPlan
 from potstill.storage.loading.sources import Joined, Source, SourceRows, as_sources
 from potstill.storage.rows.row_types import TargetsRow, TokensRow

@@ -1,4 +1,8 @@
-"""index.arrow: one fixed-width record per row, in crc-checked blocks of 1024 rows, memory-mapped and read lazily."""
+"""index.arrow: one fixed-width record per row, in crc-checked blocks of 1024 rows, read when they are asked for.
+
+Nothing of it is mapped: what is used is the copy that was checked, and a file that is cut or changed meanwhile is an
+error, not a signal that ends the process.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,8 @@ from potstill.storage.files.ipc_layout import parse_batch, parse_footer
 
 # A row in global order costs one block read, so blocks are small; the manifest says what a store has.
 ROWS_PER_BLOCK = 1024
-BLOCK_CACHE = 2048
+CACHE_BYTES = 128 << 20  # of blocks that are kept; the index of 4 million rows without statistics fits
+COLUMN_READ_BYTES = 4 << 20  # one read on the way through a whole column
 COLUMNS = (
     ("unit", "<u4"),
     ("offset", "<u8"),
@@ -68,7 +73,7 @@ def build_columns(records: Iterable[CommitRecord], stats: Sequence[str]) -> dict
 
 
 def encode_index(columns: dict[str, NDArray[Any]], fingerprint: str) -> tuple[memoryview, list[IndexBlock]]:
-    """Bytes of index.arrow (uncompressed, so that blocks can be mapped) and its blocks."""
+    """Bytes of index.arrow (uncompressed, so that one block can be read alone) and its blocks."""
     arrays = {name: pa.array(values) for name, values in columns.items()}
     fields = [pa.field(name, array.type, False) for name, array in arrays.items()]
     schema = pa.schema(fields, metadata={"potstill.fingerprint": fingerprint})
@@ -102,32 +107,54 @@ class RowIndex:
         found = folder.size(name)
         if found != num_bytes:
             raise CorruptError(f"{self.where}: {found} bytes, the manifest says {num_bytes}; restore it from a copy")
-        self._map = folder.map(name, num_bytes)
         self._cache: OrderedDict[int, dict[str, NDArray[Any]]] = OrderedDict()
+        self._cache_blocks = max(1, CACHE_BYTES // max(1, blocks[0].length)) if blocks else 1
         self._lock = threading.Lock()
 
     def block(self, number: int) -> dict[str, NDArray[Any]]:
-        """Columns of block `number`, verified against its crc32."""
+        """Columns of block `number`, read and checked against its crc32, or as they were when they were."""
         with self._lock:
             if number in self._cache:
                 self._cache.move_to_end(number)
                 return self._cache[number]
         entry = self._blocks[number]
-        if self._map is not None:
-            data: memoryview | bytes = self._map[entry.offset : entry.offset + entry.length]
-        else:
-            data = self._folder.read_range(self._name, entry.offset, entry.length)
-        first = number * self.rows_per_block
-        rows = min(self.rows_per_block, self._num_rows - first)
-        columns = self._parse(data, entry, rows, f"{self.where}, rows from {first}")
+        columns = self._parse(self._folder.read_range(self._name, entry.offset, entry.length), number)
         with self._lock:
             self._cache[number] = columns
-            # Mapped blocks are views into the page cache and cost next to nothing; fetched ones are bounded.
-            while self._map is None and len(self._cache) > BLOCK_CACHE:
+            while len(self._cache) > self._cache_blocks:
                 self._cache.popitem(last=False)
         return columns
 
-    def _parse(self, data: memoryview | bytes, entry: IndexBlock, rows: int, where: str) -> dict[str, NDArray[Any]]:
+    def column(self, name: str) -> NDArray[Any]:
+        """One whole column [num_rows]; every block is read and checked, some megabytes in memory at a time."""
+        found = np.empty(self._num_rows, dict(self._types)[name])
+        for numbers in self._runs():
+            start = self._blocks[numbers[0]].offset
+            end = self._blocks[numbers[-1]].offset + self._blocks[numbers[-1]].length
+            data = memoryview(self._folder.read_range(self._name, start, end - start))
+            for number in numbers:
+                entry = self._blocks[number]
+                first = number * self.rows_per_block
+                piece = data[entry.offset - start : entry.offset - start + entry.length]
+                values = self._parse(piece, number)[name]
+                found[first : first + len(values)] = values
+        return found
+
+    def _runs(self) -> Iterator[range]:
+        """Numbers of blocks that are read together: they stand one behind the other in the file."""
+        first = 0
+        for number in range(1, len(self._blocks) + 1):
+            if number < len(self._blocks):
+                before, entry = self._blocks[number - 1], self._blocks[number]
+                together = entry.offset + entry.length - self._blocks[first].offset
+                if before.offset + before.length <= entry.offset and together <= COLUMN_READ_BYTES:
+                    continue
+            yield range(first, number)
+            first = number
+
+    def _parse(self, data: memoryview | bytes, number: int) -> dict[str, NDArray[Any]]:
+        entry, first = self._blocks[number], number * self.rows_per_block
+        rows, where = min(self.rows_per_block, self._num_rows - first), f"{self.where}, rows from {first}"
         if len(data) != entry.length or zlib.crc32(data) != entry.crc32:
             raise CorruptError(f"{where}: block does not fit its crc32; restore the index from a copy or seal again")
         layout = parse_batch(data, where=where, max_rows=self.rows_per_block, num_buffers=2 * len(self._types))
@@ -137,12 +164,6 @@ class RowIndex:
             name: np.frombuffer(layout.buffer(2 * i + 1, num_bytes=rows * np.dtype(dtype).itemsize), dtype)
             for i, (name, dtype) in enumerate(self._types)
         }
-
-    def column(self, name: str) -> NDArray[Any]:
-        """One whole column [num_rows]; touches every block."""
-        parts = [self.block(i)[name] for i in range(len(self._blocks))]
-        dtype = dict(self._types)[name]
-        return np.concatenate([np.zeros(0, dtype), *parts])
 
 
 class StatColumns(Mapping[str, "NDArray[np.float32]"]):
@@ -156,7 +177,7 @@ class StatColumns(Mapping[str, "NDArray[np.float32]"]):
         if name not in self._names:
             raise KeyError(name)
         if name not in self._columns:
-            column = self._index.column(f"stat.{name}").astype(np.float32)
+            column = self._index.column(f"stat.{name}").astype(np.float32, copy=False)
             column.flags.writeable = False
             self._columns[name] = column
         return self._columns[name]

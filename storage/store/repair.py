@@ -15,9 +15,10 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
-from potstill.storage.errors import CorruptError, ReadFailedError, StoreError
+from potstill.storage.errors import NO_ANSWER, CorruptError, ReadFailedError, StoreError
 from potstill.storage.files.checked_json import read_checked
 from potstill.storage.files.commit import list_records
+from potstill.storage.files.durable import CLAIM
 from potstill.storage.files.folder import QUARANTINE, StoreFolder, StorePath
 from potstill.storage.files.paths import open_folder
 from potstill.storage.rows.id_map import ID_MAP_NAME
@@ -181,10 +182,15 @@ class _Repair:
     def _id_map(self) -> Any:
         try:
             return load_id_map(self._folder, self._spec)
+        except NO_ANSWER:
+            raise
         except StoreError:  # a finding of its own: the units that need it are judged by their bytes
             return None
 
     def _unseal(self) -> None:
+        for name in self._folder.names("tmp"):  # a seal that was killed where there are no hard links
+            if name.startswith(f"{CLAIM}{MANIFEST_NAME}/"):
+                self._folder.delete(f"tmp/{name}")
         self._move(MANIFEST_NAME)
         self._move(SIGNATURE_NAME)
         for name in self._folder.names(""):
@@ -225,6 +231,8 @@ class _Repair:
         try:
             manifest = load_manifest(self._folder, self._spec)
             return manifest is not None and bool(size_problems(self._folder, manifest.units))
+        except NO_ANSWER:
+            raise
         except StoreError:
             return True
 
@@ -241,5 +249,7 @@ class _Repair:
     def _stands(self, name: str) -> bool:
         try:
             return self._folder.size(name) is not None
+        except NO_ANSWER:
+            raise
         except StoreError:
             return True

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from potstill.storage.errors import CorruptError, NotAStoreError, StoreError, UnsealedError
+from potstill.storage.errors import CorruptError, NotAStoreError, StoreError, TornError, UnsealedError
 from potstill.storage.files.checked_json import dump_checked, get_int, get_list, get_text, read_checked
 from potstill.storage.files.commit import CommitRecord, committed_records, list_records, read_record
 from potstill.storage.files.folder import StoreFolder, StorePath
@@ -89,7 +89,11 @@ def seal_store(path: StorePath, *, fast: bool = False, again: bool = False) -> M
     """
     folder = open_folder(path)
     spec = load_spec(folder)
-    manifest = load_manifest(folder, spec)
+    try:
+        manifest = load_manifest(folder, spec)
+    except TornError as error:
+        logger.warning("%s; the store is sealed again", error)
+        manifest = None
     if manifest is not None:
         warn_of_writers(folder, [unit.file for unit in manifest.units], index=manifest.index_file)
         _check_sealed(folder, manifest)
@@ -123,7 +127,7 @@ def seal_store(path: StorePath, *, fast: bool = False, again: bool = False) -> M
         index_blocks=tuple(blocks),
         bytes_checked=not fast,
     )
-    if folder.create(MANIFEST_NAME, manifest.to_bytes()):
+    if folder.create(MANIFEST_NAME, manifest.to_bytes()) or folder.replace_torn(MANIFEST_NAME, manifest.to_bytes()):
         logger.info("sealed %s: %d rows, %d tokens", folder.url, manifest.num_rows, manifest.num_tokens)
     found_manifest = load_manifest(folder, spec)
     if found_manifest is None:
@@ -148,6 +152,8 @@ def check_sealed(path: StorePath) -> bool:
         return False
     try:
         manifest = load_manifest(folder, spec)
+    except TornError:
+        return False  # a seal that was killed: the next one replaces it
     except CorruptError as error:
         raise CorruptError(f"{error}; or run `potstill repair {folder.url}`, which unseals the store") from error
     if manifest is None:

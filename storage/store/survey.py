@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from potstill.storage.errors import StoreError
+from potstill.storage.errors import NO_ANSWER, StoreError
 from potstill.storage.files.commit import CommitRecord, list_records
 from potstill.storage.files.folder import StoreFolder
 from potstill.storage.rows.id_map import ID_MAP_NAME, IdMap
@@ -77,6 +77,8 @@ def survey_store(folder: StoreFolder, spec: RunSpec, *, deep: bool, progress: Pr
 def _look_at_id_map(folder: StoreFolder, spec: RunSpec, findings: list[Finding]) -> IdMap | None:
     try:
         return load_id_map(folder, spec)
+    except NO_ANSWER:
+        raise
     except StoreError as error:
         findings.append(Finding(part="id_map", kind=kind_of(error), text=str(error), file=ID_MAP_NAME))
         return None
@@ -85,6 +87,8 @@ def _look_at_id_map(folder: StoreFolder, spec: RunSpec, findings: list[Finding])
 def _look_at_manifest(folder: StoreFolder, spec: RunSpec, findings: list[Finding]) -> tuple[Manifest | None, bool]:
     try:
         manifest = load_manifest(folder, spec)
+    except NO_ANSWER:
+        raise
     except StoreError as error:
         findings.append(Finding(part="manifest", kind=kind_of(error), text=str(error), file=MANIFEST_NAME))
         return None, True
@@ -136,6 +140,8 @@ def _look_at_index(
         index = open_index(folder, manifest, spec)
         wanted = build_columns((records[unit] for unit in units), spec.stats)
         wrong = [name for name, values in wanted.items() if not np.array_equal(index.column(name), values)]
+    except NO_ANSWER:
+        raise
     except StoreError as error:
         return found(kind_of(error), str(error))
     return found("layout", f"{where}: columns {wrong} do not fit the records") if wrong else []

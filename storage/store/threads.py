@@ -10,7 +10,7 @@ from itertools import islice
 from typing import TypeVar
 
 from potstill.storage.files.folder import StoreFolder
-from potstill.storage.loading.prefetch import Prefetcher
+from potstill.storage.files.prefetch import Prefetcher
 
 T = TypeVar("T")
 R = TypeVar("R")

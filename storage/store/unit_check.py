@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.ipc as ipc
 
-from potstill.storage.errors import CorruptError, StoreError
+from potstill.storage.errors import NO_ANSWER, CorruptError, StoreError
 from potstill.storage.files.checked_json import READ_ATTEMPTS, read_checked
-from potstill.storage.files.commit import MAX_RECORD_BYTES, CommitRecord, parse_record, record_name
+from potstill.storage.files.commit import CommitRecord, max_record_bytes, parse_record, record_name
 from potstill.storage.files.folder import StoreFolder
 from potstill.storage.files.ipc_layout import parse_footer
 from potstill.storage.files.unit_file import DecodedBatch, arrow_schema
@@ -70,6 +70,8 @@ class UnitChecker:
             return UnitCheck(unit, record, names, self._finding(unit, entry.file, "record", text))
         try:
             return UnitCheck(unit, record, names, self._file(record))
+        except NO_ANSWER:
+            raise
         except StoreError as error:
             finding = self._finding(unit, record.file, kind_of(error), str(error))
             return UnitCheck(unit, record, names, finding)
@@ -81,11 +83,13 @@ class UnitChecker:
         for generation in range(generations):
             name = f"units/{record_name(unit, generation)}"
             try:
-                value = read_checked(self.folder, name, max_bytes=MAX_RECORD_BYTES)
+                value = read_checked(self.folder, name, max_bytes=max_record_bytes(self.spec))
                 if value is not None:
                     names.append(name)
                     record = parse_record(value, unit=unit, spec=self.spec, where=f"{self.folder.url}/{name}")
                     return record, tuple(names), errors
+            except NO_ANSWER:
+                raise
             except StoreError as error:
                 errors.append(error)
                 if name not in names:

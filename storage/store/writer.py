@@ -13,6 +13,7 @@ from typing import Any
 from numpy.typing import ArrayLike
 
 from potstill.storage.errors import (
+    NO_ANSWER,
     CorruptError,
     MismatchError,
     NotAStoreError,
@@ -20,17 +21,20 @@ from potstill.storage.errors import (
     StoreExistsError,
     VersionError,
 )
-from potstill.storage.files.checked_json import dump_checked, read_checked
+from potstill.storage.files.checked_json import dump_checked, is_torn, read_checked
 from potstill.storage.files.commit import (
     MAX_GENERATIONS,
     MAX_RECORD_BYTES,
     CommitRecord,
     committed_records,
+    has_records,
     list_records,
+    max_record_bytes,
     parse_record,
     read_record,
     record_name,
 )
+from potstill.storage.files.durable import CLAIM
 from potstill.storage.files.folder import SUBFOLDERS, StoreFolder, StorePath
 from potstill.storage.files.paths import open_folder
 from potstill.storage.files.unit_file import encode_unit
@@ -70,11 +74,18 @@ def load_id_map(folder: StoreFolder, spec: RunSpec) -> IdMap | None:
     return IdMap.from_bytes(data, vocab_size=spec.vocab_size, sha256=spec.id_map_sha256, where=where)
 
 
+def has_run(folder: StoreFolder) -> bool:
+    """Whether a run.json stands there; one that was never finished does not count while no unit has a record."""
+    data = folder.read(RUN_NAME, max_bytes=MAX_RUN_BYTES)
+    return data is not None and not (is_torn(data) and not has_records(folder))
+
+
 class StoreWriter:
     """Writes the units of one store; any number of writers may work on the same store at once."""
 
     def __init__(self, folder: StoreFolder, spec: RunSpec, id_map: IdMap | None) -> None:
         self._folder, self._spec, self._id_map = folder, spec, id_map
+        self._committed: set[int] = set()  # by this writer: a listing may not show them yet
 
     @classmethod
     def create(
@@ -107,7 +118,8 @@ class StoreWriter:
         folder.prepare()
         if id_map is not None and folder.read(ID_MAP_NAME, max_bytes=4 * spec.vocab_size) is None:
             folder.create(ID_MAP_NAME, id_map.to_bytes())
-        if not folder.create(RUN_NAME, dump_checked(spec.to_json())):
+        run = dump_checked(spec.to_json())
+        if not folder.create(RUN_NAME, run) and (has_run(folder) or not folder.replace_torn(RUN_NAME, run)):
             require_same(load_spec(folder), spec, where=f"{folder.url}/{RUN_NAME}")
             logger.info("resuming the store %s", folder.url)
         return cls(folder, spec, load_id_map(folder, spec))
@@ -123,10 +135,10 @@ class StoreWriter:
         folder = open_folder(path)
         folder.check_writable()
         _refuse_foreign(folder)
-        if folder.read(RUN_NAME, max_bytes=MAX_RUN_BYTES) is None:
+        if not has_run(folder):
             return None
         found = load_spec(folder)
-        if found.kind == spec.kind and not list_records(folder):
+        if found.kind == spec.kind and not has_records(folder):
             return None
         require_same(found, spec, where=f"{folder.url}/{RUN_NAME}")
         logger.info("resuming the store %s", folder.url)
@@ -167,6 +179,8 @@ class StoreWriter:
         return [u for u in share if self._is_missing(u, seen.get(u, 0))]
 
     def _is_missing(self, unit: int, generations: int) -> bool:
+        if unit in self._committed:
+            generations = max(1, generations)
         return read_record(self._folder, unit, self._spec, generations=generations) is None
 
     def committed(self) -> dict[int, CommitRecord]:
@@ -203,6 +217,7 @@ class StoreWriter:
         )
         self._folder.put(f"units/{record.file}", encoded.data)
         won = self._publish_record(unit, record.file, record.to_bytes(self._spec.fingerprint))
+        self._committed.add(unit)
         if not won:
             self._folder.delete(f"units/{record.file}")
         return won
@@ -214,7 +229,7 @@ class StoreWriter:
             if self._folder.create(name, data):
                 return True
             try:
-                found = read_checked(self._folder, name, max_bytes=MAX_RECORD_BYTES)
+                found = read_checked(self._folder, name, max_bytes=max_record_bytes(self._spec))
                 winner = parse_record(found or {}, unit=unit, spec=self._spec, where=f"{self._folder.url}/{name}")
             except CorruptError as error:
                 logger.warning("stepping over an unreadable record: %s", error)
@@ -242,7 +257,7 @@ def check_output(path: StorePath) -> None:
 def discard_unused(path: StorePath) -> None:
     """Take away a store in which no unit is committed, with its empty folder; anything else is left as it is."""
     folder = open_folder(path)
-    if not list_records(folder):
+    if not has_records(folder):
         delete_store(folder)
         folder.remove_if_empty()
 
@@ -254,7 +269,7 @@ def discard_store(path: StorePath, *, kind: str, writer: str) -> None:
     `writer` made it: anything else is a mistake in the path.
     """
     folder = open_folder(path)
-    if folder.read(RUN_NAME, max_bytes=MAX_RUN_BYTES) is None:
+    if not has_run(folder):
         return
     found = load_spec(folder)
     if found.kind != kind or writer not in found.info:
@@ -267,7 +282,10 @@ def discard_store(path: StorePath, *, kind: str, writer: str) -> None:
 
 
 def delete_store(folder: StoreFolder) -> None:
-    """Delete the files of a store, run.json last; does nothing when there is no run.json."""
+    """Delete the files of a store, run.json last; without a run.json only what a killed writer has claimed."""
+    for item in folder.names("tmp"):
+        if item.startswith(CLAIM):  # it would be published by the next one
+            folder.delete(f"tmp/{item}")
     if folder.read(RUN_NAME, max_bytes=MAX_RUN_BYTES) is None:
         return
     logger.warning("deleting the store %s", folder.url)
@@ -296,6 +314,8 @@ def fingerprint_of_records(folder: StoreFolder) -> str | None:
         for generation in range(generations):
             try:
                 value = read_checked(folder, f"units/{record_name(unit, generation)}", max_bytes=MAX_RECORD_BYTES)
+            except NO_ANSWER:
+                raise
             except StoreError as error:
                 logger.warning("unit %d tells no run: %s", unit, error)
                 continue

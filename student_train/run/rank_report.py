@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from potstill.common.errors import PreemptedError
 from potstill.student_train.run.summary import TrainSummary
 
 FOLDER_VARIABLE = "POTSTILL_RANK_REPORTS"  # where a rank writes its report; set by `potstill train`
@@ -32,13 +33,15 @@ class RankError:
     text: str
     foreseen: bool  # for the person at the terminal; otherwise a defect, or what the end of another rank brought about
     time: float
+    preempted: bool = False  # a signal has ended it, at a place where nothing could be saved
 
 
 def write_error(folder: Path, *, rank: int, error: BaseException, foreseen: bool) -> None:
     """Leave word of an error: its message, or its type and message if it was not foreseen."""
     text = str(error) or type(error).__name__
     text = text if foreseen else f"{type(error).__name__}: {text}"
-    _write(folder / f"error_{rank}.json", asdict(RankError(rank, text, foreseen, time.time())))
+    found = RankError(rank, text, foreseen, time.time(), preempted=isinstance(error, PreemptedError))
+    _write(folder / f"error_{rank}.json", asdict(found))
 
 
 def write_summary(folder: Path, summary: TrainSummary) -> None:

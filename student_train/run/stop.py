@@ -8,12 +8,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from potstill.storage import give_up_reads
+
 STOP_FILE = "stop"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
-    """A context in which signals only leave a note; `reason()` reads it together with the clock and the stop file."""
+    """A context in which signals only leave a note; `reason()` reads it together with the clock and the stop file.
+
+    A step that waits for a read that hangs would not come to its end: that read ends with StoppedReadError then.
+    """
 
     def __init__(self, run: Path, *, max_runtime_minutes: float | None) -> None:
         self._run = run
@@ -23,6 +28,7 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
+        give_up_reads(signal.Signals(number).name)
 
     def __enter__(self) -> StopRequest:
         for number in SIGNALS:
@@ -35,6 +41,7 @@ class StopRequest:
     def __exit__(self, *error: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        give_up_reads(None)
 
     def reason(self) -> str | None:
         """Why this rank wants to stop, or None."""

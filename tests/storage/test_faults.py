@@ -31,6 +31,7 @@ from potstill.storage.files.commit import record_name
 from tests.storage.stores import make_targets_row, same_targets, targets_spec, tokens_spec, write_tokens
 
 NUM_ROWS = 8
+REAL_OPEN = os.open
 
 
 @pytest.fixture
@@ -45,13 +46,15 @@ def half(tmp_path):
 
 
 class FaultyCall:
-    """Fails the n-th call of one function of `os` with an error number; counts all calls."""
+    """Fails the n-th call of one function of `os` with an error number; counts all, of `open` only those of a write."""
 
     def __init__(self, monkeypatch, name, fail_at, code):
         self.calls, self.fail_at, self.code, self.real = 0, fail_at, code, getattr(os, name)
         monkeypatch.setattr(paths.os, name, self)
 
     def __call__(self, *args, **kwargs):
+        if self.real is REAL_OPEN and not args[1] & (os.O_WRONLY | os.O_DIRECTORY):
+            return self.real(*args, **kwargs)
         self.calls += 1
         if self.fail_at is not None and self.calls >= self.fail_at:
             raise OSError(self.code, os.strerror(self.code))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 import urllib.request
 
 import pytest
@@ -14,19 +15,22 @@ server_module = pytest.importorskip("moto.server")
 from potstill.storage import (  # noqa: E402
     CorruptError,
     EpochPlan,
+    HungReadError,
     Loader,
     MismatchError,
     ReadFailedError,
+    StoppedReadError,
     StoreError,
     StoreReader,
     StoreWriter,
     WriteFailedError,
     collect_garbage,
+    give_up_reads,
     seal_store,
     store_status,
     verify_store,
 )
-from potstill.storage.files import object_paths  # noqa: E402
+from potstill.storage.files import object_paths, waiting  # noqa: E402
 from potstill.storage.files.paths import open_folder  # noqa: E402
 from tests.storage.fault_proxy import FaultProxy  # noqa: E402
 from tests.storage.stores import (  # noqa: E402
@@ -291,3 +295,24 @@ def test_memory_and_file_urls_follow_the_protocol(tmp_path):
     folder = open_folder(f"file://{tmp_path}")
     assert folder.create("units/a", b"1") and not folder.create("units/a", b"2")
     assert folder.read("units/a", max_bytes=5) == b"1" and folder.names("units") == ["a"] and folder.size("b") is None
+
+
+def test_a_server_that_does_not_answer_is_named_and_given_up(s3, remote, monkeypatch):
+    """The client waits in code of its own: the bound, and a signal that asks to stop, hold all the same."""
+    reader = StoreReader(remote[0])
+    s3.fault, s3.stall_seconds = fail_first("stall", 100), 0.6
+    monkeypatch.setenv("POTSTILL_READ_LIMIT_SECONDS", "0.2")
+    with pytest.raises(HungReadError, match=r"s3://bucket/a run/tokens/.*: a read has not come back for 0\.\d"):
+        reader.row(3)
+    monkeypatch.delenv("POTSTILL_READ_LIMIT_SECONDS")
+    monkeypatch.setattr(waiting, "STUCK_SECONDS", 0.2)
+    give_up_reads("SIGTERM")
+    try:
+        with pytest.raises(StoppedReadError, match="stopped by SIGTERM while a read of s3://bucket/a run/tokens"):
+            StoreReader(remote[0])
+    finally:
+        give_up_reads(None)
+    deadline = time.monotonic() + 20
+    while waiting._under_way:  # nothing of it is left for the next test
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

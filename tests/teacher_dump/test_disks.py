@@ -89,7 +89,7 @@ def test_a_slow_disk_changes_nothing_and_holds_up_nothing_but_itself(
         return forward(self, batch)
 
     monkeypatch.setattr(HfEngine, "forward", noted_forward)
-    for name in ("read", "read_range", "size", "names", "put", "create", "map"):
+    for name in ("read", "read_range", "size", "names", "put", "create"):
         monkeypatch.setattr(LocalFolder, name, disk.delayed(getattr(LocalFolder, name)))
     dump(config(rows, tmp_path / "out", llama))
     monkeypatch.undo()

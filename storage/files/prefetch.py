@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 from potstill.storage.errors import StoreError
+from potstill.storage.files.waiting import POLL_SECONDS, check_waits, stuck_read, watch_this_thread
 
 P = TypeVar("P")  # what a part gives
 T = TypeVar("T")  # what a task gives
@@ -61,7 +62,8 @@ class _Task(Generic[T]):
 class Prefetcher(Generic[T]):
     """Runs submitted tasks on daemon threads; `take` returns results in submission order.
 
-    Threads are daemons, so that an interrupt during a blocked read never keeps the process alive.
+    Threads are daemons, so that an interrupt during a blocked read never keeps the process alive. Whoever waits in
+    `take` looks after the reads of the threads: one that does not come back ends the wait.
     """
 
     def __init__(self, *, num_threads: int, name: str) -> None:
@@ -73,6 +75,7 @@ class Prefetcher(Generic[T]):
         ]
         for thread in self._threads:
             thread.start()
+        self._idents = frozenset(thread.ident or 0 for thread in self._threads)
 
     def submit(self, parts: Sequence[Callable[[], P]], finish: Callable[[list[P]], T]) -> None:
         """Queue a task: `parts` run side by side, then `finish` gets their results in order, in a thread as well.
@@ -88,18 +91,23 @@ class Prefetcher(Generic[T]):
         return len(self._pending)
 
     def take(self) -> T:
-        """Wait for the oldest task; raises its error here, in the consumer."""
+        """Wait for the oldest task; raises its error here, in the consumer. The next call is for the next task.
+
+        Raises HungReadError, or StoppedReadError after a signal, where a read of the threads does not come back.
+        """
         if self._closed or not self._pending:
             raise StoreError("prefetch: nothing is pending (closed)")
         task = self._pending[0]
-        task.done.wait()
+        while not task.done.wait(POLL_SECONDS):
+            check_waits(self._idents)
+        if self._pending:  # none where it was closed meanwhile
+            self._pending.popleft()
         if task.error is not None:
             raise task.error
-        self._pending.popleft()
         return task.value  # type: ignore[return-value]  # done without error means value is set
 
     def close(self) -> None:
-        """Drop what is pending and join the threads, waiting at most JOIN_SECONDS in all."""
+        """Drop what is pending and join the threads, at most JOIN_SECONDS in all; a stuck one is not waited for."""
         self._closed = True
         for task in list(self._pending):
             # A consumer in another thread may be waiting for one of these.
@@ -109,9 +117,22 @@ class Prefetcher(Generic[T]):
         for _ in self._threads:
             self._queue.put(None)
         for thread in self._threads:
-            thread.join(JOIN_SECONDS / len(self._threads))
+            if stuck_read(threads={thread.ident or 0}) is None:
+                thread.join(JOIN_SECONDS / len(self._threads))
 
     def _run(self) -> None:
+        watch_this_thread()
         while (job := self._queue.get()) is not None:
             if not self._closed:
                 job()
+
+
+def in_parallel(works: Sequence[Callable[[], T]], *, num_threads: int) -> list[T]:
+    """Results of all `works` in their order, done by `num_threads` daemon threads; the first error in it is raised."""
+    pool: Prefetcher[T] = Prefetcher(num_threads=num_threads, name="potstill-reads")
+    try:
+        for work in works:
+            pool.submit([work], lambda found: found[0])
+        return [pool.take() for _ in works]
+    finally:
+        pool.close()
