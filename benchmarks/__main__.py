@@ -38,6 +38,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     Benchmark("dump", "the dump over the bare forward pass of the same teacher"),
     Benchmark("step", "the distilled step over the label-only step; waiting for data"),
     Benchmark("zero_stages", "a student under ZeRO 1, 2 and 3 on one rank: agreement of the losses, steps per second"),
+    Benchmark("checkpoint_cost", "digests of a checkpoint's files beside writing and loading them"),
     Benchmark("proposals", "draws from powers of the teacher: squared error and bytes at equal draws"),
     Benchmark("selector", "what selecting half of the positions saves"),
     Benchmark("plan_demo", "the planner's figures beside what the demo's dump did cost", by_itself="on your stores"),
