@@ -10,16 +10,19 @@ import shutil
 import subprocess
 import time
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from potstill.common.config import dump_config, load_config, parse_yaml
 from potstill.common.errors import UserError
+from potstill.common.permissions import warn_if_world_writable
 from potstill.student_train.config.train import TrainConfig
 from potstill.student_train.model.initial_weights import initial_rule
 from potstill.student_train.run.checkpoint import (
     Checkpoint,
     ResumeError,
+    checkpoint_folders,
     checkpoints_folder,
     differing_lines,
     write_json_atomically,
@@ -34,6 +37,7 @@ DONE_FILE = "done.json"
 LOGS_FOLDER = "logs"  # what libraries printed, a file for each start
 STUDENT_FOLDER = "student"  # config.json of the student
 PART_FILE = f".{CONFIG_FILE}.part"  # what a kill during the very first write leaves
+FILES_LOOKED_AT = 64  # of the newest checkpoint, for who may write them
 _NOT_THE_ARCHITECTURE = {"architectures", "dtype", "transformers_version"}
 PACKAGES = ("potstill", "torch", "deepspeed", "transformers", "numpy", "pyarrow", "pydantic")
 
@@ -89,6 +93,10 @@ def prepare_run_folder(config: TrainConfig) -> None:
         log.info("deleting the run in %s (run.force)", folder)
         delete_run(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    saved = checkpoint_folders(folder)
+    places = [folder, folder / CONFIG_FILE, checkpoints_folder(folder), *saved]
+    places += [path for newest in saved[-1:] for path in islice(newest.iterdir(), FILES_LOOKED_AT)]
+    warn_if_world_writable(folder, places, what="run folder")
     (folder / STOP_FILE).unlink(missing_ok=True)
 
 

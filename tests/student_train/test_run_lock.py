@@ -19,6 +19,7 @@ import pytest
 from potstill.student_train.run import run_lock
 from potstill.student_train.run.checkpoint import checkpoints_folder
 from potstill.student_train.run.metrics import read_metrics
+from potstill.student_train.run.run_folder import prepare_run_folder
 from potstill.student_train.run.run_lock import LOCK_FILE, Holder, ProcessMark, RunHeldError, RunLock, refuse_running
 from tests.dist_harness import Ranks, run_ranks
 from tests.student_train import tiny, workers
@@ -199,3 +200,21 @@ def test_renewing_costs_no_thread_after_the_end(tmp_path: Path) -> None:
     with lock_of(tmp_path).take():
         assert [thread for thread in threading.enumerate() if thread.name == "run lock"]
     assert not [thread for thread in threading.enumerate() if thread.name == "run lock"]
+
+
+def test_a_folder_that_everybody_may_write_is_warned_of(stores, tmp_path: Path, caplog) -> None:
+    run = tmp_path / "run"
+    saved = checkpoints_folder(run) / "step_00000004"
+    saved.mkdir(parents=True)
+    (run / "config.yaml").write_text("run: {}")
+    (saved / "a.pt").touch()
+    config = workers.config_of(tiny.config_tree(stores, run))
+    for path in (run, run / "config.yaml", saved.parent, saved, saved / "a.pt"):
+        path.chmod(0o755)
+    prepare_run_folder(config)
+    assert "may be changed by every user" not in caplog.text
+    (saved / "a.pt").chmod(0o666)
+    prepare_run_folder(config)
+    assert (
+        f"run folder {run} may be changed by every user of this machine (checkpoints/step_00000004/a.pt)" in caplog.text
+    )
