@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.campaign import summary
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
@@ -41,6 +43,14 @@ if not _has_gpu():
 def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
     """Name bytes by their length: their content (a gzip header holds the time) can differ between test processes."""
     return f"{argname}-{len(val)}-bytes" if isinstance(val, bytes) else None
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """End with what the campaigns counted: a line of JSON each, and their sum."""
+    if lines := summary():
+        terminalreporter.section("campaigns")
+        for line in lines:
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -289,3 +289,15 @@ def test_no_name_of_a_front_door_is_also_a_folder_of_its_room(room: str) -> None
     folders = {path.name for path in (ROOT / room).iterdir() if path.is_dir()}
     door = importlib.import_module(f"potstill.{room}")
     assert not folders & set(getattr(door, "__all__", ()))
+
+
+def test_the_tests_that_the_page_of_demands_names_exist() -> None:
+    """Files by their name, and after a colon tests by a part of theirs."""
+    page = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
+    files = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")}
+    named = re.findall(r"\b(test_\w+)(?:: ((?:\w+)(?:, \w+_\w+)*))?", page)
+    assert len(named) > 60
+    absent = [file for file, _ in named if file not in files]
+    for file, tests in named:
+        absent += [f"{file}: {part}" for part in tests.split(", ") if "_" in part and part not in files.get(file, "")]
+    assert not absent

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import time
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ import pytest
 import yaml
 
 from potstill.launch.ranks import LAST_WORDS_SECONDS
+from tests.campaign import tell
 from tests.storage.hanging import HangingMount
 from tests.student_train import tiny
 from tests.teacher_dump.tiny import make_tokens, save_llama
@@ -102,5 +102,5 @@ def test_signals_and_bounds_end_hung_commands(
                 print(f"  {text.splitlines()[-1]}")
     with capsys.disabled():
         print(f"longest after a signal: {longest:.2f} s")
-        print(json.dumps(counts))
+        tell("reads that hang", counts)
     assert counts["detected"] == counts["tried"] and not counts["hung"] + counts["crashed"] + counts["silent"]

@@ -21,6 +21,7 @@ from potstill.storage import (
     verify_store,
 )
 from potstill.storage.files.checked_json import dump_checked, load_checked
+from tests.campaign import tell
 from tests.storage.stores import make_targets_row, same_targets, targets_spec, write_targets, write_tokens
 
 NUM_ROWS = 10
@@ -117,6 +118,8 @@ def test_flips_and_cuts_of_a_large_unit(tmp_path, capsys):
         path.write_bytes(data)
     num_bytes = sum(path.stat().st_size for path in files)
     with capsys.disabled():
+        told = {"detected": counts["noticed"], "harmless": counts["harmless"], "silent": counts["silent"]}
+        tell("flips and cuts of a store", {"tried": sum(counts.values()), **told})
         print(f"\n{num_bytes} bytes in {len(files)} files, {sum(counts.values())} flips and cuts: {counts}")
     assert counts["silent"] == 0 and counts["noticed"] > 0.9 * sum(counts.values())
 

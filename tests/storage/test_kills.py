@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from potstill.storage import StoreReader, collect_garbage, seal_store, store_status, verify_store
+from tests.campaign import tell
 from tests.storage.stores import same_targets, write_targets, write_tokens
 
 ROOT = Path(__file__).parents[2]
@@ -92,4 +93,5 @@ def test_hundred_kills(tmp_path, capsys):
         )
         total, swept, rounds = total + kills, swept + files, rounds + 1
     with capsys.disabled():
+        tell("SIGKILLs of writers", {"tried": total, "harmless": total}, leftovers_swept=swept)
         print(f"\n{total} SIGKILLs in {rounds} campaigns with 1 and 2 writers: every row once, {swept} leftovers swept")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import random
 import signal
@@ -29,6 +28,7 @@ from potstill.storage.files.checked_json import dump_checked, is_torn
 from potstill.storage.files.commit import record_name
 from potstill.storage.files.durable import publish_by_claim
 from potstill.storage.files.paths import LocalFolder
+from tests.campaign import tell
 from tests.storage.stores import make_targets_row, targets_spec, write_targets, write_tokens
 
 NUM_ROWS = 8  # two units
@@ -153,7 +153,7 @@ def test_kills_at_every_write_call_without_links(tokens, wanted, tmp_path, capsy
         judge(counts, tokens, store, wanted, kills=hit)
     with capsys.disabled():
         print(f"\n{len(single)} write calls, each met by a kill; {len(several)} stores with several kills")
-        print(json.dumps(counts))
+        tell("kills without hard links", counts)
     assert counts["tried"] >= 100 and counts["harmless"] == counts["tried"]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import random
 import shutil
 import threading
@@ -28,6 +27,7 @@ from potstill.storage import (
     verify_store,
 )
 from potstill.storage.store.repair import _Repair
+from tests.campaign import tell
 from tests.storage.damage import KINDS, flip, make_again, record_file, swap, unit_file
 from tests.storage.stores import make_targets_row, make_tokens_row, tokens_spec, write_targets, write_tokens
 
@@ -317,5 +317,5 @@ def test_campaign_of_repairs(originals, tmp_path, capsys):
             counts["detected" if report.findings and same else "harmless" if same else "silent"] += 1
         shutil.rmtree(store)
     with capsys.disabled():
-        print(f"\nrepairs of damaged stores: {counts}\n{json.dumps(counts)}")
+        tell("repairs of damaged stores", counts)
     assert counts["silent"] == counts["crashed"] == counts["hung"] == 0 and counts["detected"] > 150

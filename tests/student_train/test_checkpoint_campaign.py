@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -23,12 +22,14 @@ from potstill.student_train.hf_export.weights import find_source
 from potstill.student_train.run.checkpoint import checkpoint_folder, checkpoints_folder, list_checkpoints
 from potstill.student_train.run.checkpoint_files import DamagedError
 from potstill.student_train.run.metrics import read_metrics
+from tests.campaign import tell
 from tests.dist_harness import run_ranks
 from tests.student_train import tiny, workers
 from tests.student_train.test_resume import steps_of, tree_of
 
 LAST, EARLIER = 8, 4
 TRIED = {"flip": 250, "zeroed page": 25, "swap": 10, "truncation": 15}  # of each number of ranks
+PAIRS = 20
 AT_ONCE = 25  # runs that one set of processes continues, one after the other
 pytestmark = pytest.mark.slow
 
@@ -122,8 +123,7 @@ def test_no_damage_of_a_checkpoint_is_silent(stores, tmp_path: Path, world: int)
                     bad.append((kind_, name_, word, ending))
                 shutil.rmtree(run_)
             batch.clear()
-    line = {"tried": sum(TRIED.values()), "detected": 0, "harmless": 0, "silent": 0, "hung": 0, "crashed": 0} | found
-    print(json.dumps({"campaign": "damaged checkpoints", "ranks": world, "by_kind": TRIED, **line}))
+    line = tell("damaged checkpoints", {"tried": sum(TRIED.values()), **found}, ranks=world, by_kind=TRIED)
     assert not bad, bad
     assert line["detected"] + line["harmless"] == line["tried"] and line["harmless"] < 0.05 * line["tried"]
 
@@ -135,7 +135,7 @@ def test_two_runs_in_one_folder_never_both_end_well(stores, tmp_path: Path) -> N
     hidden = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    for number in range(20):
+    for number in range(PAIRS):
         folder, run = tmp_path / str(number), tmp_path / str(number) / "run"
         folder.mkdir()
         pair = []
@@ -163,7 +163,6 @@ def test_two_runs_in_one_folder_never_both_end_well(stores, tmp_path: Path) -> N
         if word != "detected" or steps != sorted(set(steps)) or any("Traceback" in text for text in texts):
             bad.append((number, codes, texts))
         found[word] += 1
-    line = {"tried": 20, "detected": 0, "harmless": 0, "silent": 0, "hung": 0, "crashed": 0} | found
-    print(json.dumps({"campaign": "two runs in one folder", **line}))
+    line = tell("two runs in one folder", {"tried": PAIRS, **found})
     assert not bad, bad
-    assert line["detected"] == 20
+    assert line["detected"] == PAIRS

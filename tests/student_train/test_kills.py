@@ -13,6 +13,7 @@ import pytest
 
 from potstill.student_train.run.checkpoint import MANIFEST, checkpoints_folder, list_checkpoints
 from potstill.student_train.run.metrics import read_metrics
+from tests.campaign import tell
 from tests.dist_harness import Ranks, run_ranks
 from tests.student_train import tiny, workers
 from tests.student_train.test_resume import kill_after, steps_of
@@ -116,6 +117,7 @@ def test_random_kills_leave_no_trace(stores, tmp_path: Path, world: int, stage: 
     assert {path.name for path in killed.iterdir()} - {path.name for path in whole.iterdir()} <= {
         "metrics.discarded.jsonl"
     }
+    tell("SIGKILLs of a run", {"tried": len(moments), "harmless": len(moments)}, ranks=world, zero_stage=stage)
 
 
 def converters(run: Path) -> list[str]:
@@ -126,7 +128,7 @@ def converters(run: Path) -> list[str]:
             words = entry.read_bytes().replace(b"\0", b" ").decode()
         except OSError:
             continue  # it has just ended
-        if "ds_to_universal" in words and str(run) in words:
+        if "to_universal" in words and str(run) in words:
             found.append(words)
     return found
 

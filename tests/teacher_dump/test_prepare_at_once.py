@@ -19,6 +19,7 @@ from potstill.teacher_dump import PrepareConfig, prepare
 from potstill.teacher_dump import held_output as held_output_module
 from potstill.teacher_dump.held_output import LOCK_FILE, held_output
 from potstill.teacher_dump.kept_tokenizer import UNSETTLED
+from tests.campaign import tell
 from tests.teacher_dump.tiny import some_texts, write_jsonl
 
 # Holds the folder, says so, and does not let go before it is told to (or killed).
@@ -168,5 +169,5 @@ def test_campaign_two_commands_at_once(corpus: Path, tmp_path: Path) -> None:
                 print(errors)
         assert main(words(corpus, out)) in (DONE, ERROR)
         StoreReader(out / "train")
-    print(json.dumps(counts))
+    tell("two prepares at once", counts)
     assert counts["silent"] + counts["hung"] + counts["crashed"] == 0
