@@ -60,6 +60,7 @@ def test_the_compiler_sees_the_launcher_s_shapes(vocab_size: int, k: int, temper
     assert tile["constants"]["TPP"] == teacher_triton.TILES_PER_STEP and tile["warps"] == teacher_triton.TILE_WARPS
 
 
+@pytest.mark.slow
 def test_the_kernels_keep_their_budgets(tmp_path: Path) -> None:
     table = run_worker("aot_worker.py", "tiles-bf16", "select-bf16-64", cache=tmp_path)
     aot_teacher.check_budget(table)

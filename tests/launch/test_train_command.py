@@ -170,6 +170,7 @@ def test_one_and_two_ranks_print_the_same_form_and_no_noise(stores, tmp_path: Pa
     assert forms[0][0].startswith("run RUN: done, step # of #, # tokens, ")
 
 
+@pytest.mark.slow  # what is made of it stands above, with small processes in the place of ranks
 @pytest.mark.xdist_group("ranks")
 @pytest.mark.timeout(5 * BOUND_SECONDS)
 def test_an_error_of_all_ranks_is_the_last_line_and_stands_there_once(stores, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,6 @@ import yaml
 
 from potstill.common.errors import UserError
 from potstill.common.exit_codes import ERROR
-from potstill.launch.cli import main
 from potstill.storage import LoadedBatch, Loader, MismatchError, Source, SourceRows, StoreReader, TargetsRow, TokensRow
 from potstill.storage import concatenate as joined_targets
 from potstill.student_train.data.alignment import check_aligned
@@ -137,12 +138,14 @@ def test_a_run_ends_at_the_first_shifted_row(
     tokens: StoreReader,
     targets: Callable[..., StoreReader],
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     tree = run_tree(stores, tokens, targets(taught, moved=SHIFTED), tmp_path)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
-    assert main(["train", "--config", str(tmp_path / "run.yaml")]) == ERROR
-    errors = capsys.readouterr().err
+    # In a process of its own: a run forms a process group, and says so in the environment.
+    command = [sys.executable, "-m", "potstill.launch", "train", "--config", str(tmp_path / "run.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+    errors = done.stderr
+    assert done.returncode == ERROR, errors
     assert "Traceback" not in errors and "targets store 'teacher': row " in errors and "shifted" in errors, errors
     steps = [line for line in (tmp_path / "run" / METRICS_FILE).read_text().splitlines() if '"step"' in line]
     assert len(steps) < 23
@@ -175,7 +178,7 @@ def test_right_stores_are_taken_without_a_word(
     held = StoreReader(stores["heldout"]), StoreReader(stores["heldout_teacher"])
     check_targets(held[1], held[0], key="heldout")
     check_targets(targets(lambda row: without_labels(taught(row))), tokens, key="bare")
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 @pytest.mark.parametrize("teacher", ["near chance", "one token everywhere", "copies what it reads"])
@@ -191,8 +194,8 @@ def test_a_teacher_that_cannot_tell_is_taken_on_trust(
     store = targets(lambda row: without_labels(tiny.targets_row(row, table, temperatures=())))
     check_targets(store, tokens, key="data.targets.teacher")
     assert refused_rows(tokens, store) == []
-    [record] = caplog.records
-    assert record.levelno == logging.WARNING and "data.targets.teacher is taken on trust" in record.getMessage()
+    [record] = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "data.targets.teacher is taken on trust" in record.getMessage()
     assert "cannot tell" in record.getMessage() and "\n" not in record.getMessage()
 
 

@@ -163,7 +163,7 @@ def test_another_data_set_does_not_go_on(kind: str, tmp_path: Path, tokenizer_fo
     prepare(config(tmp_path / "out", tokenizer_folder, dataset={"path": made}))
     shutil.rmtree(made)
     KINDS[kind](made, [*texts[:-1], texts[-1] + "!"])
-    with pytest.raises(MismatchError, match="info"):
+    with pytest.raises(MismatchError, match="content of the input: the store has"):
         prepare(config(tmp_path / "out", tokenizer_folder, dataset={"path": made}))
 
 
