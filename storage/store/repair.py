@@ -23,7 +23,7 @@ from potstill.storage.files.folder import QUARANTINE, StoreFolder, StorePath
 from potstill.storage.files.paths import open_folder
 from potstill.storage.rows.id_map import ID_MAP_NAME
 from potstill.storage.store.finding import Finding
-from potstill.storage.store.seal import INDEX_FILE, MANIFEST_NAME, SIGNATURE_NAME, load_manifest
+from potstill.storage.store.seal import INDEX_FILE, INDEX_NAME, MANIFEST_NAME, SIGNATURE_NAME, load_manifest
 from potstill.storage.store.spec import RunSpec
 from potstill.storage.store.survey import Progress, Survey, survey_store
 from potstill.storage.store.unit_bytes import noted_units, size_problems
@@ -196,9 +196,9 @@ class _Repair:
         for name in self._folder.names(""):
             if INDEX_FILE.fullmatch(name):
                 self._move(name)
+        # By name, too: a folder or a link in its place is not listed, and a damaged manifest names none.
         manifest = self._survey.manifest
-        if manifest is not None and any(finding.part == "index" for finding in self._survey.findings):
-            self._move(manifest.index_file)  # by name: a folder or a link in its place is not listed
+        self._move(INDEX_NAME if manifest is None else manifest.index_file)
 
     def _take_unit(self, finding: Finding, checker: UnitChecker, noted: set[int]) -> None:
         """Look again, now that no manifest speaks for it: another repair and a worker may have made it good since."""

@@ -286,6 +286,14 @@ def test_repairs_at_once_beside_a_worker(originals, store):
     assert make_again(store, tokens) == digest and verify_store(store, deep=True).ok
 
 
+def test_a_folder_for_the_index_beside_a_damaged_manifest_that_names_none(originals, store):
+    tokens, original, foreign = originals
+    for kind in ("flipped manifest", "folder for the index"):
+        KINDS[kind](store, 2, foreign, random.Random(0))
+    repair_store(store)
+    assert make_again(store, tokens) == StoreReader(original).digest and verify_store(store, deep=True).ok
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_campaign_of_repairs(originals, tmp_path, capsys):
