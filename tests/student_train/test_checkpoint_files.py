@@ -146,7 +146,7 @@ def test_named_or_without_a_whole_one_a_resume_is_refused(stores, run: Path) -> 
     assert aside == [f"damaged_step_{step:08d}" for step in (4, 8, LAST)]
 
 
-def test_the_digest_is_that_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_digest_is_that_of_the_page_on_security(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SHA-256 over the SHA-256 digests of the pieces, whatever the number of threads, by an own few lines."""
     monkeypatch.setattr(checkpoint_files, "PIECE_BYTES", 1000)
     content = os.urandom(4321)

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 from safetensors.torch import load_file
 
 from potstill.common.errors import UserError
@@ -93,6 +95,28 @@ def test_the_conversion_to_other_ranks_executes_nothing(trained: dict[int, Path]
     with pytest.raises(UserError, match="holds what no checkpoint of this project holds"):
         convert(read_checkpoint(checkpoint_folder(run, 2)), tmp_path / "universal")
     assert not mark.exists() and not (tmp_path / "universal").exists()
+
+
+class AsGetattr:
+    """What pickles itself as getattr of two arguments."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return (getattr, self.arguments)
+
+
+def test_getattr_gives_members_of_one_enum_and_nothing_else(tmp_path: Path) -> None:
+    """Python 3.11.0 to 3.11.3 saved them so, and their checkpoints are loaded by others."""
+    file = tmp_path / "a.pt"
+    torch.save({"stage": AsGetattr(ZeroStageEnum, "gradients")}, file)
+    with only_allowed(tmp_path):
+        assert torch.load(file)["stage"] is ZeroStageEnum.gradients
+    for arguments in ((ZeroStageEnum, "__subclasses__"), (ZeroStageEnum, "from_bytes"), (fragment_address, "__init__")):
+        torch.save({"stage": AsGetattr(*arguments)}, file)
+        with pytest.raises(UnpicklingRefusedError, match="it names getattr"), only_allowed(tmp_path):
+            torch.load(file)
 
 
 def test_the_mark_is_made_where_loading_is_not_limited(trained: dict[int, Path], tmp_path: Path) -> None:
