@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 WATCH_SECONDS = 5.0
 SEALING_SECONDS = 60.0  # a complete store is looked at for so long, as its last worker may be about to seal it
+# Of a store of many units; counts of units are exact, as far as names are.
+_ESTIMATED = ("rate_rows_per_second", "eta_seconds", "worker_seconds", "active_seconds", "bytes")
 Looks = Sequence[tuple[str, "StoreStatus"]]
 
 
@@ -100,7 +102,9 @@ def _title(path: str, status: StoreStatus) -> str:
 
 
 def _rows(status: StoreStatus) -> list[tuple[str, str]]:
-    return [(name.replace("_", " "), _figure(name, value)) for name, value in asdict(status).items()]
+    figures = [(name, _figure(name, value)) for name, value in asdict(status).items() if name != "estimated"]
+    about = _ESTIMATED if status.estimated else ()
+    return [(n.replace("_", " "), f"about {text}" if n in about and text != "-" else text) for n, text in figures]
 
 
 def status_line(status: StoreStatus) -> str:

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 _UNITS_AHEAD = 1
 _UNITS_UNFINISHED = 2
-_RECOUNT_SECONDS = 30.0  # counting means reading all records, so not for every refused row
+_RECOUNT_SECONDS = 30.0  # counting may mean reading many records, so not for every refused row
 
 FinishedRow = tuple[Row, Refused | None]
 
@@ -217,6 +217,8 @@ class Walk:
         if self._beside is not None:
             self._beside.commit_unit(number, [row for part in done for row in part.beside])
         in_order = sorted([*rows, *left_out], key=lambda row: row.row) if left_out else rows
+        if refused:
+            self._writer.note_refused(number, len(refused))
         self._writer.commit_unit(number, in_order, extra=extra)
         return _Committed(number, len(rows), sum(_num_tokens(row) for row in rows), refused, figures | shown)
 

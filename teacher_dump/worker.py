@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
@@ -186,7 +186,7 @@ def _todo(writer: StoreWriter, place: WorkerPlace) -> list[int]:
 
     Whether it is sealed is asked first: a store that others complete and seal meanwhile has no unit to do then.
     """
-    sealed = check_sealed(writer.url)
+    sealed = check_sealed(writer.url, spec=writer.spec)
     units = writer.todo(worker=place.worker, num_workers=place.num_workers)
     if sealed and units:
         raise CorruptError(
@@ -235,7 +235,7 @@ def _walk(
     engine = load_engine(teacher, job.wanted(tokens.spec.vocab_size))
     # A compiled model would be compiled again for each length.
     packed = partial(packed_batch, length=tokens.spec.row_length, fixed=teacher.compile)
-    own = set(units)
+    own, allowed = set(units), _refused_allowed(config, writer, left_out)
     num_rows = sum(_num_wanted(writer, unit, left_out) for unit in units)
     with StopFlag() as stop, Progress(num_rows, description=job.word) as progress:
         began = time.monotonic()
@@ -259,8 +259,8 @@ def _walk(
             finish_threads=config.finish_threads,
             # One rank that skips a unit would leave the others waiting for it.
             max_consecutive_failures=1 if ranks.in_step else config.max_consecutive_failures,
-            refused_elsewhere=lambda: _num_refused(writer, except_units=own),
-            refused_allowed=_refused_allowed(config, writer, left_out),
+            refused_elsewhere=lambda: writer.num_refused(allowed=allowed, except_units=own),
+            refused_allowed=allowed,
             left_out=left_out,
             on_rows=on_rows,
             on_unit=partial(_warn_of_k, job, writer, left_out),
@@ -293,12 +293,7 @@ def _bytes_per_token(writer: StoreWriter, unit: int | None, left_out: LeftOut | 
 def _tokens_run(writer: StoreWriter, record: CommitRecord, left_out: LeftOut | None) -> int:
     """Tokens of a unit that the model was run over: rows that were left out take no room, and lower no figure."""
     rows = zip(writer.unit_rows(record.unit), record.num_tokens, strict=True)
-    return sum(count for row, count in rows if left_out is None or left_out.wanted[row])
-
-
-def _num_refused(writer: StoreWriter, *, except_units: Collection[int] = ()) -> int:
-    records = writer.committed()
-    return sum(len(record.extra.get("refused", ())) for unit, record in records.items() if unit not in except_units)
+    return sum(int(count) for row, count in rows if left_out is None or left_out.wanted[row])
 
 
 def _num_wanted(writer: StoreWriter, unit: int, left_out: LeftOut | None) -> int:
@@ -314,7 +309,8 @@ def _refused_allowed(config: WalkConfig, writer: StoreWriter, left_out: LeftOut 
 
 def _check_refused(config: WalkConfig, writer: StoreWriter, left_out: LeftOut | None) -> None:
     """Raise UserError when the workers of a complete store have refused too many rows together."""
-    refused, allowed = _num_refused(writer), _refused_allowed(config, writer, left_out)
+    allowed = _refused_allowed(config, writer, left_out)
+    refused = writer.num_refused(allowed=allowed)
     if refused > allowed:
         raise UserError(
             f"{config.output}: {refused} rows are refused, {allowed} are allowed (max_rejected_fraction); the commit "
@@ -349,7 +345,7 @@ def _finish(
         manifest = seal_store(config.output, fast=config.fast_seal)
         num_tokens = manifest.num_tokens
         if left_out is not None:
-            num_tokens = sum(_tokens_run(writer, record, left_out) for record in writer.committed().values())
+            num_tokens = int(StoreReader(config.output).row_lengths[np.asarray(left_out.wanted)].sum())
         sealed, bytes_per_token = True, manifest.num_bytes / max(1, num_tokens)
     positions = totals.figures.get("positions", 0.0)
     excluded = totals.figures.get("excluded_mass", 0.0) / positions if positions else 0.0

@@ -37,6 +37,11 @@ def is_torn(data: bytes) -> bool:
     return _TAIL.fullmatch(data[-TAIL_BYTES:]) is None
 
 
+def fits_checksum(data: bytes) -> bool:
+    """Whether a checked file was finished and its checksum is that of its bytes."""
+    return not is_torn(data) and data[-TAIL_BYTES:] == b',"crc32":"%08x"}\n' % zlib.crc32(data[:-TAIL_BYTES])
+
+
 def load_checked(data: bytes, *, where: str) -> dict[str, Any]:
     """Parse and check; CorruptError names `where`, TornError a file that was never finished."""
     if is_torn(data):
@@ -44,14 +49,13 @@ def load_checked(data: bytes, *, where: str) -> dict[str, Any]:
             f"{where}: no checksum at the end of its {len(data)} bytes (torn or truncated file); run the command that "
             "writes it again, or restore the file from a copy"
         )
-    body, tail = data[:-TAIL_BYTES], data[-TAIL_BYTES:]
-    if tail != b',"crc32":"%08x"}\n' % zlib.crc32(body):
+    if not fits_checksum(data):
         raise CorruptError(
             f"{where}: checksum at the end does not fit its {len(data)} bytes (damaged file); "
             "restore the file from a copy"
         )
     try:
-        value = json.loads(body + b"}")
+        value = json.loads(data[:-TAIL_BYTES] + b"}")
     except (ValueError, RecursionError) as error:
         raise CorruptError(f"{where}: checksum fits but the text is not JSON ({error})") from None
     if not isinstance(value, dict):

@@ -35,6 +35,15 @@ def write_file(path: Path, data: bytes | memoryview) -> None:
         os.close(fd)
 
 
+def sync_file(path: Path) -> None:
+    """Bring what was written to a file down to the disk. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def sync_folder(folder: Path) -> None:
     """Bring the names in a folder down to the disk. Raises OSError."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-SUBFOLDERS = ("units", "failures", "tmp")
+SUBFOLDERS = ("units", "failures", "refused", "tmp")
 QUARANTINE = "quarantine"  # a further one, where repair puts what it takes out
 URL_SCHEMES = ("s3://", "gs://", "az://", "file://", "memory://")
 StorePath = str | Path
+
+
+class Listed(NamedTuple):
+    """What a listing tells of an object besides its name."""
+
+    num_bytes: int
+    modified_seconds: float  # of the place's own clock: for people only
 
 
 class StoreFolder(Protocol):
@@ -16,6 +24,7 @@ class StoreFolder(Protocol):
 
     url: str
     parallel_reads: int
+    max_create_bytes: int | None  # above which `create_file` is no way to publish a file; None: any size
 
     def prepare(self) -> None:
         """Make the folder, and those above it, ready for writing; WriteFailedError when it cannot be written."""
@@ -35,11 +44,15 @@ class StoreFolder(Protocol):
     def size(self, name: str) -> int | None:
         """Bytes of an object, or None."""
 
-    def names(self, prefix: str) -> list[str]:
-        """Names of the objects in one subfolder ('' for the top), without the prefix, sorted."""
+    def names(self, prefix: str, *, cuts: Sequence[str] = ()) -> list[str]:
+        """Names of the objects in one subfolder ('' for the top), without the prefix, sorted.
 
-    def sizes(self, prefix: str) -> dict[str, int]:
-        """Bytes of each object that `names` lists, by name; from one listing where the place tells them in it."""
+        `cuts`: names, in order, between which the objects lie about evenly. Where a listing comes in pages, one after
+        the other, the parts between them are listed side by side; what is found does not depend on them.
+        """
+
+    def listing(self, prefix: str, *, cuts: Sequence[str] = (), suffix: str = "") -> dict[str, Listed]:
+        """Size and time of each object that `names` lists and that ends with `suffix`, by name, in order of names."""
 
     def put(self, name: str, data: bytes | memoryview) -> None:
         """Publish a whole object durably under a name that nobody else writes."""
@@ -49,6 +62,15 @@ class StoreFolder(Protocol):
 
         Where there are no hard links, True may also mean that another writer has made it, of the same bytes.
         """
+
+    def scratch(self) -> Path:
+        """Path of a local file, not there yet, for content that `create_file` or `put_file` is to publish."""
+
+    def create_file(self, name: str, path: Path) -> bool:
+        """As `create`, of the content of a local file of `scratch`, which is not held in memory as a whole."""
+
+    def put_file(self, name: str, path: Path) -> None:
+        """As `put`, of the content of a local file of `scratch`; whoever else writes the name writes the same bytes."""
 
     def replace_torn(self, name: str, data: bytes | memoryview) -> bool:
         """As `create` of a checked JSON file, but one that was never finished does not count as there."""

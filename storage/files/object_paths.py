@@ -12,13 +12,18 @@ import os
 import random
 import re
 import secrets
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, TypeVar
 
 from potstill.storage.errors import CorruptError, GaveUpError, NotAStoreError, StoreError, WriteFailedError
-from potstill.storage.files.folder import URL_SCHEMES
-from potstill.storage.files.waiting import waiting_for
+from potstill.storage.files.folder import URL_SCHEMES, Listed
+from potstill.storage.files.prefetch import in_parallel
+from potstill.storage.files.waiting import Wait, waiting_for
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +36,10 @@ REQUEST_TIMEOUT_SECONDS = 120.0
 CLIENT_RETRIES = 3
 PART_BYTES = 8 << 20
 PARALLEL_PARTS = 8
-PARALLEL_REQUESTS = 16
+PARALLEL_REQUESTS = 32
+PAGE_OBJECTS = 1000  # that one request lists at most
+SINGLE_PUT_BYTES = 256 << 20  # conditional creation is one request, which holds the object in memory
+_LISTS_FROM_A_NAME = ("s3://", "gs://")  # elsewhere the client gets all names and drops those before it
 _QUERY = re.compile(r"\?[^\s\"'>)]*")
 _PERMANENT = ("PermissionDeniedError", "UnauthenticatedError", "InvalidPathError", "NotSupportedError")
 
@@ -40,6 +48,7 @@ class ObjectFolder:
     """One prefix of an object store, seen as a StoreFolder."""
 
     parallel_reads = PARALLEL_REQUESTS
+    max_create_bytes: int | None = SINGLE_PUT_BYTES
 
     def __init__(self, url: str) -> None:
         """Raises StoreError for a URL of an unknown scheme or one that carries credentials."""
@@ -107,15 +116,46 @@ class ObjectFolder:
     def size(self, name: str) -> int | None:
         return self._reading(name, lambda: int(self._obs().head(self._store(), name)["size"]))
 
-    def names(self, prefix: str) -> list[str]:
-        return sorted(self.sizes(prefix))
+    def names(self, prefix: str, *, cuts: Sequence[str] = ()) -> list[str]:
+        return list(self.listing(prefix, cuts=cuts))
 
-    def sizes(self, prefix: str) -> dict[str, int]:
-        def listing() -> dict[str, int]:
-            found = self._obs().list_with_delimiter(self._store(), prefix=prefix or None)
-            return {str(item["path"]).rsplit("/", 1)[-1]: int(item["size"]) for item in found["objects"]}
+    def listing(self, prefix: str, *, cuts: Sequence[str] = (), suffix: str = "") -> dict[str, Listed]:
+        cuts = cuts if self.url.startswith(_LISTS_FROM_A_NAME) else ()
+        found, last = self._listed(prefix, "", None, pages=1 if cuts else None)
+        if last is not None:
+            bounds = [last, *(cut for cut in cuts if cut > last), None]
+            works = [partial(self._listed, prefix, str(a), b) for a, b in pairwise(bounds)]
+            for part, _ in in_parallel(works, num_threads=PARALLEL_REQUESTS):
+                found |= part
+        return {name: found[name] for name in sorted(found) if name.endswith(suffix)}
 
-        return self._reading(f"{prefix}/", listing) or {}
+    def _listed(
+        self, prefix: str, after: str, upto: str | None, *, pages: int | None = None
+    ) -> tuple[dict[str, Listed], str | None]:
+        """Objects right in `prefix` in (after, upto], of so many pages at most; the last name if there may be more.
+
+        Pages come as they are asked for, so that little is read beyond `upto`.
+        """
+
+        def stream(wait: Wait) -> tuple[dict[str, Listed], str | None]:
+            found: dict[str, Listed] = {}
+            if prefix in ("", "tmp"):  # what lies below is not wanted, and may be much
+                objects = self._obs().list_with_delimiter(self._store(), prefix=prefix or None)["objects"]
+                return {str(item["path"]).rpartition("/")[2]: _told(item) for item in objects}, None
+            offset = f"{prefix}/{after}" if after else None
+            chunks = self._obs().list(self._store(), prefix, offset=offset, chunk_size=PAGE_OBJECTS)
+            for number, chunk in enumerate(chunks, start=1):
+                wait.moved()
+                names = [str(item["path"]).removeprefix(f"{prefix}/") for item in chunk]
+                inside = zip(names, chunk, strict=True)
+                found |= {n: _told(item) for n, item in inside if "/" not in n and (upto is None or n <= upto)}
+                if upto is not None and names[-1] > upto:
+                    break
+                if number == pages:
+                    return found, names[-1] if len(names) == PAGE_OBJECTS else None
+            return found, None
+
+        return self._waited(f"{prefix}/", stream) or ({}, None)
 
     def put(self, name: str, data: bytes | memoryview) -> None:
         def upload() -> None:
@@ -139,6 +179,25 @@ class ObjectFolder:
             return True
 
         return self._writing(name, upload)
+
+    def scratch(self) -> Path:
+        return Path(tempfile.gettempdir()) / f"potstill-{os.getpid():x}-{secrets.token_hex(8)}"
+
+    def create_file(self, name: str, path: Path) -> bool:
+        return self.create(name, path.read_bytes())  # of `max_create_bytes` at most
+
+    def put_file(self, name: str, path: Path) -> None:
+        def upload() -> None:
+            self._obs().put(
+                self._store(),
+                name,
+                path,
+                use_multipart=path.stat().st_size > PART_BYTES,
+                chunk_size=PART_BYTES,
+                max_concurrency=PARALLEL_PARTS,
+            )
+
+        self._writing(name, upload)
 
     def replace_torn(self, name: str, data: bytes | memoryview) -> bool:
         return self.create(name, data)  # an object appears whole or not at all
@@ -189,9 +248,12 @@ class ObjectFolder:
         return self._client
 
     def _reading(self, name: str, work: Callable[[], T]) -> T | None:
+        return self._waited(name, lambda wait: work())
+
+    def _waited(self, name: str, work: Callable[[Wait], T]) -> T | None:
         try:
             # The client waits in its own code, where no signal reaches a thread of ours.
-            return self._retry(name, lambda: waiting_for(f"{self.url}/{name}", lambda wait: work()))
+            return self._retry(name, lambda: waiting_for(f"{self.url}/{name}", work))
         except FileNotFoundError:
             return None
         except NotADirectoryError as error:
@@ -220,6 +282,10 @@ class ObjectFolder:
                 logger.warning("%s/%s: attempt %d of %d: %s", self.url, name, attempt, ATTEMPTS, text)
                 time.sleep(BACKOFF_SECONDS * 2**attempt * (0.5 + random.random()))
         raise AssertionError("unreachable")
+
+
+def _told(item: Any) -> Listed:
+    return Listed(int(item["size"]), item["last_modified"].timestamp())
 
 
 class _ShortBodyError(Exception):

@@ -7,17 +7,17 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from potstill.storage.errors import CorruptError, NotAStoreError, ReadFailedError, WriteFailedError
 from potstill.storage.files.absence import explain_absence
 from potstill.storage.files.checked_json import is_torn
-from potstill.storage.files.durable import discard, publish_by_claim, sync_folder, write_file
-from potstill.storage.files.folder import SUBFOLDERS, StoreFolder, StorePath
+from potstill.storage.files.durable import discard, publish_by_claim, sync_file, sync_folder, write_file
+from potstill.storage.files.folder import SUBFOLDERS, Listed, StoreFolder, StorePath
 from potstill.storage.files.object_paths import ObjectFolder
-from potstill.storage.files.regular import file_size, is_regular, read_file, read_part
+from potstill.storage.files.regular import file_size, file_status, is_regular, read_file, read_part
 from potstill.storage.files.waiting import Wait, waiting_for
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -61,6 +61,7 @@ class LocalFolder:
     """
 
     parallel_reads = 1
+    max_create_bytes: int | None = None
 
     def __init__(self, root: Path) -> None:
         # Fixed at once, so that a later chdir does not move the store.
@@ -110,13 +111,21 @@ class LocalFolder:
         path, where = self.root / name, f"{self.url}/{name}"
         return self._waiting(name, lambda wait: file_size(path, where=where))
 
-    def sizes(self, prefix: str) -> dict[str, int]:
-        names = self.names(prefix)
-        sizes = ((name, self.size(f"{prefix}/{name}" if prefix else name)) for name in names)
-        return {name: size for name, size in sizes if size is not None}  # None: removed since it was listed
-
-    def names(self, prefix: str) -> list[str]:
+    def names(self, prefix: str, *, cuts: Sequence[str] = ()) -> list[str]:
         return self._waiting(prefix, lambda wait: self._names(prefix))
+
+    def listing(self, prefix: str, *, cuts: Sequence[str] = (), suffix: str = "") -> dict[str, Listed]:
+        names = [name for name in self.names(prefix, cuts=cuts) if name.endswith(suffix)]
+        return self._waiting(prefix, lambda wait: self._looked_at(prefix, names, wait))
+
+    def _looked_at(self, prefix: str, names: Sequence[str], wait: Wait) -> dict[str, Listed]:
+        folder, found = self.root / prefix, {}
+        for name in names:
+            status = file_status(f"{folder}/{name}", where=f"{self.url}/{prefix}/{name}")
+            wait.moved()
+            if status is not None:  # None: removed since it was listed
+                found[name] = Listed(status.st_size, status.st_mtime)
+        return found
 
     def _names(self, prefix: str) -> list[str]:
         try:
@@ -151,13 +160,32 @@ class LocalFolder:
             tmp = self._tmp_path()
             try:
                 write_file(tmp, data)
-                made = self._link(tmp, final, data)
+                made = self._link(tmp, final)
             finally:
                 discard(tmp)
             if made is None:
                 made = publish_by_claim(final, data, spare=self.root / "tmp")
             sync_folder(final.parent)
         return made
+
+    def scratch(self) -> Path:
+        return self._tmp_path()  # on the file system of the store, so that it can be linked
+
+    def create_file(self, name: str, path: Path) -> bool:
+        final = self.root / name
+        with writing(f"{self.url}/{name}"):
+            sync_file(path)
+            made = self._link(path, final)
+            if made is None:
+                made = publish_by_claim(final, path.read_bytes(), spare=self.root / "tmp")
+            sync_folder(final.parent)
+        return made
+
+    def put_file(self, name: str, path: Path) -> None:
+        with writing(f"{self.url}/{name}"):
+            sync_file(path)
+            os.rename(path, self.root / name)
+            sync_folder((self.root / name).parent)
 
     def replace_torn(self, name: str, data: bytes | memoryview) -> bool:
         with writing(f"{self.url}/{name}"):
@@ -196,7 +224,7 @@ class LocalFolder:
     def _tmp_path(self) -> Path:
         return self.root / "tmp" / f"{os.getpid():x}-{secrets.token_hex(8)}"
 
-    def _link(self, tmp: Path, final: Path, data: bytes | memoryview) -> bool | None:
+    def _link(self, tmp: Path, final: Path) -> bool | None:
         """True if the link was made, False if the name is taken, None where the file system has no hard links."""
         try:
             os.link(tmp, final)

@@ -68,6 +68,12 @@ def read_part(path: Path | str, wait: Wait, *, where: str, offset: int, length: 
 
 def file_size(path: Path | str, *, where: str) -> int | None:
     """Bytes of a regular file, None where there is none. Raises CorruptError and ReadFailedError."""
+    status = file_status(path, where=where)
+    return None if status is None else status.st_size
+
+
+def file_status(path: Path | str, *, where: str) -> os.stat_result | None:
+    """What the system tells of a regular file, None where there is none. Raises CorruptError and ReadFailedError."""
     try:
         status = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -77,7 +83,7 @@ def file_size(path: Path | str, *, where: str) -> int | None:
             raise _not_a_file(where, "a symbolic link that leads to itself") from None
         raise ReadFailedError(f"{where}: cannot be looked at ({error.strerror})") from error
     require_regular(status.st_mode, where=where)
-    return status.st_size
+    return status
 
 
 def is_regular(entry: os.DirEntry[str]) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +18,6 @@ import pyarrow.ipc as ipc
 from numpy.typing import NDArray
 
 from potstill.storage.errors import CorruptError
-from potstill.storage.files.commit import CommitRecord
 from potstill.storage.files.folder import StoreFolder
 from potstill.storage.files.ipc_layout import parse_batch, parse_footer
 
@@ -48,28 +47,6 @@ class IndexBlock(NamedTuple):
 def column_types(stats: Sequence[str]) -> list[tuple[str, str]]:
     """Names and little-endian types of all columns; statistics are float32, prefixed `stat.`."""
     return [*COLUMNS, *((f"stat.{name}", "<f4") for name in stats)]
-
-
-def build_columns(records: Iterable[CommitRecord], stats: Sequence[str]) -> dict[str, NDArray[Any]]:
-    """Whole index columns from the records in unit order."""
-    types = column_types(stats)
-    parts: dict[str, list[NDArray[Any]]] = {name: [np.zeros(0, t)] for name, t in types}
-    for record in records:
-        rows_of = np.array([batch.num_rows for batch in record.batches])
-        starts = np.cumsum(rows_of) - rows_of
-        values = {
-            "unit": np.full(len(record.num_tokens), record.unit),
-            "offset": np.repeat([batch.offset for batch in record.batches], rows_of),
-            "length": np.repeat([batch.length for batch in record.batches], rows_of),
-            "crc32": np.repeat([batch.crc32 for batch in record.batches], rows_of),
-            "position": np.arange(len(record.num_tokens)) - np.repeat(starts, rows_of),
-            "num_tokens": record.num_tokens,
-            "num_entries": record.num_entries,
-            **{f"stat.{name}": record.stats[name] for name in stats},
-        }
-        for name, dtype in types:
-            parts[name].append(np.asarray(values[name]).astype(dtype))
-    return {name: np.concatenate(parts[name]) for name, _ in types}
 
 
 def encode_index(columns: dict[str, NDArray[Any]], fingerprint: str) -> tuple[memoryview, list[IndexBlock]]:

@@ -29,7 +29,8 @@ from potstill.storage.rows.array_types import Float32, Int32
 from potstill.storage.rows.columns import skippable_names
 from potstill.storage.rows.row_types import Row, ScoresRow, TargetsRow, TokensRow
 from potstill.storage.rows.vocabulary import DRAWS_NEED_ALL, VocabularyMap
-from potstill.storage.store.index import PartialIndex, RowIndex, StatColumns, build_columns
+from potstill.storage.store.index import PartialIndex, RowIndex, StatColumns
+from potstill.storage.store.index_file import build_columns
 from potstill.storage.store.seal import Manifest, load_manifest, open_index, store_digest
 from potstill.storage.store.spec import RunSpec
 from potstill.storage.store.who_may_write import warn_of_writers
@@ -106,7 +107,7 @@ class StoreReader:
         self._files = [record.file for record in chosen]
         self._digest = store_digest(self._spec.fingerprint, ["partial", *(r.sha256 for r in chosen)])
         self._num_rows = sum(len(r.num_tokens) for r in chosen)
-        self._num_tokens = sum(sum(r.num_tokens) for r in chosen)
+        self._num_tokens = sum(int(r.num_tokens.sum()) for r in chosen)
         self._index = PartialIndex(build_columns(chosen, self._spec.stats))
 
     def with_vocabulary(self, vocabulary: VocabularyMap | None) -> StoreReader:

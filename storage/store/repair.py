@@ -23,10 +23,11 @@ from potstill.storage.files.folder import QUARANTINE, StoreFolder, StorePath
 from potstill.storage.files.paths import open_folder
 from potstill.storage.rows.id_map import ID_MAP_NAME
 from potstill.storage.store.finding import Finding
+from potstill.storage.store.notes import noted_units
 from potstill.storage.store.seal import INDEX_FILE, INDEX_NAME, MANIFEST_NAME, SIGNATURE_NAME, load_manifest
 from potstill.storage.store.spec import RunSpec
 from potstill.storage.store.survey import Progress, Survey, survey_store
-from potstill.storage.store.unit_bytes import noted_units, size_problems
+from potstill.storage.store.unit_bytes import size_problems
 from potstill.storage.store.unit_check import UnitChecker
 from potstill.storage.store.writer import (
     MAX_RUN_BYTES,
@@ -205,7 +206,7 @@ class _Repair:
         assert finding.unit is not None
         unit = finding.unit
         manifest = self._survey.manifest
-        check = checker.check(unit, generations=list_records(self._folder).get(unit, 0), entry=None)
+        check = checker.check(unit, generations=list_records(self._folder, self._spec).get(unit, 0), entry=None)
         if check is not None and check.finding is None and unit not in self._also:
             return
         files = [] if check is None or check.record is None else [check.record.file]

@@ -7,16 +7,20 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from potstill.storage.errors import CorruptError, NotAStoreError, StoreError, TornError, UnsealedError
+from potstill.storage.errors import CorruptError, NotAStoreError, StoreError, TornError
 from potstill.storage.files.checked_json import dump_checked, get_int, get_list, get_text, read_checked
-from potstill.storage.files.commit import CommitRecord, committed_records, list_records, read_record
-from potstill.storage.files.folder import StoreFolder, StorePath
+from potstill.storage.files.commit import generations_of, list_records
+from potstill.storage.files.folder import Listed, StoreFolder, StorePath
 from potstill.storage.files.paths import open_folder
-from potstill.storage.store.index import ROWS_PER_BLOCK, IndexBlock, RowIndex, build_columns, encode_index
+from potstill.storage.store.gathering import gathered
+from potstill.storage.store.index import ROWS_PER_BLOCK, IndexBlock, RowIndex
+from potstill.storage.store.index_file import EncodedIndex
+from potstill.storage.store.record_block import read_blocks
 from potstill.storage.store.spec import RunSpec
-from potstill.storage.store.unit_bytes import UnitEntry, check_bytes, check_sizes, damaged_text, noted_units
+from potstill.storage.store.unit_bytes import UnitEntry, check_bytes, check_sizes, damaged_text, entry_cuts, file_sha256
 from potstill.storage.store.who_may_write import warn_of_writers
 from potstill.storage.store.writer import load_spec
 
@@ -28,7 +32,6 @@ INDEX_NAME = "index.arrow"
 MAX_MANIFEST_BYTES = 1 << 30
 _UNIT_FILE = re.compile(r"u\d{7,12}-[0-9a-f]{12}\.arrow")
 INDEX_FILE = re.compile(r"index(-[0-9a-f]{12})?\.arrow")
-STAGES = {"tokens": "prepare", "targets": "dump", "scores": "score"}  # the command that writes each kind
 TOTALS = ("num_rows", "num_tokens", "num_entries", "num_targets", "num_bytes")
 
 
@@ -103,31 +106,9 @@ def seal_store(path: StorePath, *, fast: bool = False, again: bool = False) -> M
             check_bytes(folder, manifest.units)
             _check_index_bytes(folder, manifest)
         return manifest
-    records = committed_records(folder, spec)
-    ordered = _complete(records, spec, folder)
-    units = tuple(UnitEntry(r.file, r.num_bytes, r.sha256) for r in ordered)
-    warn_of_writers(folder, [unit.file for unit in units])
-    check_sizes(folder, units)
-    if not fast:
-        check_bytes(folder, units)
-    data, blocks = encode_index(build_columns(ordered, spec.stats), spec.fingerprint)
-    sha256 = hashlib.sha256(data).hexdigest()
-    manifest = Manifest(
-        fingerprint=spec.fingerprint,
-        store_digest=store_digest(spec.fingerprint, [r.sha256 for r in ordered]),
-        num_rows=sum(len(r.num_tokens) for r in ordered),
-        num_tokens=sum(sum(r.num_tokens) for r in ordered),
-        num_entries=sum(sum(r.num_entries) for r in ordered),
-        num_targets=sum(r.num_targets for r in ordered),
-        num_bytes=sum(r.num_bytes for r in ordered),
-        units=units,
-        index_file=_publish_index(folder, data, sha256),
-        index_bytes=len(data),
-        index_sha256=sha256,
-        index_blocks=tuple(blocks),
-        bytes_checked=not fast,
-    )
-    if folder.create(MANIFEST_NAME, manifest.to_bytes()) or folder.replace_torn(MANIFEST_NAME, manifest.to_bytes()):
+    manifest = _make_manifest(folder, spec, fast=fast)
+    data = manifest.to_bytes()
+    if folder.create(MANIFEST_NAME, data) or folder.replace_torn(MANIFEST_NAME, data):
         logger.info("sealed %s: %d rows, %d tokens", folder.url, manifest.num_rows, manifest.num_tokens)
     found_manifest = load_manifest(folder, spec)
     if found_manifest is None:
@@ -139,15 +120,16 @@ def seal_store(path: StorePath, *, fast: bool = False, again: bool = False) -> M
     return found_manifest
 
 
-def check_sealed(path: StorePath) -> bool:
+def check_sealed(path: StorePath, *, spec: RunSpec | None = None) -> bool:
     """Whether a sealed store stands at `path`; False also where there is none at all.
 
     Raises CorruptError, which names the command that repairs, where its manifest is damaged or files are missing or of
     other sizes: what a worker must hear before it says that nothing is to be done. Costs a listing, and no bytes.
+    `spec`: what run.json says, where the caller has read it.
     """
     folder = open_folder(path)
     try:
-        spec = load_spec(folder)
+        spec = load_spec(folder) if spec is None else spec
     except NotAStoreError:
         return False
     try:
@@ -158,15 +140,16 @@ def check_sealed(path: StorePath) -> bool:
         raise CorruptError(f"{error}; or run `potstill repair {folder.url}`, which unseals the store") from error
     if manifest is None:
         return False
-    _check_sealed(folder, manifest)
-    listed = list_records(folder)
+    listing = folder.listing("units", cuts=entry_cuts(manifest.units))
+    _check_sealed(folder, manifest, listing)
+    listed = generations_of(listing)
     lost = [f"unit {unit} is sealed and has no record" for unit in range(len(manifest.units)) if unit not in listed]
     if lost:
         raise CorruptError(damaged_text(folder, lost, len(manifest.units)))
     return True
 
 
-def _check_sealed(folder: StoreFolder, manifest: Manifest) -> None:
+def _check_sealed(folder: StoreFolder, manifest: Manifest, listing: Mapping[str, Listed] | None = None) -> None:
     """Raise CorruptError where files of a sealed store are missing or of other sizes than the manifest says."""
     found = folder.size(manifest.index_file)
     if found != manifest.index_bytes:
@@ -175,91 +158,72 @@ def _check_sealed(folder: StoreFolder, manifest: Manifest) -> None:
             f"{folder.url}/{manifest.index_file}: {state}, the manifest says {manifest.index_bytes} bytes; run "
             f"`potstill repair {folder.url}`, which takes it out, and seal again"
         )
-    check_sizes(folder, manifest.units)
+    check_sizes(folder, manifest.units, listing=listing)
 
 
 def _check_records(folder: StoreFolder, spec: RunSpec, manifest: Manifest) -> None:
     """Raise CorruptError where the records of a sealed store are not those that the manifest was made of."""
-    records = committed_records(folder, spec)
+    listed = list_records(folder, spec)
     problems = []
-    for unit, entry in enumerate(manifest.units):
-        record = records.get(unit)
-        if record is None:
-            problems.append(f"unit {unit} is sealed and has no readable record")
-        elif (record.file, record.num_bytes, record.sha256) != tuple(entry):
-            problems.append(f"the record of unit {unit} names {record.file}, the manifest {entry.file}")
+    for block in read_blocks(folder, spec, {unit: listed.get(unit, 1) for unit in range(len(manifest.units))}):
+        problems += [f"unit {unit} is sealed and has no readable record" for unit in block.unreadable]
+        entries = map(UnitEntry, block.files, block.num_bytes.tolist(), block.digests)
+        for unit, found in zip(block.units.tolist(), entries, strict=True):
+            if found != manifest.units[unit]:
+                problems.append(
+                    f"the record of unit {unit} names {found.file}, the manifest {manifest.units[unit].file}"
+                )
     if problems:
         raise CorruptError(damaged_text(folder, problems, len(manifest.units)))
 
 
 def _check_index_bytes(folder: StoreFolder, manifest: Manifest) -> None:
-    data = folder.read(manifest.index_file, max_bytes=manifest.index_bytes) or b""
-    if hashlib.sha256(data).hexdigest() != manifest.index_sha256:
+    if file_sha256(folder, manifest.index_file, manifest.index_bytes) != manifest.index_sha256:
         raise CorruptError(
             f"{folder.url}/{manifest.index_file}: content does not fit the sha256 of the manifest; run "
             f"`potstill repair {folder.url}`, which takes it out, and seal again"
         )
 
 
-def _complete(records: dict[int, CommitRecord], spec: RunSpec, folder: StoreFolder) -> list[CommitRecord]:
-    """Records in unit order; UnsealedError unless they cover all rows."""
-    num_units = _open_end(records, spec, folder) if spec.num_rows is None else -(-spec.num_rows // spec.rows_per_unit)
-    missing = [u for u in range(num_units) if u not in records and not _late(u, records, spec, folder)]
-    if missing:
-        raise UnsealedError(
-            f"{folder.url}: {len(missing)} of {num_units} units are missing (first: {missing[:5]}); "
-            f"run the same {_stage(spec)} again to complete them"
+def _make_manifest(folder: StoreFolder, spec: RunSpec, *, fast: bool) -> Manifest:
+    """Read all records, look at the files of the units, and publish the index."""
+    with gathered(folder, spec) as found:
+        assert found.index is not None
+        warn_of_writers(folder, [unit.file for unit in found.units])
+        check_sizes(folder, found.units)
+        if not fast:
+            check_bytes(folder, found.units)
+        return Manifest(
+            fingerprint=spec.fingerprint,
+            store_digest=store_digest(spec.fingerprint, [unit.sha256 for unit in found.units]),
+            num_rows=found.num_rows,
+            num_tokens=found.num_tokens,
+            num_entries=found.num_entries,
+            num_targets=found.num_targets,
+            num_bytes=found.num_bytes,
+            units=tuple(found.units),
+            index_file=_publish_index(folder, found.path, found.index),
+            index_bytes=found.index.num_bytes,
+            index_sha256=found.index.sha256,
+            index_blocks=found.index.blocks,
+            bytes_checked=not fast,
         )
-    for unit in range(num_units):
-        rows = len(records[unit].num_tokens)
-        full = spec.rows_per_unit
-        if spec.num_rows is not None:
-            full = min(full, spec.num_rows - unit * spec.rows_per_unit)
-        if rows != full and not (spec.num_rows is None and unit == num_units - 1):
-            raise CorruptError(damaged_text(folder, [f"unit {unit} holds {rows} rows, expected {full}"], num_units))
-    return [records[u] for u in range(num_units)]
 
 
-def _stage(spec: RunSpec) -> str:
-    """The command that writes such a store."""
-    return "rollout" if "rollout" in spec.info else STAGES[spec.kind]
+def _publish_index(folder: StoreFolder, path: Path, index: EncodedIndex) -> str:
+    """Write index.arrow exclusively; a different one left by another sealer is stepped aside from, not replaced.
 
-
-def _open_end(records: dict[int, CommitRecord], spec: RunSpec, folder: StoreFolder) -> int:
-    """Number of units of a store whose length is known at the seal only.
-
-    A writer that marks its last unit (`extra.end`) is held to it: without that mark a prepare that was killed in the
-    middle would be sealed as a shorter corpus, and nobody would see it.
+    Where one request cannot create so large a file, it goes straight to the name that its content gives: whoever else
+    writes that one writes the same bytes.
     """
-    # Units that repair has taken out are known to exist, whether they are marked as the end or not.
-    num_units = max([*records, *noted_units(folder)], default=-1) + 1
-    while _late(num_units, records, spec, folder):
-        num_units += 1
-    if not num_units:
-        raise UnsealedError(f"{folder.url}: no unit is committed, so there is nothing to seal; run prepare again")
-    if num_units - 1 in records and records[num_units - 1].extra.get("end") is False:
-        raise UnsealedError(
-            f"{folder.url}: {num_units} units are committed, but the last one is not marked as the end of the input; "
-            "run the same prepare again to complete the store"
-        )
-    return num_units
-
-
-def _late(unit: int, records: dict[int, CommitRecord], spec: RunSpec, folder: StoreFolder) -> bool:
-    """Ask for a unit by name: the listing of an object store may be older than the record."""
-    record = read_record(folder, unit, spec)
-    if record is not None:
-        records[unit] = record
-    return record is not None
-
-
-def _publish_index(folder: StoreFolder, data: memoryview, sha256: str) -> str:
-    """Write index.arrow exclusively; a different one left by another sealer is stepped aside from, not replaced."""
-    for name in (INDEX_NAME, f"index-{sha256[:12]}.arrow"):
-        if folder.create(name, data):
+    own_name = f"index-{index.sha256[:12]}.arrow"
+    if folder.max_create_bytes is not None and index.num_bytes > folder.max_create_bytes:
+        folder.put_file(own_name, path)
+        return own_name
+    for name in (INDEX_NAME, own_name):
+        if folder.create_file(name, path):
             return name
-        found = folder.read(name, max_bytes=len(data)) if folder.size(name) == len(data) else None
-        if found is not None and hashlib.sha256(found).hexdigest() == sha256:
+        if folder.size(name) == index.num_bytes and file_sha256(folder, name, index.num_bytes) == index.sha256:
             return name
     raise StoreError(
         f"{folder.url}: two damaged index files stand at the place of the index; run `potstill repair {folder.url}` "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,10 +13,11 @@ from potstill.storage.files.folder import StoreFolder
 from potstill.storage.rows.id_map import ID_MAP_NAME, IdMap
 from potstill.storage.rows.only_rows import HELD, ONLY_ROWS, only_rows_field
 from potstill.storage.store.finding import Finding, kind_of
-from potstill.storage.store.index import build_columns
+from potstill.storage.store.index_file import build_columns
 from potstill.storage.store.seal import MANIFEST_NAME, Manifest, load_manifest, open_index
 from potstill.storage.store.spec import RunSpec
 from potstill.storage.store.threads import in_threads
+from potstill.storage.store.unit_bytes import file_sha256
 from potstill.storage.store.unit_check import UnitCheck, UnitChecker
 from potstill.storage.store.writer import load_id_map
 
@@ -98,7 +98,7 @@ def _look_at_manifest(folder: StoreFolder, spec: RunSpec, findings: list[Finding
 def _units(checker: UnitChecker, manifest: Manifest | None, *, sealed: bool) -> list[UnitCheck]:
     """Every unit that is listed, that the manifest names, or that a store of known length has."""
     folder, spec = checker.folder, checker.spec
-    listed = list_records(folder)
+    listed = list_records(folder, spec)
     wanted = set(listed)
     if manifest is not None:
         wanted |= set(range(len(manifest.units)))
@@ -131,8 +131,7 @@ def _look_at_index(
         if size != manifest.index_bytes:
             kind, state = ("missing", "missing") if size is None else ("size", f"{size} bytes")
             return found(kind, f"{where}: {state}, the manifest says {manifest.index_bytes} bytes")
-        data = folder.read(name, max_bytes=manifest.index_bytes) or b""
-        if hashlib.sha256(data).hexdigest() != manifest.index_sha256:
+        if file_sha256(folder, name, manifest.index_bytes) != manifest.index_sha256:
             return found("bytes", f"{where}: content does not fit the sha256 of the manifest")
         units = range(len(manifest.units))
         if not deep or any(unit not in records for unit in units):

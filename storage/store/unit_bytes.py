@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from potstill.storage.errors import CorruptError
 from potstill.storage.files.checked_json import READ_ATTEMPTS
-from potstill.storage.files.folder import StoreFolder
+from potstill.storage.files.commit import LISTED_AT_ONCE
+from potstill.storage.files.folder import Listed, StoreFolder
 from potstill.storage.store.threads import in_threads
 
 CHUNK_BYTES = 8 << 20  # read at a time: a unit may be larger than what several threads should hold
 _AT_ONCE = 16
 _SHOWN = 3
-_NOTE = re.compile(r"u(\d{7,12})-[0-9a-f]{12}\.json")
 
 
 class UnitEntry(NamedTuple):
@@ -26,17 +25,15 @@ class UnitEntry(NamedTuple):
     sha256: str
 
 
-def noted_units(folder: StoreFolder) -> set[int]:
-    """Units that a note in failures/ names: they exist, whether they have a record now or not."""
-    return {int(match.group(1)) for name in folder.names("failures") if (match := _NOTE.fullmatch(name))}
-
-
-def size_problems(folder: StoreFolder, units: Sequence[UnitEntry]) -> list[str]:
-    """A line for each file that is missing or has another size than is said of it."""
-    listed = folder.sizes("units")
+def size_problems(
+    folder: StoreFolder, units: Sequence[UnitEntry], *, listing: Mapping[str, Listed] | None = None
+) -> list[str]:
+    """A line for each file that is missing or has another size than is said of it; `listing`: what is in units/."""
+    if listing is None:
+        listing = folder.listing("units", cuts=entry_cuts(units), suffix=".arrow")
     problems = []
     for unit, entry in enumerate(units):
-        found = listed.get(entry.file)
+        found = listing[entry.file].num_bytes if entry.file in listing else None
         if found != entry.num_bytes:
             found = folder.size(f"units/{entry.file}")  # by name: the listing of an object store may be older
         if found != entry.num_bytes:
@@ -45,9 +42,16 @@ def size_problems(folder: StoreFolder, units: Sequence[UnitEntry]) -> list[str]:
     return problems
 
 
-def check_sizes(folder: StoreFolder, units: Sequence[UnitEntry]) -> None:
+def entry_cuts(units: Sequence[UnitEntry]) -> list[str]:
+    """Names between which the files of these units lie evenly, for `StoreFolder.listing`."""
+    return [units[len(units) * part // LISTED_AT_ONCE].file for part in range(1, LISTED_AT_ONCE)] if units else []
+
+
+def check_sizes(
+    folder: StoreFolder, units: Sequence[UnitEntry], *, listing: Mapping[str, Listed] | None = None
+) -> None:
     """Raise CorruptError that names the units whose file is missing or short, and the command that repairs."""
-    problems = size_problems(folder, units)
+    problems = size_problems(folder, units, listing=listing)
     if problems:
         raise CorruptError(damaged_text(folder, problems, len(units)))
 

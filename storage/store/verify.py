@@ -96,5 +96,5 @@ def rows_to_verify(path: StorePath) -> int:
     """About how many rows `verify_store` will look at, for a progress bar: no record is read. Raises StoreError."""
     folder = open_folder(path)
     spec = load_spec(folder)
-    listed = len(list_records(folder)) * spec.rows_per_unit
+    listed = len(list_records(folder, spec)) * spec.rows_per_unit
     return listed if spec.num_rows is None else min(listed, spec.num_rows)

@@ -7,9 +7,10 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from numpy.typing import ArrayLike
 
 from potstill.storage.errors import (
@@ -41,6 +42,8 @@ from potstill.storage.files.unit_file import encode_unit
 from potstill.storage.rows.id_map import ID_MAP_NAME, IdMap
 from potstill.storage.rows.row_checks import check_rows, row_stats
 from potstill.storage.rows.row_types import Row
+from potstill.storage.store.notes import note_failure, note_refused, refused_by_notes
+from potstill.storage.store.presence import committed_units, few_records, read_units
 from potstill.storage.store.spec import RunSpec, require_same
 
 logger = logging.getLogger(__name__)
@@ -113,12 +116,16 @@ class StoreWriter:
         if force:
             _refuse_other_kind(folder, spec)
             delete_store(folder)
+        run = dump_checked(spec.to_json())
+        if folder.parallel_reads > 1 and folder.read(RUN_NAME, max_bytes=MAX_RUN_BYTES) == run:
+            # Whoever has begun it has proved the place: of many workers each would ask for the same again.
+            logger.info("resuming the store %s", folder.url)
+            return cls(folder, spec, load_id_map(folder, spec))
         _refuse_foreign(folder)
         _refuse_other_units(folder, spec)
         folder.prepare()
         if id_map is not None and folder.read(ID_MAP_NAME, max_bytes=4 * spec.vocab_size) is None:
             folder.create(ID_MAP_NAME, id_map.to_bytes())
-        run = dump_checked(spec.to_json())
         if not folder.create(RUN_NAME, run) and (has_run(folder) or not folder.replace_torn(RUN_NAME, run)):
             require_same(load_spec(folder), spec, where=f"{folder.url}/{RUN_NAME}")
             logger.info("resuming the store %s", folder.url)
@@ -169,19 +176,17 @@ class StoreWriter:
         return range(first, last if spec.num_rows is None else min(last, spec.num_rows))
 
     def todo(self, *, worker: int = 0, num_workers: int = 1) -> list[int]:
-        """Units of this worker's share (unit % num_workers) that have no readable record, in order."""
+        """Units of this worker's share (unit % num_workers) that have no readable record, in order.
+
+        Of many units a record that a listing names is taken for readable, see presence.py.
+        """
         if not 0 <= worker < num_workers:
             raise StoreError(f"worker {worker} is not in [0, {num_workers})")
         if self.num_units is None:
             raise StoreError("the number of rows is unknown before the seal; count units yourself")
-        seen = list_records(self._folder)
         share = range(worker, self.num_units, num_workers)
-        return [u for u in share if self._is_missing(u, seen.get(u, 0))]
-
-    def _is_missing(self, unit: int, generations: int) -> bool:
-        if unit in self._committed:
-            generations = max(1, generations)
-        return read_record(self._folder, unit, self._spec, generations=generations) is None
+        found = committed_units(self._folder, self._spec, share, own=self._committed)
+        return [unit for unit in share if unit not in found]
 
     def committed(self) -> dict[int, CommitRecord]:
         """Readable records by unit."""
@@ -207,11 +212,11 @@ class StoreWriter:
             num_bytes=len(encoded.data),
             sha256=encoded.sha256,
             first_row=wanted.start,
-            batches=encoded.batches,
-            num_tokens=encoded.num_tokens,
-            num_entries=encoded.num_entries,
+            batch_table=np.array([[b.offset, b.length, b.crc32, b.num_rows] for b in encoded.batches], np.int64),
+            num_tokens=np.array(encoded.num_tokens, np.int64),
+            num_entries=np.array(encoded.num_entries, np.int64),
             num_targets=encoded.num_targets,
-            stats=row_stats(rows, spec=self._spec),
+            stats={name: np.array(values) for name, values in row_stats(rows, spec=self._spec).items()},
             time_seconds=round(time.time(), 3),
             extra=dict(extra or {}),
         )
@@ -240,8 +245,26 @@ class StoreWriter:
 
     def record_failure(self, unit: int, reason: str) -> None:
         """Note why an attempt failed, in failures/; the unit stays to be done."""
-        value = {"unit": unit, "reason": reason[:10_000], "time_seconds": round(time.time(), 3)}
-        self._folder.put(f"failures/u{unit:07d}-{secrets.token_hex(6)}.json", dump_checked(value))
+        note_failure(self._folder, unit, reason)
+
+    def note_refused(self, unit: int, num_rows: int) -> None:
+        """Note, before a unit is committed, that so many of its rows are refused: for `num_refused`."""
+        note_refused(self._folder, unit, num_rows)
+
+    def num_refused(self, *, allowed: int, except_units: Collection[int] = ()) -> int:
+        """Rows that the records of committed units call refused (`extra.refused`), at least as many as there are.
+
+        Of a store of many units, by the notes in refused/: too many where an attempt was killed between its note and
+        its record. As soon as these say more than half of what is `allowed`, the records of their units are read.
+        """
+        if self.num_units is not None and self.num_units <= few_records(self._folder):
+            records = self.committed()
+        else:
+            noted = {u: n for u, n in refused_by_notes(self._folder).items() if u not in except_units}
+            if 2 * sum(noted.values()) <= allowed:
+                return sum(noted.values())
+            records = read_units(self._folder, self._spec, dict.fromkeys(noted, None))
+        return sum(len(r.extra.get("refused", ())) for unit, r in records.items() if unit not in except_units)
 
 
 def check_output(path: StorePath) -> None:

@@ -1,15 +1,23 @@
-"""A writer process for the kill campaign: commits its share of units, then seals if it can."""
+"""A writer process for the kill campaigns: commits its share of units, then seals if it can.
+
+    python -m tests.storage.kill_worker TOKENS STORE WORKER NUM_WORKERS OFFSET [--few UNITS]
+
+With --few a store of more units than that counts as one of many, whose records are presumed by their names.
+"""
 
 from __future__ import annotations
 
 import sys
 
 from potstill.storage import StoreReader, StoreWriter, UnsealedError, seal_store
+from potstill.storage.store import presence
 from tests.storage.stores import make_targets_row, targets_spec
 
 
 def main() -> None:
     tokens, path, worker, num_workers, offset = sys.argv[1], sys.argv[2], *(int(x) for x in sys.argv[3:6])
+    if sys.argv[6:7] == ["--few"]:
+        presence.FEW_LOCAL = int(sys.argv[7])
     reader = StoreReader(tokens)
     spec = targets_spec(reader.num_rows, reader.digest)
     writer = StoreWriter.create(path, spec)

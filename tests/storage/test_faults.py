@@ -152,7 +152,7 @@ def test_a_stop_between_any_two_steps_is_completed_by_a_rerun(half, monkeypatch,
         if step == "record":
             patch.setattr(paths.LocalFolder, "create", stop)
         elif step == "folder":
-            patch.setattr(paths.LocalFolder, "_link", lambda self, tmp, final, data: os.link(tmp, final) or stop())
+            patch.setattr(paths.LocalFolder, "_link", lambda self, tmp, final: os.link(tmp, final) or stop())
         with pytest.raises(Stopped) if step in ("record", "folder") else _nothing():
             writer.commit_unit(1, rows[1])
     again = StoreWriter.create(store, writer.spec)

@@ -230,7 +230,7 @@ def test_a_claim_that_comes_after_its_file_is_not_published(tmp_path, monkeypatc
 
 
 def test_force_does_away_with_the_claim_of_a_killed_run_too(tokens, tmp_path, monkeypatch):
-    monkeypatch.setattr(LocalFolder, "_link", lambda self, tmp, final, data: None)
+    monkeypatch.setattr(LocalFolder, "_link", lambda self, tmp, final: None)
     first, other = (targets_spec(NUM_ROWS, tokens.digest, vocab_size=size) for size in (1000, 2000))
     claim = tmp_path / "d" / "tmp" / f"{durable.CLAIM}run.json"
     claim.mkdir(parents=True)
@@ -294,7 +294,9 @@ def test_listings_that_lag(tokens, tmp_path, monkeypatch):
     names = LocalFolder.names
     shown: set[str] = set()
     monkeypatch.setattr(
-        LocalFolder, "names", lambda self, prefix: [n for n in names(self, prefix) if prefix != "units" or n in shown]
+        LocalFolder,
+        "names",
+        lambda self, prefix, **cuts: [n for n in names(self, prefix) if prefix != "units" or n in shown],
     )
     for unit in (0, 1):
         writer.commit_unit(unit, [make_targets_row(row, spec) for row in tokens.tokens_rows(writer.unit_rows(unit))])
@@ -317,15 +319,15 @@ def test_a_folder_that_cannot_be_renamed_is_an_error_that_says_so(tmp_path, monk
         real(source, target)
 
     monkeypatch.setattr(os, "rename", rename)
-    monkeypatch.setattr(LocalFolder, "_link", lambda self, tmp, final, data: None)
+    monkeypatch.setattr(LocalFolder, "_link", lambda self, tmp, final: None)
     with pytest.raises(StoreError, match=r"run\.json failed: (EOPNOTSUPP|ENOTSUP).*nothing was committed"):
         StoreWriter.create(tmp_path / "d", targets_spec(NUM_ROWS, "in"))
-    assert sorted(item.name for item in (tmp_path / "d").rglob("*")) == ["failures", "tmp", "units"]
+    assert sorted(item.name for item in (tmp_path / "d").rglob("*")) == ["failures", "refused", "tmp", "units"]
 
 
 def test_a_store_without_links_has_the_bytes_of_one_with(tokens, tmp_path, monkeypatch):
     write_targets(tmp_path / "with", tokens)
-    monkeypatch.setattr(LocalFolder, "_link", lambda self, tmp, final, data: None)
+    monkeypatch.setattr(LocalFolder, "_link", lambda self, tmp, final: None)
     write_targets(tmp_path / "without", tokens)
     assert StoreReader(tmp_path / "with").digest == StoreReader(tmp_path / "without").digest
     assert sorted(p.name for p in (tmp_path / "without" / "tmp").rglob("*")) == []
