@@ -187,7 +187,7 @@ def _todo(writer: StoreWriter, place: WorkerPlace) -> list[int]:
     Whether it is sealed is asked first: a store that others complete and seal meanwhile has no unit to do then.
     """
     sealed = check_sealed(writer.url, spec=writer.spec)
-    units = writer.todo(worker=place.worker, num_workers=place.num_workers)
+    units = writer.todo(worker=place.worker, num_workers=place.num_workers, sealed=sealed)
     if sealed and units:
         raise CorruptError(
             f"{writer.url} is sealed, but {len(units)} of its units have no readable record (first: {units[:5]}); run "

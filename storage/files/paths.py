@@ -119,9 +119,10 @@ class LocalFolder:
         return self._waiting(prefix, lambda wait: self._looked_at(prefix, names, wait))
 
     def _looked_at(self, prefix: str, names: Sequence[str], wait: Wait) -> dict[str, Listed]:
-        folder, found = self.root / prefix, {}
+        folder, found = str(self.root / prefix), {}
         for name in names:
-            status = file_status(f"{folder}/{name}", where=f"{self.url}/{prefix}/{name}")
+            path = f"{folder}/{name}"
+            status = file_status(path, where=path)
             wait.moved()
             if status is not None:  # None: removed since it was listed
                 found[name] = Listed(status.st_size, status.st_mtime)

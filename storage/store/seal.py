@@ -12,12 +12,13 @@ from typing import Any
 
 from potstill.storage.errors import CorruptError, NotAStoreError, StoreError, TornError
 from potstill.storage.files.checked_json import dump_checked, get_int, get_list, get_text, read_checked
-from potstill.storage.files.commit import generations_of, list_records
+from potstill.storage.files.commit import list_records
 from potstill.storage.files.folder import Listed, StoreFolder, StorePath
 from potstill.storage.files.paths import open_folder
 from potstill.storage.store.gathering import gathered
 from potstill.storage.store.index import ROWS_PER_BLOCK, IndexBlock, RowIndex
 from potstill.storage.store.index_file import EncodedIndex
+from potstill.storage.store.presence import look_at_records, read_units
 from potstill.storage.store.record_block import read_blocks
 from potstill.storage.store.spec import RunSpec
 from potstill.storage.store.unit_bytes import UnitEntry, check_bytes, check_sizes, damaged_text, entry_cuts, file_sha256
@@ -142,8 +143,14 @@ def check_sealed(path: StorePath, *, spec: RunSpec | None = None) -> bool:
         return False
     listing = folder.listing("units", cuts=entry_cuts(manifest.units))
     _check_sealed(folder, manifest, listing)
-    listed = generations_of(listing)
-    lost = [f"unit {unit} is sealed and has no record" for unit in range(len(manifest.units)) if unit not in listed]
+    records = look_at_records(listing)
+    doubtful = {unit: records.generations[unit] for unit in records.suspects if unit < len(manifest.units)}
+    unreadable = doubtful.keys() - read_units(folder, spec, doubtful).keys()
+    lost = [
+        f"unit {unit} is sealed and has no {'readable ' if unit in unreadable else ''}record"
+        for unit in range(len(manifest.units))
+        if unit not in records.generations or unit in unreadable
+    ]
     if lost:
         raise CorruptError(damaged_text(folder, lost, len(manifest.units)))
     return True

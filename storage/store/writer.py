@@ -175,16 +175,19 @@ class StoreWriter:
         last = first + spec.rows_per_unit
         return range(first, last if spec.num_rows is None else min(last, spec.num_rows))
 
-    def todo(self, *, worker: int = 0, num_workers: int = 1) -> list[int]:
+    def todo(self, *, worker: int = 0, num_workers: int = 1, sealed: bool = False) -> list[int]:
         """Units of this worker's share (unit % num_workers) that have no readable record, in order.
 
-        Of many units a record that a listing names is taken for readable, see presence.py.
+        Of many units a record that a listing names is taken for readable, see presence.py; where `check_sealed` has
+        just looked at it (`sealed`), none of these is looked at again.
         """
         if not 0 <= worker < num_workers:
             raise StoreError(f"worker {worker} is not in [0, {num_workers})")
         if self.num_units is None:
             raise StoreError("the number of rows is unknown before the seal; count units yourself")
         share = range(worker, self.num_units, num_workers)
+        if sealed and len(share) > few_records(self._folder):
+            return []
         found = committed_units(self._folder, self._spec, share, own=self._committed)
         return [unit for unit in share if unit not in found]
 

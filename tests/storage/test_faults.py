@@ -162,6 +162,8 @@ def test_a_stop_between_any_two_steps_is_completed_by_a_rerun(half, monkeypatch,
         create = paths.LocalFolder.create
         name = {"index": "index.arrow", "manifest": "manifest.json"}.get(step, "none")
         patch.setattr(paths.LocalFolder, "create", lambda self, n, data: stop() if n == name else create(self, n, data))
+        if step == "index":
+            patch.setattr(paths.LocalFolder, "create_file", stop)
         with pytest.raises(Stopped) if step in ("index", "manifest") else _nothing():
             seal_store(store)
     seal_store(store)

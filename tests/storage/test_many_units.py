@@ -180,7 +180,7 @@ def test_status_finds_records_that_look_wrong_and_says_no_times_of_a_copy(tmp_pa
 def made_records(num_units, *, rows=100, stats=("loss", "entropy"), seed=0):
     """Records of rows that nobody has."""
     rng = np.random.default_rng(seed)
-    spec = targets_spec(num_units * rows - 7, "t", rows_per_unit=rows, stats=stats, row_length=64)
+    spec = targets_spec(max(0, num_units * rows - 7), "t", rows_per_unit=rows, stats=stats, row_length=64)
     records = []
     for unit in range(num_units):
         n = min(rows, spec.num_rows - unit * rows)
@@ -205,7 +205,7 @@ def made_records(num_units, *, rows=100, stats=("loss", "entropy"), seed=0):
     return spec, records
 
 
-@pytest.mark.parametrize("sizes", [(1, 5), (7, 16), (2, 512), (3, 1024)])
+@pytest.mark.parametrize("sizes", [(0, 12), (1, 12), (7, 16), (2, 512), (3, 1024)])
 def test_the_index_is_the_same_bytes_as_when_it_was_encoded_at_once(tmp_path, sizes):
     num_units, rows = sizes
     spec, records = made_records(num_units, rows=rows)
