@@ -228,6 +228,8 @@ def test_a_row_that_is_not_finite_is_refused_and_listed(
         columns = [row.targets.log_tail, row.targets.entropy, row.targets.label_logprob, row.targets.logprobs]
         assert not any(np.isnan(column).any() for column in columns if column is not None)
         assert row.targets.num_entries == (0 if row.row == 3 else good[row.row].targets.num_entries)
+    # A listing tells of it, by a note that was there before the record.
+    assert [note.name[:11] for note in (tmp_path / "out" / "refused").iterdir()] == ["u0000001-1-"]
     # The count of an earlier run is not forgotten: a second bad row is one too many now.
     assert StoreWriter.create(tmp_path / "out", reader.spec).committed()[1].extra["refused"][0][0] == 3
 
