@@ -27,6 +27,7 @@ from potstill.storage.files.node_folder import NodeFolder
 from potstill.storage.files.paths import open_folder
 from potstill.storage.files.unit_file import DecodedBatch
 from potstill.storage.rows.array_types import Float32, Int32
+from potstill.storage.rows.codec import planes_of
 from potstill.storage.rows.columns import skippable_names
 from potstill.storage.rows.row_types import Row, ScoresRow, TargetsRow, TokensRow
 from potstill.storage.rows.vocabulary import DRAWS_NEED_ALL, VocabularyMap
@@ -76,6 +77,7 @@ class StoreReader:
         self._folder = open_folder(path)
         self._spec = load_spec(self._folder)
         self._skip = frozenset(skip)
+        self._layout = planes_of(self._spec)
         self._id_map = load_id_map(self._folder, self._spec)
         self._manifest = load_manifest(self._folder, self._spec)
         self._cache = None if cache_dir is None else NodeCache(cache_dir, max_bytes=cache_bytes)
@@ -310,14 +312,14 @@ class StoreReader:
         where = f"{self.url}/{file}, row {row}"
         data = self._cached(entry)
         if data is not None:
-            return DecodedBatch(data, spec=self._spec, where=where)
+            return self._batch(data, where)
         for attempt in range(1, READ_ATTEMPTS + 1):
             try:
                 data = self._folder.read_range(file, int(entry["offset"]), int(entry["length"]))
                 if zlib.crc32(data) == int(entry["crc32"]):
                     if self._cache is not None:
                         self._cache.put(self._cache_key(entry), data)
-                    return DecodedBatch(data, spec=self._spec, where=where)
+                    return self._batch(data, where)
                 problem: StoreError = CorruptError(
                     f"{where}: record batch at {int(entry['offset'])} does not fit its crc32; "
                     f"restore the file from a copy, or run `potstill repair {self.url}`, to make it again"
@@ -330,6 +332,9 @@ class StoreReader:
             if attempt < READ_ATTEMPTS:
                 time.sleep(RETRY_SECONDS * 2**attempt)
         raise problem
+
+    def _batch(self, data: bytes, where: str) -> DecodedBatch:
+        return DecodedBatch(data, spec=self._spec, where=where, layout=self._layout)
 
     def _cache_key(self, entry: Mapping[str, Any]) -> str:
         return f"{self._digest[:24]}-{int(entry['unit'])}-{int(entry['offset'])}"
