@@ -26,7 +26,7 @@ from potstill.storage.files.folder import StoreFolder
 from potstill.storage.files.ipc_layout import parse_batch, parse_footer
 from potstill.storage.files.node_folder import NodeFolder
 from potstill.storage.files.shared_arrays import Add, shared_arrays, shared_from
-from potstill.storage.store.index_copy import NUM_RANGES, RANGE_BYTES, IndexCopy, copy_of_index
+from potstill.storage.store.index_copy import IndexCopy, copy_of_index
 from potstill.storage.store.threads import in_threads
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ CACHE_BYTES = 128 << 20  # of blocks that are kept; the index of 4 million rows 
 # Where a miss is a read of a local file, less is kept: each rank has a cache of its own for each of its stores.
 LOCAL_CACHE_BYTES = 32 << 20
 COLUMN_READ_BYTES = 4 << 20  # one read on the way through a whole column; a remote index of that size is read at once
+FAR_READ_BYTES, FAR_READS = 16 << 20, 8  # of a remote one without a copy: one read, and how many at once
 _STATS_VERSION = 1  # of what lies in shared files
 COLUMNS = (
     ("unit", "<u4"),
@@ -171,8 +172,8 @@ class RowIndex:
     def _passes(self) -> Iterator[tuple[range, list[dict[str, NDArray[Any]]]]]:
         """All blocks, in runs that are read together; of a remote file several side by side."""
         if self._is_remote and self._near() is None:
-            runs = list(self._runs(RANGE_BYTES))
-            yield from zip(runs, in_threads(self._folder, self._read, runs, most=NUM_RANGES), strict=True)
+            runs = list(self._runs(FAR_READ_BYTES))
+            yield from zip(runs, in_threads(self._folder, self._read, runs, most=FAR_READS), strict=True)
         else:
             for numbers in self._runs(COLUMN_READ_BYTES):
                 yield numbers, self._read(numbers)

@@ -113,7 +113,7 @@ def test_documented_tail_formula():
 
 
 def test_rows_of_many_bytes_stand_alone_in_their_record_batch_and_short_ones_together():
-    """A row in global order costs its whole batch; a batch of its own costs headers, which many short rows would feel."""
+    """A row in global order costs its whole batch; a batch of its own costs headers: much for short rows."""
     planes = planes_of(targets_spec(9, "digest"))
     of_entry = sum(plane.width for plane in planes if plane.axis == "entry")
     many, few = (4096, FULL_BATCH_BYTES // of_entry), (4096, 1)

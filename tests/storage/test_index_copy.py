@@ -1,4 +1,4 @@
-"""A remote index: fetched once for a node, checked, read from there; statistics in one pass, shared and never trusted."""
+"""A remote index: fetched once by a node, checked, read there; statistics in one pass, shared and never trusted."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_a_small_remote_index_costs_one_read(made, tmp_path):
 
 
 def test_columns_without_a_copy_are_read_in_large_pieces_once(made, large, monkeypatch):
-    monkeypatch.setattr(index, "RANGE_BYTES", 200_000)
+    monkeypatch.setattr(index, "FAR_READ_BYTES", 200_000)
     found, folder = opened(made)
     columns = found.columns(["stat.loss", "offset"])
     assert all(np.array_equal(columns[name], made[1][name]) for name in columns)
