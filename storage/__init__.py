@@ -19,7 +19,9 @@ from potstill.storage.errors import (
 )
 from potstill.storage.files.commit import CommitRecord
 from potstill.storage.files.folder import StorePath
+from potstill.storage.files.node_folder import NodeFolder, default_node_root
 from potstill.storage.files.prefetch import Prefetcher
+from potstill.storage.files.shared_arrays import Add, SharedArrays, shared_arrays, shared_from, shared_note
 from potstill.storage.files.waiting import give_up_reads, stuck_read
 from potstill.storage.loading.joining import JoinedRow, RowDataset, RowSample, check_joined
 from potstill.storage.loading.loader import LoadedBatch, Loader
@@ -69,6 +71,7 @@ __all__ = [
     "ORDER_VERSION",
     "SCORES_COLUMNS",
     "TOKENS_COLUMNS",
+    "Add",
     "AlignmentReport",
     "Candidates",
     "Column",
@@ -90,6 +93,7 @@ __all__ = [
     "MixedOrder",
     "Mixture",
     "MixturePlan",
+    "NodeFolder",
     "NotAStoreError",
     "Prefetcher",
     "ReadFailedError",
@@ -102,6 +106,7 @@ __all__ = [
     "RunSpec",
     "ScoresColumn",
     "ScoresRow",
+    "SharedArrays",
     "Source",
     "SourceRows",
     "SparseTargets",
@@ -132,6 +137,7 @@ __all__ = [
     "check_student",
     "collect_garbage",
     "concatenate",
+    "default_node_root",
     "discard_store",
     "discard_unused",
     "dropped_mass",
@@ -146,6 +152,9 @@ __all__ = [
     "repair_store",
     "rows_to_verify",
     "seal_store",
+    "shared_arrays",
+    "shared_from",
+    "shared_note",
     "sign_store",
     "signature_findings",
     "source_seed",

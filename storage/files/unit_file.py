@@ -1,4 +1,4 @@
-"""Unit files: rows <-> an Arrow IPC file (zstd level 1) of byte planes, one record batch per ~8k tokens of rows."""
+"""Unit files: rows <-> an Arrow IPC file (zstd level 1) of byte planes, some rows to a record batch."""
 
 from __future__ import annotations
 
@@ -32,6 +32,9 @@ from potstill.storage.rows.sparse_targets import SparseTargets, concatenate
 from potstill.storage.store.spec import RunSpec
 
 TOKENS_PER_BATCH = 8192
+# Before compression. A row that is read alone costs the whole batch that it lies in; a batch of its own makes it longer
+# by about 1.2 kB of headers and of what zstd starts anew, which is below 1 % from this size on.
+FULL_BATCH_BYTES = 192 << 10
 MAX_BATCH_ROWS = TOKENS_PER_BATCH
 HEAD_COLUMNS = (("row", 8), ("token_digest", 8), ("num_tokens", 4), ("num_entries", 4))
 NUM_HEAD_BUFFERS = 2 * (len(HEAD_COLUMNS) + 1)
@@ -68,15 +71,20 @@ def row_sizes(row: Row) -> tuple[int, int]:
     return row.targets.num_tokens, row.targets.num_entries
 
 
-def group_rows(lengths: Sequence[int]) -> list[range]:
-    """Cut rows into batches of at most TOKENS_PER_BATCH tokens (a longer row stands alone)."""
-    groups, start, total = [], 0, 0
-    for i, length in enumerate(lengths):
-        if i > start and total + length > TOKENS_PER_BATCH:
+def group_rows(sizes: Sequence[tuple[int, int]], planes: Sequence[Plane]) -> list[range]:
+    """Cut rows of these (tokens, entries) into batches: at most TOKENS_PER_BATCH tokens (a longer row stands alone),
+
+    and none more where FULL_BATCH_BYTES are in it, so that rows of many entries stand alone.
+    """
+    of_token, of_entry = (sum(p.width for p in planes if p.axis == axis) for axis in ("token", "entry"))
+    groups, start, total, num_bytes = [], 0, 0, 0
+    for i, (tokens, entries) in enumerate(sizes):
+        if i > start and (total + tokens > TOKENS_PER_BATCH or num_bytes >= FULL_BATCH_BYTES):
             groups.append(range(start, i))
-            start, total = i, 0
-        total += length
-    return [*groups, range(start, len(lengths))] if lengths else []
+            start, total, num_bytes = i, 0, 0
+        total += tokens
+        num_bytes += of_token * tokens + of_entry * entries
+    return [*groups, range(start, len(sizes))] if sizes else []
 
 
 def arrow_schema(spec: RunSpec, unit: int) -> pa.Schema:
@@ -94,10 +102,11 @@ def encode_unit(rows: Sequence[Row], *, spec: RunSpec, unit: int, id_map: IdMap 
     sizes = [row_sizes(row) for row in rows]
     sink = pa.BufferOutputStream()
     options = ipc.IpcWriteOptions(compression=pa.Codec("zstd", 1), use_threads=False)
-    groups = group_rows([tokens for tokens, _ in sizes])
+    layout = planes_of(spec)
+    groups = group_rows(sizes, layout)
     with ipc.new_file(sink, schema, options=options) as writer:
         for group in groups:
-            columns = _encode_batch([rows[i] for i in group], spec=spec, id_map=id_map)
+            columns = _encode_batch([rows[i] for i in group], spec=spec, id_map=id_map, layout=layout)
             writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
     data = memoryview(sink.getvalue()).cast("B")
     blocks = parse_footer(data, where=f"unit {unit} (just encoded)")
@@ -118,7 +127,9 @@ def encode_unit(rows: Sequence[Row], *, spec: RunSpec, unit: int, id_map: IdMap 
     )
 
 
-def _encode_batch(rows: Sequence[Row], *, spec: RunSpec, id_map: IdMap | None) -> list[pa.Array]:
+def _encode_batch(
+    rows: Sequence[Row], *, spec: RunSpec, id_map: IdMap | None, layout: Sequence[Plane]
+) -> list[pa.Array]:
     if spec.kind == "tokens":
         token_rows = cast("Sequence[TokensRow]", rows)
         digests = [token_digest(row.tokens, row.doc_lens) for row in token_rows]
@@ -135,7 +146,6 @@ def _encode_batch(rows: Sequence[Row], *, spec: RunSpec, id_map: IdMap | None) -
         planes, plane_sizes = encode_targets(joined, spec=spec, rank_of_id=rank_of_id), {}
     sizes = np.array([row_sizes(row) for row in rows], np.int64).reshape(-1, 2)
     counts = {"token": sizes[:, 0], "entry": sizes[:, 1], "row": np.ones(len(rows), np.int64)}
-    layout = planes_of(spec)
     bounds = {p.name: _bounds(p, counts, plane_sizes.get(p.name), len(planes[p.name])) for p in layout}
     checks = b"".join(
         zlib.crc32(planes[p.name].data[bounds[p.name][i] : bounds[p.name][i + 1]]).to_bytes(4, "little")
@@ -177,9 +187,15 @@ def _binary_array(data: NDArray[np.uint8], bounds: NDArray[np.int64]) -> pa.Arra
 class DecodedBatch:
     """One record batch: head columns parsed at once, planes decompressed on demand and cut by row."""
 
-    def __init__(self, message: bytes | memoryview, *, spec: RunSpec, where: str) -> None:
-        """`message` must have passed its crc; CorruptError on any inconsistency."""
-        self.spec, self.where, self._layout_planes = spec, where, planes_of(spec)
+    def __init__(
+        self, message: bytes | memoryview, *, spec: RunSpec, where: str, layout: Sequence[Plane] | None = None
+    ) -> None:
+        """`message` must have passed its crc; CorruptError on any inconsistency.
+
+        layout: `planes_of` the spec, where that is known already; of a batch of one row it is a tenth of the work.
+        """
+        self.spec, self.where = spec, where
+        self._layout_planes = planes_of(spec) if layout is None else layout
         num_buffers = NUM_HEAD_BUFFERS + 3 * len(self._layout_planes)
         self._layout: BatchLayout = parse_batch(message, where=where, max_rows=MAX_BATCH_ROWS, num_buffers=num_buffers)
         if len(self._layout.buffers) != num_buffers:
@@ -197,6 +213,7 @@ class DecodedBatch:
             or (self.num_entries > self.num_tokens.astype(np.int64) * 255).any()
         ):
             raise CorruptError(f"{where}: batch declares rows longer than the row length {spec.row_length}")
+        self._most = self._most_places()
         self._planes: dict[str, tuple[memoryview, NDArray[np.int32]]] = {}
 
     def _plane(self, index: int) -> tuple[memoryview, NDArray[np.int32]]:
@@ -205,21 +222,22 @@ class DecodedBatch:
             first = NUM_HEAD_BUFFERS + 3 * index
             offset_bytes = self._layout.buffer(first + 1, num_bytes=4 * (self._layout.num_rows + 1))
             bounds = np.frombuffer(offset_bytes, "<i4")
-            limit = self._most_places(plane.axis) * plane.width
-            if bounds[0] != 0 or (np.diff(bounds) < 0).any() or int(bounds[-1]) > limit:
+            limit = self._most[plane.axis] * plane.width
+            if bounds[0] != 0 or int(bounds[-1]) > limit or not (bounds[:-1] <= bounds[1:]).all():
                 raise CorruptError(f"{self.where}: offsets of plane {plane.name} are damaged")
             self._planes[plane.name] = self._layout.buffer(first + 2, num_bytes=int(bounds[-1])), bounds
         return self._planes[plane.name]
 
-    def _most_places(self, axis: PlaneAxis) -> int:
-        """Most places that the rows of this batch have on an axis."""
-        if axis == "row":
-            return len(self.rows)
-        if axis == "entry":
-            return int(self.num_entries.sum(dtype=np.int64))
-        if axis == "bit":
-            return int(bit_bytes(self.num_tokens.astype(np.int64)).sum())
-        return int(self.num_tokens.sum(dtype=np.int64))  # documents are no more than tokens
+    def _most_places(self) -> dict[PlaneAxis, int]:
+        """Most places that the rows of this batch have on each axis; once for all planes, as a batch may be one row."""
+        num_tokens = int(self.num_tokens.sum(dtype=np.int64))
+        return {
+            "row": len(self.rows),
+            "entry": int(self.num_entries.sum(dtype=np.int64)),
+            "bit": int(bit_bytes(self.num_tokens.astype(np.int64)).sum()),
+            "token": num_tokens,
+            "document": num_tokens,  # no more than tokens
+        }
 
     def column_bytes(self) -> dict[str, int]:
         """Compressed bytes of each plane in this batch."""

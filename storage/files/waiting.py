@@ -110,6 +110,11 @@ def give_up_reads(reason: str | None) -> None:
     _stop_reason = reason
 
 
+def stop_reason() -> str | None:
+    """Why stuck calls are given up (`give_up_reads`); None: they are not."""
+    return _stop_reason
+
+
 def _check(wait: Wait) -> None:
     seconds, limit = wait.seconds(), seconds_of(LIMIT_VARIABLE)
     if seconds > limit:

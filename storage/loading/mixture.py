@@ -108,24 +108,27 @@ def whole_weights(shares: Sequence[float]) -> tuple[int, ...]:
 class Draw:
     """How rows are drawn from one source.
 
-    order: of its rows, or of the rows of `pool` (their ids in the source, ascending; None: all). first_row: its first
-    row's global id. start: place in the order, through all epochs, of the first row that is drawn.
+    order: of its rows, or of the rows of `pool` (their ids in the source, ascending, of any integer type; None: all).
+    first_row: its first row's global id. start: place in the order, through all epochs, of the first row that is drawn.
     """
 
     order: RowOrder
     first_row: int = 0
     start: int = 0
-    pool: Int64 | None = None
+    pool: NDArray[np.integer] | None = None
 
     def rows(self, places: Int64) -> Int64:
         """Global ids of the rows at these places behind `start`."""
         found = self.order.endless(self.start + places)
-        return self.first_row + (found if self.pool is None else self.pool[found])
+        return self.first_row + (found if self.pool is None else self.pool[found].astype(np.int64))
 
     def holds(self, row: int) -> bool:
         """Whether the row of this global id may be drawn."""
         inner = row - self.first_row
-        return 0 <= inner < self.order.num_rows if self.pool is None else bool(np.isin(inner, self.pool))
+        if self.pool is None:
+            return 0 <= inner < self.order.num_rows
+        place = int(np.searchsorted(self.pool, inner))
+        return place < len(self.pool) and int(self.pool[place]) == inner
 
 
 class MixedOrder:

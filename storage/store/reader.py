@@ -6,7 +6,7 @@ import copy
 import logging
 import time
 import zlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -23,9 +23,11 @@ from potstill.storage.errors import (
 from potstill.storage.files.commit import CommitRecord, committed_records
 from potstill.storage.files.folder import StorePath
 from potstill.storage.files.node_cache import NodeCache
+from potstill.storage.files.node_folder import NodeFolder
 from potstill.storage.files.paths import open_folder
 from potstill.storage.files.unit_file import DecodedBatch
 from potstill.storage.rows.array_types import Float32, Int32
+from potstill.storage.rows.codec import planes_of
 from potstill.storage.rows.columns import skippable_names
 from potstill.storage.rows.row_types import Row, ScoresRow, TargetsRow, TokensRow
 from potstill.storage.rows.vocabulary import DRAWS_NEED_ALL, VocabularyMap
@@ -43,6 +45,12 @@ RETRY_SECONDS = 0.05
 DEFAULT_CACHE_BYTES = 64 << 30
 
 
+def _check_skip(skip: Collection[str]) -> None:
+    unknown = sorted(set(skip) - set(skippable_names()))
+    if unknown:
+        raise StoreError(f"skip: {unknown} are not among {skippable_names()}")
+
+
 class StoreReader:
     """Rows of one store by number."""
 
@@ -55,6 +63,7 @@ class StoreReader:
         skip: Collection[str] = (),
         cache_dir: StorePath | None = None,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
+        share_dir: StorePath | None = None,
     ) -> None:
         """Open a sealed store; UnsealedError otherwise.
 
@@ -62,18 +71,22 @@ class StoreReader:
         `num_units` of them, so that a resumed run sees the same rows although more units have arrived.
         `skip` names target columns that are not decoded: entropy, label, label_rank, tail_at, or a column of your own.
         `cache_dir` keeps what was read on a local disk, at most about `cache_bytes`; for remote stores.
+        `share_dir` is a folder of the node, held to about as much, in which its processes share the statistics of rows
+        and a copy of a remote store's index: one of them reads these, the others use what it has read.
         """
-        if set(skip) - set(skippable_names()):
-            raise StoreError(f"skip: {sorted(set(skip) - set(skippable_names()))} are not among {skippable_names()}")
+        _check_skip(skip)
         self._folder = open_folder(path)
         self._spec = load_spec(self._folder)
         self._skip = frozenset(skip)
+        self._layout = planes_of(self._spec)
         self._id_map = load_id_map(self._folder, self._spec)
         self._manifest = load_manifest(self._folder, self._spec)
         self._cache = None if cache_dir is None else NodeCache(cache_dir, max_bytes=cache_bytes)
+        self._node = None if share_dir is None else NodeFolder(share_dir, max_bytes=cache_bytes)
         self._vocabulary: VocabularyMap | None = None
         self._files: Sequence[str]
         self._index: RowIndex | PartialIndex
+        self._is_partial = self._manifest is None or num_units is not None
         if self._manifest is not None and num_units is None:
             self._open_sealed(self._manifest)
         elif allow_partial:
@@ -84,7 +97,7 @@ class StoreReader:
                 f"`potstill seal {self.url}` seals it when nothing is (in Python, allow_partial=True opens part of it)"
             )
 
-        self._stats = StatColumns(self._index, self._spec.stats)
+        self._stats = StatColumns(self._index, self._spec.stats, node=self.shared_by, digest=self.index_digest or "")
 
     def _open_sealed(self, manifest: Manifest) -> None:
         self._files = [unit.file for unit in manifest.units]
@@ -94,6 +107,8 @@ class StoreReader:
             manifest.num_tokens,
         )
         self._index = open_index(self._folder, manifest, self._spec)
+        if self._node is not None:
+            self._index.keep_copy(self._node, manifest.index_sha256)
         warn_of_writers(self._folder, self._files, index=manifest.index_file)
 
     def _open_partial(self, num_units: int | None) -> None:
@@ -109,6 +124,13 @@ class StoreReader:
         self._num_rows = sum(len(r.num_tokens) for r in chosen)
         self._num_tokens = sum(int(r.num_tokens.sum()) for r in chosen)
         self._index = PartialIndex(build_columns(chosen, self._spec.stats))
+
+    def skipping(self, skip: Collection[str]) -> StoreReader:
+        """A reader of the same store that does not decode these target columns; this one stays as it is."""
+        _check_skip(skip)
+        reader = copy.copy(self)
+        reader._skip = frozenset(skip)
+        return reader
 
     def with_vocabulary(self, vocabulary: VocabularyMap | None) -> StoreReader:
         """A reader of the same store whose rows come in the student's ids, or as stored; this one stays as it is.
@@ -184,6 +206,20 @@ class StoreReader:
     def row_stats(self) -> Mapping[str, Float32]:
         """Per-row statistics [num_rows] float32 by name, from the index alone; read-only arrays."""
         return self._stats
+
+    def expect_stats(self, names: Iterable[str]) -> None:
+        """Say which of `row_stats` will be asked for: they are read in one pass over the index, with the first."""
+        self._stats.expect(names)
+
+    @property
+    def index_digest(self) -> str | None:
+        """sha256 (hex) of the index, which pins the statistics of rows; None of a store that is not sealed."""
+        return None if self._is_partial or self._manifest is None else self._manifest.index_sha256
+
+    @property
+    def shared_by(self) -> NodeFolder | None:
+        """Where the processes of this node share what they work out of the store; None: each does it for itself."""
+        return None if self.index_digest is None else self._node
 
     @property
     def row_lengths(self) -> Int32:
@@ -277,14 +313,14 @@ class StoreReader:
         where = f"{self.url}/{file}, row {row}"
         data = self._cached(entry)
         if data is not None:
-            return DecodedBatch(data, spec=self._spec, where=where)
+            return self._batch(data, where)
         for attempt in range(1, READ_ATTEMPTS + 1):
             try:
                 data = self._folder.read_range(file, int(entry["offset"]), int(entry["length"]))
                 if zlib.crc32(data) == int(entry["crc32"]):
                     if self._cache is not None:
                         self._cache.put(self._cache_key(entry), data)
-                    return DecodedBatch(data, spec=self._spec, where=where)
+                    return self._batch(data, where)
                 problem: StoreError = CorruptError(
                     f"{where}: record batch at {int(entry['offset'])} does not fit its crc32; "
                     f"restore the file from a copy, or run `potstill repair {self.url}`, to make it again"
@@ -297,6 +333,9 @@ class StoreReader:
             if attempt < READ_ATTEMPTS:
                 time.sleep(RETRY_SECONDS * 2**attempt)
         raise problem
+
+    def _batch(self, data: bytes, where: str) -> DecodedBatch:
+        return DecodedBatch(data, spec=self._spec, where=where, layout=self._layout)
 
     def _cache_key(self, entry: Mapping[str, Any]) -> str:
         return f"{self._digest[:24]}-{int(entry['unit'])}-{int(entry['offset'])}"

@@ -148,12 +148,14 @@ class DataConfig(StrictModel):
     order: Literal["global", "block", "sequential"] = Field(default="global", description="How rows are shuffled")
     prefetch_batches: int = Field(default=2, ge=1, le=64, description="Batches that threads read ahead")
     num_threads: int = Field(default=2, ge=1, le=64, description="Reading threads per rank")
-    cache_dir: LocalPath | None = Field(
-        default=None,
-        description="Folder on a local disk that keeps what is read of stores on object storage, for all ranks of the "
-        "machine and for later runs; null keeps nothing",
+    cache_dir: Literal["auto"] | LocalPath | None = Field(
+        default="auto",
+        description="Folder on a local disk in which the ranks of a machine, and later runs, share row statistics, "
+        "row pools, and what is read of stores on object storage; auto: potstill-UID below TMPDIR; null shares nothing",
     )
-    cache_gib: float = Field(default=64.0, gt=0, description="Size that the folder cache_dir is held to, in GiB")
+    cache_gib: float = Field(
+        default=64.0, ge=0, description="Size that cache_dir is held to, in GiB; 0: shares nothing"
+    )
 
     @model_validator(mode="after")
     def _names(self) -> DataConfig:

@@ -86,6 +86,7 @@ class CurriculumPlan:
         for segment in self.segments:
             for ties in segment.ties:
                 raise UserError(ties)
+        self._digest: tuple[tuple[Segment, ...], str] | None = None
         self._sources = tuple(sources)
         self._starts = [segment.first_batch for segment in self.segments]
         self.live: LiveScores | None = None  # what the run has scored itself; None before the first time
@@ -235,12 +236,18 @@ class CurriculumPlan:
             "global_batch": self.global_batch,
             "seed": self._config.run.seed,
             "mode": data.order,
-            "segments": segments_digest(self.segments, rescoring=self._config.rescoring),
+            "segments": self._segments_digest(),
         }
         if len(self._sources) == 1:
             return found
         rows = [[source.name, source.num_rows] for source in self._sources]  # their order is that of row ids
         return {**found, "mixture_version": MIXTURE_VERSION, "sources": rows}
+
+    def _segments_digest(self) -> str:
+        """Worked out once: over pools of millions of rows it takes a second."""
+        if self._digest is None or self._digest[0] is not self.segments:
+            self._digest = (self.segments, segments_digest(self.segments, rescoring=self._config.rescoring))
+        return self._digest[1]
 
 
 def describe(plan: CurriculumPlan) -> list[Mapping[str, Any]]:

@@ -48,7 +48,7 @@ def _has_targets(references: Sequence[StatRef], stats: RowStats, num_rows: int) 
     """Rows [num_rows] of which every named store says something. Where a teacher was refused, all statistics are 0."""
     known = np.ones(num_rows, bool)
     for reference in references:
-        known &= np.asarray(stats[reference.store].get("num_targets", 1.0), np.float64) > 0
+        known &= np.asarray(stats[reference.store].get("num_targets", 1.0)) > 0
     return known
 
 
@@ -65,15 +65,21 @@ def row_scores(
         raise UserError(
             f"{key}: no row has targets in all of {sorted({r.store for r in score.of})}; nothing to rank by"
         )
+    kind = ROW_SCORES[score.kind]
+    if not known.all():  # of millions of rows each copy of a column is felt
+        columns = [column[known] for column in columns]
+    ties = tuple(f"{key}: {what}" for what in kind.ties(columns, score))
+    found = kind.score(columns, score, int(known.sum()), seed)
+    if len(found) == num_rows:
+        return found, ties
     scores = np.full(num_rows, np.nan)
-    kept, kind = [column[known] for column in columns], ROW_SCORES[score.kind]
-    scores[known] = kind.score(kept, score, int(known.sum()), seed)
-    return scores, tuple(f"{key}: {what}" for what in kind.ties(kept, score))
+    scores[known] = found
+    return scores, ties
 
 
 def ranked_rows(scores: Float64, keep: str) -> NDArray[np.int64]:
     """Row ids from the wanted end on, rows without a score (NaN) last; ties by row id, so that all ranks agree."""
-    return np.argsort(scores if keep == "lowest" else -scores, kind="stable").astype(np.int64)
+    return np.argsort(scores if keep == "lowest" else -scores, kind="stable").astype(np.int64, copy=False)
 
 
 def window(num_rows: int, *, share: float, skip: float) -> tuple[int, int]:

@@ -13,12 +13,12 @@ from potstill.common.errors import UserError
 from potstill.storage import Draw, MixedOrder, Mixture, RowOrder, source_seed, whole_weights
 from potstill.student_train.config.lr_schedule import span_steps
 from potstill.student_train.config.rescoring import Rescoring
-from potstill.student_train.config.stages import RowSelector, Stage
+from potstill.student_train.config.stages import Stage
 from potstill.student_train.config.train import TrainConfig
-from potstill.student_train.curriculum.row_selector import Float64, RowStats, pool, ranked_rows, row_scores, ties_at_cut
+from potstill.student_train.curriculum.row_pools import PlanSource, Pool, source_pools
 from potstill.student_train.curriculum.schedules import scalar_value
 
-Pool = NDArray[np.int64] | None  # row ids in the source, ascending; None: all of them
+_HASHED_AT_ONCE = 1 << 20  # rows
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,6 @@ class StageSpan:
     first_step: int
     end_step: int
     name: str
-
-
-@dataclass(frozen=True)
-class PlanSource:
-    """A source of rows as the plan sees it: how many there are, and the figures that row selectors need."""
-
-    name: str
-    num_rows: int
-    stats: RowStats
 
 
 @dataclass(frozen=True)
@@ -167,10 +158,16 @@ def segments_digest(segments: Sequence[Segment], *, rescoring: Rescoring | None 
         for number, draw in segment.order.used().items():
             if len(weights) > 1:
                 digest.update(f"source {number} from {draw.start} ".encode())
-            rows = b"all" if draw.pool is None else draw.pool.astype("<i8").tobytes()
+            pool = draw.pool
             if rescoring is not None and rescoring.ranks(segment.span.stage):
-                rows = _ranking(segment).encode()
-            digest.update(f"{segment.first_batch} {segment.stream} {len(rows)} ".encode() + rows)
+                rows, pool = _ranking(segment).encode(), None
+            else:
+                rows = b"all" if pool is None else b""
+            num_bytes = len(rows) if pool is None else 8 * len(pool)
+            digest.update(f"{segment.first_batch} {segment.stream} {num_bytes} ".encode() + rows)
+            for first in range(0, 0 if pool is None else len(pool), _HASHED_AT_ONCE):
+                assert pool is not None
+                digest.update(pool[first : first + _HASHED_AT_ONCE].astype("<i8").tobytes())
     return digest.hexdigest()
 
 
@@ -206,20 +203,17 @@ class _Cutter:
             return [(span.first_step, [None] * len(self.sources), ())]
         steps = span.end_step - span.first_step
         count = min(selector.segments, steps)
-        scores = [self._scores(number, selector) for number in range(len(self.sources))]
-        ranked = [None if own is None else ranked_rows(own[0], selector.keep) for own in scores]
+        places = [number / max(count - 1, 1) for number in range(count)]
+        windows = [(scalar_value(selector.share, x), scalar_value(selector.skip, x)) for x in places]
+        of_sources = [
+            source_pools(selector, source, windows, seed=self._seed(number), key=self._key(number)) if weight else None
+            for number, (source, weight) in enumerate(zip(self.sources, self.mixture.weights, strict=True))
+        ]
         found: list[tuple[int, list[Pool], tuple[str, ...]]] = []
         for number in range(count):
-            x = number / max(count - 1, 1)
-            share, skip = scalar_value(selector.share, x), scalar_value(selector.skip, x)
-            ties: list[str] = []
-            for source, (own, rows) in enumerate(zip(scores, ranked, strict=True)):
-                if own is not None and rows is not None:
-                    key = self._key(source)
-                    at_cut = ties_at_cut(own[0], rows, selector.score, share=share, skip=skip, key=key)
-                    ties += own[1] if at_cut is None else (*own[1], at_cut)
-            pools = [None if rows is None else pool(rows, share=share, skip=skip) for rows in ranked]
-            found.append((span.first_step + number * steps // count, pools, tuple(ties)))
+            pools = [None if own is None else own.pools[number] for own in of_sources]
+            ties = tuple(text for own in of_sources if own is not None for text in own.ties[number])
+            found.append((span.first_step + number * steps // count, pools, ties))
         return found
 
     def segment(self, part: int, first_batch: int, pools: Sequence[Pool], given: NDArray[np.int64]) -> Segment:
@@ -259,14 +253,6 @@ class _Cutter:
     def _needed(self, rows: int) -> str:
         batch = self.config.data.global_batch_rows
         return f"a global batch of {batch}" if rows == batch else f"its {rows} rows of a global batch of {batch}"
-
-    def _scores(self, number: int, selector: RowSelector) -> tuple[Float64, tuple[str, ...]] | None:
-        """Scores of a source's rows, and what is wrong with ties in its statistics; None: the stage draws none."""
-        source = self.sources[number]
-        if not self.mixture.weights[number]:
-            return None
-        seed, key = self._seed(number), self._key(number)
-        return row_scores(selector.score, source.stats, num_rows=source.num_rows, seed=seed, key=key)
 
     def _key(self, number: int) -> str:
         key = f"curriculum.{self.span.index}.rows"

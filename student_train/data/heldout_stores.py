@@ -10,6 +10,8 @@ from typing import Protocol
 from potstill.common.errors import UserError
 from potstill.storage import Source, StoreReader
 from potstill.student_train.config.sources import NamedSource
+from potstill.student_train.config.train import DataConfig
+from potstill.student_train.data.node import reader_options
 from potstill.student_train.data.opening import check_belongs, check_targets, open_store
 
 
@@ -35,16 +37,16 @@ class NamesHeldout(Protocol):
     def heldout_targets(self) -> Path | str | None: ...
 
 
-def open_heldout(
-    config: NamesHeldout, key: str, named: Sequence[NamedSource], sources: Sequence[Source]
-) -> HeldoutStores:
-    """Open KEY.heldout and KEY.heldout_targets; `named` and `sources` are what is trained on. Raises UserError."""
+def open_heldout(config: NamesHeldout, key: str, data: DataConfig, sources: Sequence[Source]) -> HeldoutStores:
+    """Open KEY.heldout and KEY.heldout_targets; `data` names the `sources` that are trained on. Raises UserError."""
     assert config.heldout is not None
-    tokens = open_store(config.heldout, "tokens", f"{key}.heldout")
-    _check_heldout(tokens, f"{key}.heldout", config.heldout, named, sources)
+    options = reader_options(data, config.heldout)
+    tokens = open_store(config.heldout, "tokens", f"{key}.heldout", **options)
+    _check_heldout(tokens, f"{key}.heldout", config.heldout, data.named_sources(), sources)
     targets = None
     if config.heldout_targets is not None:
-        targets = open_store(config.heldout_targets, "targets", f"{key}.heldout_targets")
+        options = reader_options(data, config.heldout_targets)
+        targets = open_store(config.heldout_targets, "targets", f"{key}.heldout_targets", **options)
         if targets.spec.only_rows is not None:
             raise UserError(
                 f"{key}.heldout_targets = {config.heldout_targets} holds {targets.spec.only_rows['count']} of "

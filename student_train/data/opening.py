@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from potstill.common.errors import UserError
-from potstill.storage import StoreError, StoreReader, UnsealedError, check_alignment
+from potstill.storage import StoreError, StoreReader, UnsealedError, check_alignment, shared_note
 from potstill.storage.loading.joining import first_difference
 
 log = logging.getLogger(__name__)
@@ -53,14 +53,25 @@ def check_targets(targets: StoreReader, tokens: StoreReader, *, key: str) -> Non
     A wrong store ends here, before there is a model; each row is looked at again when it is read (`check_aligned`).
     Where neither labels nor first choices can tell, that is said in one line.
     """
+    # Of stores at a URL one rank of a node looks: each row is a request.
+    node = targets.shared_by if "://" in targets.url and "://" in tokens.url else None
+    what = {"what": "alignment", "version": 1, "tokens": tokens.digest, "targets": targets.digest}
     try:
-        report = check_alignment(tokens, targets)
+        doubt = shared_note(node, what, lambda: {"doubt": _doubt(tokens, targets)})["doubt"]
     except StoreError as error:
         raise UserError(f"{key}: {error}; dump it again from the tokens store that you train on") from error
-    if not report.is_certain:
-        assert report.first_choices is not None
+    if doubt is not None:
         log.warning(
             "%s is taken on trust to stand at its tokens: it holds no labels to compare, and %s, which cannot tell",
             key,
-            report.first_choices.text,
+            doubt,
         )
+
+
+def _doubt(tokens: StoreReader, targets: StoreReader) -> str | None:
+    """What was found where it cannot tell, or None. Raises StoreError where the targets stand elsewhere."""
+    report = check_alignment(tokens, targets)
+    if report.is_certain:
+        return None
+    assert report.first_choices is not None
+    return report.first_choices.text

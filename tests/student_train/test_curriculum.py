@@ -14,8 +14,8 @@ from potstill.kernels.settings import LossSettings
 from potstill.storage import EpochPlan
 from potstill.student_train.config.row_scores import RowScore
 from potstill.student_train.curriculum.plan import CurriculumPlan
+from potstill.student_train.curriculum.row_pools import PlanSource
 from potstill.student_train.curriculum.row_selector import ranked_rows, row_scores
-from potstill.student_train.curriculum.segments import PlanSource
 from tests.student_train import tiny, workers
 
 NUM_ROWS = 40

@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from potstill.common.errors import ConfigError, UserError
 from potstill.storage import EpochPlan, Loader, StoreReader
 from potstill.student_train.curriculum.plan import CurriculumPlan, describe, rows_digest
-from potstill.student_train.curriculum.segments import PlanSource
+from potstill.student_train.curriculum.row_pools import PlanSource
 from potstill.student_train.data.batch import collate
 from potstill.student_train.data.stores import Stores, build_plan, check_objectives, open_stores
 from potstill.student_train.evaluation.heldout import HeldoutEvaluation, SourcesEvaluation, evaluation_line

@@ -10,7 +10,7 @@ import pytest
 from potstill.common.errors import UserError
 from potstill.student_train.config.row_scores import ROW_SCORES, RowScore
 from potstill.student_train.curriculum.plan import CurriculumPlan
-from potstill.student_train.curriculum.segments import PlanSource
+from potstill.student_train.curriculum.row_pools import PlanSource
 from tests.student_train import workers
 
 NUM_ROWS = 200

@@ -312,6 +312,7 @@ def test_negative_infinite_and_missing_figures_are_named(stores) -> None:
 
         def __init__(self, *values: float) -> None:
             self.row_stats = {"gain": np.array(values, np.float32)}
+            self.num_rows, self.index_digest, self.shared_by = len(values), None, None
 
     weights = Weights(of="row", store="slm", column="gain")
     for value in (-0.5, math.nan, math.inf):
