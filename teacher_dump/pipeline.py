@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -126,7 +126,7 @@ class Walk:
                 pass
         return self.totals
 
-    def each(self, units: Sequence[int]) -> Iterator[Committed]:
+    def each(self, units: Sequence[int]) -> Generator[Committed, None, None]:
         """As `run`, with each unit soon after it is committed; the units of `totals.failures` are not among them."""
         unfinished: deque[tuple[int, Future[Committed]]] = deque()
         self._unit_began = time.perf_counter()

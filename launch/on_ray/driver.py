@@ -132,8 +132,7 @@ class _Driver:
             self._ray.wait(last, num_returns=len(last), timeout=STOP_SECONDS)
         raise StoppedError(
             f"{self._work.job.word}: stopped by {reason} after {self._totals.units} units; what is committed is safe, "
-            f"run the same command again to go on",
-            *([reason] if StoppedError.__init__ is not UserError.__init__ else []),
+            "run the same command again to go on"
         )
 
     def _scale(self) -> None:
@@ -197,7 +196,7 @@ class _Driver:
                 self._show()
                 return
             try:
-                told: UnitDone | UnitFailed = self._ray.get(next(actor.call))
+                told: UnitDone | UnitFailed = self._ray.get(next(actor.call))  # type: ignore[arg-type] # it waits for a call
             except StopIteration:
                 self._schedule.ended(actor.number)
                 actor.call = None
@@ -293,7 +292,7 @@ class _Driver:
             raise UserError(
                 f"{self._failed_starts} actors in a row did not start, the last one: {cause}. An actor needs to see "
                 f"the same paths as this command: tokens {self._work.config.tokens}, output {self._work.config.output}"
-                f", teacher {self._work.config.teacher.model}; put them where every node has them (an object store, a "
+                f", teacher {self._work.teacher.model}; put them where every node has them (an object store, a "
                 "shared file system), and see that the node has the memory for the teacher (--ray-cpus, --ray-gpus "
                 "decide how many of them come on a node)"
             ) from error
