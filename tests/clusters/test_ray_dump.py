@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
-import random
 import signal
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from potstill.storage import StoreReader, store_status, verify_store
+from potstill.storage import StoreReader
 from tests.clusters.ray_cluster import POTSTILL, actors, end_of, ray_folder, started, until
 from tests.teacher_dump.tiny import make_tokens, save_llama
 
