@@ -141,6 +141,9 @@ class _Driver:
         if now < self._next_scale:
             return
         self._next_scale = now + SCALE_SECONDS
+        hung = self._schedule.hung(now)
+        for actor in [one for one in self._actors if one.number in hung]:
+            self._lost(actor, "it has not answered since others overtook it", by_itself=False)
         num_ready = sum(actor.is_ready for actor in self._actors)
         self._was_enough = self._was_enough or num_ready >= min(options.min_actors, self._schedule.num_left)
         if not self._was_enough and now - self._began > options.wait_seconds:

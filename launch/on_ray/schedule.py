@@ -16,6 +16,7 @@ MAX_ATTEMPTS = 3  # deaths of actors that hold a unit alone, and failures, befor
 STRAGGLER_FACTOR = 3.0  # times the median, for a unit that an idle actor takes as well
 STRAGGLER_SECONDS = 2.0  # below which nobody is slow
 MAX_COPIES = 2
+HUNG_FACTOR, HUNG_SECONDS = 10.0, 60.0  # as these, for an actor that is replaced though it has not died
 CALL_SECONDS = 60.0  # of work in one call: the model idles at its beginning and end for about a second
 MAX_UNITS_PER_CALL = 64
 UNDER_WAY = 4  # of a call, when its actor dies: one in the model, one read ahead, two being committed
@@ -101,6 +102,17 @@ class Schedule:
             for unit in units[:UNDER_WAY]:
                 self._back(unit)
 
+    def hung(self, now: float) -> list[int]:
+        """Actors that were overtaken on their unit long ago and still do not answer."""
+        if not self._times:
+            return []
+        limit = self._limit(HUNG_FACTOR, HUNG_SECONDS)
+        return [
+            actor
+            for actor, held in self._held.items()
+            if held.units and held.units[0] not in self._left and now - held.since > limit
+        ]
+
     def _blame(self, unit: int, reason: str) -> None:
         if unit not in self._left:
             return
@@ -153,15 +165,18 @@ class Schedule:
         wanted = round(CALL_SECONDS / max(statistics.median(self._times), 1e-3))
         return max(1, min(wanted, fair, MAX_UNITS_PER_CALL))
 
+    def _limit(self, factor: float, least_seconds: float) -> float:
+        return max(least_seconds, factor * statistics.median(self._times))
+
     def _from_slow(self, now: float) -> list[int]:
         if not self._times:
             return []
-        limit = max(STRAGGLER_SECONDS, STRAGGLER_FACTOR * statistics.median(self._times))
+        limit = self._limit(STRAGGLER_FACTOR, STRAGGLER_SECONDS)
         copies = Counter(unit for held in self._held.values() for unit in held.units)
         for held in sorted(self._held.values(), key=lambda held: held.since):
             if now - held.since <= limit:
                 break
             for unit in held.units:
-                if unit in self._left and copies[unit] < MAX_COPIES and not self._attempts[unit]:
+                if unit in self._left and copies[unit] < MAX_COPIES:
                     return [unit]
         return []

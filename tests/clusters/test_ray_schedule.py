@@ -10,7 +10,7 @@ from potstill.common.errors import ConfigError
 from potstill.launch.cli import parse
 from potstill.launch.on_ray import options as ray_options
 from potstill.launch.on_ray.options import parse_actors, read_ray_options
-from potstill.launch.on_ray.schedule import MAX_ATTEMPTS, STRAGGLER_FACTOR, STRAGGLER_SECONDS, Schedule
+from potstill.launch.on_ray.schedule import HUNG_SECONDS, MAX_ATTEMPTS, STRAGGLER_FACTOR, STRAGGLER_SECONDS, Schedule
 
 
 def do_all(schedule: Schedule, actor: int, *, now: float = 0.0, seconds: float = 1.0) -> list[int]:
@@ -81,7 +81,7 @@ def test_of_a_call_of_many_units_none_is_blamed_and_all_are_tried_alone() -> Non
             schedule.done(1, unit, now=2.1)
         schedule.ended(1)
     assert [held[0]] in order and [held[1]] in order and not schedule.given_up
-    assert sorted(sum(order, [])) == list(range(1, 40))
+    assert sorted(unit for units in order for unit in units) == list(range(1, 40))
 
 
 def test_an_idle_actor_takes_the_unit_of_a_slow_one_and_the_first_wins() -> None:
@@ -94,6 +94,16 @@ def test_an_idle_actor_takes_the_unit_of_a_slow_one_and_the_first_wins() -> None
     assert schedule.take(2, num_actors=2, now=limit + 9.0) == []  # two copies are enough
     assert schedule.done(1, 0, now=limit + 1.0) and schedule.is_over
     assert not schedule.done(0, 0, now=limit + 2.0)
+
+
+def test_an_actor_that_was_overtaken_and_does_not_answer_is_named() -> None:
+    schedule = Schedule(range(3))
+    assert schedule.take(0, num_actors=2, now=0.0) == [0]
+    assert do_all(schedule, 1) == [1, 2]
+    assert schedule.take(1, num_actors=2, now=10.0) == [0]
+    assert schedule.hung(now=1000.0) == []  # slow, but nobody has done it
+    assert schedule.done(1, 0, now=11.0)
+    assert schedule.hung(now=HUNG_SECONDS - 1) == [] and schedule.hung(now=HUNG_SECONDS + 1) == [0]
 
 
 def test_a_unit_that_fails_is_given_up_after_some_attempts() -> None:
