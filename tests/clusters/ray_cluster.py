@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
 POTSTILL = [sys.executable, "-m", "potstill.launch"]
 
 
@@ -29,6 +30,8 @@ def ray_folder() -> Iterator[dict[str, str]]:
         "RAY_DEDUP_LOGS": "0",
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
+        # Of this checkout, also in the processes that Ray starts.
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")])),
     }
     environment.pop("RAY_ADDRESS", None)
     try:

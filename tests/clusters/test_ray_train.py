@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import sys
 from pathlib import Path
@@ -17,14 +18,28 @@ from potstill.common.errors import ConfigError
 from potstill.student_train.ray_loop import read_loop_config
 from potstill.student_train.run.metrics import read_metrics
 from potstill.student_train.run.run_folder import read_done
+from potstill.student_train.run.stop import STOP_FILE
+from tests.clusters.pages import blocks
 from tests.clusters.ray_cluster import actors, end_of, ray_folder, started, until
 from tests.dist_harness import run_ranks
 from tests.student_train import tiny, workers
 from tests.student_train.test_resume import steps_of
 
 pytest.importorskip("ray")
-FIT = [sys.executable, str(Path(__file__).with_name("fit_student.py"))]
+FIT = [sys.executable, "fit.py"]
 STEPS = 40
+
+
+def write_script(folder: Path) -> None:
+    """fit.py as the page gives it."""
+    (block,) = blocks("ray", "python")
+    (folder / "fit.py").write_text(block.text, encoding="utf-8")
+
+
+def told_at_the_end(text: str) -> tuple[str, int, str]:
+    """Status, step and checkpoint that the script prints of Ray's result."""
+    found = re.findall(r"^(.*) (\d+) (\S*step_\d+)$", text, flags=re.MULTILINE)
+    return found[-1][0], int(found[-1][1]), found[-1][2]
 
 
 def run_tree(stores: dict[str, Path], output: str) -> dict[str, Any]:
@@ -50,21 +65,19 @@ def test_killed_workers_leave_no_trace_in_the_losses(tmp_path: Path) -> None:
     run_ranks(workers.train_run, run_tree(stores, str(tmp_path / "calm")), world=2, timeout_seconds=300)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_tree(stores, "run")))
     rng = random.Random(3)
-    with ray_folder() as environment, started([*FIT, "4"], environment, tmp_path) as driver:
+    write_script(tmp_path)
+    with ray_folder() as environment, started(FIT, environment, tmp_path) as driver:
         for at in (9, 22):
             until(lambda at=at: newest_step(tmp_path / "run") >= at, driver, seconds=300)
             os.kill(rng.choice(actors(environment, "RayTrainWorker")), signal.SIGKILL)
         code, text = end_of(driver, tmp_path, seconds=400)
     assert code == 0, text[-4000:]
     assert steps_of(tmp_path / "run") == steps_of(tmp_path / "calm")
-    result = json.loads((tmp_path / "result.json").read_text())
-    told = result["metrics"]
-    assert (told["step"], told["status"]) == (STEPS, "done") and result["checkpoint"] == ["potstill.json"]
-    lines = [record for record in read_metrics(tmp_path / "run") if record["kind"] == "train"]
-    assert told["train/loss"] == lines[-1]["loss"]
-    assert Path(told["checkpoint"]) == tmp_path / "run" / "checkpoints" / f"step_{STEPS:08d}"
-    assert any(name.startswith("eval/") for name in told)
+    newest = tmp_path / "run" / "checkpoints" / f"step_{STEPS:08d}"
+    assert told_at_the_end(text) == ("done", STEPS, str(newest))
     assert "resuming at step" in text
+    pointers = [json.loads(path.read_text()) for path in (tmp_path / "ray").rglob("potstill.json")]
+    assert {"run": str(tmp_path / "run"), "checkpoint": str(newest), "step": STEPS} in pointers
 
 
 @pytest.mark.slow
@@ -72,20 +85,21 @@ def test_killed_workers_leave_no_trace_in_the_losses(tmp_path: Path) -> None:
 def test_a_stop_file_ends_a_run_and_the_next_start_continues(tmp_path: Path) -> None:
     stores = tiny.write_all(tmp_path / "stores")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_tree(stores, "run")))
+    write_script(tmp_path)
     with ray_folder() as environment:
-        with started([*FIT, "2"], environment, tmp_path) as driver:
+        with started(FIT, environment, tmp_path) as driver:
             until(lambda: newest_step(tmp_path / "run") >= 3, driver, seconds=300)
             (tmp_path / "run" / "stop").touch()
             code, text = end_of(driver, tmp_path, seconds=300)
         assert code == 0, text[-4000:]
-        told = json.loads((tmp_path / "result.json").read_text())["metrics"]
-        assert told["status"].startswith("stop file") and 3 <= told["step"] < STEPS
+        status, step, _ = told_at_the_end(text)
+        assert f"stop file run/{STOP_FILE}" in status and 3 <= step < STEPS
         assert read_done(tmp_path / "run") is None
-        with started([*FIT, "2"], environment, tmp_path) as driver:
+        with started(FIT, environment, tmp_path) as driver:
             code, text = end_of(driver, tmp_path, seconds=300)
         assert code == 0, text[-4000:]
-        assert f"resuming at step {told['step']}" in text
-    assert json.loads((tmp_path / "result.json").read_text())["metrics"]["status"] == "done"
+        assert f"resuming at step {step}" in text
+    assert told_at_the_end(text)[:2] == ("done", STEPS)
     assert len(steps_of(tmp_path / "run")[0]) == STEPS
 
 
