@@ -9,9 +9,11 @@ checkpoints and metrics, and a start of the same configuration continues there. 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,9 @@ from potstill.student_train.config.train import TrainConfig
 from potstill.student_train.run.hooks import Hooks
 from potstill.student_train.run.trackers import flat_numbers
 
+log = logging.getLogger(__name__)
 POINTER_FILE = "potstill.json"  # all that Ray keeps as a checkpoint: where the run's own is
+ENDED_SECONDS = 300.0  # behind the time that Ray has announced; without one Ray waits 120 s
 _KEYS = {"config", "set", "folder"}
 _REPORTED = ("train", "eval", "checkpoint", "start", "end")
 
@@ -33,7 +37,7 @@ def ray_train_loop(loop_config: Mapping[str, Any]) -> None:
 
     `loop_config`: `config`, a file of `potstill train --config`; `set`, a list of KEY=VALUE; `folder`, where their
     relative paths begin (default: where Ray starts its workers). All nodes must see these paths. Raises what `train`
-    raises, and PreemptedError when the run was saved because Ray takes a node away: Ray then starts it again.
+    raises. Where Ray takes a node away the run is saved and waits to be ended, so that Ray starts it again.
     """
     setup_logging()
     config = read_loop_config(loop_config)
@@ -45,7 +49,15 @@ def ray_train_loop(loop_config: Mapping[str, Any]) -> None:
     reports.add({"kind": "end", "step": summary.steps, "status": summary.status, "tokens": summary.tokens})
     reports.close()
     if not summary.is_done and reports.preempted is not None:
+        _wait_to_be_ended(reports.preempted_until)
         raise PreemptedError(f"{config.run.output_dir} is saved at step {summary.steps}: {reports.preempted}")
+
+
+def _wait_to_be_ended(deadline: float) -> None:
+    """Until Ray ends this worker with its node: a loop that returned would be a run that is over, for Ray."""
+    log.warning("saved, waiting for Ray to take the node away and to start the run again")
+    while time.time() < deadline:
+        time.sleep(1.0)
 
 
 def read_loop_config(loop_config: Mapping[str, Any]) -> TrainConfig:
@@ -84,6 +96,7 @@ class RayReports:
         self._is_closed = False
         self._error: Exception | None = None
         self.preempted: str | None = None
+        self.preempted_until = 0.0  # when Ray has surely ended this worker, in the clock's seconds
         self._thread = threading.Thread(target=self._work, name="ray-reports", daemon=True)
         self._thread.start()
 
@@ -150,6 +163,8 @@ class RayReports:
             train.report(metrics)
         info = train.get_preemption_info()
         if info is not None:
+            begin = time.time() if info.deadline_ms is None else info.deadline_ms / 1000.0
+            self.preempted_until = begin + ENDED_SECONDS
             self.preempted = f"Ray takes away {len(info.preempted_node_ids)} nodes of it (ranks {info.preempted_ranks})"
 
     def _choose(self) -> int:

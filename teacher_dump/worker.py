@@ -157,6 +157,10 @@ class Work:
         """Refused rows of the whole store so far."""
         return _num_refused(self.writer)
 
+    def warn_of_k(self, unit: int, totals: WalkTotals) -> None:
+        """After the first unit: whether the selection stopped at k too often."""
+        _warn_of_k(self.job, self.writer, self.left_out, unit, totals)
+
     def finish(self, totals: WalkTotals, *, seconds: float) -> WorkerSummary:
         """The end of a work that was looked after from one place, as that of a single worker. Raises as run_worker."""
         return _finish(self.config, self.job, self.writer, _ALONE, OneProcess(), totals, seconds=seconds)

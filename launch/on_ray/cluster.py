@@ -42,7 +42,9 @@ class Cluster:
 
         address = self.options.address
         try:
-            ray.init(address=address, logging_level=logging.WARNING, include_dashboard=None if address else False)
+            ray.init(
+                address=address, logging_level=logging.WARNING, include_dashboard=False if address == "local" else None
+            )
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"no Ray cluster at {address or os.environ.get('RAY_ADDRESS') or 'this machine'}: {error}. Give its "

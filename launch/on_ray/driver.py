@@ -41,6 +41,7 @@ LEAVE_SECONDS = 30.0  # after a signal, for all of the driver's end
 MOST_FAILED_STARTS = 3  # in a row, while no actor works
 MOST_LOSSES = 10  # in a row without a unit committed, or three for each actor
 LONGEST_PAUSE_SECONDS = 60.0
+_MOST_TEXT = 500
 
 
 @dataclass
@@ -205,7 +206,7 @@ class _Driver:
                 actor.call = None
                 return
         except StoppedError as error:
-            self._lost(actor, str(error), by_itself=False)
+            self._lost(actor, _cause(error), by_itself=False)
         except WalkEndedError as error:
             raise UserError(f"{actor.name}: {_cause(error)}") from error
         except self._ray.exceptions.RayTaskError as error:
@@ -248,6 +249,7 @@ class _Driver:
         rate = self._totals.tokens / max(time.monotonic() - self._began_units, 1e-9)
         self._progress.note(tokens_per_second=round(rate))
         self._progress.update(self._work.num_wanted([done.unit]))
+        self._work.warn_of_k(done.unit, self._totals)
 
     def _died(self, actor: _Actor, error: Exception) -> None:
         """An actor's process is gone: of its own, which may be a unit's doing, or with its node."""
@@ -315,5 +317,8 @@ def _cause(error: Exception) -> str:
         return str(inner)
     if isinstance(inner, Exception):
         return f"{type(inner).__name__}: {inner}"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if ":" in line), type(error).__name__)
+    text = " ".join(str(error).split())
+    _, detail, rest = text.partition("Worker exit detail: ")
+    if detail:
+        return rest.partition(" Some common causes")[0]  # behind them stands advice on Ray's own flags
+    return text[:_MOST_TEXT] or type(error).__name__

@@ -98,3 +98,39 @@ def end_of(process: subprocess.Popen[str], cwd: Path, *, seconds: float = 120.0)
     """Exit code and output of a command."""
     code = process.wait(timeout=seconds)
     return code, (cwd / "out.txt").read_text(encoding="utf-8")
+
+
+@contextlib.contextmanager
+def several_nodes(environment: dict[str, str], folder: Path) -> Iterator[tuple[str, Callable[[str], None]]]:
+    """The address of a cluster without a worker, and what adds and removes nodes."""
+    script = Path(__file__).with_name("ray_nodes.py")
+    with open(folder / "nodes.txt", "w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, str(script)],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,
+        )
+    assert process.stdin is not None and process.stdout is not None
+    stdin, stdout = process.stdin, process.stdout
+
+    def answer() -> str:
+        for line in stdout:
+            if not line.strip() or line[0].isdigit() or line.startswith("done"):
+                return line.strip()
+        raise AssertionError((folder / "nodes.txt").read_text())
+
+    def tell(line: str) -> None:
+        stdin.write(line + "\n")
+        stdin.flush()
+        assert answer() == "done"
+
+    try:
+        yield answer(), tell
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from potstill.storage import StoreReader, store_status, verify_store
-from tests.clusters.ray_cluster import POTSTILL, actors, end_of, ray_folder, started, until
+from tests.clusters.ray_cluster import POTSTILL, actors, end_of, ray_folder, several_nodes, started, until
 from tests.teacher_dump.tiny import make_tokens, save_llama
 
 pytest.importorskip("ray")
@@ -54,42 +50,6 @@ def calm_digest(place: Path) -> str:
 def committed(place: Path) -> int:
     folder = place / "data/targets/units"
     return len(list(folder.glob("u*.json"))) if folder.is_dir() else 0
-
-
-@contextlib.contextmanager
-def several_nodes(environment: dict[str, str], folder: Path) -> Iterator[tuple[str, Callable[[str], None]]]:
-    """The address of a cluster without a worker, and what adds and removes nodes."""
-    script = Path(__file__).with_name("ray_nodes.py")
-    with open(folder / "nodes.txt", "w") as errors:
-        process = subprocess.Popen(
-            [sys.executable, str(script)],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            start_new_session=True,
-        )
-    assert process.stdin is not None and process.stdout is not None
-    stdin, stdout = process.stdin, process.stdout
-
-    def answer() -> str:
-        for line in stdout:
-            if not line.strip() or line[0].isdigit() or line.startswith("done"):
-                return line.strip()
-        raise AssertionError((folder / "nodes.txt").read_text())
-
-    def tell(line: str) -> None:
-        stdin.write(line + "\n")
-        stdin.flush()
-        assert answer() == "done"
-
-    try:
-        yield answer(), tell
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def test_a_killed_actor_leaves_no_trace(tmp_path: Path) -> None:

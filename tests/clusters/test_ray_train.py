@@ -20,7 +20,7 @@ from potstill.student_train.run.metrics import read_metrics
 from potstill.student_train.run.run_folder import read_done
 from potstill.student_train.run.stop import STOP_FILE
 from tests.clusters.pages import blocks
-from tests.clusters.ray_cluster import actors, end_of, ray_folder, started, until
+from tests.clusters.ray_cluster import actors, end_of, ray_folder, several_nodes, started, until
 from tests.dist_harness import run_ranks
 from tests.student_train import tiny, workers
 from tests.student_train.test_resume import steps_of
@@ -101,6 +101,33 @@ def test_a_stop_file_ends_a_run_and_the_next_start_continues(tmp_path: Path) -> 
         assert f"resuming at step {step}" in text
     assert told_at_the_end(text)[:2] == ("done", STEPS)
     assert len(steps_of(tmp_path / "run")[0]) == STEPS
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_node_that_is_taken_away_costs_no_step(tmp_path: Path) -> None:
+    stores = tiny.write_all(tmp_path / "stores")
+    steps = 300
+    tree = {**run_tree(stores, "run"), "checkpoint": {"every_steps": steps}}
+    tree["run"] = {**tree["run"], "max_steps": steps}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    calm = {**tree, "run": {**tree["run"], "output_dir": str(tmp_path / "calm")}}
+    run_ranks(workers.train_run, calm, world=2, timeout_seconds=400)
+    write_script(tmp_path)
+    with ray_folder() as environment, several_nodes(environment, tmp_path) as (address, tell):
+        tell("add 1")
+        tell("add 2")
+        with started(FIT, {**environment, "RAY_ADDRESS": address}, tmp_path) as driver:
+            until(lambda: newest_step(tmp_path / "run") >= 3, driver, seconds=300)
+            tell("drain 2")
+            tell("add 3")
+            code, text = end_of(driver, tmp_path, seconds=600)
+    assert code == 0, text[-4000:]
+    assert "waiting for Ray to take the node away" in text
+    (step,) = set(re.findall(r"resuming at step (\d+)", text))
+    assert 3 <= int(step) < steps
+    assert not (tmp_path / "run" / "metrics.discarded.jsonl").exists()
+    assert steps_of(tmp_path / "run") == steps_of(tmp_path / "calm")
 
 
 @pytest.mark.parametrize(
