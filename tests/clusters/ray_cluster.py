@@ -85,7 +85,7 @@ def started(command: Sequence[str], environment: dict[str, str], cwd: Path) -> I
             process.wait()
 
 
-def until(reached: Callable[[], object], process: subprocess.Popen[str], *, seconds: float = 90.0) -> None:
+def until(reached: Callable[[], object], process: subprocess.Popen[str], *, seconds: float = 300.0) -> None:
     """Wait for something while the process runs; an AssertionError else."""
     end = time.monotonic() + seconds
     while not reached():
@@ -94,7 +94,7 @@ def until(reached: Callable[[], object], process: subprocess.Popen[str], *, seco
         time.sleep(0.05)
 
 
-def end_of(process: subprocess.Popen[str], cwd: Path, *, seconds: float = 120.0) -> tuple[int, str]:
+def end_of(process: subprocess.Popen[str], cwd: Path, *, seconds: float = 300.0) -> tuple[int, str]:
     """Exit code and output of a command."""
     code = process.wait(timeout=seconds)
     return code, (cwd / "out.txt").read_text(encoding="utf-8")

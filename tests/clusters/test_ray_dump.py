@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from tests.clusters.ray_cluster import POTSTILL, actors, end_of, ray_folder, sev
 from tests.teacher_dump.tiny import make_tokens, save_llama
 
 pytest.importorskip("ray")
+UNITS = 240
 SETTINGS = ["--set", "teacher.check_tokenizer=false", "teacher.batch_rows=1", "--mode", "top_k", "--k", "8"]
 
 
@@ -45,6 +47,20 @@ def calm_digest(place: Path) -> str:
     selection = {"mode": "top_k", "k": 8}
     dump(DumpConfig(tokens=place / "data/train", output=place / "calm", teacher=teacher, selection=selection))
     return StoreReader(place / "calm").digest
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Rows and a teacher for the campaigns, and the digest of the calm store."""
+    place = a_place(tmp_path_factory.mktemp("ground"), units=UNITS, rows_per_unit=1)
+    return place, calm_digest(place)
+
+
+def copy_of(ground: tuple[Path, str], folder: Path) -> tuple[Path, str]:
+    """A folder of a test's own with the rows and the teacher."""
+    shutil.copytree(ground[0] / "data/train", folder / "data/train")
+    shutil.copytree(ground[0] / "models", folder / "models")
+    return folder, ground[1]
 
 
 def committed(place: Path) -> int:
@@ -126,10 +142,9 @@ def test_a_unit_that_kills_every_actor_is_named_when_the_others_are_done(tmp_pat
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["TERM", "INT"])
 def test_a_driver_that_is_stopped_says_75_and_the_same_command_continues(
-    tmp_path: Path, number: signal.Signals
+    ground: tuple[Path, str], tmp_path: Path, number: signal.Signals
 ) -> None:
-    place = a_place(tmp_path, units=200)
-    digest = calm_digest(place)
+    place, digest = copy_of(ground, tmp_path)
     command = dump_command("data/targets", "--ray", "local", "--ray-actors", "2")
     with ray_folder() as environment:
         with started(command, environment, place) as driver:
@@ -139,7 +154,7 @@ def test_a_driver_that_is_stopped_says_75_and_the_same_command_continues(
             code, text = end_of(driver, place)
         assert code == 75 and time.monotonic() - began < 40, text
         assert f"stopped by {number.name}" in text and "the same command again" in text
-        assert 3 <= committed(place) < 200
+        assert 3 <= committed(place) < UNITS
         with started(command, environment, place) as driver:
             code, text = end_of(driver, place, seconds=300)
     assert code == 0, text
@@ -148,9 +163,10 @@ def test_a_driver_that_is_stopped_says_75_and_the_same_command_continues(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_an_actor_that_is_stopped_is_replaced_and_the_job_does_not_end(tmp_path: Path) -> None:
-    place = a_place(tmp_path, units=200)
-    digest = calm_digest(place)
+def test_an_actor_that_is_stopped_is_replaced_and_the_job_does_not_end(
+    ground: tuple[Path, str], tmp_path: Path
+) -> None:
+    place, digest = copy_of(ground, tmp_path)
     command = dump_command("data/targets", "--ray", "local", "--ray-actors", "1")
     with ray_folder() as environment, started(command, environment, place) as driver:
         until(lambda: committed(place) >= 2, driver)
@@ -163,24 +179,22 @@ def test_an_actor_that_is_stopped_is_replaced_and_the_job_does_not_end(tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_unit_of_an_actor_that_stands_still_is_taken_by_another(tmp_path: Path) -> None:
-    place = a_place(tmp_path, units=60)
-    digest = calm_digest(place)
+def test_the_unit_of_an_actor_that_stands_still_is_taken_by_another(ground: tuple[Path, str], tmp_path: Path) -> None:
+    place, digest = copy_of(ground, tmp_path)
     command = dump_command("data/targets", "--ray", "local", "--ray-actors", "2")
     with ray_folder() as environment, started(command, environment, place) as driver:
         until(lambda: len(actors(environment, "TeacherActor.run")) == 2 and committed(place) >= 2, driver)
         os.kill(actors(environment, "TeacherActor.run")[0], signal.SIGSTOP)
         before = committed(place)
         code, text = end_of(driver, place, seconds=300)
-    assert code == 0 and before < 60, text
+    assert code == 0 and before < UNITS, text
     assert StoreReader(place / "data/targets").digest == digest
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_random_kills_of_actors_and_drivers_leave_the_calm_store(tmp_path: Path) -> None:
-    place = a_place(tmp_path, units=400)
-    digest = calm_digest(place)
+def test_random_kills_of_actors_and_drivers_leave_the_calm_store(ground: tuple[Path, str], tmp_path: Path) -> None:
+    place, digest = copy_of(ground, tmp_path)
     rng, kills = random.Random(5), 0
     command = dump_command("data/targets", "--ray", "local", "--ray-actors", "2")
     for _ in range(3):
@@ -193,7 +207,7 @@ def test_random_kills_of_actors_and_drivers_leave_the_calm_store(tmp_path: Path)
                     os.kill(rng.choice(found), signal.SIGKILL)
                     kills += 1
             driver.kill()
-    assert kills >= 6 and committed(place) < 400
+    assert kills >= 6 and committed(place) < UNITS
     with ray_folder() as environment, started(command, environment, place) as driver:
         code, text = end_of(driver, place, seconds=400)
     assert code == 0, text
@@ -203,9 +217,8 @@ def test_random_kills_of_actors_and_drivers_leave_the_calm_store(tmp_path: Path)
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_nodes_that_come_and_go(tmp_path: Path) -> None:
-    place = a_place(tmp_path, units=400)
-    digest = calm_digest(place)
+def test_nodes_that_come_and_go(ground: tuple[Path, str], tmp_path: Path) -> None:
+    place, digest = copy_of(ground, tmp_path)
     with ray_folder() as environment, several_nodes(environment, tmp_path) as (address, tell):
         tell("add 1")
         command = dump_command("data/targets", "--ray", address, "--ray-actors", "1:2")
