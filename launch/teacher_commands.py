@@ -12,6 +12,7 @@ from potstill.common.errors import ConfigError
 from potstill.common.exit_codes import DONE, INCOMPLETE, PREEMPTED
 from potstill.common.options import add_config_options, read_config
 from potstill.launch.command import Command
+from potstill.launch.on_ray.options import RayOptions, add_ray_options, read_ray_options
 
 if TYPE_CHECKING:
     from potstill.teacher_dump.config import DumpConfig
@@ -98,6 +99,7 @@ def _dump_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--as", dest="store_name", metavar="NAME", help="with --only-rows-of: name of the store in data.targets"
     )
+    add_ray_options(parser)
     add_config_options(parser, DumpConfig, flags=flags)
 
 
@@ -107,7 +109,21 @@ def _dump(arguments: argparse.Namespace) -> int:
 
     config = read_config(DumpConfig, arguments)
     only_rows = None if arguments.only_rows_of is None and arguments.store_name is None else _rows_of(arguments, config)
-    return walked(lambda: dump(config, only_rows=only_rows))
+    ray_options = read_ray_options(arguments)
+    if ray_options is None:
+        return walked(lambda: dump(config, only_rows=only_rows))
+    return walked(lambda: _dump_on_ray(config, only_rows, ray_options))
+
+
+def _dump_on_ray(config: DumpConfig, only_rows: RowsOf | None, options: RayOptions) -> WorkerSummary | SeriesSummary:
+    from functools import partial
+
+    from potstill.launch.on_ray.cluster import Cluster
+    from potstill.launch.on_ray.driver import run_on_ray
+    from potstill.teacher_dump import dump
+
+    with Cluster(options) as cluster:
+        return dump(config, only_rows=only_rows, runner=partial(run_on_ray, cluster))
 
 
 def _rows_of(arguments: argparse.Namespace, config: DumpConfig) -> RowsOf:

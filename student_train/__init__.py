@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from potstill.student_train.evaluation.folder import EvalSummary
     from potstill.student_train.hf_export.hf_folder import ExportSummary
     from potstill.student_train.pruning.folder import PruneSummary
+    from potstill.student_train.ray_loop import ray_train_loop
     from potstill.student_train.run.preflight import CheckedRun
     from potstill.student_train.run.summary import TrainSummary
 
@@ -33,6 +34,7 @@ __all__ = [
     "evaluate",
     "export",
     "prune",
+    "ray_train_loop",
     "train",
 ]
 
@@ -48,6 +50,7 @@ _LAZY = {
     "TrainConfig": "config.train",
     "TrainSummary": "run.summary",
     "collate_rows": "data.packed",
+    "ray_train_loop": "ray_loop",
 }
 
 

@@ -10,7 +10,8 @@ waits for them.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from potstill.teacher_dump.config import (
     DatasetInput,
@@ -26,12 +27,13 @@ from potstill.teacher_dump.importing.tokens.config import ImportTokensConfig
 from potstill.teacher_dump.rollouts.config import RolloutConfig
 
 if TYPE_CHECKING:
+    from potstill.teacher_dump.dumping import Runner
     from potstill.teacher_dump.importing.targets.summary import ImportTargetsSummary
     from potstill.teacher_dump.left_out import RowsOf
     from potstill.teacher_dump.rollouts.run import RolloutSummary
     from potstill.teacher_dump.series import SeriesSummary
     from potstill.teacher_dump.train_and_heldout import PrepareSummary
-    from potstill.teacher_dump.worker import WorkerSummary
+    from potstill.teacher_dump.worker import StoppedError, WorkerSummary
 
 __all__ = [
     "DatasetInput",
@@ -42,6 +44,7 @@ __all__ = [
     "RolloutConfig",
     "ScoreConfig",
     "SelectionConfig",
+    "StoppedError",
     "TeacherConfig",
     "TrainTokenizer",
     "dump",
@@ -51,6 +54,9 @@ __all__ = [
     "rollout",
     "score",
 ]
+
+# Where the names that are imported on demand come from.
+_LAZY = {"StoppedError": "worker"}
 
 
 def prepare(config: PrepareConfig) -> PrepareSummary:
@@ -80,6 +86,7 @@ def dump(
     num_workers: int | None = None,
     *,
     only_rows: RowsOf | None = None,
+    runner: Runner | None = None,
 ) -> WorkerSummary | SeriesSummary:
     """Teacher over a tokens store -> targets store; see potstill.teacher_dump.dumping."""
     from potstill.teacher_dump.early import early_dump
@@ -87,7 +94,7 @@ def dump(
     config = early_dump(config)
     from potstill.teacher_dump import dumping
 
-    return dumping.dump(config, worker, num_workers, only_rows=only_rows)
+    return dumping.dump(config, worker, num_workers, only_rows=only_rows, runner=runner)
 
 
 def score(config: ScoreConfig, worker: int | None = None, num_workers: int | None = None) -> WorkerSummary:
@@ -108,3 +115,13 @@ def rollout(config: RolloutConfig, worker: int | None = None, num_workers: int |
     from potstill.teacher_dump.rollouts import run
 
     return run.rollout(config, worker, num_workers)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"potstill.teacher_dump.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

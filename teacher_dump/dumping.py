@@ -34,6 +34,8 @@ from potstill.teacher_dump.selection import PREFIXES, TARGET_STATS, HostBatch, c
 from potstill.teacher_dump.series import SeriesSummary, dump_series
 from potstill.teacher_dump.worker import Job, WorkerSummary, run_worker
 
+# Does the whole of one dump, over all rows (None) or those given.
+Runner = Callable[[DumpConfig, "NDArray[np.int64] | None"], WorkerSummary]
 SIDE_COLUMNS = ("entropy", "label_logprob", "label_rank")  # of the teacher's whole distribution, beside the entries
 
 
@@ -43,15 +45,20 @@ def dump(
     num_workers: int | None = None,
     *,
     only_rows: RowsOf | None = None,
+    runner: Runner | None = None,
 ) -> WorkerSummary | SeriesSummary:
     """Do this worker's share of the units that are missing, of each checkpoint in turn if there are several.
 
     `only_rows` gives the rows that each of them is run over; the others take their places in the store without targets
-    (storage/rows/only_rows.py). See `run_worker` for errors and the end of a run.
+    (storage/rows/only_rows.py). `runner` does the work instead of this process, e.g. on a cluster. See `run_worker` for
+    errors and the end of a run.
     """
 
     def run(member: DumpConfig) -> WorkerSummary:
-        job = DumpJob(member, None if only_rows is None else only_rows(member))
+        rows = None if only_rows is None else only_rows(member)
+        if runner is not None:
+            return runner(member, rows)
+        job = DumpJob(member, rows)
         return run_worker(member, member.teacher, job, worker=worker, num_workers=num_workers)
 
     return dump_series(config, run) if config.teacher.checkpoints else run(config)

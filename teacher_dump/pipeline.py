@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -115,11 +116,19 @@ class Walk:
         self._on_rows, self._on_unit, self._stop_reason = on_rows, on_unit, stop_reason
         self._consecutive_failures = 0
         self._unit_began = 0.0
+        self._news: list[Committed] = []
         self.totals = WalkTotals()
 
     def run(self, units: Sequence[int]) -> WalkTotals:
         """Do the units in order. Raises WriteFailedError, HungReadError or WalkEndedError (refused rows, failures)."""
-        unfinished: deque[tuple[int, Future[_Committed]]] = deque()
+        with closing(self.each(units)) as committed:
+            for _ in committed:
+                pass
+        return self.totals
+
+    def each(self, units: Sequence[int]) -> Generator[Committed, None, None]:
+        """As `run`, with each unit soon after it is committed; the units of `totals.failures` are not among them."""
+        unfinished: deque[tuple[int, Future[Committed]]] = deque()
         self._unit_began = time.perf_counter()
         # A daemon thread: one that waits for a read that hangs must not be waited for at the end.
         reading: Prefetcher[_Unit] = Prefetcher(num_threads=1, name="read-ahead")
@@ -129,15 +138,20 @@ class Walk:
                     self._step(number, reading, finishing, unfinished)
                     while len(unfinished) >= _UNITS_UNFINISHED:
                         self._collect(unfinished)
+                    yield from self._take_news()
                     if self.totals.stopped_by is not None:
                         break
                 while unfinished:
                     self._collect(unfinished)
+                    yield from self._take_news()
             finally:
                 # After an error nothing that has not begun shall begin; what runs is waited for.
                 reading.close()
                 finishing.shutdown(wait=True, cancel_futures=True)
-        return self.totals
+
+    def _take_news(self) -> list[Committed]:
+        news, self._news = self._news, []
+        return news
 
     def _read_ahead(self, reading: Prefetcher[_Unit], units: Sequence[int]) -> Iterator[int]:
         """The units in order, each to be taken from `reading`, where the next one is under way by then."""
@@ -161,7 +175,7 @@ class Walk:
         number: int,
         reading: Prefetcher[_Unit],
         finishing: ThreadPoolExecutor,
-        unfinished: deque[tuple[int, Future[_Committed]]],
+        unfinished: deque[tuple[int, Future[Committed]]],
     ) -> None:
         parts: list[Future[BatchRows]] = []
         try:
@@ -199,7 +213,7 @@ class Walk:
 
     def _commit(
         self, number: int, parts: list[Future[BatchRows]], left_out: Sequence[Row], seconds: float
-    ) -> _Committed:
+    ) -> Committed:
         # The parts were handed to the same threads before this call, so waiting for them cannot block without end.
         done = [part.result() for part in parts]
         finished = [row for part in done for row in part.rows]
@@ -213,19 +227,19 @@ class Walk:
             self._num_elsewhere, self._counted_at = self._refused_elsewhere(), time.monotonic()
         # Row counts are added up here, at the one place where it is known that the rows are safe.
         if self._too_many(refused):
-            return _Committed(number, 0, 0, refused, figures | shown, too_many=True)
+            return Committed(number, 0, 0, refused, figures | shown, too_many=True)
         if self._beside is not None:
             self._beside.commit_unit(number, [row for part in done for row in part.beside])
         in_order = sorted([*rows, *left_out], key=lambda row: row.row) if left_out else rows
         if refused:
             self._writer.note_refused(number, len(refused))
         self._writer.commit_unit(number, in_order, extra=extra)
-        return _Committed(number, len(rows), sum(_num_tokens(row) for row in rows), refused, figures | shown)
+        return Committed(number, len(rows), sum(_num_tokens(row) for row in rows), refused, figures | shown)
 
     def _too_many(self, refused: Sequence[Refused]) -> bool:
         return self._num_elsewhere + len(self.totals.refused) + len(refused) > self._refused_allowed
 
-    def _collect(self, unfinished: deque[tuple[int, Future[_Committed]]]) -> None:
+    def _collect(self, unfinished: deque[tuple[int, Future[Committed]]]) -> None:
         number, future = unfinished.popleft()
         try:
             with _timed(self.totals.seconds, "wait_finish"):
@@ -246,6 +260,7 @@ class Walk:
         self.totals.tokens += done.num_tokens
         for name, value in done.figures.items():
             self.totals.figures[name] = self.totals.figures.get(name, 0.0) + value
+        self._news.append(done)
         self._on_unit(number, self.totals)
 
     def _failed(self, number: int, error: Exception) -> None:
@@ -270,7 +285,9 @@ class Walk:
 
 
 @dataclass(frozen=True)
-class _Committed:
+class Committed:
+    """A unit whose record is there."""
+
     number: int
     num_rows: int
     num_tokens: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
@@ -26,6 +26,7 @@ from potstill.storage import (
 )
 from potstill.teacher_dump.batches import TeacherBatch, apart_batch, packed_batch
 from potstill.teacher_dump.config import TeacherConfig, WalkConfig
+from potstill.teacher_dump.engines.base import OneProcess
 from potstill.teacher_dump.identity import check_fits, computing_dtype, describe, load_config, members
 from potstill.teacher_dump.left_out import LeftOut
 from potstill.teacher_dump.pipeline import HostResult, Walk, WalkTotals
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _MUCH_EXCLUDED = 1e-3
+_ALONE = WorkerPlace(0, 1, "arguments")
 
 
 class StoppedError(UserError):
@@ -125,6 +127,73 @@ class WorkerSummary:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Work:
+    """A job on its open stores, checked: what there is of it before a teacher is loaded."""
+
+    config: WalkConfig
+    teacher: TeacherConfig
+    job: Job
+    tokens: StoreReader
+    writer: StoreWriter
+    beside: StoreWriter | None
+    left_out: LeftOut | None
+
+    def load_engine(self) -> TeacherEngine:
+        """The teacher, ready to run."""
+        from potstill.teacher_dump.engines.loading import load_engine
+
+        return load_engine(self.teacher, self.job.wanted(self.tokens.spec.vocab_size))
+
+    def num_wanted(self, units: Iterable[int]) -> int:
+        """Rows of these units that the model is to be run over."""
+        return sum(_num_wanted(self.writer, unit, self.left_out) for unit in units)
+
+    def todo(self) -> list[int]:
+        """Units of the whole store without a record. Raises StoreError where a sealed store is damaged."""
+        return _todo(self.writer, _ALONE)
+
+    def num_refused(self) -> int:
+        """Refused rows of the whole store so far."""
+        return self.writer.num_refused(allowed=self.refused_allowed())
+
+    def refused_allowed(self) -> int:
+        """Refused rows above which the work stops."""
+        return _refused_allowed(self.config, self.writer, self.left_out)
+
+    def warn_of_k(self, unit: int, totals: WalkTotals) -> None:
+        """After the first unit: whether the selection stopped at k too often."""
+        _warn_of_k(self.job, self.writer, self.left_out, unit, totals)
+
+    def finish(self, totals: WalkTotals, *, seconds: float) -> WorkerSummary:
+        """The end of a work that was looked after from one place, as that of a single worker. Raises as run_worker."""
+        return _finish(self.config, self.job, self.writer, _ALONE, OneProcess(), totals, seconds=seconds)
+
+
+def open_work(config: WalkConfig, teacher: TeacherConfig, job: Job, *, num_workers: int = 1) -> Work:
+    """Open the stores and hold the teacher against them; the store to write is made where it is not there yet.
+
+    Raises UserError and StoreError; nothing is loaded.
+    """
+    tokens = open_rows(config)
+    model_config = load_config(teacher)
+    check_fits(teacher, model_config, tokens.spec)
+    for member, _ in members(teacher):
+        check_fits(member, load_config(member), tokens.spec)
+    dtype = computing_dtype(teacher, model_config)
+    spec = job.spec(tokens, dict(describe(teacher, model_config, dtype=dtype)))
+    # Deleting is for one worker: the others would delete what the first has begun.
+    if config.force and num_workers > 1:
+        raise UserError("force deletes the store and may be used by a single worker only; delete it first")
+    ranking = job.id_frequencies(tokens)
+    writer = StoreWriter.create(config.output, spec, force=config.force, id_frequencies=ranking)
+    beside = job.beside(tokens)
+    if beside is not None:
+        check_sealed(beside.url)
+        _check_beside(writer, beside, config.output)
+    return Work(config, teacher, job, tokens, writer, beside, job.left_out(writer.spec))
+
+
 def run_worker(
     config: WalkConfig, teacher: TeacherConfig, job: Job, *, worker: int | None, num_workers: int | None
 ) -> WorkerSummary:
@@ -140,22 +209,8 @@ def run_worker(
     place = ranks.place(
         config.worker if worker is None else worker, config.num_workers if num_workers is None else num_workers
     )
-    tokens = open_rows(config)
-    model_config = load_config(teacher)
-    check_fits(teacher, model_config, tokens.spec)
-    for member, _ in members(teacher):
-        check_fits(member, load_config(member), tokens.spec)
-    dtype = computing_dtype(teacher, model_config)
-    spec = job.spec(tokens, dict(describe(teacher, model_config, dtype=dtype)))
-    # Deleting is for one worker: the others would delete what the first has begun.
-    if config.force and place.num_workers > 1:
-        raise UserError("force deletes the store and may be used by a single worker only; delete it first")
-    ranking = job.id_frequencies(tokens)
-    writer = StoreWriter.create(config.output, spec, force=config.force, id_frequencies=ranking)
-    beside = job.beside(tokens)
-    if beside is not None:
-        check_sealed(beside.url)
-        _check_beside(writer, beside, config.output)
+    work = open_work(config, teacher, job, num_workers=place.num_workers)
+    writer = work.writer
     units = _todo(writer, place)
     log.info(
         "%s: worker %d of %d (%s) has %d units to do",
@@ -165,14 +220,13 @@ def run_worker(
         place.source,
         len(units),
     )
-    left_out = job.left_out(writer.spec)
     # A rank without units of its own takes part in the passes of the others.
-    passes = sum(-(-_num_wanted(writer, unit, left_out) // teacher.batch_rows) for unit in units)
+    passes = sum(-(-work.num_wanted([unit]) // teacher.batch_rows) for unit in units)
     most_passes = ranks.largest(passes)
     totals = WalkTotals()
     if most_passes or units:
         idle = most_passes - passes
-        totals = _walk(config, teacher, job, tokens, writer, units, ranks, left_out, idle_passes=idle, beside=beside)
+        totals = _walk(work, units, ranks, idle_passes=idle)
     if totals.stopped_by is not None:
         raise StoppedError(
             f"{job.word}: stopped by {totals.stopped_by} after {totals.units} of {len(units)} units of worker "
@@ -217,27 +271,11 @@ def open_rows(config: WalkConfig) -> StoreReader:
     return tokens
 
 
-def _walk(
-    config: WalkConfig,
-    teacher: TeacherConfig,
-    job: Job,
-    tokens: StoreReader,
-    writer: StoreWriter,
-    units: list[int],
-    ranks: Ranks,
-    left_out: LeftOut | None,
-    *,
-    idle_passes: int,
-    beside: StoreWriter | None = None,
-) -> WalkTotals:
-    from potstill.teacher_dump.engines.loading import load_engine
-
-    engine = load_engine(teacher, job.wanted(tokens.spec.vocab_size))
-    # A compiled model would be compiled again for each length.
-    packed = partial(packed_batch, length=tokens.spec.row_length, fixed=teacher.compile)
-    own, allowed = set(units), _refused_allowed(config, writer, left_out)
-    num_rows = sum(_num_wanted(writer, unit, left_out) for unit in units)
-    with StopFlag() as stop, Progress(num_rows, description=job.word) as progress:
+def _walk(work: Work, units: list[int], ranks: Ranks, *, idle_passes: int) -> WalkTotals:
+    config, job, writer, left_out = work.config, work.job, work.writer, work.left_out
+    engine = work.load_engine()
+    own, allowed = set(units), work.refused_allowed()
+    with StopFlag() as stop, Progress(work.num_wanted(units), description=job.word) as progress:
         began = time.monotonic()
         num_tokens = 0
 
@@ -250,22 +288,15 @@ def _walk(
         def stop_reason() -> str | None:
             return ranks.agree_to_stop(stop.signal_name)
 
-        walk = Walk(
-            reader=tokens,
-            writer=writer,
-            compute=lambda batch: job.compute(engine, batch, tokens.spec.vocab_size),
-            layout=packed if teacher.documents == "packed" else apart_batch,
-            batch_rows=teacher.batch_rows,
-            finish_threads=config.finish_threads,
+        walk = build_walk(
+            work,
+            engine,
             # One rank that skips a unit would leave the others waiting for it.
             max_consecutive_failures=1 if ranks.in_step else config.max_consecutive_failures,
             refused_elsewhere=lambda: writer.num_refused(allowed=allowed, except_units=own),
-            refused_allowed=allowed,
-            left_out=left_out,
             on_rows=on_rows,
             on_unit=partial(_warn_of_k, job, writer, left_out),
             stop_reason=stop_reason,
-            beside=beside,
         )
         totals = walk.run(units)
         while idle_passes and totals.stopped_by is None:
@@ -274,6 +305,38 @@ def _walk(
                 engine.idle_pass()
                 idle_passes -= 1
     return totals
+
+
+def build_walk(
+    work: Work,
+    engine: TeacherEngine,
+    *,
+    max_consecutive_failures: int,
+    refused_elsewhere: Callable[[], int],
+    on_rows: Callable[[int, int], None],
+    on_unit: Callable[[int, WalkTotals], None],
+    stop_reason: Callable[[], str | None],
+) -> Walk:
+    """The walk of a loaded teacher over units of its work; see Walk for what is to be given."""
+    teacher, spec = work.teacher, work.tokens.spec
+    # A compiled model would be compiled again for each length.
+    packed = partial(packed_batch, length=spec.row_length, fixed=teacher.compile)
+    return Walk(
+        reader=work.tokens,
+        writer=work.writer,
+        compute=lambda batch: work.job.compute(engine, batch, spec.vocab_size),
+        layout=packed if teacher.documents == "packed" else apart_batch,
+        batch_rows=teacher.batch_rows,
+        finish_threads=work.config.finish_threads,
+        max_consecutive_failures=max_consecutive_failures,
+        refused_elsewhere=refused_elsewhere,
+        refused_allowed=work.refused_allowed(),
+        left_out=work.left_out,
+        on_rows=on_rows,
+        on_unit=on_unit,
+        stop_reason=stop_reason,
+        beside=work.beside,
+    )
 
 
 def _warn_of_k(job: Job, writer: StoreWriter, left_out: LeftOut | None, unit: int, totals: WalkTotals) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from potstill.student_train.config.train import LoggingConfig
 from potstill.student_train.model.loss_terms import term_parts
 from potstill.student_train.run.engine import all_reduce_sum
+from potstill.student_train.run.hooks import Hooks
 from potstill.student_train.run.source_figures import source_count_names, source_sum_names
 from potstill.student_train.run.trackers import Tracker, open_trackers
 
@@ -190,8 +191,9 @@ class MetricsLog:
     train loop asks at its next look, on all ranks.
     """
 
-    def __init__(self, run: Path, options: LoggingConfig, *, name: str) -> None:
+    def __init__(self, run: Path, options: LoggingConfig, *, name: str, hooks: Hooks | None = None) -> None:
         self._run, self._options, self._name = run, options, name
+        self._hooks = hooks or Hooks()
         self.path = run / METRICS_FILE
         self._file: FileIO | None = None
         self._trackers: list[Tracker] = []
@@ -205,6 +207,7 @@ class MetricsLog:
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record; it is on the file system when this returns, or `failure` says why it is not."""
+        self._hooks.report(record)
         if self._file is None or self.failure is not None:
             return
         # JSON has no NaN; a figure that is not a number is null.

@@ -7,14 +7,17 @@ from typing import Any
 
 from potstill.student_train.run.checkpoint import apply_retention, checkpoint_folder, save_checkpoint
 from potstill.student_train.run.engine import on_main
+from potstill.student_train.run.hooks import Hooks
 from potstill.student_train.run.run_base import RunBase
 
 
 class Saves:
     """Writes checkpoints; `last` is the folder of the newest, which messages name."""
 
-    def __init__(self, base: RunBase, *, pinned: dict[str, Any], extra: dict[str, Any], last: str | None) -> None:
-        self._base, self._pinned, self._extra = base, pinned, extra
+    def __init__(
+        self, base: RunBase, *, pinned: dict[str, Any], extra: dict[str, Any], last: str | None, hooks: Hooks
+    ) -> None:
+        self._base, self._pinned, self._extra, self._hooks = base, pinned, extra, hooks
         self.last = last
 
     @property
@@ -42,5 +45,6 @@ class Saves:
             last_saved=self.last,
         )
         self.last = str(folder)
+        self._hooks.report({"kind": "checkpoint", "step": base.state.step, "checkpoint": self.last})
         if base.topology.is_main:
             apply_retention(base.config.checkpoint, base.folder)

@@ -1,9 +1,10 @@
-"""Reasons to stop before the last step: a signal, a deadline, a stop file. Asked once per step, agreed by all ranks."""
+"""Reasons to stop early: a signal, a deadline, a stop file, an engine. Asked once per step, agreed by all ranks."""
 
 from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,11 +18,15 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 class StopRequest:
     """A context in which signals only leave a note; `reason()` reads it together with the clock and the stop file.
 
+    `ask` gives the reason of whoever runs the trainer in a thread, where no signal arrives.
+
     A step that waits for a read that hangs would not come to its end: that read ends with StoppedReadError then.
     """
 
-    def __init__(self, run: Path, *, max_runtime_minutes: float | None) -> None:
-        self._run = run
+    def __init__(
+        self, run: Path, *, max_runtime_minutes: float | None, ask: Callable[[], str | None] = lambda: None
+    ) -> None:
+        self._run, self._ask = run, ask
         self._deadline = None if max_runtime_minutes is None else time.monotonic() + 60.0 * max_runtime_minutes
         self._signal: int | None = None
         self._previous: dict[int, Any] = {}
@@ -51,4 +56,4 @@ class StopRequest:
             return "run.max_runtime_minutes"
         if (self._run / STOP_FILE).exists():
             return f"stop file {self._run / STOP_FILE}"
-        return None
+        return self._ask()

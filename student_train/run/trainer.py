@@ -35,6 +35,7 @@ from potstill.student_train.run.engine import (
     world_from_environment,
     zero3_construction,
 )
+from potstill.student_train.run.hooks import Hooks
 from potstill.student_train.run.legs import Legs
 from potstill.student_train.run.loop import train_steps
 from potstill.student_train.run.loop_state import LoopState
@@ -76,10 +77,11 @@ log = logging.getLogger(__name__)
 EVAL_PLACE = ("kind", "step", "tokens", "runtime_seconds")  # where a line of held-out figures stands in the run
 
 
-def train(config: TrainConfig, *, checked: CheckedRun | None = None) -> TrainSummary:
+def train(config: TrainConfig, *, checked: CheckedRun | None = None, hooks: Hooks | None = None) -> TrainSummary:
     """Train (or continue) the run of `config` in this process, which is one rank of the launcher's world.
 
-    `checked` is what `check_run` gave for this configuration in this process, if it was called already. Raises
+    `checked` is what `check_run` gave for this configuration in this process, if it was called already. `hooks` are
+    for an engine that runs this function in a worker of its own. Raises
     UserError (also StoreError of the storage room) before any model is built when configuration, stores and world do
     not fit; LossNotFiniteError during training.
     """
@@ -93,7 +95,7 @@ def train(config: TrainConfig, *, checked: CheckedRun | None = None) -> TrainSum
     with lock_run(config, topology) as lock:
         on_main(topology, prepare_run_folder, config)
         checkpoint = choose_resume(config.checkpoint, config.run.output_dir, topology)
-        with open_run(config, topology, checked, checkpoint, lock) as run:
+        with open_run(config, topology, checked, checkpoint, lock, hooks or Hooks()) as run:
             summary = train_to_the_end(run, started)
         torch.distributed.barrier()
     return summary
@@ -139,7 +141,12 @@ def build_model(
 
 @contextmanager
 def open_run(
-    config: TrainConfig, topology: Topology, checked: CheckedRun, checkpoint: Checkpoint | None, lock: RunLock
+    config: TrainConfig,
+    topology: Topology,
+    checked: CheckedRun,
+    checkpoint: Checkpoint | None,
+    lock: RunLock,
+    hooks: Hooks,
 ) -> Iterator[Run]:
     """Build model, engine, loader and figures, and bring them to where the checkpoint stands."""
     stores, plan, student_config = checked.stores, checked.plan, checked.student_config
@@ -156,15 +163,17 @@ def open_run(
     metrics: MetricsLog | None = None
     try:
         state = resume(engine, legs, checkpoint, config, topology, universal=universal)
-        metrics = MetricsLog(config.run.output_dir, config.logging, name=config.run.name)
+        metrics = MetricsLog(config.run.output_dir, config.logging, name=config.run.name, hooks=hooks)
         on_main(topology, metrics.open)
-        with StopRequest(config.run.output_dir, max_runtime_minutes=config.run.max_runtime_minutes) as stop:
+        limit = config.run.max_runtime_minutes
+        with StopRequest(config.run.output_dir, max_runtime_minutes=limit, ask=hooks.stop_reason) as stop:
             base = RunBase(config, topology, engine, legs, state, lock)
             saves = Saves(
                 base,
                 pinned=pinned_values(config),
                 extra={"stores": stores.digests(), "num_parameters": count_parameters(student)},
                 last=None if checkpoint is None else str(checkpoint.folder),
+                hooks=hooks,
             )
             watch = StepWatch(base, metrics=metrics, stop=stop, saves=saves)
             meter = Meter(topology.device, student.sum_names, sources=plan.source_names)

@@ -1,0 +1,1 @@
+"""Ray: a dump by actors that come and go (`potstill dump --ray`)."""
