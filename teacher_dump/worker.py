@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +21,13 @@ from potstill.storage import (
     RunSpec,
     StoreReader,
     StoreWriter,
+    TokensRow,
     check_sealed,
     seal_store,
 )
 from potstill.teacher_dump.batches import TeacherBatch, apart_batch, packed_batch
 from potstill.teacher_dump.config import TeacherConfig, WalkConfig
+from potstill.teacher_dump.engine_mix import EngineMix, ParityProbe, engine_mix
 from potstill.teacher_dump.identity import check_fits, computing_dtype, describe, load_config, members
 from potstill.teacher_dump.left_out import LeftOut
 from potstill.teacher_dump.pipeline import HostResult, Walk, WalkTotals
@@ -48,6 +50,7 @@ class Job(Protocol):
     """What `dump` and `score` differ in."""
 
     word: str
+    mixes: ClassVar[bool] = True  # whether its units may be those of several engines: they are made by one forward pass
 
     def spec(self, tokens: StoreReader, teacher: dict[str, object]) -> RunSpec:
         """run.json of the store to write."""
@@ -150,6 +153,8 @@ def run_worker(
     # Deleting is for one worker: the others would delete what the first has begun.
     if config.force and place.num_workers > 1:
         raise UserError("force deletes the store and may be used by a single worker only; delete it first")
+    mix = engine_mix(config.output, spec) if job.mixes and not config.force else None
+    spec = spec if mix is None else mix.spec(spec)
     ranking = job.id_frequencies(tokens)
     writer = StoreWriter.create(config.output, spec, force=config.force, id_frequencies=ranking)
     beside = job.beside(tokens)
@@ -172,7 +177,9 @@ def run_worker(
     totals = WalkTotals()
     if most_passes or units:
         idle = most_passes - passes
-        totals = _walk(config, teacher, job, tokens, writer, units, ranks, left_out, idle_passes=idle, beside=beside)
+        totals = _walk(
+            config, teacher, job, tokens, writer, units, ranks, left_out, idle_passes=idle, beside=beside, mix=mix
+        )
     if totals.stopped_by is not None:
         raise StoppedError(
             f"{job.word}: stopped by {totals.stopped_by} after {totals.units} of {len(units)} units of worker "
@@ -229,12 +236,16 @@ def _walk(
     *,
     idle_passes: int,
     beside: StoreWriter | None = None,
+    mix: EngineMix | None = None,
 ) -> WalkTotals:
     from potstill.teacher_dump.engines.loading import load_engine
 
     engine = load_engine(teacher, job.wanted(tokens.spec.vocab_size))
     # A compiled model would be compiled again for each length.
     packed = partial(packed_batch, length=tokens.spec.row_length, fixed=teacher.compile)
+    layout = packed if teacher.documents == "packed" else apart_batch
+    compute = partial(_compute, job, engine, tokens.spec.vocab_size)
+    notes = {} if mix is None else _parity(mix, teacher, tokens, writer, engine, ranks, compute, layout, left_out)
     own = set(units)
     num_rows = sum(_num_wanted(writer, unit, left_out) for unit in units)
     with StopFlag() as stop, Progress(num_rows, description=job.word) as progress:
@@ -253,8 +264,8 @@ def _walk(
         walk = Walk(
             reader=tokens,
             writer=writer,
-            compute=lambda batch: job.compute(engine, batch, tokens.spec.vocab_size),
-            layout=packed if teacher.documents == "packed" else apart_batch,
+            compute=compute,
+            layout=layout,
             batch_rows=teacher.batch_rows,
             finish_threads=config.finish_threads,
             # One rank that skips a unit would leave the others waiting for it.
@@ -266,6 +277,7 @@ def _walk(
             on_unit=partial(_warn_of_k, job, writer, left_out),
             stop_reason=stop_reason,
             beside=beside,
+            notes=notes,
         )
         totals = walk.run(units)
         while idle_passes and totals.stopped_by is None:
@@ -274,6 +286,36 @@ def _walk(
                 engine.idle_pass()
                 idle_passes -= 1
     return totals
+
+
+def _parity(
+    mix: EngineMix,
+    teacher: TeacherConfig,
+    tokens: StoreReader,
+    writer: StoreWriter,
+    engine: TeacherEngine,
+    ranks: Ranks,
+    compute: Callable[[TeacherBatch], HostResult],
+    layout: Callable[[Sequence[TokensRow]], TeacherBatch],
+    left_out: LeftOut | None,
+) -> dict[str, object]:
+    """Compare the engine with the units of another that stand in the store; what its own records shall say of it."""
+    probe = ParityProbe(
+        mix=mix,
+        tokens=tokens,
+        writer=writer,
+        engine=engine,
+        ranks=ranks,
+        compute=compute,
+        layout=layout,
+        batch_rows=teacher.batch_rows,
+        left_out=left_out,
+    )
+    return probe.check()
+
+
+def _compute(job: Job, engine: TeacherEngine, vocab_size: int, batch: TeacherBatch) -> HostResult:
+    return job.compute(engine, batch, vocab_size)
 
 
 def _warn_of_k(job: Job, writer: StoreWriter, left_out: LeftOut | None, unit: int, totals: WalkTotals) -> None:
