@@ -13,8 +13,9 @@ def row_distance(a: Row, b: Row) -> tuple[float, int]:
     """Sum over the positions that have a target in either row of their total variation, and how many these are.
 
     Of targets: half the sum of |p - q| over the ids of both and the tail, an id that one of them lacks counting whole,
-    so that no difference is hidden in a tail (draws: shares of the draws, without a tail). Of scores: |p - q| of the
-    label. Rows of the same number and tokens only.
+    so that no difference is hidden in a tail (draws: shares of the draws, without a tail). Of scores, which hold no
+    distribution: |p - q| of the label, or the difference of the entropies in nats (1 at most) where that is larger.
+    Rows of the same number and tokens only.
     """
     assert a.row == b.row, (a.row, b.row)
     if isinstance(a, TargetsRow) and isinstance(b, TargetsRow):
@@ -22,7 +23,8 @@ def row_distance(a: Row, b: Row) -> tuple[float, int]:
     assert isinstance(a, ScoresRow) and isinstance(b, ScoresRow)
     here = (a.label_rank != NO_RANK) | (b.label_rank != NO_RANK)
     p, q = (np.exp(row.label_logprob[here].astype(np.float64)) for row in (a, b))
-    return float(np.abs(p - q).sum()), int(here.sum())
+    entropies = np.abs(a.entropy[here].astype(np.float64) - b.entropy[here])
+    return float(np.maximum(np.abs(p - q), np.minimum(entropies, 1.0)).sum()), int(here.sum())
 
 
 def _of_targets(a: SparseTargets, b: SparseTargets) -> tuple[float, int]:

@@ -241,9 +241,7 @@ def _walk(
     from potstill.teacher_dump.engines.loading import load_engine
 
     engine = load_engine(teacher, job.wanted(tokens.spec.vocab_size))
-    # A compiled model would be compiled again for each length.
-    packed = partial(packed_batch, length=tokens.spec.row_length, fixed=teacher.compile)
-    layout = packed if teacher.documents == "packed" else apart_batch
+    layout = _layout(teacher, tokens.spec.row_length)
     compute = partial(_compute, job, engine, tokens.spec.vocab_size)
     notes = {} if mix is None else _parity(mix, teacher, tokens, writer, engine, ranks, compute, layout, left_out)
     own = set(units)
@@ -312,6 +310,12 @@ def _parity(
         left_out=left_out,
     )
     return probe.check()
+
+
+def _layout(teacher: TeacherConfig, row_length: int) -> Callable[[Sequence[TokensRow]], TeacherBatch]:
+    # A compiled model would be compiled again for each length.
+    packed = partial(packed_batch, length=row_length, fixed=teacher.compile)
+    return packed if teacher.documents == "packed" else apart_batch
 
 
 def _compute(job: Job, engine: TeacherEngine, vocab_size: int, batch: TeacherBatch) -> HostResult:
