@@ -85,7 +85,7 @@ class Walk:
     stored without it. `refused_allowed` is the number of refused rows above which the run stops; `refused_elsewhere()`
     counts those in the units of others and of earlier runs: all workers together may not have more than that. `beside`
     is a store of the same units whose rows come of the same work (`BatchRows.beside`): a unit is committed there first,
-    and is there when `writer` has it.
+    and is there when `writer` has it. `notes` go into `extra` of every record.
     """
 
     def __init__(
@@ -105,7 +105,9 @@ class Walk:
         on_unit: Callable[[int, WalkTotals], None] = lambda unit, totals: None,
         stop_reason: Callable[[], str | None] = lambda: None,
         beside: StoreWriter | None = None,
+        notes: Mapping[str, Any] | None = None,
     ) -> None:
+        self._notes = dict(notes or {})
         self._reader, self._writer, self._beside = reader, writer, beside
         self._compute, self._layout = compute, layout
         self._batch_rows, self._left_out = batch_rows, left_out
@@ -220,7 +222,7 @@ class Walk:
         refused = [refused for _, refused in finished if refused is not None]
         figures, shown = _sums(part.figures for part in done), _sums(part.shown for part in done)
         rows = [row for row, _ in finished]
-        extra: dict[str, Any] = {"figures": figures, "seconds": round(seconds, 6)}
+        extra: dict[str, Any] = {"figures": figures, "seconds": round(seconds, 6), **self._notes}
         if refused:
             extra["refused"] = [[item.row, item.reason] for item in refused]
         if refused and time.monotonic() - self._counted_at > _RECOUNT_SECONDS:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from potstill.storage import CommitRecord
 from potstill.teacher_dump.config import TeacherConfig, WalkConfig
+from potstill.teacher_dump.engines.base import OneProcess
 from potstill.teacher_dump.pipeline import Committed, WalkTotals
 from potstill.teacher_dump.selection import Refused
 from potstill.teacher_dump.stopping import StopFlag
@@ -45,6 +46,7 @@ class UnitWorker:
     def __init__(self, config: WalkConfig, teacher: TeacherConfig, job: Job) -> None:
         self._work = open_work(config, teacher, job)
         self._engine = self._work.load_engine()
+        self._notes = self._work.notes_of(self._engine, OneProcess())
 
     def run(
         self, units: Sequence[int], *, num_refused: int = 0, asked_to_stop: Callable[[], str | None] = lambda: None
@@ -59,6 +61,7 @@ class UnitWorker:
             walk = build_walk(
                 self._work,
                 self._engine,
+                notes=self._notes,
                 max_consecutive_failures=_NO_BOUND,  # which failures end the work is for the driver to say
                 refused_elsewhere=lambda: num_refused,
                 on_rows=lambda rows, tokens: None,

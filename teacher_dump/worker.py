@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +21,13 @@ from potstill.storage import (
     RunSpec,
     StoreReader,
     StoreWriter,
+    TokensRow,
     check_sealed,
     seal_store,
 )
 from potstill.teacher_dump.batches import TeacherBatch, apart_batch, packed_batch
 from potstill.teacher_dump.config import TeacherConfig, WalkConfig
+from potstill.teacher_dump.engine_mix import EngineMix, ParityProbe, engine_mix
 from potstill.teacher_dump.engines.base import OneProcess
 from potstill.teacher_dump.identity import check_fits, computing_dtype, describe, load_config, members
 from potstill.teacher_dump.left_out import LeftOut
@@ -50,6 +52,7 @@ class Job(Protocol):
     """What `dump` and `score` differ in."""
 
     word: str
+    mixes: ClassVar[bool] = True  # whether its units may be those of several engines: they are made by one forward pass
 
     def spec(self, tokens: StoreReader, teacher: dict[str, object]) -> RunSpec:
         """run.json of the store to write."""
@@ -138,12 +141,40 @@ class Work:
     writer: StoreWriter
     beside: StoreWriter | None
     left_out: LeftOut | None
+    mix: EngineMix | None = None  # where another engine began the store
 
     def load_engine(self) -> TeacherEngine:
         """The teacher, ready to run."""
         from potstill.teacher_dump.engines.loading import load_engine
 
         return load_engine(self.teacher, self.job.wanted(self.tokens.spec.vocab_size))
+
+    def layout(self, rows: Sequence[TokensRow]) -> TeacherBatch:
+        """The batch of these rows."""
+        if self.teacher.documents != "packed":
+            return apart_batch(rows)
+        # A compiled model would be compiled again for each length.
+        return packed_batch(rows, length=self.tokens.spec.row_length, fixed=self.teacher.compile)
+
+    def notes_of(self, engine: TeacherEngine, ranks: Ranks) -> dict[str, Any]:
+        """What records of units say of the engine that made them: something where another engine began the store.
+
+        Raises UserError where the two do not agree. A collective call of the ranks.
+        """
+        if self.mix is None:
+            return {}
+        probe = ParityProbe(
+            mix=self.mix,
+            tokens=self.tokens,
+            writer=self.writer,
+            engine=engine,
+            ranks=ranks,
+            compute=lambda batch: self.job.compute(engine, batch, self.tokens.spec.vocab_size),
+            layout=self.layout,
+            batch_rows=self.teacher.batch_rows,
+            left_out=self.left_out,
+        )
+        return probe.check()
 
     def num_wanted(self, units: Iterable[int]) -> int:
         """Rows of these units that the model is to be run over."""
@@ -185,13 +216,15 @@ def open_work(config: WalkConfig, teacher: TeacherConfig, job: Job, *, num_worke
     # Deleting is for one worker: the others would delete what the first has begun.
     if config.force and num_workers > 1:
         raise UserError("force deletes the store and may be used by a single worker only; delete it first")
+    mix = engine_mix(config.output, spec) if job.mixes and not config.force else None
+    spec = spec if mix is None else mix.spec(spec)
     ranking = job.id_frequencies(tokens)
     writer = StoreWriter.create(config.output, spec, force=config.force, id_frequencies=ranking)
     beside = job.beside(tokens)
     if beside is not None:
         check_sealed(beside.url)
         _check_beside(writer, beside, config.output)
-    return Work(config, teacher, job, tokens, writer, beside, job.left_out(writer.spec))
+    return Work(config, teacher, job, tokens, writer, beside, job.left_out(writer.spec), mix)
 
 
 def run_worker(
@@ -274,6 +307,7 @@ def open_rows(config: WalkConfig) -> StoreReader:
 def _walk(work: Work, units: list[int], ranks: Ranks, *, idle_passes: int) -> WalkTotals:
     config, job, writer, left_out = work.config, work.job, work.writer, work.left_out
     engine = work.load_engine()
+    notes = work.notes_of(engine, ranks)
     own, allowed = set(units), work.refused_allowed()
     with StopFlag() as stop, Progress(work.num_wanted(units), description=job.word) as progress:
         began = time.monotonic()
@@ -291,6 +325,7 @@ def _walk(work: Work, units: list[int], ranks: Ranks, *, idle_passes: int) -> Wa
         walk = build_walk(
             work,
             engine,
+            notes=notes,
             # One rank that skips a unit would leave the others waiting for it.
             max_consecutive_failures=1 if ranks.in_step else config.max_consecutive_failures,
             refused_elsewhere=lambda: writer.num_refused(allowed=allowed, except_units=own),
@@ -311,6 +346,7 @@ def build_walk(
     work: Work,
     engine: TeacherEngine,
     *,
+    notes: Mapping[str, Any],
     max_consecutive_failures: int,
     refused_elsewhere: Callable[[], int],
     on_rows: Callable[[int, int], None],
@@ -318,15 +354,12 @@ def build_walk(
     stop_reason: Callable[[], str | None],
 ) -> Walk:
     """The walk of a loaded teacher over units of its work; see Walk for what is to be given."""
-    teacher, spec = work.teacher, work.tokens.spec
-    # A compiled model would be compiled again for each length.
-    packed = partial(packed_batch, length=spec.row_length, fixed=teacher.compile)
     return Walk(
         reader=work.tokens,
         writer=work.writer,
-        compute=lambda batch: work.job.compute(engine, batch, spec.vocab_size),
-        layout=packed if teacher.documents == "packed" else apart_batch,
-        batch_rows=teacher.batch_rows,
+        compute=lambda batch: work.job.compute(engine, batch, work.tokens.spec.vocab_size),
+        layout=work.layout,
+        batch_rows=work.teacher.batch_rows,
         finish_threads=work.config.finish_threads,
         max_consecutive_failures=max_consecutive_failures,
         refused_elsewhere=refused_elsewhere,
@@ -336,6 +369,7 @@ def build_walk(
         on_unit=on_unit,
         stop_reason=stop_reason,
         beside=work.beside,
+        notes=notes,
     )
 
 

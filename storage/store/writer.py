@@ -45,6 +45,7 @@ from potstill.storage.rows.row_types import Row
 from potstill.storage.store.notes import note_failure, note_refused, refused_by_notes
 from potstill.storage.store.presence import committed_units, few_records, read_units
 from potstill.storage.store.spec import RunSpec, require_same
+from potstill.storage.store.stored_rows import as_stored, rows_of_record
 
 logger = logging.getLogger(__name__)
 
@@ -198,6 +199,15 @@ class StoreWriter:
     def record(self, unit: int) -> CommitRecord | None:
         """The readable record of one unit, or None."""
         return read_record(self._folder, unit, self._spec)
+
+    def committed_rows(self, unit: int) -> list[Row]:
+        """Every row of a committed unit, in order; none where the unit has no readable record."""
+        record = self.record(unit)
+        return [] if record is None else rows_of_record(self._folder, record, spec=self._spec, id_map=self._id_map)
+
+    def as_stored(self, rows: Sequence[Row]) -> list[Row]:
+        """What a reader would find of these rows if they were committed; nothing is written."""
+        return as_stored(rows, spec=self._spec, id_map=self._id_map)
 
     def commit_unit(self, unit: int, rows: Sequence[Row], *, extra: Mapping[str, Any] | None = None) -> bool:
         """Encode, write durably and commit; False if another attempt at this unit had won.

@@ -16,6 +16,7 @@ class EngineEntry:
     mixture:     whole name of the module whose `load` runs an ensemble of such teachers as one; None: there is none
     refuses:     settings of TeacherConfig that it cannot run with, key -> value
     gives_top_k: whether it gives a finished top-k, of which nothing can be drawn
+    mixes:       whether its units may stand in a store beside those of others that mix (engine_mix.py)
     """
 
     module: str
@@ -24,6 +25,7 @@ class EngineEntry:
     mixture: str | None = None
     refuses: Mapping[str, object] = field(default_factory=dict)
     gives_top_k: bool = False
+    mixes: bool = False
 
 
 ENGINES: dict[str, EngineEntry] = {
@@ -31,11 +33,13 @@ ENGINES: dict[str, EngineEntry] = {
         module="potstill.teacher_dump.engines.hf",
         description="one device",
         mixture="potstill.teacher_dump.engines.ensemble",
+        mixes=True,
     ),
     "zero3": EngineEntry(
         module="potstill.teacher_dump.engines.zero3",
         description="a group of ranks is one worker",
         is_group=True,
+        mixes=True,
         refuses={"compile": True, "head": "logits"},
     ),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from potstill.common.errors import UserError
 from potstill.storage import RunSpec, StoreReader, StoreWriter, discard_store
@@ -27,6 +27,7 @@ class RolloutJob(ScoreJob):
     """See Job. `answers`: where the answers of each row go, and `tokens` where these are packed at the end; `ran`: what
     is known once the model is loaded."""
 
+    mixes: ClassVar[bool] = False  # answers are drawn, and another engine would draw others
     config: RolloutConfig
     judge: Judge
     survey: Survey
