@@ -43,6 +43,17 @@ class DamagedError(ResumeError):
     """A checkpoint is not what was saved: a file is missing, of another size or content, or the manifest is."""
 
 
+def checkpoints_folder(run: Path) -> Path:
+    """Where the checkpoints of a run lie."""
+    return run / "checkpoints"
+
+
+def newest_step(run: Path) -> int:
+    """The step of the newest checkpoint that has a manifest, whatever that says; 0 where there is none."""
+    folders = (path.parent.name for path in checkpoints_folder(run).glob(f"step_*/{MANIFEST}"))
+    return max((int(name.removeprefix("step_")) for name in folders), default=0)
+
+
 def open_regular(path: Path) -> int:
     """Open a file for reading, if it is one: a pipe or a device in its place would block or never end.
 

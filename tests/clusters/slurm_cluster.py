@@ -21,7 +21,7 @@ from pathlib import Path
 from potstill.common.processes import free_port
 
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
-NODES = ("n1", "n2")
+NODES = ("127.0.0.2", "127.0.0.3")  # names that are found without a name server
 NUM_GPUS = 8  # of each node
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGURATION = """\
