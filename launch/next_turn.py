@@ -74,12 +74,11 @@ def _train_standing(arguments: argparse.Namespace) -> Standing:
     from potstill.student_train.run.stop import StoppedByFileError, refuse_if_stopped
 
     run = read_config(TrainConfig, arguments).run.output_dir
-    stopped = None
+    step, stopped = newest_step(run), None
     try:
         refuse_if_stopped(run)
     except StoppedByFileError as error:
         stopped = str(error)
-    step = newest_step(run)
     return Standing(
         step,
         f"run {run}: newest checkpoint at step {step}",
@@ -100,15 +99,20 @@ class Kind:
 KINDS = {"dump": Kind(_dump_arguments, _dump_standing), "train": Kind(_train_arguments, _train_standing)}
 
 
-def judge(standing: Standing, turns: Path, *, max_idle_turns: int) -> None:
-    """Count the turn that has just ended in the file `turns`. Raises NoProgressError; a new file counts from 0."""
+def judge(standing: Standing, turns: Path, *, max_idle_turns: int) -> int:
+    """Count the turn that has just ended in the file `turns`; a new one counts from 0. Returns the idle ones in a row.
+
+    Raises NoProgressError when they are `max_idle_turns`.
+    """
     before = json.loads(turns.read_text(encoding="utf-8")) if turns.exists() else {"progress": 0, "idle_turns": 0}
     idle = before["idle_turns"] + 1 if standing.progress <= before["progress"] else 0
     part = turns.with_name(f"{turns.name}.part")
     part.write_text(json.dumps({"progress": standing.progress, "idle_turns": idle}), encoding="utf-8")
     os.replace(part, turns)
     if idle >= max_idle_turns:
-        raise NoProgressError(f"{standing.text}; {idle} turns in a row moved nothing, so none is added: {standing.advice}")
+        raise NoProgressError(
+            f"{standing.text}; {idle} turns in a row moved nothing, so none is added: {standing.advice}"
+        )
 
 
 def _work(arguments: argparse.Namespace) -> int:

@@ -22,6 +22,7 @@ from potstill.common.errors import UserError
 
 log = logging.getLogger(__name__)
 MANIFEST = "potstill.json"
+DONE_FILE = "done.json"  # in the run folder: it is done
 MANIFEST_VERSION = 2  # 1 named sizes only
 PIECE_BYTES = 64 << 20
 _THREADS = min(16, max(4, os.cpu_count() or 1))  # some wait for the disk

@@ -28,12 +28,12 @@ from potstill.student_train.run.checkpoint import (
     write_json_atomically,
     write_text_atomically,
 )
+from potstill.student_train.run.checkpoint_files import DONE_FILE
 from potstill.student_train.run.run_lock import LOCK_FILE
 from potstill.student_train.run.stop import refuse_if_stopped
 
 log = logging.getLogger(__name__)
 CONFIG_FILE = "config.yaml"
-DONE_FILE = "done.json"
 LOGS_FOLDER = "logs"  # what libraries printed, a file for each start
 STUDENT_FOLDER = "student"  # config.json of the student
 PART_FILE = f".{CONFIG_FILE}.part"  # what a kill during the very first write leaves

@@ -79,7 +79,7 @@ def fake_commands(folder: Path) -> str:
     """`srun` that starts two tasks here, and `scontrol` that writes down what it is asked. Returns a PATH."""
     folder.mkdir()
     (folder / "srun").write_text(
-        '#!/usr/bin/env bash\nwhile [[ $1 == --* ]]; do shift; done\ncode=0\n'
+        "#!/usr/bin/env bash\nwhile [[ $1 == --* ]]; do shift; done\ncode=0\n"
         'for task in 0 1; do SLURM_PROCID=$task SLURM_LOCALID=$task SLURM_NTASKS=2 "$@" & pids[task]=$!; done\n'
         'for task in 0 1; do wait "${pids[task]}" || code=$?; done\nexit $code\n'
     )
