@@ -113,6 +113,7 @@ def judge(standing: Standing, turns: Path, *, max_idle_turns: int) -> int:
         raise NoProgressError(
             f"{standing.text}; {idle} turns in a row moved nothing, so none is added: {standing.advice}"
         )
+    return int(idle)
 
 
 def _work(arguments: argparse.Namespace) -> int:

@@ -36,7 +36,10 @@ from potstill.student_train.run.checkpoint_files import DONE_FILE
 PROGRAM = "potstill.launch.node"
 RANK_MODULE = "potstill.student_train"
 MAX_IDLE_TURNS = 10
-PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 5.0, 300.0  # after a turn that moved nothing, doubled each time: half an hour in all
+PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = (
+    5.0,
+    300.0,
+)  # after a turn that moved nothing, doubled each time: half an hour in all
 log = logging.getLogger(PROGRAM)
 
 

@@ -22,6 +22,7 @@ from potstill.common.processes import free_port
 
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
 NODES = ("127.0.0.2", "127.0.0.3")  # names that are found without a name server
+HELD_SECONDS = 5.0  # between a job's end and its next turn
 NUM_GPUS = 8  # of each node
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGURATION = """\
@@ -100,13 +101,17 @@ class Cluster:
     def wait(self, what: str, holds: Callable[[], object], *, seconds: float) -> float:
         """Wait until it holds; returns the seconds. Raises AssertionError with the queue and the ends of the logs.
 
-        What was requeued starts at once: SLURM holds it back for minutes, which says nothing about a template.
+        What was requeued starts after seconds: SLURM holds it back for minutes, which tells nothing of a template. (At
+        once would be too early: nodes still refuse the job by the credential of its last turn.)
         """
         began = time.monotonic()
+        held: dict[str, float] = {}
         while not holds():
             for job in [job for job, state in self.states().items() if state == "PENDING"]:
                 with contextlib.suppress(AssertionError):
-                    if self.job(job)["Reason"] == "BeginTime":
+                    if self.job(job)["Reason"] != "BeginTime":
+                        held.pop(job, None)
+                    elif time.monotonic() - held.setdefault(job, time.monotonic()) > HELD_SECONDS:
                         self.run(f"scontrol update JobId={job} StartTime=now", where=self.folder)
             assert time.monotonic() - began < seconds, f"{what}: not within {seconds} s\n{self.told()}"
             time.sleep(0.2)
@@ -189,9 +194,12 @@ def running(folder: Path) -> Iterator[Cluster]:
         for daemon in daemons:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 daemon.wait(10)
-        for process in started_under(folder):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
+        end = time.monotonic() + 10
+        while (left := started_under(folder)) and time.monotonic() < end:
+            for process in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+            time.sleep(0.1)
 
 
 def started_under(folder: Path) -> list[int]:
