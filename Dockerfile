@@ -1,7 +1,7 @@
 # potstill in a container; the Kubernetes templates name it potstill:latest. With the exact versions of constraints.txt.
 #   docker build -t potstill .                                                          # the torch that pip takes here
 #   docker build -t potstill --build-arg BASE=nvidia/cuda:12.8.1-runtime-ubuntu24.04 .  # CUDA's libraries in the base
-#   docker build -t potstill --build-arg PIP_OPTIONS="--index-url URL" .                # a mirror, or the CPU build of torch
+#   docker build -t potstill --build-arg PIP_OPTIONS="-i URL" .                # a mirror, or the CPU build of torch
 # torch's CUDA build brings the CUDA libraries that it needs, so that the plain base serves GPU nodes too.
 ARG BASE=python:3.12-slim
 FROM ${BASE}

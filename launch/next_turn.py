@@ -5,7 +5,7 @@
 
 Ends with 0 where another turn makes sense; with 75 where a person has stopped the run by a file `stop` in its folder;
 with 1 where turns in a row have made no progress (no unit committed by any worker; no new checkpoint), because a job
-whose time limit is shorter than its loading would begin for ever. FILE keeps the count between the turns of one job.
+whose time limit is shorter than its loading would begin again and again. FILE keeps the count between a job's turns.
 """
 
 from __future__ import annotations
