@@ -32,7 +32,7 @@ from tests.teacher_dump.tiny import make_tokens, save_llama
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.xdist_group("slurm"),
-    pytest.mark.timeout(500),
+    pytest.mark.timeout(900),
     pytest.mark.skipif(
         bool(slurm_cluster.missing()),
         reason=f"no SLURM here ({'; '.join(slurm_cluster.missing())}); tests/clusters/README.md says how to install it",
@@ -170,11 +170,11 @@ def test_a_chain_with_kills_in_the_middle(folder: Folder, calm: Path) -> None:
     cluster, store = folder.cluster, folder.path / "data" / "targets"
     first = chain(folder)
 
-    cluster.wait("a unit", lambda: committed(store), seconds=90)
+    cluster.wait("a unit", lambda: committed(store), seconds=180)
     cluster.run(f"scontrol requeue {first['dump']}_1", where=folder.path)
     (worker,) = folder.processes("dump", SLURM_ARRAY_TASK_ID="0")
     os.kill(worker, signal.SIGKILL)
-    states = cluster.wait_for_end(*first.values(), seconds=180)
+    states = cluster.wait_for_end(*first.values(), seconds=360)
     assert states[f"{first['dump']}_0"] == "FAILED" and states[f"{first['dump']}_1"] == "COMPLETED"
     assert cluster.job(f"{first['dump']}_1")["Restarts"] == "1"
     # Units of element 0 are missing: the seal says so with 3, and the training that waits for it is cancelled.
@@ -184,15 +184,15 @@ def test_a_chain_with_kills_in_the_middle(folder: Folder, calm: Path) -> None:
 
     # Another number of elements, one of them with a time limit that is near, then all of them cancelled.
     array = folder.submit("OUTPUT=data/targets sbatch --array=0-7%4")
-    cluster.wait("a unit more", lambda: committed(store) > done, seconds=90)
+    cluster.wait("a unit more", lambda: committed(store) > done, seconds=180)
     folder.type("scancel --name=potstill-dump")
-    ends = cluster.wait_for_end(array, seconds=60)
+    ends = cluster.wait_for_end(array, seconds=120)
     assert "CANCELLED" in ends.values() and not store_status(store).sealed, ends
 
     second = chain(folder)
-    cluster.wait("training", lambda: folder.trains("runs/mine"), seconds=180)
+    cluster.wait("training", lambda: folder.trains("runs/mine"), seconds=360)
     folder.type("scancel --signal=USR1 --name=potstill")  # what the time limit sends
-    states = cluster.wait_for_end(*second.values(), seconds=180)
+    states = cluster.wait_for_end(*second.values(), seconds=360)
     assert set(states.values()) == {"COMPLETED"}, states
     assert "sealed" in folder.type("potstill status")
     assert StoreReader(store).digest == StoreReader(calm / "data" / "targets").digest
@@ -220,7 +220,7 @@ def test_the_time_limit_asks_for_another_turn_and_not_for_ever(folder: Folder, c
     )
     slow.chmod(0o755)
     idle = folder.sbatch(f"--array=0-0 --time=2 --signal=B:USR1@105 {options}", OUTPUT=str(store), PYTHON=str(slow))
-    states = cluster.wait_for_end(idle, seconds=200)
+    states = cluster.wait_for_end(idle, seconds=400)
     assert states == {f"{idle}_0": "FAILED"} and cluster.job(f"{idle}_0")["Restarts"] == "2"
     log = folder.log(f"{idle}_0")
     assert "3 turns in a row moved nothing" in log and "time limit shorter than loading" in log, log
@@ -228,14 +228,14 @@ def test_the_time_limit_asks_for_another_turn_and_not_for_ever(folder: Folder, c
 
     # A worker at work when its time is up: what it has is kept, and its next turn does the rest.
     array = folder.sbatch(f"--array=0-1 {options}", OUTPUT=str(store))
-    cluster.wait("a unit", lambda: committed(store), seconds=90)
+    cluster.wait("a unit", lambda: committed(store), seconds=180)
     cluster.run(f"scancel --signal=USR1 --batch {array}_0", where=folder.path)
-    states = cluster.wait_for_end(array, seconds=180)
+    states = cluster.wait_for_end(array, seconds=360)
     assert set(states.values()) == {"COMPLETED"} and cluster.job(f"{array}_0")["Restarts"] == "1", states
     assert StoreReader(store).digest == StoreReader(calm / "data" / "targets").digest
 
     train = folder.sbatch("--time=2 --signal=USR1@105 train_slurm.sbatch --config run.yaml", PYTHON=str(slow))
-    assert cluster.wait_for_end(train, seconds=200) == {train: "FAILED"}
+    assert cluster.wait_for_end(train, seconds=400) == {train: "FAILED"}
     assert cluster.job(train)["Restarts"] == "2" and "3 turns in a row moved nothing" in folder.log(train)
 
 
@@ -250,8 +250,8 @@ def test_two_trainings_on_one_node_do_not_meet(trainable: Folder, calm: Path) ->
     def both() -> bool:
         return all(trainable.processes(RANK="0", SLURM_JOB_ID=job) for job in jobs.values())
 
-    cluster.wait("both at once", both, seconds=60)
-    states = cluster.wait_for_end(*jobs.values(), seconds=240)
+    cluster.wait("both at once", both, seconds=120)
+    states = cluster.wait_for_end(*jobs.values(), seconds=480)
     assert set(states.values()) == {"COMPLETED"}, [trainable.log(job)[-2000:] for job in jobs.values()]
     expected = Folder(calm, cluster).losses("runs/mine")
     assert trainable.losses("runs/one") == trainable.losses("runs/two") == expected
@@ -260,7 +260,7 @@ def test_two_trainings_on_one_node_do_not_meet(trainable: Folder, calm: Path) ->
 def test_a_job_whose_rank_0_was_killed_ends_soon(trainable: Folder) -> None:
     cluster = trainable.cluster
     job = trainable.sbatch("train_slurm.sbatch --config run.yaml --set run.max_steps=100000", WAIT_SECONDS="5")
-    cluster.wait("training", lambda: trainable.trains("runs/mine"), seconds=120)
+    cluster.wait("training", lambda: trainable.trains("runs/mine"), seconds=240)
     (first,), (second,) = (trainable.processes(RANK=str(rank), SLURM_JOB_ID=job) for rank in range(2))
     os.kill(second, signal.SIGSTOP)  # as one that waits for rank 0 in a collective call
     os.kill(first, signal.SIGKILL)
@@ -273,23 +273,23 @@ def test_a_job_whose_rank_0_was_killed_ends_soon(trainable: Folder) -> None:
 def test_a_stop_by_a_person_stands(trainable: Folder) -> None:
     cluster = trainable.cluster
     job = trainable.sbatch("train_slurm.sbatch --config run.yaml --set run.max_steps=100000")
-    cluster.wait("training", lambda: trainable.trains("runs/mine"), seconds=120)
+    cluster.wait("training", lambda: trainable.trains("runs/mine"), seconds=240)
     trainable.type("touch")
-    assert cluster.wait_for_end(job, seconds=60) == {job: "FAILED"}
+    assert cluster.wait_for_end(job, seconds=120) == {job: "FAILED"}
     about = cluster.job(job)
     assert about["ExitCode"] == "75:0" and about["Restarts"] == "0"
     assert "no other turn" in trainable.log(job) and (trainable.path / "runs/mine/stop").exists()
     saved = trainable.losses("runs/mine")
 
     again = trainable.submit("sbatch train_slurm.sbatch --config run.yaml --set run.max_steps=40")
-    assert cluster.wait_for_end(again, seconds=90) == {again: "FAILED"}
+    assert cluster.wait_for_end(again, seconds=180) == {again: "FAILED"}
     assert "delete the file to continue" in trainable.log(again) and cluster.job(again)["Restarts"] == "0"
     assert trainable.losses("runs/mine") == saved
 
     trainable.type("rm")
     steps = f"--set run.max_steps={max(saved) + 3}"
     last = trainable.sbatch(f"train_slurm.sbatch --config run.yaml {steps}")
-    assert cluster.wait_for_end(last, seconds=120) == {last: "COMPLETED"}, trainable.log(last)
+    assert cluster.wait_for_end(last, seconds=240) == {last: "COMPLETED"}, trainable.log(last)
     assert max(trainable.losses("runs/mine")) == max(saved) + 3
 
 
