@@ -38,16 +38,26 @@ class RanksEnd:
     signals: tuple[int, ...]  # that came for the command and were passed on
 
 
-def rank_environment(rank: int, num_ranks: int, *, port: int) -> dict[str, str]:
-    """What a launcher tells a rank of this machine."""
+@dataclass(frozen=True)
+class Node:
+    """Where this machine stands in a run of several, each with as many ranks, and where its rank 0 is found."""
+
+    rank: int
+    num_nodes: int
+    master_addr: str
+    master_port: int
+
+
+def rank_environment(rank: int, num_ranks: int, *, node: Node) -> dict[str, str]:
+    """What a launcher tells a rank of this machine, which has `num_ranks` of them."""
     return {
-        "RANK": str(rank),
+        "RANK": str(node.rank * num_ranks + rank),
         "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(num_ranks),
+        "WORLD_SIZE": str(node.num_nodes * num_ranks),
         "LOCAL_WORLD_SIZE": str(num_ranks),  # torchrun's name
         "LOCAL_SIZE": str(num_ranks),  # DeepSpeed's
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_ADDR": node.master_addr,
+        "MASTER_PORT": str(node.master_port),
         # Ranks share the cores; with the default of one thread per core each they get in each other's way.
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // num_ranks)),
     }
@@ -60,22 +70,25 @@ def run_ranks(
     num_ranks: int,
     environment: Mapping[str, str] | None = None,
     fine: Collection[int] = (0,),
+    node: Node | None = None,
 ) -> RanksEnd:
     """Run `num_ranks` ranks of `python -m module arguments...` on this machine to their end.
+
+    They are the whole run, or those of one `node` of it.
 
     When one ends with a code that is not in `fine`, the others have LAST_WORDS_SECONDS to end by themselves (they wait
     for it in a collective call, and most say so), then they are stopped. The codes alone do not prove that the work is
     done: ask the run folder. `environment` adds to ours.
     """
     command = [sys.executable, "-u", "-m", module, *arguments]
-    port = free_port()
+    node = node or Node(0, 1, "127.0.0.1", free_port())
     ranks: list[subprocess.Popen[bytes]] = []
     failed: list[int] = []
     deadline = float("inf")
     try:
         with passing_signals_to(ranks) as received:
             for rank in range(num_ranks):
-                place = rank_environment(rank, num_ranks, port=port)
+                place = rank_environment(rank, num_ranks, node=node)
                 ranks.append(start(command, environment={**(environment or {}), **place}))
                 if received:  # it went to the ranks that were there
                     kill_group(ranks[-1], signal.SIGTERM)

@@ -29,6 +29,7 @@ from potstill.student_train.run.checkpoint_files import (
     UnfinishedError,
     check_contents,
     check_sizes,
+    checkpoints_folder,
     describe_files,
     files_of,
     manifest_of,
@@ -100,11 +101,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def checkpoints_folder(run: Path) -> Path:
-    """Where the checkpoints of a run lie."""
-    return run / "checkpoints"
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:

@@ -22,6 +22,7 @@ from potstill.common.errors import UserError
 
 log = logging.getLogger(__name__)
 MANIFEST = "potstill.json"
+DONE_FILE = "done.json"  # in the run folder: it is done
 MANIFEST_VERSION = 2  # 1 named sizes only
 PIECE_BYTES = 64 << 20
 _THREADS = min(16, max(4, os.cpu_count() or 1))  # some wait for the disk
@@ -41,6 +42,17 @@ class UnfinishedError(ResumeError):
 
 class DamagedError(ResumeError):
     """A checkpoint is not what was saved: a file is missing, of another size or content, or the manifest is."""
+
+
+def checkpoints_folder(run: Path) -> Path:
+    """Where the checkpoints of a run lie."""
+    return run / "checkpoints"
+
+
+def newest_step(run: Path) -> int:
+    """The step of the newest checkpoint that has a manifest, whatever that says; 0 where there is none."""
+    folders = (path.parent.name for path in checkpoints_folder(run).glob(f"step_*/{MANIFEST}"))
+    return max((int(name.removeprefix("step_")) for name in folders), default=0)
 
 
 def open_regular(path: Path) -> int:

@@ -28,12 +28,12 @@ from potstill.student_train.run.checkpoint import (
     write_json_atomically,
     write_text_atomically,
 )
+from potstill.student_train.run.checkpoint_files import DONE_FILE
 from potstill.student_train.run.run_lock import LOCK_FILE
-from potstill.student_train.run.stop import STOP_FILE
+from potstill.student_train.run.stop import refuse_if_stopped
 
 log = logging.getLogger(__name__)
 CONFIG_FILE = "config.yaml"
-DONE_FILE = "done.json"
 LOGS_FOLDER = "logs"  # what libraries printed, a file for each start
 STUDENT_FOLDER = "student"  # config.json of the student
 PART_FILE = f".{CONFIG_FILE}.part"  # what a kill during the very first write leaves
@@ -68,9 +68,10 @@ def check_run_folder(config: TrainConfig) -> bool:
     """Whether output_dir holds a run; nothing is touched. Raises UserError where a start would overwrite something.
 
     A folder that holds a run is continued with checkpoint.resume auto or PATH; with `never` it needs run.force. A
-    folder that holds something else is never touched, not even with run.force.
+    folder that holds something else is never touched, not even with run.force. A stop file is refused in any case.
     """
     folder = config.run.output_dir
+    refuse_if_stopped(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"run.output_dir {folder} is a file; name a folder")
     holds_run = (folder / CONFIG_FILE).is_file()
@@ -97,7 +98,6 @@ def prepare_run_folder(config: TrainConfig) -> None:
     places = [folder, folder / CONFIG_FILE, checkpoints_folder(folder), *saved]
     places += [path for newest in saved[-1:] for path in islice(newest.iterdir(), FILES_LOOKED_AT)]
     warn_if_world_writable(folder, places, what="run folder")
-    (folder / STOP_FILE).unlink(missing_ok=True)
 
 
 def new_log_file(run: Path) -> Path:

@@ -9,10 +9,28 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from potstill.common.errors import UserError
 from potstill.storage import give_up_reads
 
 STOP_FILE = "stop"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class StoppedByFileError(UserError):
+    """Somebody asked for a stop by a file in the run folder, and it is still there."""
+
+
+def refuse_if_stopped(run: Path) -> None:
+    """Raises StoppedByFileError while the stop file stands, also after the run has obeyed it.
+
+    Only a person takes the wish back: schedulers start a job again by themselves, and a start that took the file away
+    would train on against that wish.
+    """
+    path = run / STOP_FILE
+    if path.exists():
+        raise StoppedByFileError(
+            f"{path} asks this run to stop, and a start does not overrule it; delete the file to continue: rm {path}"
+        )
 
 
 class StopRequest:

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from potstill.student_train.run.stop import STOP_FILE
+
 COUNTS = ("positions", "rows", "answers", "answers_written")  # held-out figures that are whole numbers
 
 
@@ -53,7 +55,9 @@ class TrainSummary:
                 )
             )
         if not self.is_done:
-            lines.append("  start the same command again to continue")
+            stop = self.output_dir / STOP_FILE
+            first = f"delete {stop} and " if stop.exists() else ""  # whichever rank has seen it
+            lines.append(f"  {first}start the same command again to continue")
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:

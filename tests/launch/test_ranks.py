@@ -143,4 +143,4 @@ def test_ranks_die_with_the_command(tmp_path: Path, probe: Callable[..., ranks.R
 
 
 def test_the_visible_gpus_of_the_user_are_left_alone() -> None:
-    assert "CUDA_VISIBLE_DEVICES" not in ranks.rank_environment(0, 2, port=1)
+    assert "CUDA_VISIBLE_DEVICES" not in ranks.rank_environment(0, 2, node=ranks.Node(0, 1, "127.0.0.1", 1))

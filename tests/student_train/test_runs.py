@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,8 +21,10 @@ from potstill.common.errors import UserError
 from potstill.common.exit_codes import ERROR, PREEMPTED
 from potstill.common.processes import free_port
 from potstill.student_train import evaluate, export
-from potstill.student_train.config.train import EvalConfig, ExportConfig
+from potstill.student_train.config.train import EvalConfig, ExportConfig, TrainConfig
 from potstill.student_train.run.metrics import read_metrics
+from potstill.student_train.run.run_folder import prepare_run_folder
+from potstill.student_train.run.stop import StoppedByFileError
 from tests.dist_harness import Ranks, run_ranks
 from tests.student_train import tiny, workers
 
@@ -220,7 +223,12 @@ def test_a_stop_file_saves_and_stops_all_ranks(stores, tmp_path: Path) -> None:
     assert steps == results[1]["steps"] < 100000
     assert (run / "checkpoints" / f"step_{steps:08d}" / "potstill.json").is_file()
     assert not (run / "done.json").exists()
-    # The file is taken away by the next start, which continues.
+    # No start overrules the file, so that a scheduler's next turn does not either; a person takes it away.
+    config = build_config(TrainConfig, tiny.config_tree(stores, run), source="test")
+    for forced in (False, True):
+        with pytest.raises(StoppedByFileError, match=re.escape(f"delete the file to continue: rm {run / 'stop'}")):
+            prepare_run_folder(config.model_copy(update={"run": config.run.model_copy(update={"force": forced})}))
+    (run / "stop").unlink()
     shorter = tiny.config_tree(stores, run, run={"max_steps": steps + 2})
     result = run_ranks(workers.train_run, shorter, world=2)[0]
     assert (result["status"], result["steps"]) == ("done", steps + 2)
