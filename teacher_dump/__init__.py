@@ -24,6 +24,7 @@ from potstill.teacher_dump.config import (
 from potstill.teacher_dump.importing.targets.config import ImportTargetsConfig
 from potstill.teacher_dump.importing.tokens.config import ImportTokensConfig
 from potstill.teacher_dump.rollouts.config import RolloutConfig
+from potstill.teacher_dump.steps import DumpStep, ScoreStep, SealStep
 
 if TYPE_CHECKING:
     from potstill.teacher_dump.importing.targets.summary import ImportTargetsSummary
@@ -36,11 +37,14 @@ if TYPE_CHECKING:
 __all__ = [
     "DatasetInput",
     "DumpConfig",
+    "DumpStep",
     "ImportTargetsConfig",
     "ImportTokensConfig",
     "PrepareConfig",
     "RolloutConfig",
     "ScoreConfig",
+    "ScoreStep",
+    "SealStep",
     "SelectionConfig",
     "TeacherConfig",
     "TrainTokenizer",
