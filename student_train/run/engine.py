@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import distributed_c10d
 
 from potstill.common.errors import ConfigError, UserError
 from potstill.common.processes import free_port
@@ -82,6 +83,8 @@ def start_distributed() -> Topology:
         deepspeed.ops.__compatible_ops__ = {}
         device, backend = torch.device("cpu"), "gloo"
     if not torch.distributed.is_initialized():
+        # DeepSpeed makes groups of its own (ZeRO's among them) and says nothing of time: they take torch's default.
+        distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
         deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
     return Topology(rank, world_size, device)
 

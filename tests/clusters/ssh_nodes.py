@@ -1,7 +1,7 @@
 """Two machines that are one: names for the loopback, and an sshd of our own behind them.
 
 Everything runs in namespaces that nobody else sees: process ids (DeepSpeed ends its launchers by `pkill`, which must
-find ours alone), the network (a loopback of our own, so no port is taken) and mounts (host names, ssh's settings, keys).
+find ours alone), the network (a loopback of our own, so no port is taken) and mounts (host names, ssh's settings).
 They end with their first process, and with them all that was started inside.
 """
 
@@ -79,6 +79,10 @@ class Nodes:
         """Variables of a process on a node."""
         text = subprocess.run(self.inside(["cat", f"/proc/{pid}/environ"]), capture_output=True, check=True).stdout
         return dict(pair.split("=", 1) for pair in text.decode().split("\0") if "=" in pair)
+
+    def terminate_script(self, name: str) -> None:
+        """TERM to the shell that runs a script: to that alone."""
+        subprocess.run(self.inside(["pkill", "-TERM", "-o", "-f", "--", f"^bash {name} "]), check=True)
 
     def kill(self, pid: int) -> None:
         subprocess.run(self.inside(["kill", "-KILL", str(pid)]), check=True)

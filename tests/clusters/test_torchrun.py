@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +31,14 @@ def test_the_endpoint_is_asked_for() -> None:
 def test_what_torchrun_is_given(tmp_path: Path) -> None:
     (tmp_path / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$DEEPSPEED_TIMEOUT" "$@"\n')
     (tmp_path / "python").chmod(0o755)
-    given = environment(PYTHON=tmp_path / "python", ENDPOINT="node-a:29400", NUM_RANKS=8, NODES="2:4", RDZV_CONF="a=1,b=2")
+    given = environment(
+        PYTHON=tmp_path / "python", ENDPOINT="node-a:29400", NUM_RANKS=8, NODES="2:4", RDZV_CONF="a=1,b=2"
+    )
     command = ["bash", str(TEMPLATES / "train_torchrun.sh"), "--config", "run.yaml"]
     done = subprocess.run(command, env=given, capture_output=True, text=True, timeout=30)
     words = done.stdout.split()
     assert words[0] == "30" and words[-4:] == ["-m", "potstill.student_train", "--config", "run.yaml"]
-    pairs = dict(zip(words, words[1:], strict=False))
+    pairs = dict(pairwise(words))
     assert pairs["--nnodes"] == "2:4" and pairs["--nproc-per-node"] == "8" and pairs["--rdzv-conf"] == "a=1,b=2"
     assert pairs["--rdzv-endpoint"] == "node-a:29400" and int(pairs["--max-restarts"]) > 0
 
@@ -44,7 +48,7 @@ def agent(folder: Path, name: str, line: str, *, port: int) -> Any:
     line = line.replace("node-a:29400", f"127.0.0.1:{port}")
     # Without the wait for more machines that a cluster needs, a lost one is known after the 15 s of its heartbeat.
     site = environment(NUM_RANKS=1, NODES="1:2", RDZV_CONF="last_call_timeout=3", DS_ACCELERATOR="cpu")
-    return started(["bash", "-c", f"exec {line}" if "=" not in line.split()[0] else line], folder=folder, output=folder / f"{name}.log", env=site)
+    return started(["bash", "-c", line], folder=folder, output=folder / f"{name}.log", env=site)
 
 
 def lose(process: Any) -> None:
@@ -63,8 +67,7 @@ def newest_checkpoint(run: Path) -> tuple[int, int]:
     found = sorted(run.glob("checkpoints/step_*/potstill.json"))
     if not found:
         return 0, 0
-    manifest = json.loads(found[-1].read_text())
-    return manifest["step"], manifest["world_size"]
+    return int(found[-1].parent.name.removeprefix("step_")), json.loads(found[-1].read_text())["world_size"]
 
 
 @pytest.mark.slow
@@ -99,8 +102,45 @@ def test_an_agent_is_lost_and_comes_back(tmp_path: Path) -> None:
     assert max(differences) < 1e-4
 
 
-def listens(port: int) -> bool:
-    import socket
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_stop_file_is_no_failure_to_start_again_after(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, run={"max_steps": 10**6}, checkpoint={"every_steps": 20})
+    dump(dump_config(folder))
+    run = folder / "runs" / "mine"
+    with agent(folder, "agent", TRAIN, port=free_port()) as process:
+        wait_until(lambda: newest_checkpoint(run)[0], seconds=180, what="a checkpoint", alive=process)
+        (run / "stop").touch()
+        assert process.wait(60) != 0
+    text = (folder / "agent.log").read_text()
+    assert text.count("starting at step 0") == 1 and "resuming" not in text
+    assert not (run / "done.json").exists() and not (run / "writer.json").exists()
 
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_dumps_whose_shares_change_in_the_middle(tmp_path: Path) -> None:
+    folder, port = make_folder(tmp_path, num_texts=2500, rows_per_unit=4), free_port()
+    store = folder / "data" / "elastic"
+
+    def units() -> int:
+        return store_status(store).committed if (store / "run.json").exists() else 0
+
+    with agent(folder, "stays", ELASTIC_DUMP, port=port) as stays:
+        wait_until(lambda: listens(port), seconds=60, what="the endpoint", alive=stays)
+        with agent(folder, "lost", ELASTIC_DUMP, port=port) as lost:
+            wait_until(lambda: units() >= 4, seconds=180, what="units", alive=stays)
+            lose(lost)
+        with agent(folder, "back", ELASTIC_DUMP, port=port) as back:
+            assert [stays.wait(240), back.wait(240)] == [0, 0]
+    if not store_status(store).sealed:  # by the one that was alone at the end, if one was
+        assert shell(SEAL, folder=folder, output=folder / "seal.log")[0] == 0
+    code, text = shell(ONE_MACHINE, folder=folder, output=folder / "one.log")
+    assert code == 0, text
+    shell("potstill seal data/targets", folder=folder, output=folder / "seal-one.log")
+    assert StoreReader(store).digest == StoreReader(folder / "data" / "targets").digest
+
+
+def listens(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0

@@ -20,6 +20,7 @@ from pathlib import Path
 CABLE = "cable0"
 START = """set -e
 hostname {name}
+mount --bind {hosts} /etc/hosts
 ip link set lo up
 ip address del 127.0.0.1/8 dev lo
 ip address add 127.0.0.1/32 dev lo
@@ -41,7 +42,12 @@ def why_not() -> str | None:
     if missing:
         return f"{', '.join(missing)} not installed (util-linux, iproute2)"
     tried = subprocess.run(
-        [*UNSHARE, "sh", "-c", "ip link add cable0 type veth peer name cable1 && echo 1 > /proc/sys/net/ipv4/conf/cable0/route_localnet"],
+        [
+            *UNSHARE,
+            "sh",
+            "-c",
+            "ip link add cable0 type veth peer name cable1 && echo 1 > /proc/sys/net/ipv4/conf/cable0/route_localnet",
+        ],
         capture_output=True,
         text=True,
     )
@@ -79,9 +85,9 @@ class Host:
         return self.run("ps", "ax", "-o", "pid,args")
 
 
-def _start(name: str) -> tuple[subprocess.Popen[bytes], int]:
+def _start(name: str, hosts: Path) -> tuple[subprocess.Popen[bytes], int]:
     outer = subprocess.Popen(
-        [*UNSHARE, "bash", "-c", START.format(name=name)],
+        [*UNSHARE, "bash", "-c", START.format(name=name, hosts=hosts)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         start_new_session=True,
@@ -96,13 +102,15 @@ def _start(name: str) -> tuple[subprocess.Popen[bytes], int]:
 
 
 @contextmanager
-def two_hosts() -> Iterator[tuple[Host, Host]]:
-    """host-a and host-b with the cable plugged in, up as long as the context is open."""
+def two_hosts(folder: Path) -> Iterator[tuple[Host, Host]]:
+    """host-a and host-b with the cable plugged in, up as long as the context is open; their names lie in `folder`."""
+    names = folder / "etc-hosts"
+    names.write_text("127.0.0.1 localhost\n127.77.0.1 host-a\n127.77.0.2 host-b\n")
     outers: list[subprocess.Popen[bytes]] = []
     hosts: list[Host] = []
     try:
         for number, letter in enumerate("ab", 1):
-            outer, first = _start(f"host-{letter}")
+            outer, first = _start(f"host-{letter}", names)
             outers.append(outer)
             hosts.append(Host(f"host-{letter}", f"127.77.0.{number}", first))
         a, b = hosts

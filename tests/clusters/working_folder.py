@@ -1,4 +1,4 @@
-"""A working folder as the pages of docs/cluster take it for granted: text in rows, a teacher, run.yaml, the templates."""
+"""A working folder as the pages of docs/cluster take it for granted: rows of text, a teacher, run.yaml, templates."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ STUDENT = {
 
 
 def make_folder(folder: Path, *, num_texts: int = 400, rows_per_unit: int = 16, **run: Any) -> Path:
-    """data/train, models/teacher, dump.yaml, run.yaml and the templates in `folder`; `run` adds to run.yaml's groups."""
+    """data/train, models/teacher, run.yaml and the templates in `folder`; `run` adds to the groups of run.yaml."""
     write_jsonl(folder / "texts.jsonl", some_texts(num_texts))
     prepare(
         PrepareConfig(
