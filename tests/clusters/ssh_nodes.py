@@ -16,10 +16,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+from potstill.common.processes import die_with_parent
 
 NEEDED = ("sshd", "ssh", "ssh-keygen", "pdsh", "unshare", "nsenter", "mount", "ip")
 PORT = 2222
+UNSHARE = ["unshare", "--pid", "--mount", "--net", "--fork", "--kill-child", "--mount-proc"]
 SSHD = """Port {port}
 ListenAddress 127.0.0.1
 ListenAddress 127.0.0.2
@@ -53,9 +57,7 @@ def why_not() -> str | None:
     missing = [name for name in NEEDED if shutil.which(name, path=path) is None]
     if missing:
         return f"{', '.join(missing)} not installed (openssh-server, pdsh, util-linux, iproute2)"
-    tried = subprocess.run(
-        ["unshare", "--pid", "--mount", "--net", "--fork", "--mount-proc", "true"], capture_output=True, text=True
-    )
+    tried = subprocess.run([*UNSHARE, "true"], capture_output=True, text=True)
     return f"no right to make namespaces: {tried.stderr.strip()}" if tried.returncode else None
 
 
@@ -101,13 +103,14 @@ def ssh_nodes(folder: Path) -> Iterator[Nodes]:
     (folder / "start.sh").write_text(START.format(folder=folder, sshd=sshd))
     with (folder / "sshd.log").open("wb") as log:
         outer = subprocess.Popen(
-            ["unshare", "--pid", "--mount", "--net", "--fork", "--mount-proc", "bash", str(folder / "start.sh")],
+            [*UNSHARE, "bash", str(folder / "start.sh")],
             # What a machine that one comes to by ssh has, and none of our variables.
             env={"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             start_new_session=True,
+            preexec_fn=partial(die_with_parent, os.getpid()),
         )
     first = 0
     try:

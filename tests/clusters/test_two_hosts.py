@@ -23,10 +23,8 @@ from tests.clusters.working_folder import dump_config, environment, make_folder,
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 TRAIN, ONE_MACHINE, ELASTIC_DUMP, SEAL = commands("torchrun")
-STEPS = 1500
 TIMEOUT_SECONDS = 60  # DEEPSPEED_TIMEOUT=1
-READ_SECONDS = 10  # of the store where agents meet; 60 by default
-JOIN_SECONDS = 30  # 600 by default
+SILENCE = "does not answer any more"
 
 
 @pytest.fixture
@@ -38,9 +36,9 @@ def hosts(tmp_path: Path) -> Iterator[tuple[Host, Host]]:
 
 
 def typed(host: Host, line: str, *, folder: Path, first: Host, **more: object) -> Any:
-    """A line of a page on a host. Agents meet at the first one, and are told who that is: all addresses are loopback ones."""
+    """A line of a page on a host. Agents meet at the first one, which is told so: all have loopback addresses."""
     line = line.replace("node-a:29400", f"{first.address}:29400")
-    meet = f"is_host={int(host == first)},last_call_timeout=3,read_timeout={READ_SECONDS},join_timeout={JOIN_SECONDS}"
+    meet = f"is_host={int(host == first)},last_call_timeout=3"
     line = line.replace("--rdzv-id", f"--rdzv-conf {meet} --rdzv-id")  # where the page starts torchrun itself
     env = environment(
         NUM_RANKS=1,
@@ -63,40 +61,38 @@ def said(folder: Path, host: Host) -> str:
     return (folder / f"{host.name}.log").read_text(errors="replace")
 
 
-def test_a_run_goes_on_without_the_host_that_is_cut_off_and_with_it_when_it_is_back(
+def test_a_run_continues_without_the_host_that_is_cut_off_and_with_it_when_it_is_back(
     hosts: tuple[Host, Host], tmp_path: Path
 ) -> None:
-    folder = make_folder(tmp_path, run={"max_steps": STEPS}, checkpoint={"every_steps": 20})
+    folder = make_folder(tmp_path, run={"max_steps": 10**6}, checkpoint={"every_steps": 20})
     dump(dump_config(folder))
     run, (a, b) = folder / "runs" / "mine", hosts
-    with typed(a, TRAIN, folder=folder, first=a) as on_a:
-        with typed(b, TRAIN, folder=folder, first=a) as on_b:
-            wait_until(lambda: newest_checkpoint(run)[1] == 2, seconds=240, what="a checkpoint of two", alive=on_a)
-            b.pull_the_cable()
-            pulled = time.monotonic()
-            # Ranks wait for one another no longer than they were told, on both sides, and say why they end.
-            for host in hosts:
-                wait_until(
-                    lambda host=host: "does not answer any more" in said(folder, host),
-                    seconds=TIMEOUT_SECONDS + 60,
-                    what=f"the end of the rank on {host.name}",
-                )
-                assert time.monotonic() - pulled > TIMEOUT_SECONDS / 2  # nobody told them
-            wait_until(lambda: newest_checkpoint(run)[1] == 1, seconds=180, what="a checkpoint of one", alive=on_a)
-            # The agent that is cut off may not begin a run of its own: it ends, and says that it found nobody.
-            assert on_b.wait(4 * READ_SECONDS + JOIN_SECONDS + 60) != 0
-            assert (
-                "Rendezvous" in said(folder, b)
-                and json.loads((run / "writer.json").read_text())["marks"][0]["host"] == a.name
+    with typed(a, TRAIN, folder=folder, first=a) as on_a, typed(b, TRAIN, folder=folder, first=a) as on_b:
+        wait_until(lambda: newest_checkpoint(run)[1] == 2, seconds=240, what="a checkpoint of two", alive=on_a)
+        b.pull_the_cable()
+        pulled = time.monotonic()
+        # Ranks wait for one another no longer than they were told, on both sides, and say why they end.
+        for host in hosts:
+            wait_until(
+                lambda host=host: SILENCE in said(folder, host),
+                seconds=TIMEOUT_SECONDS + 60,
+                what=f"the end of the rank on {host.name}",
             )
-        b.plug_it_in_again()
+            assert time.monotonic() - pulled > TIMEOUT_SECONDS / 2  # nobody told them
+        wait_until(lambda: newest_checkpoint(run)[1] == 1, seconds=240, what="a checkpoint of one", alive=on_a)
+        # The agent that is cut off may not begin a run of its own: it waits for those it cannot reach.
+        assert json.loads((run / "writer.json").read_text())["marks"][0]["host"] == a.name
+        assert on_b.poll() is None
         alone = newest_checkpoint(run)[0]
-        with typed(b, TRAIN, folder=folder, first=a) as on_b:
-            wait_until(lambda: newest_checkpoint(run)[1] == 2, seconds=240, what="two ranks again", alive=on_a)
-            assert alone < newest_checkpoint(run)[0] < STEPS
-            assert [on_a.wait(300), on_b.wait(60)] == [0, 0]
-    assert json.loads((run / "done.json").read_text())["step"] == STEPS
-    assert list(train_lines(run)) == list(range(1, STEPS + 1))
+        b.plug_it_in_again()
+        # It is back by itself as soon as TCP tries once more, which is after 120 s at most.
+        wait_until(lambda: newest_checkpoint(run)[1] == 2, seconds=360, what="two ranks again", alive=on_a)
+        assert newest_checkpoint(run)[0] > alone
+        (run / "stop").touch()
+        assert 0 not in [on_a.wait(120), on_b.wait(120)]
+    assert not (run / "writer.json").exists()
+    steps = list(train_lines(run))
+    assert steps == list(range(1, steps[-1] + 1)) and newest_checkpoint(run) == (steps[-1], 2)
 
 
 def test_workers_of_a_dump_need_no_network(hosts: tuple[Host, Host], tmp_path: Path) -> None:
@@ -137,7 +133,7 @@ def test_a_group_that_is_cut_in_two_ends_and_continues(hosts: tuple[Host, Host],
         codes = [on_a.wait(TIMEOUT_SECONDS + 120), on_b.wait(TIMEOUT_SECONDS + 120)]
         assert 0 not in codes and time.monotonic() - pulled > TIMEOUT_SECONDS / 2
         for host in hosts:
-            assert "does not answer any more" in said(folder, host)
+            assert SILENCE in said(folder, host)
     assert store_status(store).missing > 0
     b.plug_it_in_again()
     with typed(a, line, folder=folder, first=a) as on_a, typed(b, line, folder=folder, first=a) as on_b:

@@ -15,7 +15,10 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+from potstill.common.processes import die_with_parent
 
 CABLE = "cable0"
 START = """set -e
@@ -33,7 +36,7 @@ echo 1 > /proc/sys/net/ipv4/conf/{CABLE}/route_localnet
 ip address add {{address}}/24 dev {CABLE}
 ip link set {CABLE} up
 """
-UNSHARE = ["unshare", "--net", "--pid", "--uts", "--mount", "--fork", "--mount-proc"]
+UNSHARE = ["unshare", "--net", "--pid", "--uts", "--mount", "--fork", "--kill-child", "--mount-proc"]
 
 
 def why_not() -> str | None:
@@ -91,6 +94,7 @@ def _start(name: str, hosts: Path) -> tuple[subprocess.Popen[bytes], int]:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         start_new_session=True,
+        preexec_fn=partial(die_with_parent, os.getpid()),
     )
     assert outer.stdout is not None
     assert outer.stdout.readline() == b"ready\n", f"host {name} has not come up"
