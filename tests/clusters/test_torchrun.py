@@ -103,6 +103,36 @@ def test_an_agent_is_lost_and_comes_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_an_agent_that_is_asked_to_leave_costs_no_step(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, run={"max_steps": 10**6}, checkpoint={"every_steps": 10**5})
+    dump(dump_config(folder))
+    run, port = folder / "runs" / "mine", free_port()
+    with agent(folder, "stays", TRAIN, port=port) as stays:
+        wait_until(lambda: listens(port), seconds=120, what="the endpoint", alive=stays)
+        with agent(folder, "leaves", TRAIN, port=port) as leaves:
+            wait_until(lambda: "rank 1" in who_writes(run), seconds=240, what="two ranks", alive=stays)
+            wait_until(lambda: len(train_lines(run)) > 20, seconds=240, what="steps", alive=stays)
+            leaves.terminate()
+            assert leaves.wait(60) != 0
+            left = newest_checkpoint(run)
+            assert left[1] == 2 and left[0] == max(train_lines(run))  # saved where it was, and not before
+        wait_until(lambda: max(train_lines(run)) > left[0] + 5, seconds=240, what="steps of one", alive=stays)
+        (run / "stop").touch()
+        assert stays.wait(60) != 0
+    assert newest_checkpoint(run)[1] == 1 and list(train_lines(run)) == list(range(1, newest_checkpoint(run)[0] + 1))
+
+
+def who_writes(run: Path) -> str:
+    """The ranks that hold the run folder."""
+    try:
+        marks = json.loads((run / "writer.json").read_text())["marks"]
+    except (FileNotFoundError, ValueError):
+        return ""
+    return ", ".join(f"rank {mark['rank']}" for mark in marks)
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_stop_file_is_no_failure_to_start_again_after(tmp_path: Path) -> None:
     folder = make_folder(tmp_path, run={"max_steps": 10**6}, checkpoint={"every_steps": 20})
