@@ -20,7 +20,7 @@ from tests.clusters.pages import commands
 from tests.clusters.working_folder import TEMPLATES, dump_config, environment, make_folder, shell, started, wait_until
 
 TRAIN, ONE_MACHINE, ELASTIC_DUMP, SEAL = commands("torchrun")
-STEPS = 1200
+STEPS = 600
 
 
 def test_the_endpoint_is_asked_for() -> None:
@@ -96,10 +96,9 @@ def test_an_agent_is_lost_and_comes_back(tmp_path: Path) -> None:
     mine, calm = train_lines(run), train_lines(folder / "runs" / "calm")
     assert list(mine) == list(calm) == list(range(1, STEPS + 1))
     for step, line_of_calm in calm.items():  # the rows of every step, whoever was there
-        assert mine[step]["row_digest"] == line_of_calm["row_digest"]
+        assert mine[step]["row_digests"] == line_of_calm["row_digests"]
     differences = [abs(mine[step]["loss"] - calm[step]["loss"]) / calm[step]["loss"] for step in calm]
-    print("largest relative difference of a loss", max(differences))
-    assert max(differences) < 1e-4
+    assert max(differences) < 1e-6  # a sum of two micro-batches, by one rank or by two, is the same to the bit
 
 
 @pytest.mark.slow
