@@ -11,6 +11,7 @@ from typing import NoReturn
 from potstill.common.disk_room import is_no_room, no_room_text
 from potstill.common.errors import FORESEEN_ERRORS, PreemptedError, UserError
 from potstill.common.exit_codes import DONE, ERROR, INTERRUPTED, PREEMPTED
+from potstill.common.lost_ranks import is_lost_rank, lost_rank_text
 
 
 def run_command(work: Callable[[], int], *, program: str, show_traceback: bool) -> int:
@@ -39,6 +40,11 @@ def run_command(work: Callable[[], int], *, program: str, show_traceback: bool) 
         print(f"{program}: error: {no_room_text(error) if full else text_of(error)}", file=sys.stderr)
         return ERROR
     except Exception as error:
+        if is_lost_rank(error):
+            if show_traceback:
+                traceback.print_exc()
+            print(f"{program}: error: {lost_rank_text(error)}", file=sys.stderr)
+            return ERROR
         full = is_no_room(error)
         if show_traceback or not full:
             traceback.print_exc()

@@ -57,6 +57,12 @@ def die_with_parent(parent: int | None = None) -> None:
             os._exit(1)
 
 
+def die_with_torchrun() -> None:
+    """Ask for the same where a torchrun is the parent: its ranks are in sessions of their own, and would be left."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
+
+
 def start(
     command: Sequence[str], *, environment: Mapping[str, str] | None = None, output: Path | None = None
 ) -> subprocess.Popen[bytes]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from potstill.common.errors import ConfigError
 from potstill.common.exit_codes import DONE, INCOMPLETE, PREEMPTED
 from potstill.common.options import add_config_options, read_config
+from potstill.common.processes import die_with_torchrun
 from potstill.launch.command import Command
 from potstill.launch.on_ray.options import RayOptions, add_ray_options, read_ray_options
 
@@ -73,6 +74,7 @@ def walked(work: Callable[[], WorkerSummary | SeriesSummary | RolloutSummary]) -
     """Run a worker and say how its part of the work stands: one of several answers for its own share only."""
     from potstill.teacher_dump.worker import StoppedError
 
+    die_with_torchrun()
     try:
         summary = work()
     except StoppedError as error:

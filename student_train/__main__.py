@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -74,7 +75,18 @@ def run_alone(options: argparse.Namespace) -> int:
     """Train and log the summary; returns the exit code. Raises what went wrong."""
     summary = train_rank(options)
     log.info("%s", summary.format())
+    if not summary.is_done and not summary.status.startswith(("signal", "another rank")):
+        end_torchrun()
     return DONE if summary.is_done else PREEMPTED
+
+
+def end_torchrun() -> None:
+    """End the torchrun that would start its ranks again, where one has: by TERM, as a person would.
+
+    It takes 75 for a failure. After a signal it is left alone: it sends them itself when a machine joins or leaves.
+    """
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0 and os.environ.get("LOCAL_RANK") == "0":
+        os.kill(os.getppid(), signal.SIGTERM)
 
 
 def run_reported(options: argparse.Namespace, reports: Path) -> int:
@@ -95,7 +107,7 @@ def run_reported(options: argparse.Namespace, reports: Path) -> int:
 
 def train_rank(options: argparse.Namespace) -> TrainSummary:
     """Read the configuration and train this rank's part; ends with its launcher and leaves no process group."""
-    from potstill.common.processes import die_with_parent
+    from potstill.common.processes import die_with_parent, die_with_torchrun
     from potstill.student_train.run.engine import stop_distributed, world_from_environment
     from potstill.student_train.run.trainer import train
 
@@ -103,6 +115,7 @@ def train_rank(options: argparse.Namespace) -> TrainSummary:
         _, world_size = world_from_environment()
         if world_size > 1:
             die_with_parent()
+        die_with_torchrun()  # also the one rank that is left of many
         return train(read_config(TrainConfig, options))
     finally:
         stop_distributed()

@@ -25,6 +25,7 @@ from potstill.teacher_dump.config import (
 from potstill.teacher_dump.importing.targets.config import ImportTargetsConfig
 from potstill.teacher_dump.importing.tokens.config import ImportTokensConfig
 from potstill.teacher_dump.rollouts.config import RolloutConfig
+from potstill.teacher_dump.steps import DumpStep, ScoreStep, SealStep
 
 if TYPE_CHECKING:
     from potstill.teacher_dump.dumping import Runner
@@ -38,11 +39,14 @@ if TYPE_CHECKING:
 __all__ = [
     "DatasetInput",
     "DumpConfig",
+    "DumpStep",
     "ImportTargetsConfig",
     "ImportTokensConfig",
     "PrepareConfig",
     "RolloutConfig",
     "ScoreConfig",
+    "ScoreStep",
+    "SealStep",
     "SelectionConfig",
     "StoppedError",
     "TeacherConfig",

@@ -47,6 +47,13 @@ _ALONE = WorkerPlace(0, 1, "arguments")
 class StoppedError(UserError):
     """A signal ended the worker before its share was done; what is committed is safe."""
 
+    def __init__(self, message: str, signal_name: str = "") -> None:
+        super().__init__(message, signal_name)
+        self.signal_name = signal_name  # SIGTERM, SIGUSR1; something else where another rank of a group was asked
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
 
 class Job(Protocol):
     """What `dump` and `score` differ in."""
@@ -263,7 +270,8 @@ def run_worker(
     if totals.stopped_by is not None:
         raise StoppedError(
             f"{job.word}: stopped by {totals.stopped_by} after {totals.units} of {len(units)} units of worker "
-            f"{place.worker}; what is committed is safe, run the same command again to go on"
+            f"{place.worker}; what is committed is safe, run the same command again to go on",
+            totals.stopped_by,
         )
     return _finish(config, job, writer, place, ranks, totals, seconds=time.monotonic() - started)
 

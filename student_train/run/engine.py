@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import distributed_c10d
 
 from potstill.common.errors import ConfigError, UserError
 from potstill.common.processes import free_port
@@ -22,7 +23,8 @@ from potstill.student_train.config.train import TrainConfig
 from potstill.student_train.run.parameter_groups import tell_layout
 
 log = logging.getLogger(__name__)
-GROUP_TIMEOUT = timedelta(minutes=30)  # must outlast the longest save (trainer notes 4.4)
+TIMEOUT_VARIABLE = "DEEPSPEED_TIMEOUT"  # in minutes; DeepSpeed's own name, whose default of 10 is short for a save
+DEFAULT_TIMEOUT_MINUTES = 30  # must outlast the longest save (trainer notes 4.4)
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,14 @@ def world_from_environment() -> tuple[int, int]:
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
+def group_timeout() -> timedelta:
+    """How long a rank waits for another that does not answer, a host that is cut off for one. Raises UserError."""
+    text = os.environ.get(TIMEOUT_VARIABLE, str(DEFAULT_TIMEOUT_MINUTES))
+    if not text.isdigit() or int(text) < 1:
+        raise UserError(f"environment variable {TIMEOUT_VARIABLE} is {text!r}, expected whole minutes, 1 or more")
+    return timedelta(minutes=int(text))
+
+
 def start_distributed() -> Topology:
     """Join (or, without a launcher, form alone) the process group: NCCL with a GPU, gloo without."""
     rank, world_size = world_from_environment()
@@ -58,6 +68,7 @@ def start_distributed() -> Topology:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
+    timeout = group_timeout()  # before DeepSpeed reads the same variable, and fails without words
     import deepspeed
     import deepspeed.ops
 
@@ -72,7 +83,9 @@ def start_distributed() -> Topology:
         deepspeed.ops.__compatible_ops__ = {}
         device, backend = torch.device("cpu"), "gloo"
     if not torch.distributed.is_initialized():
-        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=GROUP_TIMEOUT)
+        # DeepSpeed makes groups of its own (ZeRO's among them) and says nothing of time: they take torch's default.
+        distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
+        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
     return Topology(rank, world_size, device)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from potstill.common.causal_lm import backbone
 from potstill.common.errors import UserError
@@ -81,6 +82,10 @@ def join_group(teacher: TeacherConfig) -> Group:
             # Else a communication op that gloo does not need is compiled for a minute.
             deepspeed.ops.__compatible_ops__ = {}
         make_current(device)
+        # DEEPSPEED_TIMEOUT (minutes, 10) bounds how long a rank waits for one that is cut off, in the first group.
+        # DeepSpeed makes others without a word on time: they take torch's default.
+        timeout = deepspeed.constants.default_pg_timeout
+        distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
         deepspeed.init_distributed("gloo" if device.type == "cpu" else "nccl", verbose=False)
     return Group(device)
 
