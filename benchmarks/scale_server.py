@@ -15,8 +15,10 @@ import argparse
 import asyncio
 import contextlib
 import email.utils
+import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -77,8 +79,8 @@ class Server:
                 request = await self._read(reader)
                 writer.write(self._packed(await self._answer(request)))
                 await writer.drain()
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass  # the client has gone
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            pass  # the client has gone, or the server ends
         finally:
             writer.close()
 
@@ -211,10 +213,12 @@ async def serve(folder: Path, *, port: int, delay_seconds: float, seconds: float
     server = Server(objects, delay_seconds=delay_seconds)
     listening = await asyncio.start_server(server.connected, "127.0.0.1", port, limit=1 << 20, backlog=4096)
     print(f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}", flush=True)
-    ends = time.monotonic() + seconds
+    ends, stopping = time.monotonic() + seconds, asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
     try:
-        while os.getppid() == parent and time.monotonic() < ends:
-            await asyncio.sleep(WATCH_SECONDS)
+        while os.getppid() == parent and time.monotonic() < ends and not stopping.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stopping.wait(), WATCH_SECONDS)
     finally:
         objects.close()
 
@@ -241,8 +245,6 @@ class Served:
 
 def counts_at(url: str, *, reset: bool = False) -> dict[str, int]:
     """What the server at `url` has counted since it began, or since the last reset."""
-    import json
-
     with urllib.request.urlopen(f"{url}/_counts{'?reset' if reset else ''}", timeout=60) as answer:
         found: dict[str, int] = json.loads(answer.read())
     return found
