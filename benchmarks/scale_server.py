@@ -133,7 +133,9 @@ class Server:
         after = request.asks("continuation-token") or request.asks("start-after") or ""
         most = min(int(request.asks("max-keys") or PAGE_KEYS), PAGE_KEYS)
         keys, common, goes_on = self.objects.page(prefix, delimiter, after, most)
-        parts = [f"<Name>{BUCKET}</Name><Prefix>{escape(prefix)}</Prefix><KeyCount>{len(keys) + len(common)}</KeyCount>"]
+        parts = [
+            f"<Name>{BUCKET}</Name><Prefix>{escape(prefix)}</Prefix><KeyCount>{len(keys) + len(common)}</KeyCount>"
+        ]
         parts.append(f"<MaxKeys>{most}</MaxKeys><IsTruncated>{str(goes_on is not None).lower()}</IsTruncated>")
         if goes_on is not None:
             parts.append(f"<NextContinuationToken>{escape(goes_on)}</NextContinuationToken>")

@@ -38,6 +38,7 @@ VOCAB, ENTRIES = 32_000, 32
 SHORT_TOKENS = 16  # of a row of the unit that workers make
 BLOCK_UNITS = 512  # written by one call of a process
 PROCESSES = 2
+TINY = {"num_units": 2, "rows_per_unit": 4, "row_length": 16}  # of the stores that steps get ready with
 DISTINCT_ROWS = 8  # a batch holds no two alike
 
 
