@@ -10,10 +10,12 @@ figure is taken in a fresh process through the doors that users have:
 worker   run_worker of a dump with one unit left to do, from the call to the teacher's first batch and from its last to
          the return: opening, records, what others refused, the last unit's commit. The teacher is a real one of no
          size; what is left out is loading and running a large one. Memory is what comes on top of the same run over a
-         tiny store. Once for each of --workers, which share the units: the slowest counts.
+         tiny store. Once for each of --workers, which share the units: the slowest counts, and CPU seconds stand
+         beside, as another program on the machine lengthens the others.
 status   store_status. seal: seal_store(fast=True); a verifying seal reads all bytes of the units besides.
-student  check_run and Loader as a rank of the trainer opens them, to the first batch in hand; then --node-ranks ranks of
-         a node at once with the row selector over all rows. Left out: the model, DeepSpeed, torch.distributed.
+student  check_run and Loader as a rank of the trainer opens them, to the first batch in hand. selector: the same by
+         --node-ranks ranks of a node at once, with the row selector over all rows. Left out: the model, DeepSpeed and
+         torch.distributed.
 rows     rows in global order from the URL: bytes that the server sent over the bytes of the rows used.
 
 Memory is proportional (shared pages are divided), of a step with all that it starts, sampled, and a lone process's own
@@ -27,6 +29,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -145,9 +148,8 @@ def measure_worker(bench: Bench, place: str) -> None:
         bench.note(
             place,
             f"worker_of_{num_workers}",
-            worker_start_s=figures["start_s"],
+            **figures["figures"],
             worker_start_mb=found.peak_mb,
-            worker_end_s=figures["end_s"],
             **({} if served is None else {"dump_worker_requests": num_requests(figures["counts"])}),
         )
         if served is not None and num_workers == bench.options.ranks:
@@ -161,13 +163,13 @@ def num_requests(counts: dict[str, int]) -> int:
 def measure_status(bench: Bench, place: str) -> None:
     with bench.place(place) as served:
         found = bench.run("status", served, [{}])
-    bench.note(place, "status", status_s=found.figures[0]["seconds"], status_mb=found.peak_mb)
+    bench.note(place, "status", **found.figures[0]["figures"], status_mb=found.peak_mb)
 
 
 def measure_seal(bench: Bench, place: str) -> None:
     with bench.place(place) as served:
         found = bench.run("seal", served, [{}])
-    bench.note(place, "seal", seal_s=found.figures[0]["seconds"], seal_mb=found.peak_mb)
+    bench.note(place, "seal", **found.figures[0]["figures"], seal_mb=found.peak_mb)
 
 
 def student_options(bench: Bench, *, selects: bool, rank: int) -> dict[str, Any]:
@@ -188,10 +190,12 @@ def measure_student(bench: Bench, place: str, *, selects: bool = False) -> None:
             served.counts(reset=True)
         found = bench.run("student", served, each)
         counts = {} if served is None else served.counts()
-    seconds = max(figures["seconds"] for figures in found.figures)
-    figures: dict[str, float] = {"first_batch_s": seconds, "student_mb": found.peak_mb}
+    parts = [rank["figures"] for rank in found.figures]
+    figures: dict[str, float] = {name: max(part[name] for part in parts) for name in parts[0]}
     if selects:
-        figures = {"selector_s": seconds, "selector_node_mb": found.peak_mb, "selector_kept_mb": found.kept_mb}
+        figures |= {"selector_node_mb": found.peak_mb, "selector_kept_mb": found.kept_mb}
+    else:
+        figures["student_mb"] = found.peak_mb
     if served is not None:
         figures |= {"requests_per_rank": num_requests(counts) / num_ranks, "mb_sent": counts["bytes_sent"] / 1e6}
     bench.note(place, f"node_of_{num_ranks}_ranks" if selects else "student", **figures)
@@ -355,6 +359,7 @@ def check_room(folder: Path, sizes: Sizes) -> None:
 
 def main() -> None:
     options = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left behind
     root = Path(tempfile.mkdtemp(prefix="potstill_scale_", dir=options.folder))
     sizes = Sizes(root / "stores", options.units, options.rows_per_unit, options.row_length)
     print(f"{about_line()} Load {os.getloadavg()[0]:.1f}.", flush=True)

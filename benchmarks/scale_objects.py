@@ -1,5 +1,5 @@
-"""The objects of the synthetic store server: a folder of files that is never written, what is put over it in memory, and
-unit files that are made as they are asked for.
+"""The objects of the synthetic store server: a folder of files that is never written, what is put over it, and units
+that are made as they are asked for.
 
 A synthetic store has thousands of unit files of the same rows under other numbers. They are not kept: each is the bytes
 of one real unit (the template) with its row numbers written into them (benchmarks/scale_store.py makes the records that

@@ -4,9 +4,9 @@
 
 Serves the files of FOLDER as the objects of the bucket `bucket`; what is put stays in memory and FOLDER as it is. It
 speaks what the client of object stores asks for: GET with ranges, HEAD, lists by pages of 1000 keys, PUT (also
-If-None-Match: * and copies), multipart uploads and DELETE. `/_counts` tells requests by kind, and bytes sent of bodies
-in all and by the first part of the key; `/_counts?reset` begins anew. The first line that is printed is the URL. It ends
-with the process that started it, or after so many minutes.
+If-None-Match: * and copies), multipart uploads and DELETE. `/_counts` tells requests by kind, and bytes of bodies that
+were sent, in all and by the first part of the key; `/_counts?reset` begins anew. The first line that is printed is the
+URL. It ends with the process that started it, or after so many minutes.
 """
 
 from __future__ import annotations

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from benchmarks.scale_server import counts_at
 from benchmarks.scale_store import TINY, Sizes, dump_config, open_again, put_rows
 from benchmarks.scale_template import TEMPLATES, Template
-from potstill.storage import Loader, LoadedBatch, StoreReader, seal_store, store_status
+from potstill.common.processes import die_with_parent
+from potstill.storage import Loader, StoreReader, seal_store, store_status
 from potstill.student_train.config.train import TrainConfig
 from potstill.student_train.data.step_batch import BatchFinisher, StepBatch
 from potstill.student_train.run.preflight import CheckedRun, check_run
@@ -42,19 +43,30 @@ WARM_BATCHES = 2  # read before the steady part
 class ClockedJob(DumpJob):
     """A dump that notes when its teacher is called first and last, and what had been asked of the server by then."""
 
-    first: float | None = None
-    last = 0.0
+    first: tuple[float, float] | None = None  # by the clock, and CPU seconds
+    last = (0.0, 0.0)
     counts: dict[str, int]
     url: str | None = None
 
     def compute(self, engine: TeacherEngine, batch: TeacherBatch, vocab_size: int) -> DumpResult:
         cls = type(self)  # the job itself is frozen
         if cls.first is None:
-            cls.first = time.perf_counter()
+            cls.first = clocks()
             cls.counts = {} if cls.url is None else counts_at(cls.url)
         found = super().compute(engine, batch, vocab_size)
-        cls.last = time.perf_counter()
+        cls.last = clocks()
         return found
+
+
+def clocks() -> tuple[float, float]:
+    """Seconds by the clock, and those that processors spent on this process and on those that it waited for."""
+    spent = os.times()
+    return time.perf_counter(), spent.user + spent.system + spent.children_user + spent.children_system
+
+
+def spent(name: str, began: tuple[float, float], ended: tuple[float, float]) -> Figures:
+    """Both between two moments: `name_s` and `name_cpu_s`."""
+    return {f"{name}_s": ended[0] - began[0], f"{name}_cpu_s": ended[1] - began[1]}
 
 
 def sizes_of(options: Options) -> Sizes:
@@ -64,12 +76,13 @@ def sizes_of(options: Options) -> Sizes:
 def work(config: DumpConfig, worker: int, num_workers: int, url: str | None) -> Figures:
     """One worker from its call to its first batch, and from its last to the return."""
     ClockedJob.first, ClockedJob.url = None, url
-    began = time.perf_counter()
+    began = clocks()
     summary = run_worker(config, config.teacher, ClockedJob(config), worker=worker, num_workers=num_workers)
-    ended = time.perf_counter()
+    ended = clocks()
     if ClockedJob.first is None or summary.units != 1 or summary.num_missing:
         raise RuntimeError(f"the worker was to make one unit and complete the store: {summary.format()}")
-    return {"start_s": ClockedJob.first - began, "end_s": ended - ClockedJob.last, "counts": ClockedJob.counts}
+    start, end = spent("worker_start", began, ClockedJob.first), spent("worker_end", ClockedJob.last, ended)
+    return {"figures": start | end, "counts": ClockedJob.counts}
 
 
 def ready_worker(options: Options) -> Callable[[], Figures]:
@@ -84,24 +97,24 @@ def ready_worker(options: Options) -> Callable[[], Figures]:
 
 def ready_status(options: Options) -> Callable[[], Figures]:
     def status() -> Figures:
-        began = time.perf_counter()
+        began = clocks()
         found = store_status(f"{options['place']}/targets")
-        seconds = time.perf_counter() - began
+        ended = clocks()
         if found.committed != options["num_units"] - 1:
             raise RuntimeError(f"{found.committed} units are committed, expected {options['num_units'] - 1}")
-        return {"seconds": seconds}
+        return {"figures": spent("status", began, ended)}
 
     return status
 
 
 def ready_seal(options: Options) -> Callable[[], Figures]:
     def seal() -> Figures:
-        began = time.perf_counter()
+        began = clocks()
         manifest = seal_store(f"{options['place']}/targets", fast=True)
-        seconds = time.perf_counter() - began
+        ended = clocks()
         if len(manifest.units) != options["num_units"]:
             raise RuntimeError(f"{len(manifest.units)} units are sealed, expected {options['num_units']}")
-        return {"seconds": seconds, "index_mb": manifest.index_bytes / 1e6}
+        return {"figures": spent("seal", began, ended) | {"index_mb": manifest.index_bytes / 1e6}}
 
     return seal
 
@@ -143,14 +156,17 @@ def ready_student(options: Options) -> Callable[[], Figures]:
     config = train_config(options, selects=options["selects"])
 
     def first_batch() -> Figures:
-        began = time.perf_counter()
+        began = clocks()
         checked = check_run(config, world_size=world)
-        opened = time.perf_counter() - began
+        opened = clocks()
         loader = open_loader(config, checked, rank=rank, world=world)
         batch = next(loader)
-        seconds = time.perf_counter() - began
+        ended = clocks()
         HELD.extend((checked, loader))
-        return {"open_s": opened, "seconds": seconds, "tokens": sum(len(micro.labels) for micro in batch.micros)}
+        if not batch.micros:
+            raise RuntimeError(f"rank {rank} of {world} has no rows in its first batch")
+        name = "selector" if options["selects"] else "first_batch"
+        return {"figures": spent(f"{name}_open", began, opened) | spent(name, began, ended)}
 
     import_what_students_import(options, selects=options["selects"])
     if options.get("fills"):
@@ -239,6 +255,7 @@ def reset_peak() -> int:
 
 
 def main() -> None:
+    die_with_parent()
     logging.basicConfig(level=logging.WARNING)
     step = STEPS[sys.argv[1]](json.loads(sys.argv[2]))
     print(json.dumps({"ready": True}), flush=True)

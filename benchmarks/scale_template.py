@@ -1,4 +1,4 @@
-"""One real unit file that stands for thousands: its bytes with other row numbers written into them, and their checksums.
+"""One real unit file that stands for thousands: its bytes with other row numbers in them, and their checksums.
 
 The rows of a unit carry their numbers. The template is encoded with numbers that do not compress, so that they lie in
 it as they are and others of the same width can take their places; what that does to the crc32 of a record batch follows
