@@ -33,7 +33,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -335,9 +335,9 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def make_tiny(scratch: Path) -> None:
+def make_tiny(scratch: Path, only: Collection[str]) -> None:
     """The stores that steps get ready with: for workers with a unit to do, for students sealed."""
-    for step in ("worker", "student", "rows"):
+    for step in {"student" if step == "selector" else step for step in only} & {"worker", "student", "rows"}:
         tiny = Sizes(scratch / f"tiny_{step}", **TINY)
         tiny.root.mkdir()
         make_stores(tiny)
@@ -372,7 +372,7 @@ def main() -> None:
         print(
             f"{sizes.num_units} units of {sizes.num_rows} rows made in {time.perf_counter() - began:.0f} s", flush=True
         )
-        make_tiny(root / "scratch")
+        make_tiny(root / "scratch", options.only)
         bench = Bench(options, sizes, root / "scratch")
         run_all(bench)
         found = json.dumps(result(bench))

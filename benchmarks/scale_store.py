@@ -12,7 +12,7 @@ import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,9 +30,9 @@ from potstill.storage import (
 )
 from potstill.storage.files.commit import CommitRecord
 from potstill.storage.files.unit_file import encode_unit
-from potstill.teacher_dump import DumpConfig
-from potstill.teacher_dump.dumping import DumpJob
-from potstill.teacher_dump.identity import computing_dtype, describe, load_config
+
+if TYPE_CHECKING:
+    from potstill.teacher_dump import DumpConfig
 
 VOCAB, ENTRIES = 32_000, 32
 SHORT_TOKENS = 16  # of a row of the unit that workers make
@@ -101,6 +101,8 @@ def tokens_spec(sizes: Sizes) -> RunSpec:
 
 def dump_config(sizes: Sizes, tokens: str, output: str) -> DumpConfig:
     """What a worker of the dump is given; the teacher is small, and knows the rows' ids."""
+    from potstill.teacher_dump import DumpConfig
+
     teacher = {"model": str(sizes.root / "teacher"), "check_tokenizer": False, "batch_rows": 64, "device": "cpu"}
     selection = {"mode": "top_k", "k": ENTRIES}
     return DumpConfig(tokens=tokens, output=output, teacher=teacher, selection=selection, seal=False)
@@ -184,6 +186,9 @@ def write_store(sizes: Sizes, name: str, spec: RunSpec) -> None:
 
 def make_stores(sizes: Sizes) -> None:
     """A sealed tokens store, and its targets store with one unit to be made."""
+    from potstill.teacher_dump.dumping import DumpJob
+    from potstill.teacher_dump.identity import computing_dtype, describe, load_config
+
     tokens, targets = sizes.root / "tokens", sizes.root / "targets"
     make_teacher(sizes.root / "teacher", row_length=sizes.row_length)
     write_store(sizes, "tokens", tokens_spec(sizes))
