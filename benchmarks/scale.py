@@ -50,6 +50,7 @@ STEPS = ("worker", "status", "seal", "student", "selector", "rows")
 PLACES = ("local", "object")
 QUICK = {"units": 24, "rows_per_unit": 8, "row_length": 64, "delay_ms": 2.0, "ranks": 8, "workers": [4]}
 RECORD_BYTES = 40_000  # of a unit's records in both stores, and the files of no bytes
+SERVED_SECONDS = 7200.0  # by --serve
 INDEX_BYTES = 400  # of a row: both indexes, what is put while sealing, and a node's copies
 
 
@@ -324,11 +325,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, help="where the stores are written (default: the temporary folder)")
     parser.add_argument("--keep", action="store_true", help="leave the stores there, and say where")
     parser.add_argument("--step-minutes", type=float, default=120.0, help="a step that takes longer is ended (120)")
+    parser.add_argument(
+        "--serve", type=Path, metavar="FOLDER", help="only serve the files of a folder, until interrupted"
+    )
     parser.add_argument("--quick", action="store_true", help=f"so small that figures mean nothing: {QUICK}")
     parser.add_argument("--output", type=Path, help="also write the table and the JSON to this file")
     options = parser.parse_args()
     for name, value in QUICK.items() if options.quick else ():
         setattr(options, name, value)
+    if options.serve and not options.serve.is_dir():
+        parser.error(f"--serve {options.serve} is no folder")
     options.workers = options.workers or [1, 64, options.ranks]
     if options.units < max(2, *options.workers):
         parser.error(f"--units {options.units}: there are fewer units than workers ({max(options.workers)})")
@@ -347,6 +353,13 @@ def make_tiny(scratch: Path, only: Collection[str]) -> None:
             put_rows(tiny, np.arange(tiny.num_rows))
 
 
+def serve_by_hand(folder: Path, *, delay_seconds: float) -> None:
+    """Serve a folder and print what a client needs in its environment."""
+    with contextlib.suppress(KeyboardInterrupt), serving(folder, delay_seconds=delay_seconds) as served:
+        print("\n".join(f"export {name}={value}" for name, value in served.environment.items()), flush=True)
+        time.sleep(SERVED_SECONDS)
+
+
 def check_room(folder: Path, sizes: Sizes) -> None:
     """Raise SystemExit where the disk has no room for the records and indexes."""
     needed = RECORD_BYTES * sizes.num_units + INDEX_BYTES * sizes.num_rows
@@ -359,6 +372,14 @@ def check_room(folder: Path, sizes: Sizes) -> None:
 
 def main() -> None:
     options = parse()
+    if options.serve:
+        with (
+            contextlib.suppress(KeyboardInterrupt),
+            serving(options.serve, delay_seconds=options.delay_ms / 1000) as served,
+        ):
+            print("\n".join(f"{name}={value}" for name, value in served.environment.items()), flush=True)
+            time.sleep(7200)
+        return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left behind
     root = Path(tempfile.mkdtemp(prefix="potstill_scale_", dir=options.folder))
     sizes = Sizes(root / "stores", options.units, options.rows_per_unit, options.row_length)

@@ -91,7 +91,7 @@ class Objects:
             os.unlink(held)
 
     def page(self, prefix: str, delimiter: str, after: str, most: int) -> tuple[list[str], list[str], str | None]:
-        """Keys and common prefixes behind `after`, `most` at most, and where the next page goes on."""
+        """Keys and common prefixes behind `after`, `most` at most, and behind what the next page begins."""
         keys, common = [], []
         place = max(bisect_left(self.keys, prefix), bisect_right(self.keys, after) if after else 0)
         if after.endswith(delimiter) and delimiter and after:

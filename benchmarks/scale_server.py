@@ -1,17 +1,16 @@
 """A synthetic S3 server on loopback: a process of its own that waits so long with each request, and counts them.
 
-    python -m benchmarks.scale_server FOLDER [--delay-ms 30] [--port 0] [--minutes 120]
+    python -m benchmarks.scale --serve FOLDER [--delay-ms 30]
 
 Serves the files of FOLDER as the objects of the bucket `bucket`; what is put stays in memory and FOLDER as it is. It
 speaks what the client of object stores asks for: GET with ranges, HEAD, lists by pages of 1000 keys, PUT (also
 If-None-Match: * and copies), multipart uploads and DELETE. `/_counts` tells requests by kind, and bytes of bodies that
 were sent, in all and by the first part of the key; `/_counts?reset` begins anew. The first line that is printed is the
-URL. It ends with the process that started it, or after so many minutes.
+URL. It ends with the process that started it, or when its time is up.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import email.utils
@@ -26,7 +25,6 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
 
@@ -209,11 +207,11 @@ class Server:
         return Answer(200, f"<CompleteMultipartUploadResult>{told}</CompleteMultipartUploadResult>".encode())
 
 
-async def serve(folder: Path, *, port: int, delay_seconds: float, seconds: float) -> None:
+async def serve(folder: Path, *, delay_seconds: float, seconds: float) -> None:
     """Serve until the parent process has ended, or the time is up."""
     objects, parent = Objects.of_folder(folder), os.getppid()
     server = Server(objects, delay_seconds=delay_seconds)
-    listening = await asyncio.start_server(server.connected, "127.0.0.1", port, limit=1 << 20, backlog=4096)
+    listening = await asyncio.start_server(server.connected, "127.0.0.1", 0, limit=1 << 20, backlog=4096)
     print(f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}", flush=True)
     ends, stopping = time.monotonic() + seconds, asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
@@ -255,8 +253,8 @@ def counts_at(url: str, *, reset: bool = False) -> dict[str, int]:
 @contextlib.contextmanager
 def serving(folder: Path, *, delay_seconds: float, seconds: float = 7200.0) -> Iterator[Served]:
     """A server over `folder` in a process of its own, ended on the way out."""
-    words = [str(folder), "--delay-ms", str(1000 * delay_seconds), "--minutes", str(seconds / 60)]
-    command = [sys.executable, "-m", "benchmarks.scale_server", *words]
+    begin = "from benchmarks.scale_server import main; main()"
+    command = [sys.executable, "-c", begin, str(folder), str(delay_seconds), str(seconds)]
     process: subprocess.Popen[str] = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -270,17 +268,6 @@ def serving(folder: Path, *, delay_seconds: float, seconds: float = 7200.0) -> I
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="its files are the objects")
-    parser.add_argument("--delay-ms", type=float, default=30.0, help="how long each request waits (30)")
-    parser.add_argument("--port", type=int, default=0, help="on loopback; 0: a free one")
-    parser.add_argument("--minutes", type=float, default=120.0, help="it ends after so many (120)")
-    options: Any = parser.parse_args()
-    if not options.folder.is_dir():
-        parser.error(f"{options.folder} is no folder")
-    seconds = 60 * options.minutes
-    asyncio.run(serve(options.folder, port=options.port, delay_seconds=options.delay_ms / 1000, seconds=seconds))
-
-
-if __name__ == "__main__":
-    main()
+    """The server of `serving`: folder, seconds of delay and seconds of life are the arguments."""
+    folder, delay_seconds, seconds = sys.argv[1:]
+    asyncio.run(serve(Path(folder), delay_seconds=float(delay_seconds), seconds=float(seconds)))

@@ -1,7 +1,5 @@
 """The steps that benchmarks/scale.py measures, each in a fresh process that the benchmark starts and watches.
 
-    python -m benchmarks.scale_steps STEP JSON
-
 A step gets ready (imports, a first run over a tiny store), says so, waits for a line, does the work that is measured,
 prints its figures as one line of JSON and waits for another line, so that what it keeps can be looked at.
 """
@@ -92,6 +90,7 @@ def reset_peak() -> int:
 
 
 def main() -> None:
+    """One step: its name and its options as JSON are the arguments."""
     die_with_parent()
     logging.basicConfig(level=logging.WARNING)
     step = STEPS[sys.argv[1]](json.loads(sys.argv[2]))
@@ -102,7 +101,3 @@ def main() -> None:
     print(json.dumps({**figures, "own_peak_bytes": resident("VmHWM") - before}), flush=True)
     sys.stdin.readline()
     os._exit(0)  # threads of loaders that read ahead are not waited for
-
-
-if __name__ == "__main__":
-    main()

@@ -33,7 +33,8 @@ class Step:
 
     def __init__(self, name: str, options: dict[str, Any], environment: dict[str, str], log: Path) -> None:
         self._name, self._log = name, log
-        command = [sys.executable, "-m", "benchmarks.scale_steps", name, json.dumps(options)]
+        begin = "from benchmarks.scale_steps import main; main()"
+        command = [sys.executable, "-c", begin, name, json.dumps(options)]
         with log.open("ab") as errors:
             self.process = subprocess.Popen(
                 command,
