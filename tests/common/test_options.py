@@ -83,7 +83,12 @@ def test_lists_of_numbers() -> None:
 
 
 def test_a_list_flag_that_comes_again_adds_to_the_list() -> None:
-    assert read("--input", "a", "--output", "o", "--input", "b", "null", "--input=c: d").input == ["a", "b", "null", "c: d"]
+    assert read("--input", "a", "--output", "o", "--input", "b", "null", "--input=c: d").input == [
+        "a",
+        "b",
+        "null",
+        "c: d",
+    ]
     assert read("--input=a", "--output", "o", "--temperatures", "2", "--temperatures", "4").temperatures == (2.0, 4.0)
     # What the line gives of a key adds up whoever gives it; --set replaces, and one that cannot be read is refused.
     assert read("--output", "o", "--set", "input=[a]", "--input", "b").input == ["a", "b"]
