@@ -50,7 +50,6 @@ STEPS = ("worker", "status", "seal", "student", "selector", "rows")
 PLACES = ("local", "object")
 QUICK = {"units": 24, "rows_per_unit": 8, "row_length": 64, "delay_ms": 2.0, "ranks": 8, "workers": [4]}
 RECORD_BYTES = 40_000  # of a unit's records in both stores, and the files of no bytes
-SERVED_SECONDS = 7200.0  # by --serve
 INDEX_BYTES = 400  # of a row: both indexes, what is put while sealing, and a node's copies
 
 
@@ -333,8 +332,6 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     for name, value in QUICK.items() if options.quick else ():
         setattr(options, name, value)
-    if options.serve and not options.serve.is_dir():
-        parser.error(f"--serve {options.serve} is no folder")
     options.workers = options.workers or [1, 64, options.ranks]
     if options.units < max(2, *options.workers):
         parser.error(f"--units {options.units}: there are fewer units than workers ({max(options.workers)})")
@@ -351,13 +348,6 @@ def make_tiny(scratch: Path, only: Collection[str]) -> None:
             complete(tiny)
             seal_store(tiny.root / "targets", fast=True)
             put_rows(tiny, np.arange(tiny.num_rows))
-
-
-def serve_by_hand(folder: Path, *, delay_seconds: float) -> None:
-    """Serve a folder and print what a client needs in its environment."""
-    with contextlib.suppress(KeyboardInterrupt), serving(folder, delay_seconds=delay_seconds) as served:
-        print("\n".join(f"export {name}={value}" for name, value in served.environment.items()), flush=True)
-        time.sleep(SERVED_SECONDS)
 
 
 def check_room(folder: Path, sizes: Sizes) -> None:

@@ -1,6 +1,6 @@
 """A synthetic S3 server on loopback: a process of its own that waits so long with each request, and counts them.
 
-    python -m benchmarks.scale --serve FOLDER [--delay-ms 30]
+    python -m benchmarks.scale_server FOLDER [--delay-ms 30] [--minutes 120]
 
 Serves the files of FOLDER as the objects of the bucket `bucket`; what is put stays in memory and FOLDER as it is. It
 speaks what the client of object stores asks for: GET with ranges, HEAD, lists by pages of 1000 keys, PUT (also
@@ -11,6 +11,7 @@ URL. It ends with the process that started it, or when its time is up.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import email.utils
@@ -253,8 +254,8 @@ def counts_at(url: str, *, reset: bool = False) -> dict[str, int]:
 @contextlib.contextmanager
 def serving(folder: Path, *, delay_seconds: float, seconds: float = 7200.0) -> Iterator[Served]:
     """A server over `folder` in a process of its own, ended on the way out."""
-    begin = "from benchmarks.scale_server import main; main()"
-    command = [sys.executable, "-c", begin, str(folder), str(delay_seconds), str(seconds)]
+    words = [str(folder), "--delay-ms", str(1000 * delay_seconds), "--minutes", str(seconds / 60)]
+    command = [sys.executable, "-m", "benchmarks.scale_server", *words]
     process: subprocess.Popen[str] = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -268,6 +269,17 @@ def serving(folder: Path, *, delay_seconds: float, seconds: float = 7200.0) -> I
 
 
 def main() -> None:
-    """The server of `serving`: folder, seconds of delay and seconds of life are the arguments."""
-    folder, delay_seconds, seconds = sys.argv[1:]
-    asyncio.run(serve(Path(folder), delay_seconds=float(delay_seconds), seconds=float(seconds)))
+    """Serve a folder as the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="its files are the objects")
+    parser.add_argument("--delay-ms", type=float, default=30.0, help="how long each request waits (30)")
+    parser.add_argument("--minutes", type=float, default=120.0, help="it ends after so many (120)")
+    options = parser.parse_args()
+    if not options.folder.is_dir():
+        parser.error(f"{options.folder} is no folder")
+    seconds = 60 * options.minutes
+    asyncio.run(serve(options.folder, delay_seconds=options.delay_ms / 1000, seconds=seconds))
+
+
+if __name__ == "__main__":
+    main()
