@@ -92,7 +92,8 @@ class Objects:
 
     def page(self, prefix: str, delimiter: str, after: str, most: int) -> tuple[list[str], list[str], str | None]:
         """Keys and common prefixes behind `after`, `most` at most, and behind what the next page begins."""
-        keys, common = [], []
+        keys: list[str] = []
+        common: list[str] = []
         place = max(bisect_left(self.keys, prefix), bisect_right(self.keys, after) if after else 0)
         if after.endswith(delimiter) and delimiter and after:
             place = max(place, bisect_left(self.keys, after[:-1] + chr(ord(after[-1]) + 1)))

@@ -99,8 +99,14 @@ def open_loader(config: TrainConfig, checked: CheckedRun, **options: Any) -> Loa
         terms=(),
         device=torch.device("cpu"),
     )
-    threads = {"prefetch_batches": config.data.prefetch_batches, "num_threads": config.data.num_threads}
-    return Loader(checked.plan, checked.stores.sources, finish=finish, **threads, **options)
+    return Loader(
+        checked.plan,
+        checked.stores.sources,
+        finish=finish,
+        prefetch_batches=config.data.prefetch_batches,
+        num_threads=config.data.num_threads,
+        **options,
+    )
 
 
 def ready_student(options: Options) -> Callable[[], Figures]:
@@ -144,7 +150,7 @@ def fill_rows_that_are_read(sizes: Sizes) -> None:
         put_rows(sizes, np.asarray(ids, np.int64))
         return read(reader, ids)
 
-    StoreReader.rows = rows  # type: ignore[method-assign]
+    StoreReader.rows = rows  # type: ignore[method-assign, assignment]
 
 
 def ready_rows(options: Options) -> Callable[[], Figures]:

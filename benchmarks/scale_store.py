@@ -74,7 +74,7 @@ def row_targets(tokens: NDArray[np.int32], *, seed: int) -> SparseTargets:
     ids = (tokens[1:, None] + np.cumsum(steps, 1) - steps[:, :1]) % VOCAB
     shares = np.sort(rng.exponential(1.0, (count, ENTRIES)) ** 2, axis=1)[:, ::-1] + 1e-6
     logprobs = np.log(0.95 * shares / shares.sum(1, keepdims=True))
-    whole = {"offsets": np.append(np.arange(count + 1) * ENTRIES, count * ENTRIES), "vocab_size": VOCAB}
+    whole: dict[str, Any] = {"offsets": np.append(np.arange(count + 1) * ENTRIES, count * ENTRIES), "vocab_size": VOCAB}
     side: dict[str, Any] = {
         "log_tail": np.append(np.full(count, np.log(0.05)), 0.0),
         "entropy": np.append(rng.uniform(0.5, 3.0, count), 0.0),
@@ -82,7 +82,7 @@ def row_targets(tokens: NDArray[np.int32], *, seed: int) -> SparseTargets:
         "label_rank": np.zeros(count + 1),
     }
     types = {"label_rank": np.int32}
-    columns = {name: values.astype(types.get(name, np.float32)) for name, values in side.items()}
+    columns: dict[str, Any] = {name: values.astype(types.get(name, np.float32)) for name, values in side.items()}
     return SparseTargets.build(
         **whole, ids=ids.ravel().astype(np.int32), logprobs=logprobs.ravel().astype(np.float32), **columns
     )
@@ -103,8 +103,8 @@ def dump_config(sizes: Sizes, tokens: str, output: str) -> DumpConfig:
     """What a worker of the dump is given; the teacher is small, and knows the rows' ids."""
     from potstill.teacher_dump import DumpConfig
 
-    teacher = {"model": str(sizes.root / "teacher"), "check_tokenizer": False, "batch_rows": 64, "device": "cpu"}
-    selection = {"mode": "top_k", "k": ENTRIES}
+    teacher: Any = {"model": str(sizes.root / "teacher"), "check_tokenizer": False, "batch_rows": 64, "device": "cpu"}
+    selection: Any = {"mode": "top_k", "k": ENTRIES}
     return DumpConfig(tokens=tokens, output=output, teacher=teacher, selection=selection, seal=False)
 
 
