@@ -33,6 +33,10 @@ class Benchmark:
 BENCHMARKS: tuple[Benchmark, ...] = (
     Benchmark("store_codec", "bytes per token, encode and decode speed, fidelity, beside plain layouts"),
     Benchmark("loader", "first batch of a huge store, throughput, memory, planning", arguments=("--minutes", "1")),
+    Benchmark(
+        "scale", "what grows with a store of 100 billion tokens, local and on S3", by_itself="hours, 20 GB of disk"
+    ),
+    Benchmark("scale_server", "the server of scale by hand: counts requests and bytes", by_itself="until it is ended"),
     Benchmark("cpu_kernels", "the loss on a CPU beside eager autograd and torch.compile"),
     Benchmark("gpu_kernels", "the kernels beside eager, compiled and chunked torch on one GPU", needs_gpu=True),
     Benchmark("dump", "the dump over the bare forward pass of the same teacher"),

@@ -22,7 +22,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from potstill.common.config import load_config
+from potstill.common.config import load_config, parse_yaml
+from potstill.common.errors import ConfigError
 from potstill.common.named_entries import KindIn, NameIn, annotation_of, table_of
 from potstill.common.nearest import nearest_keys
 
@@ -160,9 +161,21 @@ class _Override(argparse.Action):
             given += values
         elif self.nargs == 0:
             given.append(f"{self.const}={'false' if str(option_string).startswith('--no-') else 'true'}")
+        elif self.nargs == "+":
+            given.append(f"{self.const}={json.dumps([*_list_so_far(given, self.const), *values], ensure_ascii=False)}")
         else:
             given.append(f"{self.const}={json.dumps(values, ensure_ascii=False)}")
         setattr(namespace, OVERRIDES, given)
+
+
+def _list_so_far(given: Sequence[str], path: str) -> list[Any]:
+    """The list that the command line has given for a key so far: `--input a --input b` is `--input a b`."""
+    last = next((override for override in reversed(given) if override.startswith(f"{path}=")), None)
+    try:
+        found = [] if last is None else parse_yaml(last.partition("=")[2], name=f"override {path}")
+    except ConfigError:
+        return []  # of a --set, which is refused when the tree is read
+    return found if isinstance(found, list) else []
 
 
 def add_config_options(

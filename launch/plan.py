@@ -37,6 +37,15 @@ from potstill.launch.plan_limits import (
     read_count,
     start_seconds,
 )
+from potstill.launch.plan_units import (
+    PRICE_OF_1000_GETS,
+    PRICE_OF_1000_PUTS,
+    PRICE_SOURCE,
+    UnitPlan,
+    compare_units,
+    recommend_unit,
+    unit_rows,
+)
 from potstill.teacher_dump.config import DumpConfig, PlaceText, SelectionConfig, WalkConfig
 
 # Bytes per stored entry (id planes and value gaps after zstd) and of all side columns per token.
@@ -80,6 +89,13 @@ class PlanConfig(StrictModel):
         default=0.4, gt=0, le=1, description="Share of the GPU's speed that training reaches"
     )
 
+    price_per_1000_puts: float = Field(
+        default=PRICE_OF_1000_PUTS, ge=0, description=f"Of PUT and LIST on the object store ({PRICE_SOURCE})"
+    )
+    price_per_1000_gets: float = Field(
+        default=PRICE_OF_1000_GETS, ge=0, description=f"Of GET and HEAD there ({PRICE_SOURCE})"
+    )
+
     @model_validator(mode="after")
     def _number(self) -> Self:
         if isinstance(self.student_tokens, str):
@@ -117,6 +133,8 @@ class Plan:
     student_limit: str | None = None
     device: str = "GPU"
     notes: tuple[str, ...] = ()
+    unit: UnitPlan | None = None  # that the tokens store should have
+    unit_table: tuple[tuple[str, str], ...] = ()
 
     def rows(self) -> list[tuple[str, str]]:
         """What and how much, as text."""
@@ -138,7 +156,7 @@ class Plan:
                 ("student, limited by", self.student_limit or "-"),
                 ("student reads", f"{format_size(self.student_read_bytes_per_second or 0)}/s over all ranks"),
             ]
-        return rows
+        return [*rows, *self.unit_table]
 
     def format(self) -> str:
         """A table and notes for a person."""
@@ -255,6 +273,14 @@ def make_plan(config: PlanConfig, *, measured: Measured | None = None) -> Plan:
             num_temperatures=config.num_temperatures,
         )
     seconds = config.tokens / (rate * config.num_gpus) + startup
+    unit = recommend_unit(
+        num_tokens=config.tokens,
+        row_length=config.row_length,
+        bytes_per_token=per_token,
+        tokens_per_second=rate,
+        num_workers=config.num_gpus,
+    )
+    prices = {"per_1000_puts": config.price_per_1000_puts, "per_1000_gets": config.price_per_1000_gets}
     student_rate, student_limit = _student_rate(config, peak)
     student_tokens = config.student_tokens or config.tokens
     assert isinstance(student_tokens, int)
@@ -275,7 +301,16 @@ def make_plan(config: PlanConfig, *, measured: Measured | None = None) -> Plan:
         student_limit=student_limit,
         device="machine" if config.gpu in CPU else "GPU",
         notes=tuple(_notes(config, teacher, weights, memory)),
+        unit=unit,
+        unit_table=tuple(unit_rows(unit, num_workers=config.num_gpus, **prices)),
     )
+
+
+def rows_per_unit(store: str) -> int:
+    """Of a store that stands there."""
+    from potstill.storage import read_spec
+
+    return read_spec(store).rows_per_unit
 
 
 def _dump_rate(config: PlanConfig, forward: float, *, vocab_size: int) -> tuple[float, str]:
@@ -395,6 +430,10 @@ def _run(arguments: argparse.Namespace) -> int:
         )
     plan = make_plan(config, measured=measured)
     print(plan.format())
+    store = arguments.calibrate or (config.tokens if isinstance(config.tokens, str) else None)
+    said = None if store is None or plan.unit is None else compare_units(store, rows_per_unit(store), plan.unit)
+    if said is not None:
+        print(said)
     if arguments.beside:
         print(format_comparison(compare(plan, arguments.beside)))
     return DONE

@@ -44,7 +44,10 @@ log = logging.getLogger(PROGRAM)
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; leaves the program with code 2 if it is wrong."""
     parser = argparse.ArgumentParser(
-        prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=PROGRAM,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # as the command: what one door refuses the other must not take
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, help="from the launcher; LOCAL_RANK decides")
     add_traceback_option(parser)

@@ -82,6 +82,26 @@ def test_lists_of_numbers() -> None:
     assert read("--input", "a", "--output", "o", "--temperatures", "2", "4").temperatures == (2.0, 4.0)
 
 
+def test_a_list_flag_that_comes_again_adds_to_the_list() -> None:
+    assert read("--input", "a", "--output", "o", "--input", "b", "null", "--input=c: d").input == [
+        "a",
+        "b",
+        "null",
+        "c: d",
+    ]
+    assert read("--input=a", "--output", "o", "--temperatures", "2", "--temperatures", "4").temperatures == (2.0, 4.0)
+    # What the line gives of a key adds up whoever gives it; --set replaces, and one that cannot be read is refused.
+    assert read("--output", "o", "--set", "input=[a]", "--input", "b").input == ["a", "b"]
+    assert read("--output", "o", "--input", "b", "--set", "input=[a]").input == ["a"]
+    with pytest.raises(ConfigError, match="override input is not valid YAML"):
+        read("--output", "o", "--set", "input=[a", "--input", "b")
+
+
+def test_a_list_flag_replaces_the_list_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("input: [x]\noutput: y\n")
+    assert read("--config", str(tmp_path / "c.yaml"), "--input", "a", "--input", "b").input == ["a", "b"]
+
+
 def test_wrong_type_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         read("--input", "a", "--output", "o", "--row-length", "many")

@@ -52,7 +52,11 @@ def test_flags_and_their_order_are_those_of_the_command() -> None:
 
 @pytest.mark.parametrize(
     ("words", "hint"),
-    [("--temperature 2.0", "use --set objective.temperature=2.0"), ("--max-steps 4", "use --steps")],
+    [
+        ("--temperature 2.0", "use --set objective.temperature=2.0"),
+        ("--max-steps 4", "use --steps"),
+        ("--step 4", "use --steps"),
+    ],
 )
 def test_a_wrong_flag_ends_both_with_2_and_the_same_hint(
     words: str, hint: str, capsys: pytest.CaptureFixture[str]

@@ -14,6 +14,17 @@ from potstill.common.options import read_config
 from potstill.launch.calibrate import calibrate, steady_rate
 from potstill.launch.plan import PLAN, PlanConfig, compare, make_plan, model_costs, store_bytes_per_token, with_rows
 from potstill.launch.plan_limits import LOADER_TOKENS, host_tokens_per_second
+from potstill.launch.plan_units import (
+    LEAST_UNITS_PER_WORKER,
+    MOST_FILE_BYTES,
+    MOST_UNIT_SECONDS,
+    Requests,
+    UnitPlan,
+    dump_requests,
+    epoch_requests,
+    puts_of_file,
+    recommend_unit,
+)
 from potstill.storage import StoreReader, StoreWriter, seal_store, store_status
 from potstill.teacher_dump.config import DumpConfig, SelectionConfig
 from tests.teacher_dump.tiny import make_tokens, save_llama
@@ -222,3 +233,76 @@ def test_the_command_calibrates_and_shows_both(tmp_path: Path, capsys: pytest.Ca
     assert int(planned.replace(",", "")) == pytest.approx(int(actual.replace(",", "")), rel=0.02)
     with pytest.raises(UserError, match="--tokens"):
         PLAN.run(parser.parse_args(command))
+
+
+def unit_for(tokens: int, **changed: Any) -> UnitPlan:
+    asked = {"row_length": 4096, "bytes_per_token": 90.0, "tokens_per_second": 30_000.0, "num_workers": 64} | changed
+    return recommend_unit(num_tokens=tokens, **asked)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "changed", "rows", "why"),
+    [
+        (10**11, {}, 2048, "a file of 1.00 GB"),
+        (10**11, {"tokens_per_second": 3_000.0}, 256, "10m00s of work"),
+        (10**9, {}, 256, "8 units a worker"),
+        (10**11, {"row_length": 1024}, 8192, "a file of 1.00 GB"),
+        (
+            10**15,
+            {"row_length": 64, "bytes_per_token": 1e-3, "tokens_per_second": 1e9},
+            1 << 20,
+            "the most that prepare",
+        ),
+        (10, {}, 1, "8 units a worker"),
+    ],
+)
+def test_a_unit_is_the_largest_that_keeps_each_bound(tokens: int, changed: dict[str, Any], rows: int, why: str) -> None:
+    unit = unit_for(tokens, **changed)
+    assert unit.rows == rows and why in unit.why
+    assert unit.num_units == -(-unit.num_rows // rows)
+    if rows > 1:
+        assert unit.file_bytes <= MOST_FILE_BYTES and unit.seconds <= MOST_UNIT_SECONDS
+        assert unit.num_units >= LEAST_UNITS_PER_WORKER * 64
+
+
+def test_units_of_a_hundred_billion_tokens_by_the_default_and_as_recommended() -> None:
+    """95,368 units and twice as many files are what 256 rows make (the default of prepare)."""
+    unit = unit_for(10**11, tokens_per_second=3_000.0)
+    assert (unit.rows, unit.num_units, unit.num_files) == (256, 95_368, 190_739)
+    assert unit_for(10**11).num_units == 11_921
+
+
+def test_requests_are_counted_by_hand() -> None:
+    unit = unit_for(4096 * 1000, num_workers=1)
+    assert (unit.rows, unit.num_units, unit.num_files) == (64, 16, 35)
+    parts = -(-64 * 4096 * 90 // (8 << 20))
+    assert puts_of_file(unit.file_bytes) == parts + 2 and puts_of_file(8 << 20) == 1
+    # Data and record of each unit; of the seal a list, index, manifest; run.json. A batch holds two rows of 4096.
+    assert dump_requests(unit, num_workers=3) == Requests(puts=16 * (parts + 3) + 3, lists=7, gets=32 + 500)
+    assert epoch_requests(unit) == Requests(gets=2000)
+    requests = Requests(puts=3000, lists=1000, gets=10_000)
+    assert requests.price(per_1000_puts=0.005, per_1000_gets=0.0004) == pytest.approx(4 * 0.005 + 10 * 0.0004)
+    assert requests.format(per_1000_puts=5.0, per_1000_gets=0.0) == "3,000 puts, 1,000 lists, 10,000 gets: 20.00 USD"
+
+
+def test_the_plan_says_what_unit_to_prepare_and_what_requests_cost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(save_llama(tmp_path / "model"))
+    plan = make_plan(PlanConfig(teacher=folder, tokens="100B", num_gpus=8))
+    assert plan.unit is not None
+    shown = plan.format()
+    assert f"prepare --rows-per-unit {plan.unit.rows}" in shown and f"{plan.unit.num_files:,} files" in shown
+    assert plan.unit.why in shown and shown.count(" USD") == 2
+    free = make_plan(PlanConfig(teacher=folder, tokens="100B", price_per_1000_puts=0, price_per_1000_gets=0))
+    assert free.format().count(": 0.00 USD") == 2
+    # What prepare would make of the advice, and what stands there already.
+    tokens = make_tokens(tmp_path / "tokens", [(16,)] * 40, rows_per_unit=2)
+    parser = argparse.ArgumentParser()
+    PLAN.add_arguments(parser)
+    assert PLAN.run(parser.parse_args(["--teacher", folder, "--tokens", str(tokens)])) == 0
+    printed = capsys.readouterr().out
+    assert "prepare --rows-per-unit 4" in printed and "has 2 rows a unit, so 20 units and 43 files" in printed
+    tokens = make_tokens(tmp_path / "advised", [(16,)] * 40, rows_per_unit=4)
+    assert PLAN.run(parser.parse_args(["--teacher", folder, "--tokens", str(tokens)])) == 0
+    assert "rows a unit, so" not in capsys.readouterr().out
