@@ -17,10 +17,10 @@ from potstill.launch.on_ray.options import RayOptions, add_ray_options, read_ray
 
 if TYPE_CHECKING:
     from potstill.teacher_dump.config import DumpConfig
+    from potstill.teacher_dump.job import WorkerSummary
     from potstill.teacher_dump.left_out import RowsOf
     from potstill.teacher_dump.rollouts.run import RolloutSummary
     from potstill.teacher_dump.series import SeriesSummary
-    from potstill.teacher_dump.worker import WorkerSummary
 
 log = logging.getLogger("potstill.launch.dump")
 WORKER_NOTE = (
@@ -72,7 +72,7 @@ PREPARE = Command(
 
 def walked(work: Callable[[], WorkerSummary | SeriesSummary | RolloutSummary]) -> int:
     """Run a worker and say how its part of the work stands: one of several answers for its own share only."""
-    from potstill.teacher_dump.worker import StoppedError
+    from potstill.teacher_dump.job import StoppedError
 
     die_with_torchrun()
     try:

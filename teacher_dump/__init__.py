@@ -30,11 +30,11 @@ from potstill.teacher_dump.steps import DumpStep, ScoreStep, SealStep
 if TYPE_CHECKING:
     from potstill.teacher_dump.dumping import Runner
     from potstill.teacher_dump.importing.targets.summary import ImportTargetsSummary
+    from potstill.teacher_dump.job import StoppedError, WorkerSummary
     from potstill.teacher_dump.left_out import RowsOf
     from potstill.teacher_dump.rollouts.run import RolloutSummary
     from potstill.teacher_dump.series import SeriesSummary
     from potstill.teacher_dump.train_and_heldout import PrepareSummary
-    from potstill.teacher_dump.worker import StoppedError, WorkerSummary
 
 __all__ = [
     "DatasetInput",
@@ -60,7 +60,7 @@ __all__ = [
 ]
 
 # Where the names that are imported on demand come from.
-_LAZY = {"StoppedError": "worker"}
+_LAZY = {"StoppedError": "job"}
 
 
 def prepare(config: PrepareConfig) -> PrepareSummary:

@@ -27,12 +27,13 @@ from potstill.teacher_dump.batches import TeacherBatch
 from potstill.teacher_dump.config import DumpConfig, SelectionConfig
 from potstill.teacher_dump.engines.base import TeacherEngine, TopKWanted
 from potstill.teacher_dump.id_frequencies import id_frequencies
+from potstill.teacher_dump.job import Job, WorkerSummary
 from potstill.teacher_dump.left_out import LeftOut, RowsOf
 from potstill.teacher_dump.on_device import batch_sample, batch_topk
 from potstill.teacher_dump.pipeline import BatchRows
 from potstill.teacher_dump.selection import PREFIXES, TARGET_STATS, HostBatch, cut_rows, selection_spec
 from potstill.teacher_dump.series import SeriesSummary, dump_series
-from potstill.teacher_dump.worker import Job, WorkerSummary, run_worker
+from potstill.teacher_dump.worker import run_worker
 
 # Does the whole of one dump, over all rows (None) or those given.
 Runner = Callable[[DumpConfig, "NDArray[np.int64] | None"], WorkerSummary]

@@ -11,7 +11,7 @@ from potstill.teacher_dump.identity import located
 from potstill.teacher_dump.rollouts.config import RolloutConfig, store_places
 from potstill.teacher_dump.rollouts.questions import require_masks
 from potstill.teacher_dump.series import series_configs
-from potstill.teacher_dump.worker import open_rows
+from potstill.teacher_dump.work import open_rows
 
 
 def early_dump(config: DumpConfig) -> DumpConfig:

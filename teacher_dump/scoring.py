@@ -12,11 +12,12 @@ from potstill.storage import RunSpec, ScoresRow, StoreReader, token_digest
 from potstill.teacher_dump.batches import TeacherBatch
 from potstill.teacher_dump.config import ScoreConfig
 from potstill.teacher_dump.engines.base import TeacherEngine, TopKWanted
+from potstill.teacher_dump.job import Job, WorkerSummary
 from potstill.teacher_dump.on_device import OnItsWay, batch_topk
 from potstill.teacher_dump.pipeline import BatchRows, HostResult
 from potstill.teacher_dump.row_scores import SCORE_STATS, row_scores
 from potstill.teacher_dump.selection import NO_RANK, Refused, refusal
-from potstill.teacher_dump.worker import Job, WorkerSummary, run_worker
+from potstill.teacher_dump.worker import run_worker
 
 
 def score(config: ScoreConfig, worker: int | None = None, num_workers: int | None = None) -> WorkerSummary:

@@ -11,7 +11,7 @@ from potstill.common.errors import UserError
 from potstill.storage import StoreReader
 from potstill.teacher_dump.config import DumpConfig
 from potstill.teacher_dump.identity import check_fits, load_config
-from potstill.teacher_dump.worker import WorkerSummary
+from potstill.teacher_dump.job import WorkerSummary
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from potstill.common.log import setup_logging
 from potstill.teacher_dump.config import DumpConfig, ScoreConfig
 
 if TYPE_CHECKING:
-    from potstill.teacher_dump.worker import StoppedError
+    from potstill.teacher_dump.job import StoppedError
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class DumpStep:
         """Raises what `dump` raises, first of all StoppedError after a signal: the rank is then to be started again."""
         from potstill.teacher_dump.dumping import dump
         from potstill.teacher_dump.early import early_dump
-        from potstill.teacher_dump.worker import StoppedError
+        from potstill.teacher_dump.job import StoppedError
 
         _enter(rank)
         try:
@@ -55,8 +55,8 @@ class ScoreStep:
     def __call__(self, data: Iterable[Any] | None, rank: int, world_size: int) -> Iterator[Any]:
         """Raises what `score` raises, as DumpStep does."""
         from potstill.teacher_dump.early import early_score
+        from potstill.teacher_dump.job import StoppedError
         from potstill.teacher_dump.scoring import score
-        from potstill.teacher_dump.worker import StoppedError
 
         _enter(rank)
         try:

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from potstill.storage import CommitRecord
 from potstill.teacher_dump.config import TeacherConfig, WalkConfig
 from potstill.teacher_dump.engines.base import OneProcess
+from potstill.teacher_dump.job import Job, StoppedError
 from potstill.teacher_dump.pipeline import Committed, WalkTotals
 from potstill.teacher_dump.selection import Refused
 from potstill.teacher_dump.stopping import StopFlag
-from potstill.teacher_dump.worker import Job, StoppedError, Work, build_walk, open_work
+from potstill.teacher_dump.work import Work, open_work
 
 _NO_BOUND = 1 << 30
 
@@ -58,8 +59,7 @@ class UnitWorker:
         """
         told: set[int] = set()
         with StopFlag() as stop:
-            walk = build_walk(
-                self._work,
+            walk = self._work.walk(
                 self._engine,
                 notes=self._notes,
                 max_consecutive_failures=_NO_BOUND,  # which failures end the work is for the driver to say

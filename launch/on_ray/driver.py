@@ -24,10 +24,12 @@ from potstill.launch.on_ray.teacher_actor import TeacherActor
 from potstill.teacher_dump.config import DumpConfig
 from potstill.teacher_dump.dumping import DumpJob
 from potstill.teacher_dump.engines.table import ENGINES
+from potstill.teacher_dump.job import StoppedError, WorkerSummary
 from potstill.teacher_dump.pipeline import WalkEndedError, WalkTotals
 from potstill.teacher_dump.stopping import StopFlag
 from potstill.teacher_dump.unit_worker import UnitDone, UnitFailed, add_to, done_before
-from potstill.teacher_dump.worker import StoppedError, Work, WorkerSummary, open_work
+from potstill.teacher_dump.work import Work, open_work
+from potstill.teacher_dump.worker import finish_work
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -73,7 +75,7 @@ def run_on_ray(cluster: Cluster, config: DumpConfig, rows: NDArray[np.int64] | N
     if units:
         cluster.connect()
         totals = _Driver(cluster, work, rows, units).run()
-    return work.finish(totals, seconds=time.monotonic() - began)
+    return finish_work(work, totals, seconds=time.monotonic() - began)
 
 
 class _Driver:

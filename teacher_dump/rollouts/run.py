@@ -19,13 +19,15 @@ from potstill.common.answer_text import decoder
 from potstill.common.errors import UserError
 from potstill.storage import StoreReader
 from potstill.teacher_dump.identity import load_config
+from potstill.teacher_dump.job import WorkerSummary
 from potstill.teacher_dump.prepared import StoreSummary
 from potstill.teacher_dump.rollouts.config import RolloutConfig, store_places
 from potstill.teacher_dump.rollouts.job import RolloutJob
 from potstill.teacher_dump.rollouts.kept import pack_kept
 from potstill.teacher_dump.rollouts.questions import Survey, all_rows, questions_of, survey
 from potstill.teacher_dump.rollouts.texts import Judge, as_numbers, find_stop_ids, find_tokenizer
-from potstill.teacher_dump.worker import WorkerSummary, open_rows, run_worker
+from potstill.teacher_dump.work import open_rows
+from potstill.teacher_dump.worker import run_worker
 
 log = logging.getLogger(__name__)
 _ROWS_AT_ONCE = 256

@@ -26,7 +26,7 @@ from potstill.storage import (
 )
 from potstill.teacher_dump import DumpConfig, dump
 from potstill.teacher_dump.engines.hf import HfEngine
-from potstill.teacher_dump.worker import StoppedError
+from potstill.teacher_dump.job import StoppedError
 from tests.teacher_dump.tiny import VOCAB, make_tokens, save_llama, save_model, token_rows
 from tests.teacher_dump.truth import dense_truth
 
