@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 from potstill.common.progress import format_seconds
 from potstill.launch.plan_limits import format_size
-from potstill.storage.files.object_paths import PART_BYTES
-from potstill.storage.files.unit_file import TOKENS_PER_BATCH
 
 # A unit is what a killed worker loses, what it holds in memory, and one file: none of it may be much.
 MOST_UNIT_SECONDS, MOST_FILE_BYTES, LEAST_FILE_BYTES = 600.0, 1e9, 64e6
@@ -107,6 +105,8 @@ def unit_plan(
 
 def puts_of_file(num_bytes: float) -> int:
     """Requests that put one file: one, or its parts and two more."""
+    from potstill.storage.files.object_paths import PART_BYTES  # what the command's help need not load
+
     return 1 if num_bytes <= PART_BYTES else math.ceil(num_bytes / PART_BYTES) + _MULTIPART_FRAME
 
 
@@ -117,6 +117,8 @@ def dump_requests(unit: UnitPlan, *, num_workers: int) -> Requests:
     record batches, and its file and its record are put. The seal lists once, reads the records, and puts index and
     manifest.
     """
+    from potstill.storage.files.unit_file import TOKENS_PER_BATCH
+
     pages = -(-unit.num_files // LIST_KEYS)
     rows_of_batch = max(1, TOKENS_PER_BATCH // unit.row_length)
     return Requests(

@@ -29,10 +29,12 @@ FIGURES = {
 }
 
 
-def run(*words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+def run(*words: str, code: int = 0, seconds: float = 540) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", *words]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=540, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds, check=False
+    )
     assert done.returncode == code, done.stdout[-2000:] + done.stderr[-3000:]
     return done
 
