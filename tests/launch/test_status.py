@@ -22,6 +22,7 @@ from potstill.common.text_tables import print_table, table
 from potstill.launch import status_command
 from potstill.launch.cli import main
 from potstill.storage import seal_store, store_status
+from potstill.storage.store import status as store_status_module
 from tests.launch.conftest import write_targets
 
 
@@ -73,6 +74,21 @@ def test_a_complete_store_that_nobody_seals_ends_with_3(
     monkeypatch.setattr(status_command, "SEALING_SECONDS", 0.1)
     assert main(["status", str(half), "--watch", "0.02"]) == 3
     assert f"run: potstill seal {half}" in capsys.readouterr().err
+
+
+def test_what_is_estimated_is_said_to_be_about(
+    half: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capsys.readouterr()
+    for few, about in ((100, set()), (1, {"rate rows per second", "bytes"})):
+        monkeypatch.setattr(store_status_module, "_FEW", few)
+        assert main(["status", str(half)]) == 3
+        lines = [re.split(r"\s{2,}", line.strip()) for line in capsys.readouterr().out.splitlines()]
+        figures = {line[0]: line[1] for line in lines if len(line) == 2}
+        assert {name for name, text in figures.items() if text.startswith("about ")} >= about
+        assert bool(about) == any(text.startswith("about ") for text in figures.values()) and "estimated" not in figures
+        assert main(["status", str(half), "--json"]) == 3
+        assert json.loads(capsys.readouterr().out)["estimated"] is bool(about)
 
 
 @contextmanager
