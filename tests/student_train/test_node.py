@@ -56,7 +56,7 @@ def same_choices(one: CurriculumPlan, other: CurriculumPlan) -> None:
 
 def test_statistics_pools_and_checks_are_worked_out_once_and_choices_stay(stores, tmp_path, passes) -> None:
     alone = plan_of(tree_of(stores, tmp_path / "run", None))
-    wanted = ["stat.mean_entropy", "stat.mean_loss", "stat.num_targets"]
+    wanted = ["stat.mean_entropy", "stat.mean_loss"]
     assert passes == [wanted]  # in one pass, for the selector and for the weights
     passes.clear()
     first = plan_of(tree_of(stores, tmp_path / "run", str(tmp_path / "node")))
@@ -88,7 +88,9 @@ def test_other_settings_are_other_pools(stores, tmp_path, passes) -> None:
 def test_a_store_at_a_url_is_looked_at_by_one_rank_of_a_node(stores, tmp_path, passes, monkeypatch) -> None:
     monkeypatch.setattr(index, "COLUMN_READ_BYTES", 1)
     looks, real = [], self_check.check_row_places
-    monkeypatch.setattr(self_check, "check_row_places", lambda *args, **options: looks.append(1) or real(*args, **options))
+    monkeypatch.setattr(
+        self_check, "check_row_places", lambda *args, **options: looks.append(1) or real(*args, **options)
+    )
     tree = tree_of(stores, tmp_path / "run", str(tmp_path / "node"))
     far = json.loads(json.dumps(tree, default=str))
     for key in ("tokens", "heldout", "heldout_targets"):
