@@ -1,4 +1,4 @@
-"""What the ranks of a machine share: statistics and pools once, the same choices to the bit, stores at a URL near by."""
+"""What the ranks of a machine share: statistics and pools once, the same choices to the bit, far stores near by."""
 
 from __future__ import annotations
 
