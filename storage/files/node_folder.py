@@ -169,7 +169,7 @@ class NodeFolder:
                 logger.warning("%s: no locks there (%s); each process makes its own", self.path, error.strerror)
                 return False
             holder, now = os.pread(lock, 32, 0).decode(errors="replace") or "unknown", time.monotonic()
-            state = (holder, self._written(name))
+            state = (holder, self._written())
             if state != seen:
                 seen, since = state, now
             what = f"{self.path / name}: process {holder} of this node makes it"
@@ -189,10 +189,10 @@ class NodeFolder:
                 raise StoppedReadError(f"stopped by {stop_reason()} while waiting: {what}")
             time.sleep(POLL_SECONDS / 2)
 
-    def _written(self, name: str) -> int:
-        """Bytes that the process with the claim has written so far."""
+    def _written(self) -> int:
+        """Bytes of all that is being written: who makes one file may need another one first, as a check an index."""
         total = 0
-        for part in self._parts(name):
+        for part in self._parts("*"):
             with contextlib.suppress(OSError):
                 total += part.stat().st_size
         return total

@@ -23,7 +23,7 @@ from potstill.storage.store.threads import in_threads
 
 logger = logging.getLogger(__name__)
 
-RANGE_BYTES = 64 << 20  # of 24 million rows with five statistics 20 requests
+RANGE_BYTES = 48 << 20  # of 24 million rows with five statistics 27 requests, each well within its time limit
 NUM_RANGES = 4  # that are under way, and in memory, at once
 _HASHED_BYTES = 8 << 20
 _ATTEMPTS = 2
