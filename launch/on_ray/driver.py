@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -89,7 +90,8 @@ class _Driver:
         resources = {"num_cpus": cluster.options.num_cpus, "num_gpus": cluster.num_gpus()}
         made = ray.remote(TeacherActor).options(**resources, max_restarts=0, max_task_retries=0)
         shared = None if rows is None else ray.put(rows)
-        self._make = lambda: made.remote(plain, shared)
+        folder = os.getcwd()
+        self._make = lambda: made.remote(plain, shared, folder=folder)
         self._actors: list[_Actor] = []
         self._num_made = 0
         self._began = self._began_units = time.monotonic()

@@ -15,10 +15,13 @@ if TYPE_CHECKING:
 
 
 class TeacherActor:
-    """A teacher in a process of the cluster. Made at once; `open` loads."""
+    """A teacher in a process of the cluster. Made at once; `open` loads.
 
-    def __init__(self, config: Mapping[str, Any], rows: NDArray[np.int64] | None) -> None:
-        self._config, self._rows = config, rows
+    `folder` is where the command was given: relative paths begin there on every node that has it.
+    """
+
+    def __init__(self, config: Mapping[str, Any], rows: NDArray[np.int64] | None, *, folder: str) -> None:
+        self._config, self._rows, self._folder = config, rows, folder
         self._worker: UnitWorker | None = None
 
     def open(self) -> tuple[str, str]:
@@ -39,6 +42,8 @@ class TeacherActor:
         # The driver has what happens in view; of an actor it hears what is wrong.
         setup_logging(level=logging.WARNING)
         disable_progress_bar()
+        if os.path.isdir(self._folder):  # where it is not, absolute paths and URLs are all that can be meant
+            os.chdir(self._folder)
         config = DumpConfig.model_validate(self._config)
         self._worker = UnitWorker(config, config.teacher, DumpJob(config, self._rows))
         return ray.get_runtime_context().get_node_id(), f"process {os.getpid()} on {socket.gethostname()}"

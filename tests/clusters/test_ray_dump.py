@@ -223,9 +223,10 @@ def test_nodes_that_come_and_go(ground: tuple[Path, str], tmp_path: Path) -> Non
         tell("add 1")
         command = dump_command("data/targets", "--ray", address, "--ray-actors", "1:2")
         with started(command, environment, place) as driver:
-            until(lambda: committed(place) >= 2, driver)  # one actor works, and one waits for a node
+            until(lambda: actors(environment), driver)  # on the one node; a second one waits in the cluster
+            assert len(actors(environment)) == 1
             tell("add 2")
-            until(lambda: len(actors(environment, "TeacherActor.run")) == 2, driver)
+            until(lambda: len(actors(environment)) == 2 and committed(place) >= 2, driver)
             tell("remove 1")
             code, text = end_of(driver, place, seconds=300)
     assert code == 0, text
