@@ -110,9 +110,6 @@ def test_a_run_continues_without_the_host_that_is_cut_off_and_with_it_when_it_is
 def test_workers_of_a_dump_need_no_network(hosts: tuple[Host, Host], tmp_path: Path) -> None:
     folder, (a, b) = make_folder(tmp_path, num_texts=2500, rows_per_unit=4), hosts
     store = folder / "data" / "targets"
-    line = (
-        "bash dump_local.sh --tokens data/train --teacher models/teacher --set seal=false --worker {} --num-workers 2"
-    )
     line = "python -m potstill.launch dump --tokens data/train --teacher models/teacher --output data/targets"
     lines = [f"{line} --worker {number} --num-workers 2" for number in range(2)]
     with typed(a, lines[0], folder=folder, first=a) as on_a, typed(b, lines[1], folder=folder, first=a) as on_b:
