@@ -58,7 +58,9 @@ def lose(process: Any) -> None:
 
 
 def train_lines(run: Path) -> dict[int, dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    if not (run / "metrics.jsonl").exists():
+        return {}
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
     return {line["step"]: line for line in lines if line["kind"] == "train"}
 
 
