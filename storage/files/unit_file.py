@@ -72,9 +72,9 @@ def row_sizes(row: Row) -> tuple[int, int]:
 
 
 def group_rows(sizes: Sequence[tuple[int, int]], planes: Sequence[Plane]) -> list[range]:
-    """Cut rows of these (tokens, entries) into batches: at most TOKENS_PER_BATCH tokens (a longer row stands alone),
+    """Cut rows of these (tokens, entries) into batches of at most TOKENS_PER_BATCH tokens (a longer row stands alone).
 
-    and none more where FULL_BATCH_BYTES are in it, so that rows of many entries stand alone.
+    A batch that holds FULL_BATCH_BYTES takes no further row: a row of many entries stands alone, and is read alone.
     """
     of_token, of_entry = (sum(p.width for p in planes if p.axis == axis) for axis in ("token", "entry"))
     groups, start, total, num_bytes = [], 0, 0, 0
