@@ -100,6 +100,7 @@ def test_the_local_executor_killed_in_the_middle(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_the_signal_that_stopped_a_step_reaches_the_executors_handler(tmp_path: Path) -> None:
     folder = make_folder(tmp_path, num_texts=2500, rows_per_unit=8)
     # What datatrove's executor for SLURM does: it asks for another turn in its handler, and ends.
