@@ -263,7 +263,7 @@ class _Driver:
             return
         by_itself = not getattr(error, "preempted", False) and is_alive(actor.node)
         self._losses += by_itself
-        self._lost(actor, f"{actor.name} died of it, as others before: {cause}", by_itself=by_itself)
+        self._lost(actor, cause, by_itself=by_itself)
         self._check_losses(cause)
 
     def _erred(self, actor: _Actor, error: Exception) -> None:

@@ -95,7 +95,7 @@ class Schedule:
             self._put_back(held.units)
         elif held.is_alone:
             for unit in held.units:
-                self._blame(unit, cause)
+                self._blame(unit, f"{MAX_ATTEMPTS} actors died of it, the last one: {cause}")
         else:
             units = list(held.units)
             self._put_back(units[UNDER_WAY:])

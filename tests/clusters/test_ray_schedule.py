@@ -62,7 +62,7 @@ def test_a_unit_that_kills_is_tried_behind_the_others_and_given_up_by_name() -> 
             done.append(unit)
         else:
             schedule.ended(actor)
-    assert sorted(done) == [0, 2, 3, 4] and schedule.given_up == {1: "killed"}
+    assert sorted(done) == [0, 2, 3, 4] and schedule.given_up == {1: "3 actors died of it, the last one: killed"}
     assert MAX_ATTEMPTS <= deaths <= MAX_ATTEMPTS + 1
 
 
