@@ -76,7 +76,13 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def run_alone(options: argparse.Namespace) -> int:
     """Train and log the summary; returns the exit code. Raises what went wrong."""
-    summary = train_rank(options)
+    from potstill.student_train.run.stop import StoppedByFileError
+
+    try:
+        summary = train_rank(options)
+    except StoppedByFileError:
+        end_torchrun()  # a start that is refused for it would be refused again
+        raise
     log.info("%s", summary.format())
     if not summary.is_done and not summary.status.startswith(("signal", "another rank")):
         end_torchrun()
