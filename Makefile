@@ -28,9 +28,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# The campaigns also run lm_eval: 39 packages and 440 MB that nothing else needs.
+# The campaigns also run lm_eval (39 packages and 440 MB that nothing else needs) and datatrove's executors.
 $(SLOW): $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,eval]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,eval,datatrove]'
 	@touch $@
 
 demo: setup

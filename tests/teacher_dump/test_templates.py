@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 import signal
@@ -206,31 +205,15 @@ def python_blocks() -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", DOCS.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
 
 
-def functions_of(text: str, names: set[str], **known: Any) -> dict[str, Any]:
-    """The functions of a block alone, without decorators: what stands around them needs an engine that is not here."""
-    found = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef) and node.name in names]
-    assert {node.name for node in found} == names
-    for node in found:
-        node.decorator_list = []
-    space = dict(known)
-    exec(compile(ast.Module(found, []), str(DOCS), "exec"), space)
-    return space
-
-
-def test_the_examples_of_the_page_compile_and_its_worker_works(tokens: Path, llama: Path, tmp_path: Path) -> None:
-    worker, datatrove, ray = python_blocks()
-    for text in (worker, datatrove, ray):
-        compile(text, str(DOCS), "exec")
+def test_the_example_of_the_page_is_a_worker(tokens: Path, llama: Path, tmp_path: Path) -> None:
+    (text,) = python_blocks()
     space: dict[str, Any] = {}
-    exec(worker, space)  # nothing is read before a worker is called
+    exec(compile(text, str(DOCS), "exec"), space)  # nothing is read before a worker is called
     assert isinstance(space["config"], DumpConfig)
     space["config"] = config_of(tokens, tmp_path / "out", llama)
-
-    step = functions_of(datatrove, {"dump_step"}, work=space["work"])["dump_step"]
-    assert list(step(None, 0, 2)) == []
-    assert list(step(["a document"], 1, 2)) == ["a document"]  # what comes in goes on to the next step
-    task = functions_of(ray, {"dump_task"}, work=space["work"])["dump_task"]
-    assert "did 0 units" in task(0, 2)  # nothing is left to do, and nothing is loaded
+    for worker in range(2):
+        assert f"worker {worker} of 2" in space["work"](worker, 2)
+    assert "did 0 units" in space["work"](0, 2)  # nothing is left to do, and nothing is loaded
     assert not store_status(tmp_path / "out").missing
     seal_store(tmp_path / "out")
     assert_equal_to_one_worker(tmp_path / "out", tokens, llama)
