@@ -61,18 +61,20 @@ class Objects:
         with open(self.root / key if held is None else held, "rb", buffering=0) as file:
             return os.pread(file.fileno(), end - start, start)
 
-    def put(self, key: str, data: bytes, *, exclusive: bool = False) -> bool:
-        """Keep an object over the folder; False where it must be new and is not."""
+    def put(self, key: str, *parts: bytes, exclusive: bool = False) -> bool:
+        """Keep an object, given in parts, over the folder; False where it must be new and is not."""
         if exclusive and key in self.about:
             return False
         if key not in self.about:
             insort(self.keys, key)
-        self.about[key] = (len(data), time.time())
-        self._put[key] = data
-        if len(data) > SPILL_BYTES:
+        size = sum(map(len, parts))
+        self.about[key] = (size, time.time())
+        if size > SPILL_BYTES:
             with tempfile.NamedTemporaryFile(prefix="potstill_scale_", delete=False) as file:
-                file.write(data)
+                file.writelines(parts)
             self._put[key] = file.name
+        else:
+            self._put[key] = b"".join(parts)
         return True
 
     def delete(self, key: str) -> None:

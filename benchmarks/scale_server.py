@@ -70,6 +70,7 @@ class Server:
         self.objects, self.delay_seconds = objects, delay_seconds
         self.counts: dict[str, int] = {}
         self._parts: dict[str, dict[int, bytes]] = {}
+        self._completed: set[str] = set()  # uploads: a client whose answer was lost asks once more
 
     async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection: request after request until the client closes it."""
@@ -202,8 +203,10 @@ class Server:
             self._parts[upload] = {}
             told = f"<UploadId>{upload}</UploadId>"
             return Answer(200, f"<InitiateMultipartUploadResult>{told}</InitiateMultipartUploadResult>".encode())
-        parts = self._parts.pop(upload)
-        self.objects.put(key, b"".join(parts[number] for number in sorted(parts)))
+        if upload not in self._completed:
+            parts = self._parts.pop(upload)
+            self.objects.put(key, *(parts[number] for number in sorted(parts)))
+            self._completed.add(upload)
         told = f"<ETag>{self.objects.etag(key)}</ETag>"
         return Answer(200, f"<CompleteMultipartUploadResult>{told}</CompleteMultipartUploadResult>".encode())
 

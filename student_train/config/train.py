@@ -151,7 +151,8 @@ class DataConfig(StrictModel):
     cache_dir: Literal["auto"] | LocalPath | None = Field(
         default="auto",
         description="Folder on a local disk in which the ranks of a machine, and later runs, share row statistics, "
-        "row pools, and what is read of stores on object storage; auto: potstill-UID below TMPDIR; null shares nothing",
+        "row pools, and of stores on object storage the indexes and the rows that are read; auto: potstill-UID below "
+        "TMPDIR, for all but those rows; null shares nothing",
     )
     cache_gib: float = Field(
         default=64.0, ge=0, description="Size that cache_dir is held to, in GiB; 0: shares nothing"

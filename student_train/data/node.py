@@ -16,12 +16,16 @@ _told: set[str] = set()
 
 
 def reader_options(data: DataConfig, place: Path | str) -> dict[str, Any]:
-    """Of every store its statistics of rows are shared; of one at a URL also its index, and what is read of it."""
+    """Of every store its statistics of rows are shared, of one at a URL also its index.
+
+    What is read of a URL is kept where a folder is named: one that was not asked for is not filled with it.
+    """
     root = _root(data)
     if root is None:
         return {}
     options: dict[str, Any] = {"share_dir": root, "cache_bytes": int(data.cache_gib * 2**30)}
-    return options if isinstance(place, Path) else {**options, "cache_dir": root}
+    keeps_rows = data.cache_dir != "auto" and not isinstance(place, Path)
+    return {**options, "cache_dir": root} if keeps_rows else options
 
 
 def _root(data: DataConfig) -> Path | None:

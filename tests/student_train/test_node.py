@@ -115,9 +115,12 @@ def test_where_ranks_share(stores, tmp_path, monkeypatch, caplog) -> None:
         tree["data"] |= data
         return reader_options(workers.config_of(tree).data, place)
 
-    (root,) = {options(Path("x"))["share_dir"], options("s3://b/x")["cache_dir"]}
+    (root,) = {options(Path("x"))["share_dir"], options("s3://b/x")["share_dir"]}
     assert root.parent == tmp_path and root.name.startswith("potstill-")
-    assert "cache_dir" not in options(Path("x")) and options("s3://b/x")["cache_bytes"] == 64 << 30
+    named = str(tmp_path / "named")
+    assert "cache_dir" not in options(Path("x"), cache_dir=named) and "cache_dir" not in options("s3://b/x")
+    assert options("s3://b/x", cache_dir=named)["cache_dir"] == tmp_path / "named"
+    assert options("s3://b/x")["cache_bytes"] == 64 << 30
     assert options("s3://b/x", cache_dir=None) == options("s3://b/x", cache_gib=0) == {}
     assert options(Path("x"), cache_dir=str(tmp_path / "own"))["share_dir"] == tmp_path / "own"
     root.chmod(0o755)
