@@ -135,13 +135,13 @@ def template_of(kind: str, spec: RunSpec) -> Template:
     return Template.of(encode_unit(rows, spec=spec, unit=0, id_map=None), numbers)
 
 
-def row_statistics(spec: RunSpec, unit: int, num_targets: int) -> dict[str, tuple[float, ...]]:
+def row_statistics(spec: RunSpec, unit: int, num_targets: int) -> dict[str, NDArray[np.float64]]:
     """Statistics of the rows of a unit, as different from row to row as those of a real dump."""
     rng = np.random.default_rng(unit)
     values = {name: rng.gamma(9.0, 0.25, spec.rows_per_unit).astype(np.float32) for name in spec.stats}
     if "num_targets" in values:
         values["num_targets"] = np.full(spec.rows_per_unit, num_targets // spec.rows_per_unit, np.float32)
-    return {name: tuple(column.tolist()) for name, column in values.items()}
+    return {name: column.astype(np.float64) for name, column in values.items()}
 
 
 def write_units(path: Path, template_folder: Path, spec: RunSpec, units: range, skip: int) -> None:
@@ -157,9 +157,11 @@ def write_units(path: Path, template_folder: Path, spec: RunSpec, units: range, 
             num_bytes=size,
             sha256=hashlib.sha256(name.encode()).hexdigest(),
             first_row=unit * spec.rows_per_unit,
-            batches=template.batches_of(unit),
-            num_tokens=template.num_tokens,
-            num_entries=template.num_entries,
+            batch_table=np.array(
+                [[b.offset, b.length, b.crc32, b.num_rows] for b in template.batches_of(unit)], np.int64
+            ),
+            num_tokens=np.array(template.num_tokens, np.int64),
+            num_entries=np.array(template.num_entries, np.int64),
             num_targets=template.num_targets,
             stats=row_statistics(spec, unit, template.num_targets),
             time_seconds=1.7e9 + 60.0 * unit,

@@ -13,6 +13,7 @@ import fcntl
 import logging
 import os
 import secrets
+import shutil
 import stat
 import tempfile
 import time
@@ -33,13 +34,21 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 def default_node_root() -> Path:
-    """Folder of this user below the temporary folder of the node (TMPDIR), made for this user alone.
+    """Folder of this user below the temporary folder of the node (TMPDIR); it need not be there yet.
 
-    Raises WriteFailedError where it cannot be, or somebody else has made it.
+    Raises WriteFailedError where somebody else has made it, or more than its user may look into it.
     """
     root = Path(tempfile.gettempdir()) / f"potstill-{os.geteuid()}"
-    make_private(root)
+    check_private(root)
     return root
+
+
+def check_private(path: Path) -> None:
+    """WriteFailedError where something that is no folder of this user alone stands at `path`, or in the way to it."""
+    if path.parent.exists() and not path.parent.is_dir():
+        raise WriteFailedError(f"{path.parent} is no folder; name another place for what the processes of a node share")
+    if os.path.lexists(path):
+        make_private(path)
 
 
 def make_private(path: Path) -> None:
@@ -64,13 +73,20 @@ def make_private(path: Path) -> None:
 
 
 class NodeFolder:
-    """The private folder of this user below `root`, held to about `max_bytes`."""
+    """The private folder of this user below `root`, held to about `max_bytes`; made when something goes into it."""
 
     def __init__(self, root: StorePath, *, max_bytes: int) -> None:
-        """Raises WriteFailedError where it cannot be made, or is not of this user alone."""
+        """Raises WriteFailedError where something else stands at its place."""
         self.path = Path(os.path.abspath(root)) / f"node-{os.geteuid()}"
         self.max_bytes = max_bytes
-        make_private(self.path)
+        check_private(self.path)
+
+    def free_bytes(self) -> int:
+        """Room on its disk, also before it is made."""
+        place = self.path
+        while not place.exists():
+            place = place.parent
+        return shutil.disk_usage(place).free
 
     def once(self, name: str, make: Callable[[Path], None], load: Callable[[Path], T | None]) -> T:
         """What `load` finds in the file `name`, which `make` writes unless it is there: one process, the others wait.
@@ -82,6 +98,7 @@ class NodeFolder:
         path = self.path / name
         found = load(path)
         if found is None:
+            self._prepare()
             with self._claim(name) as is_claimed:
                 found = load(path)  # another process has made it, while this one waited
                 if found is None:
@@ -94,6 +111,12 @@ class NodeFolder:
         with contextlib.suppress(OSError):
             os.utime(path)
         return found
+
+    def _prepare(self) -> None:
+        root = self.path.parent
+        if not root.is_dir():
+            make_private(root)
+        make_private(self.path)
 
     def _make(self, name: str, make: Callable[[Path], None], *, clear: bool) -> None:
         tmp = self.path / f"{name}.{os.getpid():x}-{secrets.token_hex(4)}{_TMP}"

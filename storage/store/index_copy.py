@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import shutil
 from functools import partial
 from pathlib import Path
 
@@ -65,7 +64,7 @@ def copy_of_index(node: NodeFolder, folder: StoreFolder, name: str, *, num_bytes
     Raises CorruptError where what the store gives does not fit the sha256, and what reading it raises.
     """
     where = f"{folder.url}/{name}"
-    free = shutil.disk_usage(node.path).free
+    free = node.free_bytes()
     if num_bytes > min(node.max_bytes, free):
         logger.warning(
             "%s: no copy of its %d bytes is kept in %s (%d bytes free, at most %d are used); every look-up of a row "

@@ -18,7 +18,7 @@ from potstill.storage.files.commit import CommitRecord
 from potstill.storage.store.index import ROWS_PER_BLOCK, IndexBlock, column_types
 from potstill.storage.store.record_block import RecordBlock
 
-_READ_BYTES = 8 << 20
+_READ_BYTES = 256 << 10
 
 Columns = dict[str, NDArray[Any]]
 

@@ -107,7 +107,7 @@ def test_the_whole_way_on_an_object_store(
     assert list(cache.glob("*.batch")), "nothing of the two stores was kept"
     (tmp_path / "tmp").mkdir()
     potstill({**environment, "TMPDIR": str(tmp_path / "tmp")}, *train_words(tokens, str(here), tmp_path / "near"))
-    assert list(tmp_path.glob("tmp/potstill-*/*.batch")), "by default nothing was kept"
+    assert not list(tmp_path.glob("tmp/potstill-*/*.batch")), "rows are kept where a folder is named"
     assert len(losses(tmp_path / "far")) == 3
     assert losses(tmp_path / "far") == losses(tmp_path / "near")
     secret = environment["AWS_SECRET_ACCESS_KEY"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -182,7 +183,12 @@ def test_the_folder_is_held_to_its_size_and_the_least_used_goes_first(tmp_path):
 def test_a_folder_of_others_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     root = default_node_root()
-    assert root == tmp_path / f"potstill-{os.geteuid()}" and root.stat().st_mode & 0o777 == 0o700
+    assert root == tmp_path / f"potstill-{os.geteuid()}" and not root.exists()
+    node = NodeFolder(root, max_bytes=1000)
+    assert not root.exists()  # made when something goes into it
+    shared_arrays(node, {"number": 0}, lambda add: add("a", np.zeros(5)) or {})
+    assert {path.stat().st_mode & 0o777 for path in (root, node.path)} == {0o700}
+    shutil.rmtree(node.path)
     root.chmod(0o777)
     with pytest.raises(WriteFailedError, match=r"with the permissions 777, expected user \d+ and 700"):
         default_node_root()
@@ -193,5 +199,5 @@ def test_a_folder_of_others_is_refused(tmp_path, monkeypatch):
         default_node_root()
     assert json.dumps(sorted(os.listdir(tmp_path / "elsewhere"))) == "[]"
     (tmp_path / "file").write_text("")
-    with pytest.raises(WriteFailedError, match="cannot be made"):
+    with pytest.raises(WriteFailedError, match="file is no folder"):
         NodeFolder(tmp_path / "file", max_bytes=1)

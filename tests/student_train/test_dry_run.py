@@ -84,9 +84,9 @@ def test_bytes_are_those_that_the_loaders_read(stores, tmp_path: Path, monkeypat
     counted: dict[str, int] = {}
     read_batch = StoreReader._read_batch
 
-    def counting(self: StoreReader, row: int, entry: Any) -> Any:
+    def counting(self: StoreReader, row: int, entry: Any, there: Any) -> Any:
         counted[self.digest] = counted.get(self.digest, 0) + int(entry["length"])
-        return read_batch(self, row, entry)
+        return read_batch(self, row, entry, there)
 
     run = check_start(workers.config_of(tree), num_ranks=num_ranks).run
     monkeypatch.setattr(StoreReader, "_read_batch", counting)

@@ -123,6 +123,8 @@ def test_where_ranks_share(stores, tmp_path, monkeypatch, caplog) -> None:
     assert options("s3://b/x")["cache_bytes"] == 64 << 30
     assert options("s3://b/x", cache_dir=None) == options("s3://b/x", cache_gib=0) == {}
     assert options(Path("x"), cache_dir=str(tmp_path / "own"))["share_dir"] == tmp_path / "own"
+    assert not root.exists()  # made when something goes into it
+    root.mkdir(0o755)
     root.chmod(0o755)
     assert options("s3://b/x") == {} == options(Path("x"))
     assert caplog.text.count("each rank reads and holds statistics of its own") == 1

@@ -157,7 +157,7 @@ def test_a_batch_is_as_long_as_its_longest_row(tmp_path: Path, llama: Path, monk
     dump(dump_config(tokens, tmp_path / "short", llama))
     assert shapes == [(2, 8), (2, 16)]
     monkeypatch.setattr(
-        "potstill.teacher_dump.worker.packed_batch", lambda rows, *, length, fixed: packed_batch(rows, length=length)
+        "potstill.teacher_dump.work.packed_batch", lambda rows, *, length, fixed: packed_batch(rows, length=length)
     )
     shapes.clear()
     dump(dump_config(tokens, tmp_path / "full", llama))
