@@ -64,6 +64,7 @@ def test_one_command_measures_all_there_is(tmp_path: Path) -> None:
     assert last["goals"].keys() == {goal.what for goal in GOALS} and last["ending"] == whole["ending"]
 
 
+@pytest.mark.slow  # a GPU run walks it as well
 def test_the_step_of_a_rival_trains_on_the_same_loss(tmp_path: Path) -> None:
     """In a process of its own: a run forms a process group, and says so in the environment."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

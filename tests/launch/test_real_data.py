@@ -132,6 +132,7 @@ def members(run: Path) -> list[int]:
     return found
 
 
+@pytest.mark.slow  # test_train_command and test_resume do the same with made-up rows
 @pytest.mark.timeout(400)  # some 30 s of work; the rest is patience with a busy machine
 def test_two_ranks_killed_and_one_goes_on_with_the_same_batches(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "student"
