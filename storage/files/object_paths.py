@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from potstill.storage.errors import CorruptError, GaveUpError, NotAStoreError, StoreError, WriteFailedError
+from potstill.storage.files.collecting import without_collection
 from potstill.storage.files.folder import URL_SCHEMES, Listed
 from potstill.storage.files.prefetch import in_parallel
 from potstill.storage.files.waiting import Wait, waiting_for
@@ -119,6 +120,7 @@ class ObjectFolder:
     def names(self, prefix: str, *, cuts: Sequence[str] = ()) -> list[str]:
         return list(self.listing(prefix, cuts=cuts))
 
+    @without_collection()
     def listing(self, prefix: str, *, cuts: Sequence[str] = (), suffix: str = "") -> dict[str, Listed]:
         cuts = cuts if self.url.startswith(_LISTS_FROM_A_NAME) else ()
         found, last = self._listed(prefix, "", None, pages=1 if cuts else None)

@@ -14,6 +14,7 @@ from typing import TypeVar
 from potstill.storage.errors import CorruptError, NotAStoreError, ReadFailedError, WriteFailedError
 from potstill.storage.files.absence import explain_absence
 from potstill.storage.files.checked_json import is_torn
+from potstill.storage.files.collecting import without_collection
 from potstill.storage.files.durable import discard, publish_by_claim, sync_file, sync_folder, write_file
 from potstill.storage.files.folder import SUBFOLDERS, Listed, StoreFolder, StorePath
 from potstill.storage.files.object_paths import ObjectFolder
@@ -114,6 +115,7 @@ class LocalFolder:
     def names(self, prefix: str, *, cuts: Sequence[str] = ()) -> list[str]:
         return self._waiting(prefix, lambda wait: self._names(prefix))
 
+    @without_collection()
     def listing(self, prefix: str, *, cuts: Sequence[str] = (), suffix: str = "") -> dict[str, Listed]:
         names = [name for name in self.names(prefix, cuts=cuts) if name.endswith(suffix)]
         return self._waiting(prefix, lambda wait: self._looked_at(prefix, names, wait))
@@ -128,6 +130,7 @@ class LocalFolder:
                 found[name] = Listed(status.st_size, status.st_mtime)
         return found
 
+    @without_collection()
     def _names(self, prefix: str) -> list[str]:
         try:
             with os.scandir(self.root / prefix) as entries:

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from potstill.storage.files.collecting import without_collection
 from potstill.storage.files.commit import (
     MAX_GENERATIONS,
     CommitRecord,
@@ -62,6 +63,7 @@ def committed_units(folder: StoreFolder, spec: RunSpec, units: Sequence[int], *,
     return (listed.keys() - doubtful.keys()) | read_units(folder, spec, doubtful).keys()
 
 
+@without_collection()
 def look_at_records(listing: dict[str, Listed]) -> Records:
     """Sort what is listed in units/."""
     generations = generations_of(listing)

@@ -12,6 +12,7 @@ from typing import Any
 
 from potstill.storage.errors import CorruptError, NotAStoreError, StoreError, TornError
 from potstill.storage.files.checked_json import dump_checked, get_int, get_list, get_text, read_checked
+from potstill.storage.files.collecting import without_collection
 from potstill.storage.files.commit import list_records
 from potstill.storage.files.folder import Listed, StoreFolder, StorePath
 from potstill.storage.files.paths import open_folder
@@ -238,6 +239,7 @@ def _publish_index(folder: StoreFolder, path: Path, index: EncodedIndex) -> str:
     )
 
 
+@without_collection()
 def load_manifest(folder: StoreFolder, spec: RunSpec) -> Manifest | None:
     """manifest.json checked against run.json, or None when the store is not sealed."""
     value = read_checked(folder, MANIFEST_NAME, max_bytes=MAX_MANIFEST_BYTES)
