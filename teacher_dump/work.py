@@ -7,8 +7,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from potstill.common.errors import UserError
-from potstill.storage import CorruptError, StoreReader, StoreWriter, TokensRow, check_sealed
+from potstill.storage import CorruptError, MismatchError, RunSpec, StoreReader, StoreWriter, TokensRow, check_sealed
 from potstill.teacher_dump.batches import TeacherBatch, apart_batch, packed_batch
 from potstill.teacher_dump.config import TeacherConfig, WalkConfig
 from potstill.teacher_dump.engine_mix import EngineMix, ParityProbe, engine_mix
@@ -175,15 +178,26 @@ def open_work(config: WalkConfig, teacher: TeacherConfig, job: Job, *, num_worke
     # Deleting is for one worker: the others would delete what the first has begun.
     if config.force and num_workers > 1:
         raise UserError("force deletes the store and may be used by a single worker only; delete it first")
-    mix = engine_mix(config.output, spec) if job.mixes and not config.force else None
-    spec = spec if mix is None else mix.spec(spec)
     ranking = job.id_frequencies(tokens)
-    writer = StoreWriter.create(config.output, spec, force=config.force, id_frequencies=ranking)
+    writer, mix = _open_output(config, job, spec, ranking)
     beside = job.beside(tokens)
     if beside is not None:
         check_sealed(beside.url)
         _check_beside(writer, beside, config.output)
     return Work(config, teacher, job, tokens, writer, beside, job.left_out(writer.spec), mix)
+
+
+def _open_output(
+    config: WalkConfig, job: Job, spec: RunSpec, ranking: NDArray[np.int64] | None
+) -> tuple[StoreWriter, EngineMix | None]:
+    """The store to write, and the two engines where another one began it."""
+    try:
+        return StoreWriter.create(config.output, spec, force=config.force, id_frequencies=ranking), None
+    except MismatchError:
+        mix = engine_mix(config.output, spec) if job.mixes and not config.force else None
+        if mix is None:
+            raise
+    return StoreWriter.create(config.output, mix.spec(spec), id_frequencies=ranking), mix
 
 
 def open_rows(config: WalkConfig) -> StoreReader:
