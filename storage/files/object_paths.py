@@ -123,34 +123,36 @@ class ObjectFolder:
     @without_collection()
     def listing(self, prefix: str, *, cuts: Sequence[str] = (), suffix: str = "") -> dict[str, Listed]:
         cuts = cuts if self.url.startswith(_LISTS_FROM_A_NAME) else ()
-        found, last = self._listed(prefix, "", None, pages=1 if cuts else None)
+        found, last = self._listed(prefix, suffix, "", None, pages=1 if cuts else None)
         if last is not None:
             bounds = [last, *(cut for cut in cuts if cut > last), None]
-            works = [partial(self._listed, prefix, str(a), b) for a, b in pairwise(bounds)]
+            works = [partial(self._listed, prefix, suffix, str(a), b) for a, b in pairwise(bounds)]
             for part, _ in in_parallel(works, num_threads=PARALLEL_REQUESTS):
                 found |= part
-        return {name: found[name] for name in sorted(found) if name.endswith(suffix)}
+        return {name: found[name] for name in sorted(found)}
 
     def _listed(
-        self, prefix: str, after: str, upto: str | None, *, pages: int | None = None
+        self, prefix: str, suffix: str, after: str, upto: str | None, *, pages: int | None = None
     ) -> tuple[dict[str, Listed], str | None]:
-        """Objects right in `prefix` in (after, upto], of so many pages at most; the last name if there may be more.
+        """Objects right in `prefix` in (after, upto] whose names end in `suffix`, of so many pages at most.
 
-        Pages come as they are asked for, so that little is read beyond `upto`.
+        Second the last name of these pages, if there may be more. Pages come as they are asked for, so that little is
+        read beyond `upto`.
         """
 
         def stream(wait: Wait) -> tuple[dict[str, Listed], str | None]:
             found: dict[str, Listed] = {}
             if prefix in ("", "tmp"):  # what lies below is not wanted, and may be much
                 objects = self._obs().list_with_delimiter(self._store(), prefix=prefix or None)["objects"]
-                return {str(item["path"]).rpartition("/")[2]: _told(item) for item in objects}, None
+                named = ((str(item["path"]).rpartition("/")[2], item) for item in objects)
+                return {name: _told(item) for name, item in named if name.endswith(suffix)}, None
             offset = f"{prefix}/{after}" if after else None
             chunks = self._obs().list(self._store(), prefix, offset=offset, chunk_size=PAGE_OBJECTS)
             for number, chunk in enumerate(chunks, start=1):
                 wait.moved()
                 names = [str(item["path"]).removeprefix(f"{prefix}/") for item in chunk]
-                inside = zip(names, chunk, strict=True)
-                found |= {n: _told(item) for n, item in inside if "/" not in n and (upto is None or n <= upto)}
+                wanted = ((n, item) for n, item in zip(names, chunk, strict=True) if n.endswith(suffix))
+                found |= {n: _told(item) for n, item in wanted if "/" not in n and (upto is None or n <= upto)}
                 if upto is not None and names[-1] > upto:
                     break
                 if number == pages:
