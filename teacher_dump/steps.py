@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,8 @@ from potstill.common.log import setup_logging
 from potstill.teacher_dump.config import DumpConfig, ScoreConfig
 
 if TYPE_CHECKING:
-    from potstill.teacher_dump.job import StoppedError
+    from potstill.teacher_dump.job import StoppedError, WorkerSummary
+    from potstill.teacher_dump.series import SeriesSummary
 
 log = logging.getLogger(__name__)
 
@@ -34,16 +35,8 @@ class DumpStep:
         """Raises what `dump` raises, first of all StoppedError after a signal: the rank is then to be started again."""
         from potstill.teacher_dump.dumping import dump
         from potstill.teacher_dump.early import early_dump
-        from potstill.teacher_dump.job import StoppedError
 
-        _enter(rank)
-        try:
-            summary = dump(early_dump(self.config), rank, world_size)
-        except StoppedError as error:
-            _pass_on(error)
-            raise
-        log.info("%s", summary.format())
-        yield from data or ()
+        return _share(lambda: dump(early_dump(self.config), rank, world_size), data, rank)
 
 
 @dataclass(frozen=True)
@@ -55,17 +48,9 @@ class ScoreStep:
     def __call__(self, data: Iterable[Any] | None, rank: int, world_size: int) -> Iterator[Any]:
         """Raises what `score` raises, as DumpStep does."""
         from potstill.teacher_dump.early import early_score
-        from potstill.teacher_dump.job import StoppedError
         from potstill.teacher_dump.scoring import score
 
-        _enter(rank)
-        try:
-            summary = score(early_score(self.config), rank, world_size)
-        except StoppedError as error:
-            _pass_on(error)
-            raise
-        log.info("%s", summary.format())
-        yield from data or ()
+        return _share(lambda: score(early_score(self.config), rank, world_size), data, rank)
 
 
 @dataclass(frozen=True)
@@ -82,6 +67,20 @@ class SealStep:
         setup_logging()
         seal_store(self.store, fast=self.fast)
         yield from data or ()
+
+
+def _share(work: Callable[[], WorkerSummary | SeriesSummary], data: Iterable[Any] | None, rank: int) -> Iterator[Any]:
+    """Do a worker's share, then pass on what came in."""
+    from potstill.teacher_dump.job import StoppedError
+
+    _enter(rank)
+    try:
+        summary = work()
+    except StoppedError as error:
+        _pass_on(error)
+        raise
+    log.info("%s", summary.format())
+    yield from data or ()
 
 
 def _enter(rank: int) -> None:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import signal
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from potstill.storage import StoreReader, store_status
+from tests.clusters import slurm_cluster
 from tests.clusters.test_datatrove import committed, digest_of_a_calm_dump, needs_datatrove, written
 from tests.clusters.working_folder import make_folder
 
-CLUSTER = "tests.clusters.slurm_cluster"
-needs_slurm = pytest.mark.skipif(find_spec(CLUSTER) is None, reason=f"there is no {CLUSTER} to start a SLURM with")
 # Those of a test cluster in the place of a site's.
 SITE = '{"partition": "gpu", "qos": "", "time": "01:00:00"}'
 WORKER = '{"cpus_per_task": 1, "mem_per_cpu_gb": 1, "gpus_per_task": 1}'
@@ -25,7 +22,7 @@ WORKER = '{"cpus_per_task": 1, "mem_per_cpu_gb": 1, "gpus_per_task": 1}'
 def tasks_of(cluster: Any) -> dict[str, int]:
     """Process of the running pipeline of each element of the array."""
     found = {}
-    for number in importlib.import_module(CLUSTER).started_under(cluster.folder):
+    for number in slurm_cluster.started_under(cluster.folder):
         try:
             words = Path(f"/proc/{number}/cmdline").read_bytes().decode().split("\0")
             text = Path(f"/proc/{number}/environ").read_bytes().decode()
@@ -45,18 +42,16 @@ def submit(cluster: Any, folder: Path) -> dict[str, str]:
 
 
 @needs_datatrove
-@needs_slurm
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_killed_and_out_of_time(tmp_path: Path) -> None:
-    module = importlib.import_module(CLUSTER)
-    if lacking := module.missing():
+    if lacking := slurm_cluster.missing():
         pytest.skip(", ".join(lacking))
     folder = make_folder(tmp_path, num_texts=2500, rows_per_unit=4)
     written(folder, "dump_slurm.py", TASKS="3", SITE=SITE, WORKER=WORKER)
     store = folder / "data" / "targets"
     (tmp_path / "slurm").mkdir()
-    with module.running(tmp_path / "slurm") as cluster:
+    with slurm_cluster.running(tmp_path / "slurm") as cluster:
         jobs = submit(cluster, folder)
         cluster.wait("units", lambda: committed(store) >= 6 and len(tasks_of(cluster)) == 3, seconds=240)
         os.kill(tasks_of(cluster)["0"], signal.SIGKILL)
