@@ -1,6 +1,7 @@
 """Units of several engines in one store: allowed where this machine's engine gives what stands in the store already.
 
-run.json names the engine that began the store, and with it the units whose commit records name no other. A worker of
+run.json names the engine that began the store, and with it the units whose commit records name no other. The same
+engine with its layers split over another number of ranks counts as another one. A worker of
 another engine of the same weights, dtype, attention and options first runs rows of committed units and compares: what
 it would store of them with what is stored. Only then does it add units, whose records say so (`extra.engine`).
 """
@@ -8,7 +9,7 @@ it would store of them with what is stored. Only then does it add units, whose r
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from potstill.common.errors import UserError
 from potstill.storage import NotAStoreError, Row, RunSpec, StoreReader, StoreWriter, TokensRow, read_spec
 from potstill.teacher_dump.batches import TeacherBatch
 from potstill.teacher_dump.engines.base import Ranks, TeacherEngine
-from potstill.teacher_dump.engines.table import ENGINES
+from potstill.teacher_dump.engines.table import entry_of
 from potstill.teacher_dump.left_out import LeftOut
 from potstill.teacher_dump.pipeline import HostResult
 from potstill.teacher_dump.row_distance import row_distance
@@ -24,6 +25,7 @@ from potstill.teacher_dump.row_distance import row_distance
 log = logging.getLogger(__name__)
 
 PROBE_ROWS, PROBE_UNITS = 8, 4
+_KEYS = ("engine", "tensor_parallel")  # of the teacher in run.json: who made the bytes, and not what they say
 _MOST_RECORDS = 64  # that are read to find units of another engine
 # Mean total variation. Of two engines in float32 it is below 1e-4; one step of the grid of log-probabilities, 1/16 nat,
 # at every entry would be 0.03.
@@ -37,10 +39,18 @@ class EngineMix:
 
     first: str
     own: str
+    begun: Mapping[str, Any]  # what run.json says of the first
 
     def spec(self, wanted: RunSpec) -> RunSpec:
         """The run that is continued: `wanted`, by the engine that began the store."""
-        return replace(wanted, teacher={**(wanted.teacher or {}), "engine": self.first})
+        same = {key: value for key, value in (wanted.teacher or {}).items() if key not in _KEYS}
+        return replace(wanted, teacher={**same, **self.begun})
+
+    def settings(self) -> str:
+        """What a person sets to continue with the first."""
+        engine, parts = self.begun["engine"], self.begun.get("tensor_parallel", 1)
+        split = f" and teacher.tensor_parallel={parts}" if "tensor_parallel" in f"{self.first} {self.own}" else ""
+        return f"teacher.engine={engine}{split}"
 
 
 def engine_mix(output: str, wanted: RunSpec) -> EngineMix | None:
@@ -52,14 +62,23 @@ def engine_mix(output: str, wanted: RunSpec) -> EngineMix | None:
         found = read_spec(output)
     except NotAStoreError:
         return None
-    first, own = (str((spec.teacher or {}).get("engine")) for spec in (found, wanted))
-    if (
-        found.kind != wanted.kind
-        or first == own
-        or not all(name in ENGINES and ENGINES[name].mixes for name in (first, own))
-    ):
+    first, own = (
+        {key: value for key, value in (spec.teacher or {}).items() if key in _KEYS} for spec in (found, wanted)
+    )
+    if found.kind != wanted.kind or first == own or not (_mixes(first) and _mixes(own)):
         return None
-    return EngineMix(first, own)
+    return EngineMix(_words(first), _words(own), first)
+
+
+def _mixes(engine: Mapping[str, Any]) -> bool:
+    try:
+        return entry_of(engine["engine"], engine.get("tensor_parallel", 1)).mixes
+    except (KeyError, ValueError):  # one that this version does not know
+        return False
+
+
+def _words(engine: Mapping[str, Any]) -> str:
+    return " ".join(str(value) if key == "engine" else f"{key}={value}" for key, value in sorted(engine.items()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +150,7 @@ class ParityProbe:
 
     def _refusal(self, stored: list[Row], *, found: float, bound: float, agrees: bool) -> str:
         begun = f"{self.writer.url} was begun with engine {self.mix.first}"
-        advice = f"continue with teacher.engine={self.mix.first}, or name another output"
+        advice = f"continue with {self.mix.settings()}, or name another output"
         if agrees:
             return f"{begun}, and {self.mix.own} does not agree with it on another rank, which says more; {advice}"
         if not stored:

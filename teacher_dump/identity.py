@@ -209,6 +209,8 @@ def describe(teacher: TeacherConfig, config: Any, *, dtype: str) -> Mapping[str,
     if options:
         # A quantised load of the same weights is another teacher.
         found["load_options"] = json.loads(json.dumps(options, sort_keys=True, default=str))
+    if teacher.tensor_parallel > 1:
+        found["tensor_parallel"] = teacher.tensor_parallel  # sums in another order, as another engine has them
     if teacher.head == "logits":
         found["head"] = "logits"  # rounded to the model's dtype, which those of a head applied apart are not
     if teacher.ensemble:

@@ -37,11 +37,21 @@ def run_worker(
     """
     from potstill.teacher_dump.engines.loading import join_ranks
 
-    started = time.monotonic()
     ranks = join_ranks(teacher)
-    place = ranks.place(
-        config.worker if worker is None else worker, config.num_workers if num_workers is None else num_workers
-    )
+
+    def work() -> WorkerSummary:
+        place = ranks.place(
+            config.worker if worker is None else worker, config.num_workers if num_workers is None else num_workers
+        )
+        return _do_share(config, teacher, job, place=place, ranks=ranks)
+
+    return ranks.run(work)
+
+
+def _do_share(
+    config: WalkConfig, teacher: TeacherConfig, job: Job, *, place: WorkerPlace, ranks: Ranks
+) -> WorkerSummary:
+    started = time.monotonic()
     work = open_work(config, teacher, job, num_workers=place.num_workers)
     units = work.todo(place)
     log.info(

@@ -6,6 +6,7 @@ included), k entries per position.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from potstill.kernels.topk import TopK
     from potstill.teacher_dump.batches import TeacherBatch
+    from potstill.teacher_dump.job import WorkerSummary
 
 
 @dataclass(frozen=True)
@@ -94,11 +96,14 @@ class Ranks(Protocol):
 
     @property
     def world(self) -> int:
-        """How many they are."""
+        """How many of them have units of their own."""
 
     @property
     def in_step(self) -> bool:
         """Whether all of them must run the same number of passes, so that none may skip a unit."""
+
+    def run(self, work: Callable[[], WorkerSummary]) -> WorkerSummary:
+        """A worker's whole work, on each rank that has units of its own; the others are there for them meanwhile."""
 
     def place(self, worker: int | None, num_workers: int | None) -> WorkerPlace:
         """This rank's share of the units; the arguments say which worker of how many the ranks are together."""
@@ -118,6 +123,9 @@ class OneProcess:
 
     world = 1
     in_step = False
+
+    def run(self, work: Callable[[], WorkerSummary]) -> WorkerSummary:
+        return work()
 
     def place(self, worker: int | None, num_workers: int | None) -> WorkerPlace:
         return worker_place(worker, num_workers)

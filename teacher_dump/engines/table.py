@@ -17,6 +17,7 @@ class EngineEntry:
     refuses:     settings of TeacherConfig that it cannot run with, key -> value
     gives_top_k: whether it gives a finished top-k, of which nothing can be drawn
     mixes:       whether its units may stand in a store beside those of others that mix (engine_mix.py)
+    split:       how it runs with `tensor_parallel` above 1, as an entry of its own; None: it does not
     """
 
     module: str
@@ -26,6 +27,7 @@ class EngineEntry:
     refuses: Mapping[str, object] = field(default_factory=dict)
     gives_top_k: bool = False
     mixes: bool = False
+    split: EngineEntry | None = None
 
 
 ENGINES: dict[str, EngineEntry] = {
@@ -34,6 +36,13 @@ ENGINES: dict[str, EngineEntry] = {
         description="one device",
         mixture="potstill.teacher_dump.engines.ensemble",
         mixes=True,
+        split=EngineEntry(
+            module="potstill.teacher_dump.engines.tensor_parallel",
+            description="ranks that hold a part of every layer are one worker",
+            is_group=True,
+            mixes=True,
+            refuses={"compile": True},
+        ),
     ),
     "zero3": EngineEntry(
         module="potstill.teacher_dump.engines.zero3",
@@ -50,9 +59,23 @@ def describe_engines() -> str:
     return "; ".join(f"{name}: {entry.description}" for name, entry in ENGINES.items())
 
 
-def refusal_text(name: str) -> str:
+def entry_of(name: str, tensor_parallel: int = 1) -> EngineEntry:
+    """The entry of engine `name` as it runs over this many parts. Raises ValueError where it does not."""
+    entry = ENGINES[name]
+    if tensor_parallel == 1:
+        return entry
+    if entry.split is None:
+        able = " or ".join(name for name, entry in ENGINES.items() if entry.split is not None)
+        raise ValueError(f"engine {name} does not know tensor_parallel={tensor_parallel}: leave it out, or use {able}")
+    return entry.split
+
+
+def refusal_text(name: str, tensor_parallel: int = 1) -> str:
     """What engine `name` cannot run with, and what to do."""
-    words = [key if value is True else f"{key}={value}" for key, value in ENGINES[name].refuses.items()]
+    refuses = entry_of(name, tensor_parallel).refuses
+    words = [key if value is True else f"{key}={value}" for key, value in refuses.items()]
+    if tensor_parallel > 1:
+        return f"engine {name} with tensor_parallel={tensor_parallel} does not know {' or '.join(words)}: leave it out"
     if len(words) == 1:
         return f"engine {name} does not know {words[0]}: leave it out, or use engine hf"
     return f"engine {name} knows neither {' nor '.join(words)}: leave them out, or use engine hf"
