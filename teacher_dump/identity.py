@@ -19,7 +19,7 @@ from potstill.common.errors import UserError
 from potstill.common.model_place import find_model, one_line
 from potstill.storage import RunSpec
 from potstill.teacher_dump.config import TeacherConfig
-from potstill.teacher_dump.engines.table import ENGINES
+from potstill.teacher_dump.engines.table import entry_of
 from potstill.teacher_dump.tokenizer import tokenizer_digest
 
 log = logging.getLogger(__name__)
@@ -213,12 +213,14 @@ def describe(teacher: TeacherConfig, config: Any, *, dtype: str) -> Mapping[str,
         "documents": teacher.documents,
         "padded_vocab_size": int(getattr(config.get_text_config(), "vocab_size", 0)),
     }
-    entry = ENGINES[teacher.engine]
+    entry = entry_of(teacher.engine, teacher.tensor_parallel)
     idle = _IDLE_OPTIONS | entry.idle_options
     options = {key: value for key, value in teacher.load_options.items() if key not in idle}
     if options:
         # A quantised load of the same weights is another teacher.
         found["load_options"] = json.loads(json.dumps(options, sort_keys=True, default=str))
+    if teacher.tensor_parallel > 1:
+        found["tensor_parallel"] = teacher.tensor_parallel  # sums in another order, as another engine has them
     if teacher.head == "logits":
         found["head"] = "logits"  # rounded to the model's dtype, which those of a head applied apart are not
     if entry.pins is not None:

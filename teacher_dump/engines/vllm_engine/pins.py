@@ -37,7 +37,6 @@ def pins(teacher: TeacherConfig, *, dtype: str) -> Mapping[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantization": model.quantization,
         "kv_cache_dtype": str(config.cache_config.cache_dtype),
-        "tensor_parallel": teacher.tensor_parallel,
         "implementation": "transformers" if model.using_transformers_backend() else "vllm",
         "architecture": model.architecture,
         "attention": teacher.attention or "chosen by vLLM",
