@@ -145,7 +145,8 @@ class RunnerCheck:
             if text := self.agree(states, alone[number], spread):
                 raise WrongAnswerError(
                     f"vLLM gives other hidden states to a prompt among {len(order)} than to the same one alone "
-                    f"({text}); expected the same: answers are mixed up, or the model reads what is beside a prompt; {ADVICE}"
+                    f"({text}); expected the same: answers are mixed up, or the model reads what is beside a "
+                    f"prompt; {ADVICE}"
                 )
 
     def _check_pieces(self, spread: float) -> None:
@@ -165,8 +166,8 @@ class RunnerCheck:
             if text := self.agree(together[number], self._ask([prompts[number]])[0], spread):
                 raise WrongAnswerError(
                     f"vLLM gives other hidden states to a prompt of {lengths[number]} tokens among {sum(lengths)} "
-                    f"tokens, of which it computes {at_once} in one step, than to the same one alone ({text}); expected the "
-                    f"same: prompts in pieces come out wrong; {ADVICE}"
+                    f"tokens, of which it computes {at_once} in one step, than to the same one alone ({text}); "
+                    f"expected the same: prompts in pieces come out wrong; {ADVICE}"
                 )
 
     def _check_reference(self, alone: Sequence[Tensor], reference: Reference) -> None:
