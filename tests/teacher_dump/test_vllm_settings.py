@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ import torch
 from potstill.common.errors import UserError
 from potstill.teacher_dump.config import TeacherConfig
 from potstill.teacher_dump.engines.loading import load_engine
-from potstill.teacher_dump.engines.vllm_engine import vllm_runner
+from potstill.teacher_dump.engines.vllm_engine import vllm_runner, worker_report
 from potstill.teacher_dump.engines.vllm_engine.engine import has_experts, is_quantised
 from potstill.teacher_dump.engines.vllm_engine.options import IDLE_OPTIONS, REFUSED_OPTIONS
 from potstill.teacher_dump.engines.vllm_engine.vllm_runner import choose_devices, model_arguments, only_gpus
@@ -80,13 +83,13 @@ def test_children_see_the_gpus_of_their_worker_only(monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
     monkeypatch.setenv(name, "4,5,6,7")
     with only_gpus(devices):
-        assert vllm_runner.os.environ[name] == "6,7"
-    assert vllm_runner.os.environ[name] == "4,5,6,7"
+        assert os.environ[name] == "6,7"
+    assert os.environ[name] == "4,5,6,7"
     monkeypatch.delenv(name)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     with only_gpus(devices):
-        assert vllm_runner.os.environ[name] == "2,3"
-    assert name not in vllm_runner.os.environ
+        assert os.environ[name] == "2,3"
+    assert name not in os.environ
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     with pytest.raises(UserError, match=r"takes the first GPU, and this worker's are \[2, 3\]"), only_gpus(devices):
         pass
@@ -101,3 +104,34 @@ def test_which_teachers_may_differ_from_batch_to_batch(llama: Path) -> None:
     assert is_quantised(teacher(load_options={"quantization": "fp8"}), plain)
     plain.quantization_config = {"quant_method": "fp8"}
     assert is_quantised(teacher(), plain)
+
+
+def test_a_worker_ends_with_the_process_that_owns_it() -> None:
+    """Owner, engine and worker, as vLLM has them: the owner is killed, and the worker does not outlive it."""
+    code = (
+        "import os, subprocess, sys\n"
+        "from potstill.teacher_dump.engines.vllm_engine.worker_report import OWNER, owner_mark\n"
+        "os.environ[OWNER] = owner_mark()\n"
+        "subprocess.run([sys.executable, '-c', 'import subprocess, sys; subprocess.run([sys.executable, \"-c\", "
+        "sys.argv[1]])', sys.argv[1]])\n"
+    )
+    worker = (
+        "import os, time\n"
+        "from potstill.teacher_dump.engines.vllm_engine import worker_report\n"
+        "print(os.getpid(), flush=True)\n"
+        "time.sleep(100)\n"
+    )
+    owner = subprocess.Popen([sys.executable, "-c", code, worker], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None  # for the type checker
+    pid = int(owner.stdout.readline())
+    assert os.path.exists(f"/proc/{pid}")
+    owner.kill()
+    # The pipe's end comes when the last process that holds it is gone: the engine between ends when the worker does.
+    assert owner.stdout.read() == "" and owner.wait() == -signal.SIGKILL
+    # One that is gone before its worker begins: the worker ends at once.
+    gone = worker_report.owner_mark().replace(str(os.getpid()), str(owner.pid), 1)
+    late = subprocess.run([sys.executable, "-c", worker], env={**os.environ, worker_report.OWNER: gone}, timeout=60)
+    assert late.returncode == -signal.SIGKILL
+    # Its own mark, and one of another machine, end nothing.
+    assert not worker_report.end_with_owner(worker_report.owner_mark())
+    assert not worker_report.end_with_owner(f"{owner.pid} pid:[1] elsewhere")
