@@ -16,6 +16,7 @@ class EngineEntry:
     mixture:     whole name of the module whose `load` runs an ensemble of such teachers as one; None: there is none
     refuses:     settings of TeacherConfig that it cannot run with, key -> value
     gives_top_k: whether it gives a finished top-k, of which nothing can be drawn
+    only_logprobs: whether log-probabilities at T = 1 are all it gives: no entropy, no tails at other temperatures
     mixes:       whether its units may stand in a store beside those of others that mix (engine_mix.py)
     """
 
@@ -25,6 +26,7 @@ class EngineEntry:
     mixture: str | None = None
     refuses: Mapping[str, object] = field(default_factory=dict)
     gives_top_k: bool = False
+    only_logprobs: bool = False
     mixes: bool = False
 
 
