@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from potstill.teacher_dump.engines.vllm_engine.options import IDLE_OPTIONS, REFUSED_OPTIONS
+from potstill.teacher_dump.engines.vllm_logprobs.options import LOGPROBS_OPTIONS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,18 @@ ENGINES: dict[str, EngineEntry] = {
         pins="potstill.teacher_dump.engines.vllm_engine.pins",
         idle_options=IDLE_OPTIONS,
         refuses_options=REFUSED_OPTIONS,
+    ),
+    "vllm_logprobs": EngineEntry(
+        module="potstill.teacher_dump.engines.vllm_logprobs.engine",
+        description="log-probabilities that vLLM tells, where it gives no hidden states: no entropy, no draws, T = 1",
+        refuses={"compile": True, "head": "logits"},
+        gives_top_k=True,
+        only_logprobs=True,
+        tensor_parallel=True,
+        takes_row_length=True,
+        pins="potstill.teacher_dump.engines.vllm_logprobs.pins",
+        idle_options=IDLE_OPTIONS,
+        refuses_options={**REFUSED_OPTIONS, **dict.fromkeys(LOGPROBS_OPTIONS, "the engine sets it itself")},
     ),
 }
 
