@@ -20,7 +20,7 @@ from potstill.teacher_dump.engines.base import TopKWanted, TopLogprobs
 
 _MASS_TOLERANCE = 1e-3  # kept and tail mass add up to 1; float32 sums over a vocabulary are good to 1e-5
 _LABEL_TOLERANCE = 1e-3  # nats
-_MOST_BEYOND = 0.5  # mass beyond the tokenizer: what is left would be known by few bits
+_MOST_BEYOND = 0.99  # mass beyond the tokenizer: what is left would be known to a thousandth only
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def _check_told(
     advice, least = "check that the tokenizer is the teacher's, or use engine hf", f"{wanted.k} ids below"
     for wrong, text in (
         (short, f"has fewer than {least} {wanted.vocab_size} among its best {told.ids.shape[1]}; {advice}"),
-        (excluded > _MOST_BEYOND, f"has most of its mass on ids beyond the tokenizer's {wanted.vocab_size}; {advice}"),
+        (excluded > _MOST_BEYOND, f"has nearly all of its mass on ids beyond the tokenizer's {wanted.vocab_size}; {advice}"),
         (misplaced, "gives its label a rank that is not its place among the best; this engine must not be used"),
     ):
         if bool((wrong & sound).any()):
