@@ -21,7 +21,8 @@ class EngineEntry:
     gives_top_k: whether it gives a finished top-k, of which nothing can be drawn
     only_logprobs: whether log-probabilities at T = 1 are all it gives: no entropy, no tails at other temperatures
     mixes:       whether its units may stand in a store beside those of others that mix (engine_mix.py)
-    tensor_parallel:  whether it reads `teacher.tensor_parallel`
+    split:       how it runs with `tensor_parallel` above 1, as an entry of its own; None: it does not
+    splits_itself:    whether it runs with `tensor_parallel` above 1 by this same entry, inside one worker
     takes_row_length: whether its `load` takes the keyword `row_length`
     pins:        whole name of the module with `pins(teacher, dtype=...) -> Mapping`: versions and settings of the
                  engine itself, for run.json; None: it has none
@@ -37,7 +38,8 @@ class EngineEntry:
     gives_top_k: bool = False
     only_logprobs: bool = False
     mixes: bool = False
-    tensor_parallel: bool = False
+    split: EngineEntry | None = None
+    splits_itself: bool = False
     takes_row_length: bool = False
     pins: str | None = None
     idle_options: frozenset[str] = frozenset()
@@ -50,6 +52,13 @@ ENGINES: dict[str, EngineEntry] = {
         description="one device",
         mixture="potstill.teacher_dump.engines.ensemble",
         mixes=True,
+        split=EngineEntry(
+            module="potstill.teacher_dump.engines.tensor_parallel",
+            description="ranks that hold a part of every layer are one worker",
+            is_group=True,
+            mixes=True,
+            refuses={"compile": True},
+        ),
     ),
     "zero3": EngineEntry(
         module="potstill.teacher_dump.engines.zero3",
@@ -63,7 +72,7 @@ ENGINES: dict[str, EngineEntry] = {
         description="hidden states by vLLM, which spreads a teacher over GPUs itself",
         mixes=True,
         refuses={"compile": True, "head": "logits"},
-        tensor_parallel=True,
+        splits_itself=True,
         takes_row_length=True,
         pins="potstill.teacher_dump.engines.vllm_engine.pins",
         idle_options=IDLE_OPTIONS,
@@ -89,9 +98,23 @@ def describe_engines() -> str:
     return "; ".join(f"{name}: {entry.description}" for name, entry in ENGINES.items())
 
 
-def refusal_text(name: str) -> str:
+def entry_of(name: str, tensor_parallel: int = 1) -> EngineEntry:
+    """The entry of engine `name` as it runs over this many parts. Raises ValueError where it does not."""
+    entry = ENGINES[name]
+    if tensor_parallel == 1 or entry.splits_itself:
+        return entry
+    if entry.split is None:
+        able = " or ".join(name for name, entry in ENGINES.items() if entry.split is not None or entry.splits_itself)
+        raise ValueError(f"engine {name} does not know tensor_parallel={tensor_parallel}: leave it out, or use {able}")
+    return entry.split
+
+
+def refusal_text(name: str, tensor_parallel: int = 1) -> str:
     """What engine `name` cannot run with, and what to do."""
-    words = [key if value is True else f"{key}={value}" for key, value in ENGINES[name].refuses.items()]
+    refuses = entry_of(name, tensor_parallel).refuses
+    words = [key if value is True else f"{key}={value}" for key, value in refuses.items()]
+    if tensor_parallel > 1:
+        return f"engine {name} with tensor_parallel={tensor_parallel} does not know {' or '.join(words)}: leave it out"
     if len(words) == 1:
         return f"engine {name} does not know {words[0]}: leave it out, or use engine hf"
     return f"engine {name} knows neither {' nor '.join(words)}: leave them out, or use engine hf"

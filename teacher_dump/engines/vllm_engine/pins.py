@@ -42,7 +42,6 @@ def pins_of(teacher: TeacherConfig, arguments: Mapping[str, Any]) -> Mapping[str
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantization": model.quantization,
         "kv_cache_dtype": str(config.cache_config.cache_dtype),
-        "tensor_parallel": teacher.tensor_parallel,
         "implementation": "transformers" if model.using_transformers_backend() else "vllm",
         "architecture": model.architecture,
         "attention": teacher.attention or "chosen by vLLM",
