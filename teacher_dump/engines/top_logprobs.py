@@ -91,7 +91,10 @@ def _check_told(
     advice, least = "check that the tokenizer is the teacher's, or use engine hf", f"{wanted.k} ids below"
     for wrong, text in (
         (short, f"has fewer than {least} {wanted.vocab_size} among its best {told.ids.shape[1]}; {advice}"),
-        (excluded > _MOST_BEYOND, f"has nearly all of its mass on ids beyond the tokenizer's {wanted.vocab_size}; {advice}"),
+        (
+            excluded > _MOST_BEYOND,
+            f"has nearly all of its mass on ids beyond the tokenizer's {wanted.vocab_size}; {advice}",
+        ),
         (misplaced, "gives its label a rank that is not its place among the best; this engine must not be used"),
     ):
         if bool((wrong & sound).any()):

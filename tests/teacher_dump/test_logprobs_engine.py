@@ -14,14 +14,16 @@ import torch
 from potstill.common.errors import UserError
 from potstill.storage import StoreReader, TargetsRow, verify_store
 from potstill.teacher_dump import DumpConfig, ScoreConfig, dump
+from potstill.teacher_dump.batches import packed_batch
+from potstill.teacher_dump.config import TeacherConfig
 from potstill.teacher_dump.engines.base import TopKWanted
 from potstill.teacher_dump.engines.table import ENGINES
+from potstill.teacher_dump.engines.vllm_engine.reference import by_transformers
 from potstill.teacher_dump.engines.vllm_engine.runner import WrongAnswerError
 from potstill.teacher_dump.engines.vllm_logprobs.runner import Answer, Question
-from potstill.teacher_dump.engines.vllm_logprobs.start_checks import check_at_start
+from potstill.teacher_dump.engines.vllm_logprobs.start_checks import check_at_start, probe_pair
 from tests.teacher_dump import told_logprobs
 from tests.teacher_dump.tiny import VOCAB, save_llama
-from tests.teacher_dump.told_logprobs import TransformersRunner
 
 WANTED = TopKWanted(k=8, vocab_size=VOCAB, temperatures=())
 COLUMNS = ("ids", "logprobs", "log_tail", "label_logprob", "label_rank")
@@ -210,17 +212,59 @@ def test_a_server_that_lies_is_found_out_at_the_start(llama: Path, name: str, mo
         check_at_start(runner, WANTED, num_best=24, dtype=torch.float32)
 
 
+def shaken(by: float) -> told_logprobs.Spoil:
+    """As experts that are chosen anew: the probabilities of a prompt among others move by a share of themselves."""
+
+    def spoil(questions: Sequence[Question], answers: list[Answer]) -> list[Answer]:
+        if len(answers) < 2:
+            return answers
+        moves = [1 + by * torch.rand(one.logprobs.shape, generator=torch.Generator().manual_seed(0)) for one in answers]
+        return [replace(one, logprobs=one.logprobs * move) for one, move in zip(answers, moves, strict=True)]
+
+    return spoil
+
+
+def test_a_teacher_that_chooses_experts_by_the_batch_is_held_to_its_distributions(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, options = told_logprobs.runner_of(llama), {"num_best": 24, "dtype": torch.float32}
+    monkeypatch.setattr(told_logprobs, "SPOIL", [shaken(0.05)])
+    check_at_start(runner, WANTED, loose=True, **options)
+    with pytest.raises(UserError, match="asked among others, vLLM tells other log-probabilities"):
+        check_at_start(runner, WANTED, loose=False, **options)
+    for lie in (shaken(1.0), as_told_with_others):
+        monkeypatch.setattr(told_logprobs, "SPOIL", [lie])
+        with pytest.raises(UserError, match=r"asked (among others|in another order), vLLM tells other log-probabilit"):
+            check_at_start(runner, WANTED, loose=True, **options)
+
+
+def test_a_mix_up_that_begins_later_is_found_by_a_prompt_sent_twice(
+    tokens: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = told_logprobs.VllmLogprobsEngine(told_logprobs.runner_of(llama), wanted=WANTED, dtype="float32")
+    batch = packed_batch(StoreReader(tokens).tokens_rows(range(3)), length=16)
+    monkeypatch.setattr(told_logprobs, "SPOIL", [lambda questions, answers: [*answers[:-1], rolled(answers[-1])]])
+    with pytest.raises(
+        WrongAnswerError, match=r"two answers to one prompt \(row 0, .*\) that was sent twice among 5: oth"
+    ):
+        engine.forward(batch)
+
+
+def rolled(answer: Answer) -> Answer:
+    """Each position with the figures of the one before it."""
+    return replace(answer, best=answer.best.roll(1, 0), logprobs=answer.logprobs.roll(1, 0))
+
+
 def test_another_teacher_than_that_of_transformers_is_found_out(llama: Path, tmp_path: Path) -> None:
-    runner, other = (told_logprobs.runner_of(folder) for folder in (llama, save_llama(tmp_path / "other", seed=1)))
-
-    def reference(of: TransformersRunner) -> Any:
-        return lambda questions: [
-            torch.zeros(len(one.ids), VOCAB).scatter(1, one.best, one.logprobs) for one in of.logprobs(questions, VOCAB)
-        ]
-
-    check_at_start(runner, WANTED, num_best=24, dtype=torch.float32, reference=reference(runner))
-    with pytest.raises(UserError, match="differ from those of transformers by"):
-        check_at_start(runner, WANTED, num_best=24, dtype=torch.float32, reference=reference(other))
+    runner = told_logprobs.runner_of(llama)
+    prompts = [question.ids for question in probe_pair(VOCAB, runner.longest)]
+    right, wrong = (
+        by_transformers(TeacherConfig(model=model), prompts, dtype="float32", device=torch.device("cpu"))
+        for model in (llama, save_llama(tmp_path / "other", seed=1))
+    )
+    check_at_start(runner, WANTED, num_best=24, dtype=torch.float32, reference=right)
+    with pytest.raises(UserError, match="log-probabilities are not those of transformers in float32: mean total vari"):
+        check_at_start(runner, WANTED, num_best=24, dtype=torch.float32, reference=wrong)
 
 
 def test_mass_that_does_not_show_among_the_best_is_refused(padded: Path) -> None:
@@ -249,8 +293,6 @@ def test_mass_that_does_not_show_among_the_best_is_refused(padded: Path) -> None
 def test_answers_that_cannot_be_those_of_the_prompts_end_the_work(
     tokens: Path, llama: Path, spoil: told_logprobs.Spoil, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from potstill.teacher_dump.batches import packed_batch
-
     engine = told_logprobs.VllmLogprobsEngine(told_logprobs.runner_of(llama), wanted=WANTED, dtype="float32")
     batch = packed_batch(StoreReader(tokens).tokens_rows(range(3)), length=16)
     engine.forward(batch)

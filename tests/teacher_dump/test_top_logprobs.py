@@ -102,7 +102,9 @@ def test_too_many_ids_beyond_the_tokenizer_are_refused() -> None:
     with pytest.raises(UserError, match=r"position 1 of a batch has fewer than 4 ids below 60 among its best 7"):
         top_logprobs(told_of(logits, told.labels, 7), WANTED, engine="x")
     logits[1, VOCAB:] = logits[1].max() + 9
-    with pytest.raises(UserError, match=r"position 1 of a batch has nearly all of its mass on ids beyond the tokenizer's 60"):
+    with pytest.raises(
+        UserError, match=r"position 1 of a batch has nearly all of its mass on ids beyond the tokenizer's 60"
+    ):
         top_logprobs(told_of(logits, told.labels, 12), WANTED, engine="x")
 
 

@@ -16,7 +16,6 @@ from potstill.teacher_dump.engines.base import TopKWanted
 from potstill.teacher_dump.engines.table import EngineEntry
 from potstill.teacher_dump.engines.vllm_logprobs.engine import VllmLogprobsEngine
 from potstill.teacher_dump.engines.vllm_logprobs.runner import Answer, Question
-from potstill.teacher_dump.engines.vllm_logprobs.start_checks import check_at_start
 
 ENTRY = EngineEntry(module=__name__, description="told by transformers", gives_top_k=True, only_logprobs=True)
 Spoil = Callable[[Sequence[Question], list[Answer]], list[Answer]]
@@ -61,7 +60,4 @@ def runner_of(folder: Any) -> TransformersRunner:
 def load(teacher: TeacherConfig, wanted: TopKWanted | None) -> VllmLogprobsEngine:
     """The engine of the model in the folder `teacher.model`."""
     assert wanted is not None
-    runner = runner_of(teacher.model)
-    engine = VllmLogprobsEngine(runner, wanted=wanted, dtype="float32")
-    check_at_start(runner, wanted, num_best=engine.num_best, dtype=torch.float32)
-    return engine
+    return VllmLogprobsEngine(runner_of(teacher.model), wanted=wanted, dtype="float32")

@@ -7,11 +7,11 @@ from typing import Any
 
 from potstill.teacher_dump.config import TeacherConfig
 from potstill.teacher_dump.engines.vllm_engine.pins import pins_of
-from potstill.teacher_dump.engines.vllm_logprobs.vllm_runner import logprobs_arguments
+from potstill.teacher_dump.engines.vllm_logprobs.vllm_runner import telling_arguments
 
 
 def pins(teacher: TeacherConfig, *, dtype: str) -> Mapping[str, Any]:
     """Versions, and what vLLM makes of the teacher's settings. Raises UserError where it refuses them."""
-    arguments = logprobs_arguments(teacher, dtype=dtype, row_length=None)
+    arguments = telling_arguments(teacher, dtype=dtype, row_length=None)
     head = {"head_dtype": str(arguments["hf_overrides"]["head_dtype"])}
     return {**pins_of(teacher, arguments), **head}

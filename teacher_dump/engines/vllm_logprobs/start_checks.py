@@ -10,7 +10,8 @@ Legend: P tokens of a prompt, V output rows, R best ids.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,21 +20,55 @@ from torch import Tensor
 from potstill.common.errors import UserError
 from potstill.teacher_dump.engines.base import TopKWanted
 from potstill.teacher_dump.engines.head import relative_difference, tolerance
+from potstill.teacher_dump.engines.vllm_engine.reference import Reference, best_distance
 from potstill.teacher_dump.engines.vllm_logprobs.runner import Answer, LogprobsRunner, Question, ask
 
 log = logging.getLogger(__name__)
 
-# The same teacher by other means: log-probabilities [P, V] of each prompt.
-Reference = Callable[[Sequence[Question]], list[Tensor]]
-
 _LENGTHS = (5, 8)  # tokens of the two prompts: all their log-probabilities come as Python numbers
 _PIECES = 24  # tokens of the prompt that is computed in pieces
 _MOST_TOKENS = 1 << 15  # that are run to have a prompt computed in pieces
+# Share of what two positions of the teacher differ by (mean total variation); see vllm_engine/checks.py.
+_SHARE = 1 / 8
 _MASS = 1e-3  # by which a whole distribution may miss 1
 _ALIKE = 1e-6  # nats by which all positions of a working teacher are never alike
 # Mass of output rows beyond the tokenizer that do not stand among the R best: log-probabilities are too low by it.
 MOST_UNTOLD = 1e-4
 _ADVICE = "nothing is stored; try another vLLM version, or use engine hf"
+
+
+@dataclass(frozen=True)
+class Nearness:
+    """How near two answers to one prompt must be. loose, and spread: as in vllm_engine/checks.py."""
+
+    tolerance: float
+    loose: bool
+    spread: float
+
+    def same(self, first: Answer, second: Answer, *, head_size: int) -> str:
+        """Nothing, or how far two answers of the R best are apart."""
+        # What the first tells, and for all other ids what they have there at most.
+        whole = first.logprobs.amin(1, keepdim=True).repeat(1, head_size).scatter(1, first.best, first.logprobs)
+        return self.agree(second, whole.scatter(1, first.labels[:, None], first.label_logprob[:, None]))
+
+    def agree(self, answer: Answer, whole: Tensor) -> str:
+        """Nothing, or how far an answer is from log-probabilities [P, V] of the same prompt."""
+        relative = max(
+            relative_difference(found, expected)
+            for found, expected in (
+                (answer.logprobs, whole.gather(1, answer.best)),
+                (answer.label_logprob, whole.gather(1, answer.labels[:, None])[:, 0]),
+            )
+        )
+        apart = float(best_distance(whole, answer.best, answer.logprobs).mean())
+        label = float((answer.label_logprob.exp() - whole.gather(1, answer.labels[:, None])[:, 0].exp()).abs().mean())
+        # Written so that NaN is no agreement.
+        if relative <= self.tolerance or (self.loose and max(apart, label) <= _SHARE * self.spread):
+            return ""
+        return (
+            f"other log-probabilities (by {relative:.2g} of the largest, allowed are {self.tolerance:.2g}; mean total "
+            f"variation {apart:.2g})"
+        )
 
 
 def check_at_start(
@@ -42,19 +77,26 @@ def check_at_start(
     *,
     num_best: int,
     dtype: torch.dtype,
+    loose: bool = False,
     reference: Reference | None = None,
-) -> None:
-    """Raise UserError for the first check that fails. dtype: of the weights, which says how near is near enough."""
-    first, second = probe_questions(wanted.vocab_size, [min(size, runner.longest) for size in _LENGTHS])
-    pair = [first, second]
+) -> Nearness:
+    """How near two answers of this teacher must be. Raises UserError for the first check that fails.
+
+    dtype: of the weights, which says how near is near enough. loose: whether the teacher computes a token otherwise in
+    another batch, by its own making. reference: of the prompts of `probe_pair`.
+    """
+    pair = probe_pair(wanted.vocab_size, runner.longest)
     whole = [_whole(runner, question) for question in pair]
     if any(bool(one.isnan().any()) for one in whole):
         log.warning("engine vllm_logprobs: the teacher's logits are not finite on two short prompts; rows will tell")
-        return
+        return Nearness(tolerance(dtype), loose, spread=0.0)
     _check_whole(whole)
     _check_untold(whole, vocab_size=wanted.vocab_size, num_best=num_best)
-    near = tolerance(dtype)
+    lines = torch.cat(whole).exp()
+    spread = float((lines - lines.roll(1, 0)).abs().sum(1).mean()) / 2
+    near = Nearness(tolerance(dtype), loose, spread)
     others = probe_questions(wanted.vocab_size, [min(size, runner.longest) for size in (3, 13, 1)], seed=1)
+    first, second = pair
     for what, asked in (
         ("alone", [first]),
         ("alone", [second]),
@@ -67,13 +109,13 @@ def check_at_start(
                 _check_answer(answer, whole[pair.index(question)], what, near=near)
     _check_pieces(runner, wanted, num_best=num_best, near=near)
     if reference is not None:
-        for found, expected in zip(whole, reference(pair), strict=True):
-            difference = relative_difference(found, expected)
-            if not difference <= near:
-                raise UserError(
-                    f"engine vllm_logprobs: vLLM's log-probabilities differ from those of transformers by "
-                    f"{difference:.2g} of the largest, allowed are {near:.2g}; {_ADVICE}"
-                )
+        _check_reference(whole, reference)
+    return near
+
+
+def probe_pair(vocab_size: int, longest: int) -> list[Question]:
+    """The two prompts that are the measure."""
+    return probe_questions(vocab_size, [min(size, longest) for size in _LENGTHS])
 
 
 def probe_questions(vocab_size: int, lengths: Sequence[int], *, seed: int = 0) -> list[Question]:
@@ -126,32 +168,24 @@ def _check_untold(whole: Sequence[Tensor], *, vocab_size: int, num_best: int) ->
         )
 
 
-def _check_answer(answer: Answer, whole: Tensor, what: str, *, near: float) -> None:
+def _check_answer(answer: Answer, whole: Tensor, what: str, *, near: Nearness) -> None:
     """An answer of the R best against the whole distribution of the same prompt alone."""
-    slack = near * float(whole[whole.isfinite()].abs().max())
-    difference = max(
-        relative_difference(found, expected)
-        for found, expected in (
-            (answer.logprobs, whole.gather(1, answer.best)),
-            (answer.label_logprob, whole.gather(1, answer.labels[:, None])[:, 0]),
-        )
-    )
+    wrong = near.agree(answer, whole)
+    slack = near.tolerance * float(whole[whole.isfinite()].abs().max())
     least = whole.topk(answer.best.shape[1], dim=1).values[:, -1]
     low = (whole > answer.label_logprob[:, None] + slack).sum(1)
     high = (whole >= answer.label_logprob[:, None] - slack).sum(1)
     misplaced = (answer.label_rank - 1 < low) | (answer.label_rank > high)
-    wrong = ""
-    if not difference <= near:
-        wrong = f"other log-probabilities (by {difference:.2g} of the largest, allowed are {near:.2g})"
-    elif bool((answer.logprobs.amin(1) < least - slack).any()):
+    # In a loose teacher near equals change places with the batch; each batch is checked in itself (top_logprobs.py).
+    if not wrong and not near.loose and bool((answer.logprobs.amin(1) < least - slack).any()):
         wrong = "ids that are not the best"
-    elif bool(misplaced.any()):
+    if not wrong and not near.loose and bool(misplaced.any()):
         wrong = f"a rank that is not its label's ({int(answer.label_rank[misplaced][0])})"
     if wrong:
         raise UserError(f"engine vllm_logprobs: asked {what}, vLLM tells {wrong} of a prompt; {_ADVICE}")
 
 
-def _check_pieces(runner: LogprobsRunner, wanted: TopKWanted, *, num_best: int, near: float) -> None:
+def _check_pieces(runner: LogprobsRunner, wanted: TopKWanted, *, num_best: int, near: Nearness) -> None:
     """A prompt behind so many others that a step of vLLM ends in the middle of it."""
     if runner.at_once is None or runner.at_once > _MOST_TOKENS:
         log.warning("engine vllm_logprobs: prompts in pieces are not checked (tokens of a step: %s)", runner.at_once)
@@ -163,12 +197,21 @@ def _check_pieces(runner: LogprobsRunner, wanted: TopKWanted, *, num_best: int, 
     others = probe_questions(wanted.vocab_size, [length for length in lengths if length], seed=3)
     (alone,) = ask(runner, [question], num_best)
     *_, cut = ask(runner, [*others, question], num_best)
-    difference = max(
-        relative_difference(cut.logprobs.sort(1).values, alone.logprobs.sort(1).values),
-        relative_difference(cut.label_logprob, alone.label_logprob),
+    if text := near.same(alone, cut, head_size=runner.head_size):
+        raise UserError(f"engine vllm_logprobs: computed in pieces, a prompt gets {text}; {_ADVICE}")
+
+
+def _check_reference(whole: Sequence[Tensor], reference: Reference) -> None:
+    found = reference.distance(whole)
+    log.info(
+        "engine vllm_logprobs: against %s: mean total variation %.2g, allowed are %.2g (%s)",
+        reference.source,
+        found,
+        reference.bound,
+        reference.bound_text,
     )
-    if not difference <= near:
+    if not found <= reference.bound:
         raise UserError(
-            f"engine vllm_logprobs: computed in pieces, a prompt gets other log-probabilities (by {difference:.2g} of "
-            f"the largest, allowed are {near:.2g}); {_ADVICE}"
+            f"engine vllm_logprobs: vLLM's log-probabilities are not those of {reference.source}: mean total variation "
+            f"{found:.2g}, allowed are {reference.bound:.2g} ({reference.bound_text}); {_ADVICE}"
         )

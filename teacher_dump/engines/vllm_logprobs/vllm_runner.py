@@ -27,7 +27,7 @@ from potstill.teacher_dump.engines.vllm_engine.vllm_runner import (
 from potstill.teacher_dump.engines.vllm_logprobs.runner import Answer, Question
 
 
-def logprobs_arguments(teacher: TeacherConfig, *, dtype: str, row_length: int | None) -> dict[str, Any]:
+def telling_arguments(teacher: TeacherConfig, *, dtype: str, row_length: int | None) -> dict[str, Any]:
     """What the `vllm.LLM` that tells log-probabilities is made with."""
     arguments = model_arguments(teacher, dtype=dtype, row_length=row_length)
     return arguments | {
@@ -109,5 +109,5 @@ def start_logprobs_runner(
 ) -> VllmLogprobsRunner:
     """Load the weights into vLLM. Raises UserError where vLLM refuses them or its options."""
     return VllmLogprobsRunner(
-        start_llm(teacher, devices, logprobs_arguments(teacher, dtype=dtype, row_length=row_length))
+        start_llm(teacher, devices, telling_arguments(teacher, dtype=dtype, row_length=row_length))
     )
