@@ -302,6 +302,9 @@ class DumpConfig(WalkConfig):
     temperatures: list[float] = Field(
         default_factory=list, max_length=16, description="Temperatures besides 1 whose tails are stored exactly"
     )
+    entropy: bool = Field(
+        default=True, description="Store the entropy; false is due where the engine sees log-probabilities alone"
+    )
     frequency_ids: bool = Field(
         default=False,
         description="Store ids as their ranks by frequency in the text, which compress better (7 to 9 % of a store); "
@@ -315,6 +318,20 @@ class DumpConfig(WalkConfig):
                 f"engine {self.teacher.engine} gives a finished top-k, of which nothing can be drawn; use selection "
                 "mode top_k or top_p_k, or engine hf"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _only_logprobs(self) -> Self:
+        if not ENGINES[self.teacher.engine].only_logprobs:
+            return self
+        name = f"engine {self.teacher.engine} sees the best log-probabilities at temperature 1 alone"
+        if self.temperatures:
+            raise ValueError(
+                f"{name}, which say nothing of the tails at temperatures {self.temperatures}; leave temperatures out, "
+                "or use engine hf"
+            )
+        if self.entropy:
+            raise ValueError(f"{name}, which say nothing of the entropy; set entropy=false, or use engine hf")
         return self
 
     @model_validator(mode="after")
@@ -341,4 +358,8 @@ class ScoreConfig(WalkConfig):
     def _one_model(self) -> Self:
         if self.model.checkpoints:
             raise ValueError("score runs one model: leave model.checkpoints out and run score once for each of them")
+        if ENGINES[self.model.engine].only_logprobs:
+            raise ValueError(
+                f"engine {self.model.engine} gives no entropy, which a scores store holds of each token; use engine hf"
+            )
         return self

@@ -1,4 +1,4 @@
-"""What every engine gives: hidden states before the head, logits, or a finished top-k; and the ranks that run it.
+"""What every engine gives: hidden states, logits, a finished top-k or log-probabilities; and the ranks that run it.
 
 Legend: B lines, L tokens per line, M target positions of a batch, D hidden size, V output rows of the head (padding
 included), k entries per position.
@@ -55,7 +55,25 @@ class FinishedTopK:
     topk: TopK  # [M, k], on the engine's device
 
 
-TeacherOutput = HiddenStates | Logits | FinishedTopK
+@dataclass(frozen=True)
+class TopLogprobs:
+    """What an engine gives that sees log-probabilities alone, at the batch's target positions and T = 1.
+
+    ids int32 [M, k], logprobs float32 [M, k] (value down, id up), normalised over the ids below vocab_size; log_tail
+    float32 [M], log mass outside the k ids (-inf: none); label_logprob float32 [M]; label_rank int32 [M] (0 = argmax);
+    excluded_mass float32 [M], mass of the ids at and above vocab_size, as far as the engine has seen it.
+    A position with NaN in label_logprob has no finite logits. See top_logprobs.py for what is checked.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+    log_tail: Tensor
+    label_logprob: Tensor
+    label_rank: Tensor
+    excluded_mass: Tensor
+
+
+TeacherOutput = HiddenStates | Logits | FinishedTopK | TopLogprobs
 
 
 @dataclass(frozen=True, kw_only=True)

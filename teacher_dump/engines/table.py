@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from potstill.teacher_dump.engines.vllm_engine.options import IDLE_OPTIONS, REFUSED_OPTIONS
+from potstill.teacher_dump.engines.vllm_logprobs.options import LOGPROBS_OPTIONS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,7 @@ class EngineEntry:
     mixture:     whole name of the module whose `load` runs an ensemble of such teachers as one; None: there is none
     refuses:     settings of TeacherConfig that it cannot run with, key -> value
     gives_top_k: whether it gives a finished top-k, of which nothing can be drawn
+    only_logprobs: whether log-probabilities at T = 1 are all it gives: no entropy, no tails at other temperatures
     mixes:       whether its units may stand in a store beside those of others that mix (engine_mix.py)
     split:       how it runs with `tensor_parallel` above 1, as an entry of its own; None: it does not
     splits_itself:    whether it runs with `tensor_parallel` above 1 by this same entry, inside one worker
@@ -34,6 +36,7 @@ class EngineEntry:
     mixture: str | None = None
     refuses: Mapping[str, object] = field(default_factory=dict)
     gives_top_k: bool = False
+    only_logprobs: bool = False
     mixes: bool = False
     split: EngineEntry | None = None
     splits_itself: bool = False
@@ -74,6 +77,18 @@ ENGINES: dict[str, EngineEntry] = {
         pins="potstill.teacher_dump.engines.vllm_engine.pins",
         idle_options=IDLE_OPTIONS,
         refuses_options=REFUSED_OPTIONS,
+    ),
+    "vllm_logprobs": EngineEntry(
+        module="potstill.teacher_dump.engines.vllm_logprobs.engine",
+        description="log-probabilities that vLLM tells, where it gives no hidden states: no entropy, no draws, T = 1",
+        refuses={"compile": True, "head": "logits"},
+        gives_top_k=True,
+        only_logprobs=True,
+        splits_itself=True,
+        takes_row_length=True,
+        pins="potstill.teacher_dump.engines.vllm_logprobs.pins",
+        idle_options=IDLE_OPTIONS,
+        refuses_options={**REFUSED_OPTIONS, **dict.fromkeys(LOGPROBS_OPTIONS, "the engine sets it itself")},
     ),
 }
 

@@ -20,11 +20,16 @@ def pins(teacher: TeacherConfig, *, dtype: str) -> Mapping[str, Any]:
     `attention` is what was asked for; what the workers have taken is only known when they are loaded, and stands in the
     record of each unit.
     """
+    return pins_of(teacher, pooling_arguments(teacher, dtype=dtype, row_length=None))
+
+
+def pins_of(teacher: TeacherConfig, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+    """See pins; `arguments` are those that the `vllm.LLM` will be made with. Raises UserError."""
     vllm = import_vllm()
     from vllm.engine.arg_utils import EngineArgs
 
     try:
-        config = EngineArgs(**pooling_arguments(teacher, dtype=dtype, row_length=None)).create_engine_config()
+        config = EngineArgs(**arguments).create_engine_config()
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, NotImplementedError, AssertionError) as error:
         raise UserError(
             f"teacher {teacher.model!r} is refused by vLLM {vllm.__version__}: {one_line(error)}"

@@ -27,7 +27,7 @@ from potstill.teacher_dump.identity import weights_folder
 log = logging.getLogger(__name__)
 
 _TASK = "token_embed"
-_REPORT = "potstill.teacher_dump.engines.vllm_engine.worker_report.WorkerReport"
+WORKER_REPORT = "potstill.teacher_dump.engines.vllm_engine.worker_report.WorkerReport"
 # Of a GPU's memory, for vLLM's weights and cache. Its own default (0.92) leaves no room for the head and pieces of the
 # logits, which this process holds beside it.
 GPU_SHARE = 0.8
@@ -92,7 +92,7 @@ def pooling_arguments(teacher: TeacherConfig, *, dtype: str, row_length: int | N
         # vLLM would turn the states into float32 for a head of its own.
         "hf_overrides": {**arguments.get("hf_overrides", {}), "head_dtype": "model"},
         "pooler_config": PoolerConfig(task=_TASK, tok_pooling_type="ALL", use_activation=False),
-        "worker_extension_cls": _REPORT,
+        "worker_extension_cls": WORKER_REPORT,
     }
 
 
@@ -125,18 +125,21 @@ class VllmRunner:
         return [Answer(list(output.prompt_token_ids), output.outputs.data) for output in outputs]
 
     def notes(self) -> Mapping[str, Any]:
-        """Model class and attention backends, which the workers themselves tell; the same on all of them."""
-        reports = self.llm.collective_rpc("potstill_report")
-        if any(report != reports[0] for report in reports):
-            raise UserError(
-                f"engine vllm: its workers do not run the same: {reports}; expected one model, one attention"
-            )
-        return dict(reports[0])
+        """See worker_notes."""
+        return worker_notes(self.llm)
 
     def tokens_counted(self) -> int | None:
         """vLLM's counter of prompt tokens."""
         found = [metric.value for metric in self.llm.get_metrics() if metric.name == "vllm:prompt_tokens"]
         return int(found[0]) if found else None
+
+
+def worker_notes(llm: Any) -> Mapping[str, Any]:
+    """Model class and attention backends, which the workers themselves tell; the same on all of them."""
+    reports = llm.collective_rpc("potstill_report")
+    if any(report != reports[0] for report in reports):
+        raise UserError(f"engine vllm: its workers do not run the same: {reports}; expected one model, one attention")
+    return dict(reports[0])
 
 
 @dataclass(frozen=True)
@@ -210,13 +213,16 @@ def environment(name: str, value: str) -> Iterator[None]:
 
 def start_runner(teacher: TeacherConfig, devices: Devices, *, dtype: str, row_length: int | None) -> VllmRunner:
     """Load the weights into vLLM. Raises UserError where vLLM refuses them or its options."""
+    return VllmRunner(start_llm(teacher, devices, pooling_arguments(teacher, dtype=dtype, row_length=row_length)))
+
+
+def start_llm(teacher: TeacherConfig, devices: Devices, arguments: Mapping[str, Any]) -> Any:
+    """The `vllm.LLM` made with these arguments. Raises UserError where vLLM refuses them."""
     vllm = import_vllm()
-    arguments = pooling_arguments(teacher, dtype=dtype, row_length=row_length)
     with only_gpus(devices), environment(OWNER, owner_mark()):
         try:
-            llm = vllm.LLM(**arguments)
+            return vllm.LLM(**arguments)
         except (OSError, ValueError, TypeError, KeyError, RuntimeError, NotImplementedError, AssertionError) as error:
             raise UserError(
                 f"teacher {teacher.model!r} cannot be loaded by vLLM {vllm.__version__}: {one_line(error)}"
             ) from error
-    return VllmRunner(llm)
