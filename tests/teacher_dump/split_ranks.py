@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +31,17 @@ def dump_all(tokens: str, series: str, begun: str, stopped: str, models: list[st
     found["held"] = [_share_held(engine.model) for engine in engines]
     if os.environ["RANK"] == "0":
         found["distance"] = _from_one_process(engines[-1].head, *passes[-1], model=models[-1])
-    with _interrupted_at(pass_number=2):
+    with _in_pass(2, _signal_myself):
         found["stopped"] = _outcome(lambda: dump(settings(tokens, stopped, models[0])))
-    found["units_before"] = len(list(Path(stopped, "units").glob("u*.json")))
-    for name, output in (("continued", stopped), ("begun", begun)):
-        found[name] = _outcome(lambda output=output: dump(settings(tokens, output, models[0])))
+    found["begun"] = _outcome(lambda: dump(settings(tokens, begun, models[0])))
     return found
+
+
+def lose_rank(tokens: str, output: str, model: str, lost: int) -> None:
+    """A dump in whose second pass one rank dies; the other writes into OUTPUT.seen what it saw of that."""
+    with _in_pass(2, lambda: os._exit(1) if int(os.environ["RANK"]) == lost else None):
+        seen = _outcome(lambda: dump(settings(tokens, output, model)))
+    Path(f"{output}.seen").write_text(seen)
 
 
 def _watched() -> tuple[list[Any], list[tuple[Any, Any]]]:
@@ -79,30 +86,27 @@ def _from_one_process(head: Any, batch: Any, states: Any, *, model: str) -> dict
 def _outcome(work: Callable[[], Any]) -> str:
     try:
         return str(work().format())
-    except UserError as error:
+    except (UserError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
 
 
-class _interrupted_at:
-    """The first rank gets USR1 in a pass, and the others get TERM, which is not theirs to answer."""
+def _signal_myself() -> None:
+    """The first rank gets USR1, the others TERM, which is not theirs to answer."""
+    os.kill(os.getpid(), signal.SIGUSR1 if os.environ["RANK"] == "0" else signal.SIGTERM)
 
-    def __init__(self, *, pass_number: int) -> None:
-        self._left = pass_number
 
-    def __enter__(self) -> None:
-        from potstill.teacher_dump.engines.tensor_parallel import SplitEngine
+@contextmanager
+def _in_pass(number: int, act: Callable[[], None]) -> Iterator[None]:
+    """`act` on each rank as this pass of the dump begins there, counted from 1."""
+    from potstill.teacher_dump.engines.tensor_parallel import SplitEngine
 
-        self._before = SplitEngine._lines
+    passes, before = itertools.count(1), SplitEngine._lines
 
-        def signalled(engine: Any, *arguments: Any) -> Any:
-            self._left -= 1
-            if self._left == 0:
-                os.kill(os.getpid(), signal.SIGUSR1 if os.environ["RANK"] == "0" else signal.SIGTERM)
-            return self._before(engine, *arguments)
+    def acting(engine: Any, *arguments: Any) -> Any:
+        if next(passes) == number:
+            act()
+        return before(engine, *arguments)
 
-        SplitEngine._lines = signalled  # type: ignore[method-assign]
-
-    def __exit__(self, *_: object) -> None:
-        from potstill.teacher_dump.engines.tensor_parallel import SplitEngine
-
-        SplitEngine._lines = self._before  # type: ignore[method-assign]
+    SplitEngine._lines = acting  # type: ignore[method-assign]
+    yield
+    SplitEngine._lines = before  # type: ignore[method-assign]
