@@ -105,7 +105,9 @@ def entry_of(name: str, tensor_parallel: int = 1) -> EngineEntry:
         return entry
     if entry.split is None:
         able = " or ".join(name for name, entry in ENGINES.items() if entry.split is not None or entry.splits_itself)
-        raise ValueError(f"engine {name} does not know tensor_parallel={tensor_parallel}: leave it out, or use {able}")
+        raise ValueError(
+            f"engine {name} does not know tensor_parallel={tensor_parallel}: leave it out, or use engine {able}"
+        )
     return entry.split
 
 

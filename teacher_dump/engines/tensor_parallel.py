@@ -20,6 +20,7 @@ from potstill.teacher_dump.engines.hf import HfEngine, choose_device, load_weigh
 from potstill.teacher_dump.engines.team import Lines, Load, Team, TeamRanks, form_team
 from potstill.teacher_dump.host_copies import to_device
 from potstill.teacher_dump.identity import load_config
+from potstill.teacher_dump.placing import local_device_index
 
 _PLACED = ("device_map", "quantization_config")
 _HEADS = ("num_attention_heads", "num_key_value_heads")
@@ -47,7 +48,8 @@ class SplitEngine(HfEngine):
 
 
 def join_group(teacher: TeacherConfig) -> TeamRanks:
-    """The ranks that hold this teacher; nothing is loaded yet. Raises UserError without a launcher."""
+    """The ranks that hold this teacher; nothing is loaded yet. Raises UserError without a launcher for them."""
+    _refuse_what_cannot_be_split(teacher)
     team = form_team(teacher.tensor_parallel, _device(teacher))
     return TeamRanks(team, lambda: load(teacher))
 
@@ -58,7 +60,6 @@ def load(teacher: TeacherConfig, wanted: TopKWanted | None = None) -> SplitEngin
 
     device = _device(teacher)
     team = form_team(teacher.tensor_parallel, device)
-    _refuse_what_cannot_be_split(teacher)
     with team.together(Load()):
         model = load_weights(
             teacher, {**teacher.load_options, "distributed_config": DistributedConfig(tp_size=team.size)}
@@ -74,6 +75,11 @@ def _device(teacher: TeacherConfig) -> torch.device:
         raise UserError(
             f"device {wanted!r} with tensor_parallel={teacher.tensor_parallel}: each rank takes a {found.type} of "
             "its own; use auto"
+        )
+    if found.type == "cuda" and local_device_index() >= torch.cuda.device_count():
+        raise UserError(
+            f"rank {local_device_index()} of this machine sees {torch.cuda.device_count()} GPUs, and each rank of "
+            "tensor_parallel takes the GPU of its number; show all GPUs to all ranks, and start no more ranks than GPUs"
         )
     make_current(found)
     return found

@@ -35,10 +35,17 @@ def tasks_of(cluster: Any) -> dict[str, int]:
 
 
 def submit(cluster: Any, folder: Path) -> dict[str, str]:
-    """Run the script; the number of the job of each name in the queue."""
+    """Run the script; the number of the job of each name in the queue.
+
+    Behind each of its arrays datatrove submits a job of the same name that adds up its statistics. The queue lists what
+    waits before what runs, so only the numbers tell them apart: the array has the lower one.
+    """
     cluster.run("python dump_slurm.py", where=folder, seconds=120)
     lines = cluster.run("squeue -h -o '%F %j'", where=folder).splitlines()
-    return {name: job for job, name in (line.split() for line in lines)}
+    found: dict[str, int] = {}
+    for job, name in (line.split() for line in lines):
+        found[name] = min(int(job), found.get(name, int(job)))
+    return {name: str(job) for name, job in found.items()}
 
 
 @needs_datatrove
