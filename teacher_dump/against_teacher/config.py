@@ -24,9 +24,9 @@ class AgainstTeacherConfig(StrictModel):
     )
     rows: int = Field(default=64, ge=2, le=1 << 20, description="Rows that the teacher is run over, spread evenly")
     seed: int = Field(default=0, ge=0, lt=1 << 63, description="Chooses the rows, and their order in the control")
-    same_machine: bool = Field(
+    other_machine: bool = Field(
         default=False,
-        description="STORE was dumped on a machine and with versions like these: rounding elsewhere is no excuse",
+        description="STORE was dumped on other hardware or by other versions: allow for what its dtype rounds there",
     )
 
     @model_validator(mode="after")

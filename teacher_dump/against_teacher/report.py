@@ -14,6 +14,7 @@ _SHOWN = 5  # rows, or excesses, in the text; JSON has all
 _BECAUSE = {
     "grid": "nearer than the grid of the store can show",
     "control": "as near as the live teacher is to itself in other batches",
+    "rounding": "within what rounding makes on other hardware",
 }
 
 
@@ -22,7 +23,7 @@ class TeacherReport:
     """A store held against its teacher.
 
     differing: what run.json says of the teacher and what is true now, by key, where they differ. refused: rows of which
-    the live teacher gives no finite logits, and why. silent: rows that are stored without targets.
+    the live teacher gives no finite logits, and why. silent: rows that are stored without targets. within_rounding: whether it would agree with --other-machine.
     """
 
     store: str
@@ -37,7 +38,7 @@ class TeacherReport:
     refused: tuple[tuple[int, str], ...]
     silent: tuple[int, ...]
     verdict: Verdict
-    same_machine: bool
+    within_rounding: bool
 
     @property
     def positions(self) -> int:
@@ -62,25 +63,22 @@ class TeacherReport:
             return f"the store says what this teacher says: {self._as_near()}"
         reasons = [f"{len(self.refused)} rows of which the teacher gives no finite logits"] if self.refused else []
         reasons += [f"{len(self.lacking)} rows with targets on one side only"] if self.lacking else []
-        excesses, rows = self.verdict.excesses, {one.row for one in self.verdict.excesses} - {None}
-        if any(one.row is None for one in excesses):
-            reasons.append("all rows together are further from it than it is from itself")
-        elif excesses:
-            few = f"{len(rows)} of {len(self.rows)} rows" if len(rows) > 1 else f"row {next(iter(rows))}"
-            reasons.append(f"{few} stand out, and the others agree: damage, or a change that few tokens show")
+        out = self.verdict.rows
+        if self.verdict.excesses and self.verdict.others_agree:
+            few = f"row {out[0]} stands" if len(out) == 1 else f"{len(out)} of {len(self.rows)} rows stand"
+            reasons.append(f"{few} out, and the others agree: damage, or a change that few tokens show")
+        elif self.verdict.excesses:
+            reasons.append("it is further from it than that is from itself")
+        if self.verdict.excesses and self.within_rounding:
+            reasons.append(
+                f"this is within what rounding to {self.dtype} makes on other hardware: if the store was dumped on "
+                "another machine, say --other-machine"
+            )
         return f"the store does not say what this teacher says: {'; '.join(reasons)}"
 
     def _as_near(self) -> str:
         because = {one.bound.because for one in self.verdict.overall.values() if one.bound and one.stored > 0}
-        for name in ("rounding", "control", "grid"):
-            if name in because and name == "rounding":
-                return (
-                    f"within what rounding to {self.dtype} makes on other hardware (--same-machine holds it against "
-                    "the control alone)"
-                )
-            if name in because:
-                return _BECAUSE[name]
-        return "no value differs"
+        return next((_BECAUSE[name] for name in ("rounding", "control", "grid") if name in because), "no value differs")
 
     def to_json(self) -> dict[str, Any]:
         """All figures; rows in their order."""
@@ -91,6 +89,7 @@ class TeacherReport:
             "dtype": self.dtype,
             "ok": self.ok,
             "verdict": self.words,
+            "within_rounding": self.within_rounding,
             "same_weights": "weights_digest" not in self.differing,
             "differing": {key: {"stored": a, "live": b} for key, (a, b) in self.differing.items()},
             "rows_compared": len(self.rows),

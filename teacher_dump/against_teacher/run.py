@@ -58,9 +58,9 @@ def hold_against_teacher(store_path: str, config: AgainstTeacherConfig) -> Teach
                     refused.append((one.tokens.row, one.refused))
                 else:
                     found.append(one.distances())
-    judged = [row for row in found if row.positions]
-    dtype = None if config.same_machine else live.engine.dtype
-    verdict = Judge(spec=store.spec, dtype=dtype, rows=judged).verdict()
+    judge = Judge(spec=store.spec, rounding=None, rows=[row for row in found if row.positions])
+    elsewhere = replace(judge, rounding=live.engine.dtype).verdict()
+    verdict = elsewhere if config.other_machine else judge.verdict()
     return TeacherReport(
         store=store.url,
         tokens=tokens.url,
@@ -74,7 +74,7 @@ def hold_against_teacher(store_path: str, config: AgainstTeacherConfig) -> Teach
         refused=tuple(refused),
         silent=tuple(silent),
         verdict=verdict,
-        same_machine=config.same_machine,
+        within_rounding=not elsewhere.excesses,
     )
 
 

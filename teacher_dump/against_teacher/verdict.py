@@ -1,14 +1,14 @@
 """The verdict: whether a store is as near to its live teacher as that is to itself, over all rows, by row, by position.
 
-A distance is allowed up to the largest of what the grid of the store makes, what the rounding of the teacher's dtype
-makes on other hardware, and twice what the live teacher differs from itself in other batches.
+A distance is allowed up to the larger of what the grid of the store makes and twice what the live teacher differs from
+itself in other batches; where the store was dumped on another machine, up to what its dtype's rounding makes there.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from potstill.storage import RunSpec
@@ -66,18 +66,27 @@ class Overall:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was decided: `excesses` is empty where the store agrees."""
+    """What was decided: `excesses` is empty where the store agrees.
+
+    others_agree: whether without the rows that have one of their own the others, one at least, would agree.
+    """
 
     overall: dict[str, Overall]
     excesses: tuple[Excess, ...]
+    others_agree: bool
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Rows that have an excess of their own, in the order of `excesses`."""
+        return tuple(dict.fromkeys(one.row for one in self.excesses if one.row is not None))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Judge:
-    """Bounds for one store. dtype: that the live teacher computes in; None: rounding elsewhere is no excuse."""
+    """Bounds for one store. rounding: the dtype whose rounding on another machine is allowed for; None: it is not."""
 
     spec: RunSpec
-    dtype: str | None
+    rounding: str | None
     rows: Sequence[RowDistances]
 
     def verdict(self) -> Verdict:
@@ -102,7 +111,14 @@ class Judge:
             excesses += self._by_row(measure, rows, control=control, spread=spread)
             if measure.single:
                 excesses += self._by_position(measure, rows)
-        return Verdict(overall, tuple(excesses))
+        return Verdict(overall, tuple(excesses), self._others_agree(excesses))
+
+    def _others_agree(self, excesses: Sequence[Excess]) -> bool:
+        out = {one.row for one in excesses}
+        others = [row for row in self.rows if row.row not in out]
+        if not others or len(others) == len(self.rows):
+            return not excesses
+        return not replace(self, rows=others).verdict().excesses
 
     def _by_row(self, measure: Measure, rows: Sequence[RowDistances], *, control: float, spread: float) -> list[Excess]:
         found = []
@@ -136,4 +152,7 @@ class Judge:
 
     def _rounding(self, measure: Measure, units: float) -> float:
         assert measure.slope is not None
-        return 0.0 if self.dtype is None else measure.slope * math.expm1(units * ROUNDING[self.dtype])
+        if self.rounding is None:
+            return 0.0
+        unit = ROUNDING.get(self.rounding, ROUNDING["bfloat16"])  # quantised weights compute in bfloat16
+        return measure.slope * math.expm1(units * unit)
