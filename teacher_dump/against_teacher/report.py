@@ -23,7 +23,8 @@ class TeacherReport:
     """A store held against its teacher.
 
     differing: what run.json says of the teacher and what is true now, by key, where they differ. refused: rows of which
-    the live teacher gives no finite logits, and why. silent: rows that are stored without targets. within_rounding: whether it would agree with --other-machine.
+    the live teacher gives no finite logits, and why. silent: rows that are stored without targets. within_rounding:
+    whether the store would agree with --other-machine.
     """
 
     store: str
