@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from potstill.common.config import StorePlace, StrictModel
 from potstill.common.named_entries import NameIn
-from potstill.teacher_dump.engines.table import ENGINES, describe_engines, refusal_text
+from potstill.teacher_dump.engines.table import ENGINES, describe_engines, entry_of, refusal_text
 from potstill.teacher_dump.packing.table import PACKINGS, describe_packings
 from potstill.teacher_dump.records.table import kind_key
 
@@ -187,6 +187,11 @@ class TeacherConfig(StrictModel):
     device: str = Field(
         default="auto", description="auto, cpu, cuda or cuda:N; auto takes the worker's GPU if there is one"
     )
+    tensor_parallel: int = Field(
+        default=1,
+        ge=1,
+        description="Parts that every layer is split into; hf: ranks of torchrun, vllm: GPUs of one worker",
+    )
     attention: str | None = Field(default=None, description="Attention backend of transformers; None lets it choose")
     documents: Literal["packed", "apart"] = Field(
         default="packed",
@@ -204,7 +209,9 @@ class TeacherConfig(StrictModel):
     check_tokenizer: bool = Field(
         default=True, description="Refuse a model whose own tokenizer is not that of the rows"
     )
-    load_options: dict[str, Any] = Field(default_factory=dict, description="Passed on to from_pretrained")
+    load_options: dict[str, Any] = Field(
+        default_factory=dict, description="Passed on to from_pretrained (engine vllm: to vllm.LLM)"
+    )
     checkpoints: list[PlaceText] = Field(
         default_factory=list, description="Checkpoints of `model` (folders, or revisions), each into OUTPUT/NAME"
     )
@@ -215,15 +222,18 @@ class TeacherConfig(StrictModel):
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
-        engine = ENGINES[self.engine]
+        engine = entry_of(self.engine, self.tensor_parallel)
         if self.ensemble and (self.checkpoints or engine.mixture is None):
             able = " or ".join(name for name, entry in ENGINES.items() if entry.mixture is not None)
-            raise ValueError(f"an ensemble has no checkpoints and runs on engine {able}")
+            raise ValueError(f"an ensemble has no checkpoints and runs on engine {able}, with tensor_parallel=1")
         named = {"dtype": "dtype", "torch_dtype": "dtype", "attn_implementation": "attention"}
         for option in self.load_options.keys() & named.keys():
             raise ValueError(f"load_options.{option} is not recorded in the store; set teacher.{named[option]} instead")
         if any(getattr(self, key) == value for key, value in engine.refuses.items()):
-            raise ValueError(refusal_text(self.engine))
+            raise ValueError(refusal_text(self.engine, self.tensor_parallel))
+        for option in self.load_options.keys() & engine.refuses_options.keys():
+            why = engine.refuses_options[option]
+            raise ValueError(f"engine {self.engine} does not take load_options.{option}: {why}")
         return self
 
 
@@ -292,6 +302,9 @@ class DumpConfig(WalkConfig):
     temperatures: list[float] = Field(
         default_factory=list, max_length=16, description="Temperatures besides 1 whose tails are stored exactly"
     )
+    entropy: bool = Field(
+        default=True, description="Store the entropy; false is due where the engine sees log-probabilities alone"
+    )
     frequency_ids: bool = Field(
         default=False,
         description="Store ids as their ranks by frequency in the text, which compress better (7 to 9 % of a store); "
@@ -305,6 +318,20 @@ class DumpConfig(WalkConfig):
                 f"engine {self.teacher.engine} gives a finished top-k, of which nothing can be drawn; use selection "
                 "mode top_k or top_p_k, or engine hf"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _only_logprobs(self) -> Self:
+        if not ENGINES[self.teacher.engine].only_logprobs:
+            return self
+        name = f"engine {self.teacher.engine} sees the best log-probabilities at temperature 1 alone"
+        if self.temperatures:
+            raise ValueError(
+                f"{name}, which say nothing of the tails at temperatures {self.temperatures}; leave temperatures out, "
+                "or use engine hf"
+            )
+        if self.entropy:
+            raise ValueError(f"{name}, which say nothing of the entropy; set entropy=false, or use engine hf")
         return self
 
     @model_validator(mode="after")
@@ -331,4 +358,8 @@ class ScoreConfig(WalkConfig):
     def _one_model(self) -> Self:
         if self.model.checkpoints:
             raise ValueError("score runs one model: leave model.checkpoints out and run score once for each of them")
+        if ENGINES[self.model.engine].only_logprobs:
+            raise ValueError(
+                f"engine {self.model.engine} gives no entropy, which a scores store holds of each token; use engine hf"
+            )
         return self

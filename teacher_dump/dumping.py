@@ -25,19 +25,21 @@ from potstill.storage import (
 )
 from potstill.teacher_dump.batches import TeacherBatch
 from potstill.teacher_dump.config import DumpConfig, SelectionConfig
-from potstill.teacher_dump.engines.base import TeacherEngine, TopKWanted
+from potstill.teacher_dump.engines.base import TeacherEngine, TopKWanted, TopLogprobs
+from potstill.teacher_dump.engines.top_logprobs import as_topk
 from potstill.teacher_dump.id_frequencies import id_frequencies
 from potstill.teacher_dump.job import Job, WorkerSummary
 from potstill.teacher_dump.left_out import LeftOut, RowsOf
-from potstill.teacher_dump.on_device import batch_sample, batch_topk
+from potstill.teacher_dump.on_device import batch_best, batch_sample
 from potstill.teacher_dump.pipeline import BatchRows
-from potstill.teacher_dump.selection import PREFIXES, TARGET_STATS, HostBatch, cut_rows, selection_spec
+from potstill.teacher_dump.selection import PREFIXES, HostBatch, cut_rows, selection_spec, target_stats
 from potstill.teacher_dump.series import SeriesSummary, dump_series
 from potstill.teacher_dump.worker import run_worker
 
 # Does the whole of one dump, over all rows (None) or those given.
 Runner = Callable[[DumpConfig, "NDArray[np.int64] | None"], WorkerSummary]
 SIDE_COLUMNS = ("entropy", "label_logprob", "label_rank")  # of the teacher's whole distribution, beside the entries
+NO_ENTROPY = "the entropy over the vocabulary"  # in `info.lost` of a store without it
 
 
 def dump(
@@ -76,6 +78,8 @@ class DumpJob(Job):
     def spec(self, tokens: StoreReader, teacher: dict[str, object]) -> RunSpec:
         selection = self.config.selection
         mask = None if self.rows is None else held_mask(self.rows, tokens.num_rows)
+        stats = target_stats(entropy=self.config.entropy)
+        info: dict[str, Any] = {"seed": selection.seed} if selection.mode == "sample" else {}
         return RunSpec(
             kind="targets",
             row_length=tokens.spec.row_length,
@@ -86,10 +90,10 @@ class DumpJob(Job):
             input_digest=tokens.digest,
             selection=selection_spec(selection),
             temperatures=tuple(self.config.temperatures),
-            stats=TARGET_STATS if mask is None else (*TARGET_STATS, HELD),
+            stats=stats if mask is None else (*stats, HELD),
             only_rows=None if mask is None else only_rows_field(mask),
             teacher=teacher,
-            info={"seed": selection.seed} if selection.mode == "sample" else {},
+            info=info if self.config.entropy else {**info, "lost": [NO_ENTROPY]},
         )
 
     def left_out(self, spec: RunSpec) -> LeftOut | None:
@@ -109,6 +113,11 @@ class DumpJob(Job):
 
     def compute(self, engine: TeacherEngine, batch: TeacherBatch, vocab_size: int) -> DumpResult:
         selection, chunk_bytes = self.config.selection, self.config.teacher.chunk_bytes
+        kept: dict[str, Any] = {
+            "selection": selection,
+            "marks_held": self.rows is not None,
+            "entropy": self.config.entropy,
+        }
         if selection.mode == "sample":
             drawn = batch_sample(
                 engine,
@@ -119,8 +128,8 @@ class DumpJob(Job):
                 vocab_size=vocab_size,
                 chunk_bytes=chunk_bytes,
             )
-            return DumpResult(batch, vocab_size, lambda: host_draws(drawn.wait()), selection, self.rows is not None)
-        topk = batch_topk(
+            return DumpResult(batch, vocab_size, lambda: host_draws(drawn.wait()), **kept)
+        best = batch_best(
             engine,
             batch,
             k=selection.k,
@@ -128,8 +137,7 @@ class DumpJob(Job):
             temperatures=self.config.temperatures,
             chunk_bytes=chunk_bytes,
         )
-        held = self.rows is not None
-        return DumpResult(batch, vocab_size, lambda: host_prefix(topk.wait(), self.config), selection, held)
+        return DumpResult(batch, vocab_size, lambda: host_prefix(best.wait(), self.config), **kept)
 
     def k_bound(self, figures: Mapping[str, float]) -> KBound | None:
         selection, positions = self.config.selection, figures.get("positions", 0.0)
@@ -148,11 +156,12 @@ class DumpResult:
     wait: Callable[[], HostBatch]
     selection: SelectionConfig
     marks_held: bool = False  # whether rows say that they are held, because others are left out
+    entropy: bool = True  # whether rows keep it
 
     def rows(self) -> BatchRows:
         """Wait for the copy, select entries and cut into rows of the store."""
         found = self.wait()
-        rows = list(cut_rows(found, self.batch.rows))
+        rows = list(cut_rows(found, self.batch.rows, entropy=self.entropy))
         if self.marks_held:
             rows = [(replace(row, stats={**row.stats, HELD: 1.0}), refused) for row, refused in rows]
         excluded = np.nan_to_num(found.excluded_mass.astype(np.float64))
@@ -167,10 +176,11 @@ class DumpResult:
         return {"k_bound": float(num_bound), "kept_mass": kept}
 
 
-def host_prefix(topk: TopK, config: DumpConfig) -> HostBatch:
+def host_prefix(found: TopK | TopLogprobs, config: DumpConfig) -> HostBatch:
     """Select a prefix of each token's top-k, on the host."""
     # On the host: cutting to the kept entries has a result of unknown size, which would stop a GPU's queue.
-    return host_batch(PREFIXES[config.selection.mode](topk, config.selection), topk)
+    topk = found if isinstance(found, TopK) else as_topk(found)
+    return host_batch(PREFIXES[config.selection.mode](topk, config.selection), found)
 
 
 def host_draws(sampled: Sampled) -> HostBatch:
@@ -178,9 +188,10 @@ def host_draws(sampled: Sampled) -> HostBatch:
     return host_batch(sampled.targets, sampled)
 
 
-def host_batch(kept: SparseTargetTensors, found: TopK | Sampled) -> HostBatch:
+def host_batch(kept: SparseTargetTensors, found: TopK | Sampled | TopLogprobs) -> HostBatch:
     """The entries kept of a batch and the columns beside them, as arrays of the types that a store has."""
-    columns: dict[str, Any] = dict(kept.columns) | {name: getattr(found, name) for name in SIDE_COLUMNS}
+    side = [name for name in SIDE_COLUMNS if name != "entropy" or not isinstance(found, TopLogprobs)]
+    columns: dict[str, Any] = dict(kept.columns) | {name: getattr(found, name) for name in side}
     arrays = {
         name: {t: _array(value, name) for t, value in values.items()}
         if isinstance(values, Mapping)
@@ -188,7 +199,8 @@ def host_batch(kept: SparseTargetTensors, found: TopK | Sampled) -> HostBatch:
         for name, values in columns.items()
     }
     targets = SparseTargets(offsets=kept.offsets.numpy(), columns=arrays, num_draws=kept.num_draws)
-    return HostBatch(targets=targets, excluded_mass=found.excluded_mass.numpy(), lse=found.lse.numpy())
+    lse = None if isinstance(found, TopLogprobs) else found.lse.numpy()
+    return HostBatch(targets=targets, excluded_mass=found.excluded_mass.numpy(), lse=lse)
 
 
 def _array(tensor: Tensor, name: str) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypedDict, TypeVar, Unpack, cast
 
 import torch
 from torch import Tensor
@@ -13,12 +13,20 @@ from potstill.kernels.device_guard import on_device_of
 from potstill.kernels.topk import Sampled, TopK, select_sample, teacher_topk
 from potstill.kernels.types import SparseTargetTensors
 from potstill.teacher_dump.batches import TeacherBatch, target_places
-from potstill.teacher_dump.engines.base import FinishedTopK, HiddenStates, Logits, TeacherEngine, TopKWanted
+from potstill.teacher_dump.engines.base import (
+    FinishedTopK,
+    HiddenStates,
+    Logits,
+    TeacherEngine,
+    TopKWanted,
+    TopLogprobs,
+)
 from potstill.teacher_dump.engines.finished import check_top_k
+from potstill.teacher_dump.engines.top_logprobs import check_top_logprobs
 from potstill.teacher_dump.host_copies import pinned_like, to_device
 from potstill.teacher_dump.selection import RULED_OUT_LOGIT
 
-Result = TypeVar("Result", TopK, Sampled)
+Result = TypeVar("Result", TopK, Sampled, TopLogprobs)
 
 
 @dataclass(frozen=True)
@@ -36,23 +44,36 @@ class OnItsWay(Generic[Result]):
         return self.result if self.check is None else self.check(self.result)
 
 
-def batch_topk(
-    engine: TeacherEngine,
-    batch: TeacherBatch,
-    *,
-    k: int,
-    vocab_size: int,
-    temperatures: Sequence[float],
-    chunk_bytes: int | None,
-) -> OnItsWay[TopK]:
-    """Run the teacher over a batch and take the k best ids at its M target positions."""
+class BestOptions(TypedDict):
+    """What is asked of a batch; chunk_bytes bounds the logits that exist at a time (None: by device)."""
+
+    k: int
+    vocab_size: int
+    temperatures: Sequence[float]
+    chunk_bytes: int | None
+
+
+def batch_topk(engine: TeacherEngine, batch: TeacherBatch, **options: Unpack[BestOptions]) -> OnItsWay[TopK]:
+    """Run the teacher over a batch and take the k best ids at its M target positions, with every figure of a TopK."""
+    found = batch_best(engine, batch, **options)
+    assert isinstance(found.result, TopK), "the configuration refuses engines that see log-probabilities alone"
+    return cast("OnItsWay[TopK]", found)
+
+
+def batch_best(
+    engine: TeacherEngine, batch: TeacherBatch, **options: Unpack[BestOptions]
+) -> OnItsWay[TopK] | OnItsWay[TopLogprobs]:
+    """As batch_topk, but an engine that sees log-probabilities alone gives them."""
+    k, vocab_size, temperatures = options["k"], options["vocab_size"], tuple(options["temperatures"])
     output = engine.forward(batch)
-    wanted = TopKWanted(k=min(k, vocab_size), vocab_size=vocab_size, temperatures=tuple(temperatures))
+    wanted = TopKWanted(k=min(k, vocab_size), vocab_size=vocab_size, temperatures=temperatures)
+    labels = torch.from_numpy(batch.labels)
+    if isinstance(output, TopLogprobs):
+        return _to_host(output, lambda top: _storable(check_top_logprobs(top, labels, wanted, engine=engine.name)))
     if isinstance(output, FinishedTopK):
-        labels = torch.from_numpy(batch.labels)
         return _to_host(output.topk, lambda topk: check_top_k(topk, labels, wanted, engine=engine.name))
-    options = _teacher_options(engine, output, batch, vocab_size=vocab_size, chunk_bytes=chunk_bytes)
-    return _to_host(_storable(teacher_topk(**options, k=wanted.k, temperatures=wanted.temperatures)))
+    of_model = _teacher_options(engine, output, batch, vocab_size=vocab_size, chunk_bytes=options["chunk_bytes"])
+    return _to_host(_storable(teacher_topk(**of_model, k=wanted.k, temperatures=temperatures)))
 
 
 def batch_sample(
@@ -67,7 +88,7 @@ def batch_sample(
 ) -> OnItsWay[Sampled]:
     """Run the teacher over a batch and draw ids at its M target positions; draws are keyed by (seed, row, position)."""
     output = engine.forward(batch)
-    assert not isinstance(output, FinishedTopK), "the configuration refuses to draw from a finished top-k"
+    assert isinstance(output, HiddenStates | Logits), "the configuration refuses to draw from a finished top-k"
     options = _teacher_options(engine, output, batch, vocab_size=vocab_size, chunk_bytes=chunk_bytes)
     rows, positions = (to_device(array, engine.device) for array in target_places(batch.rows))
     options |= {"seed": seed, "rows": rows, "positions": positions}
@@ -105,10 +126,10 @@ def _teacher_options(
 
 
 def _to_host(result: Result, check: Callable[[Result], Result] | None = None) -> OnItsWay[Result]:
-    if result.lse.device.type != "cuda":
+    if result.label_logprob.device.type != "cuda":
         return OnItsWay(result, None, check)
     # An event is recorded on the current device's stream: on another than the result's it would come too early.
-    with on_device_of(result.lse):
+    with on_device_of(result.label_logprob):
         moved = _moved(result)
         copied = torch.cuda.Event()
         copied.record()
@@ -121,6 +142,6 @@ def _moved(value: Any) -> Any:
         return pinned_like(value).copy_(value, non_blocking=True)
     if isinstance(value, dict):
         return {key: _moved(item) for key, item in value.items()}
-    if isinstance(value, TopK | Sampled | SparseTargetTensors):
+    if isinstance(value, TopK | Sampled | TopLogprobs | SparseTargetTensors):
         return replace(value, **{field.name: _moved(getattr(value, field.name)) for field in fields(value)})
     return value

@@ -23,6 +23,7 @@ NO_RANK = 255
 # Ids that a teacher rules out (logits of -Inf) have log-probabilities below half of this, a label among them has this.
 RULED_OUT_LOGIT = -1e4
 TARGET_STATS = ("mean_loss", "mean_entropy", "accuracy", "kept_mass", "num_targets")
+OF_ENTROPY = "mean_entropy"  # of the statistics the one that a store without entropies has not
 
 
 def _top_k(topk: TopK, selection: SelectionConfig) -> SparseTargetTensors:
@@ -69,12 +70,13 @@ def selection_spec(selection: SelectionConfig) -> Mapping[str, Any]:
 class HostBatch:
     """Results of a batch on the host: targets of its M positions, and what is not stored of each of them.
 
-    excluded_mass float32 [M], mass of ids beyond the vocabulary; lse float32 [M], which shows every bad logit.
+    excluded_mass float32 [M], mass of ids beyond the vocabulary; lse float32 [M], which shows every bad logit, or None
+    of an engine that sees log-probabilities alone: there label_logprob is NaN at such a position.
     """
 
     targets: SparseTargets
     excluded_mass: np.ndarray
-    lse: np.ndarray
+    lse: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -85,25 +87,47 @@ class Refused:
     reason: str
 
 
-def cut_rows(found: HostBatch, rows: Sequence[TokensRow]) -> Iterator[tuple[TargetsRow, Refused | None]]:
+def cut_rows(
+    found: HostBatch, rows: Sequence[TokensRow], *, entropy: bool = True
+) -> Iterator[tuple[TargetsRow, Refused | None]]:
     """Cut a batch's results [M] into store rows; a row with NaN or +Inf logits comes out without targets.
 
-    Nothing is checked here: the store's writer checks every rule once, as for any other caller.
+    entropy: whether the rows keep it. Nothing is checked here: the store's writer checks every rule once, as for any
+    other caller.
     """
     start = 0
     for number, row in enumerate(rows):
         mask = row.has_target()
         stop = start + int(mask.sum())
         part = found.targets.slice(start, stop, rows=slice(number, number + 1))
-        assert part.entropy is not None
-        reason = refusal(found.lse[start:stop], part.entropy, mask) or too_heavy(part)
+        reason = _refusal_of(part, None if found.lse is None else found.lse[start:stop], mask) or too_heavy(part)
+        if not entropy:
+            part = SparseTargets(offsets=part.offsets, columns=part.columns, num_draws=part.num_draws, entropy=None)
         digest = token_digest(row.tokens, row.doc_lens)
         if reason is not None:
-            stats = dict.fromkeys(TARGET_STATS, 0.0)
+            stats = dict.fromkeys(target_stats(entropy=entropy), 0.0)
             yield TargetsRow(row.row, digest, part.without_targets(len(mask)), stats), Refused(row.row, reason)
         else:
             yield TargetsRow(row.row, digest, _row_targets(part, mask), _stats(part)), None
         start = stop
+
+
+def target_stats(*, entropy: bool) -> tuple[str, ...]:
+    """Names of the statistics of a row of targets, in a store with entropies or without."""
+    return tuple(name for name in TARGET_STATS if entropy or name != OF_ENTROPY)
+
+
+def _refusal_of(part: SparseTargets, lse: np.ndarray | None, mask: np.ndarray) -> str | None:
+    """See refusal; where there is no normaliser, by the label's log-probability."""
+    if lse is not None:
+        assert part.entropy is not None
+        return refusal(lse, part.entropy, mask)
+    assert part.label_logprob is not None
+    bad = np.flatnonzero(np.isnan(part.label_logprob))
+    if not len(bad):
+        return None
+    token = int(np.flatnonzero(mask)[bad[0]])
+    return f"log-probabilities are not finite at {len(bad)} of {int(mask.sum())} positions, first at token {token}"
 
 
 def refusal(lse: np.ndarray, entropy: np.ndarray, mask: np.ndarray) -> str | None:
@@ -159,12 +183,12 @@ def order_of_ties(offsets: np.ndarray, ids: np.ndarray, logprobs: np.ndarray) ->
 
 def _stats(part: SparseTargets) -> dict[str, float]:
     loss, entropy, rank = part.label_logprob, part.entropy, part.label_rank
-    if loss is None or entropy is None or rank is None or not part.num_tokens:
-        return dict.fromkeys(TARGET_STATS, 0.0)
+    if loss is None or rank is None or not part.num_tokens:
+        return dict.fromkeys(target_stats(entropy=entropy is not None), 0.0)
     kept = -np.expm1(np.minimum(part.log_tail.astype(np.float64), 0.0))
     return {
         "mean_loss": -float(loss.astype(np.float64).mean()),
-        "mean_entropy": float(entropy.astype(np.float64).mean()),
+        **({} if entropy is None else {OF_ENTROPY: float(entropy.astype(np.float64).mean())}),
         "accuracy": float((rank == 0).mean()),
         "kept_mass": float(kept.mean()),
         "num_targets": float(part.num_tokens),

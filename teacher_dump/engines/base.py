@@ -1,4 +1,4 @@
-"""What every engine gives: hidden states before the head, logits, or a finished top-k; and the ranks that run it.
+"""What every engine gives: hidden states, logits, a finished top-k or log-probabilities; and the ranks that run it.
 
 Legend: B lines, L tokens per line, M target positions of a batch, D hidden size, V output rows of the head (padding
 included), k entries per position.
@@ -6,8 +6,9 @@ included), k entries per position.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from potstill.teacher_dump.placing import WorkerPlace, worker_place
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from potstill.kernels.topk import TopK
     from potstill.teacher_dump.batches import TeacherBatch
+    from potstill.teacher_dump.job import WorkerSummary
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,25 @@ class FinishedTopK:
     topk: TopK  # [M, k], on the engine's device
 
 
-TeacherOutput = HiddenStates | Logits | FinishedTopK
+@dataclass(frozen=True)
+class TopLogprobs:
+    """What an engine gives that sees log-probabilities alone, at the batch's target positions and T = 1.
+
+    ids int32 [M, k], logprobs float32 [M, k] (value down, id up), normalised over the ids below vocab_size; log_tail
+    float32 [M], log mass outside the k ids (-inf: none); label_logprob float32 [M]; label_rank int32 [M] (0 = argmax);
+    excluded_mass float32 [M], mass of the ids at and above vocab_size, as far as the engine has seen it.
+    A position with NaN in label_logprob has no finite logits. See top_logprobs.py for what is checked.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+    log_tail: Tensor
+    label_logprob: Tensor
+    label_rank: Tensor
+    excluded_mass: Tensor
+
+
+TeacherOutput = HiddenStates | Logits | FinishedTopK | TopLogprobs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,16 +109,30 @@ class TeacherEngine(Protocol):
         """Take part in a pass of the other ranks without rows of one's own; nothing to do for one process."""
 
 
+@runtime_checkable
+class TellsOfItself(Protocol):
+    """A TeacherEngine whose parts are only known when it is loaded, and that counts its own speed."""
+
+    def notes(self) -> Mapping[str, Any]:
+        """What it runs, for the record of each unit; plain values."""
+
+    def speed(self) -> str:
+        """Its speed so far, in words for the log."""
+
+
 class Ranks(Protocol):
     """The ranks that hold one teacher together. Every method but `place` is a collective call of theirs."""
 
     @property
     def world(self) -> int:
-        """How many they are."""
+        """How many of them have units of their own."""
 
     @property
     def in_step(self) -> bool:
         """Whether all of them must run the same number of passes, so that none may skip a unit."""
+
+    def run(self, work: Callable[[], WorkerSummary]) -> WorkerSummary:
+        """A worker's whole work, on each rank that has units of its own; the others are there for them meanwhile."""
 
     def place(self, worker: int | None, num_workers: int | None) -> WorkerPlace:
         """This rank's share of the units; the arguments say which worker of how many the ranks are together."""
@@ -118,6 +152,9 @@ class OneProcess:
 
     world = 1
     in_step = False
+
+    def run(self, work: Callable[[], WorkerSummary]) -> WorkerSummary:
+        return work()
 
     def place(self, worker: int | None, num_workers: int | None) -> WorkerPlace:
         return worker_place(worker, num_workers)

@@ -28,7 +28,12 @@ def read_head(model: Any) -> Head | None:
         return None
     cap, scale = soft_cap_and_scale(model.config.get_text_config())
     bias = None if layer.bias is None else layer.bias.detach()
-    return Head(weight=layer.weight.detach(), bias=bias, soft_cap=cap, logit_scale=scale)
+    return Head(weight=_whole(layer.weight.detach()), bias=_whole(bias), soft_cap=cap, logit_scale=scale)
+
+
+def _whole(value: Any) -> Any:
+    """A tensor as it is, one that is spread over ranks gathered from all of them (a collective call then)."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def apply_head(hidden: Tensor, head: Head) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pickle import UnpicklingError
 from typing import Any
 
@@ -47,11 +47,14 @@ class HfEngine:
         input_ids, position_ids, positions = (
             to_device(array, self.device) for array in (batch.input_ids, batch.position_ids, batch.positions)
         )
-        input_ids, position_ids = as_lines(self.model.config, input_ids, position_ids)
-        output = self._run(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        output = self._lines(self._run, input_ids, position_ids)
         values = output[0] if self.head is not None else output.logits
         picked = values.reshape(-1, values.shape[-1])[positions]
         return Logits(picked) if self.head is None else HiddenStates(picked, self.head)
+
+    def _lines(self, run: Any, input_ids: torch.Tensor, position_ids: torch.Tensor) -> Any:
+        input_ids, position_ids = as_lines(self.model.config, input_ids, position_ids)
+        return run(input_ids=input_ids, position_ids=position_ids, use_cache=False)
 
     def idle_pass(self) -> None:
         """Nothing to do: there is no group."""
@@ -59,26 +62,33 @@ class HfEngine:
 
 def load(teacher: TeacherConfig, wanted: TopKWanted | None = None) -> HfEngine:
     """Load the weights onto the worker's device. Raises UserError when that is not possible."""
-    from transformers import AutoModelForCausalLM
-
     device = choose_device(teacher.device)
     make_current(device)
-    options: dict[str, Any] = {"trust_remote_code": False} | dict(teacher.load_options)
+    options = dict(teacher.load_options)
+    placed = "device_map" in options or "quantization_config" in options
+    if "quantization_config" in options:
+        options.setdefault("device_map", {"": str(device)})
+    model = load_weights(teacher, options)
+    if not placed:
+        model = model.to(device)
+    return HfEngine(model, teacher=teacher, device=device)
+
+
+def load_weights(teacher: TeacherConfig, options: Mapping[str, Any]) -> Any:
+    """The model, loaded with these options of from_pretrained and fit to run. Raises UserError."""
+    from transformers import AutoModelForCausalLM
+
+    options = {"trust_remote_code": False, **options}
     # The dtype that run.json names, also where "auto" could mean something else to another version of transformers.
     options.setdefault("dtype", computing_dtype(teacher, load_config(teacher)))
     if teacher.attention is not None:
         options["attn_implementation"] = teacher.attention
-    placed = "device_map" in options or "quantization_config" in options
-    if "quantization_config" in options:
-        options.setdefault("device_map", {"": str(device)})
     try:
         model, found = AutoModelForCausalLM.from_pretrained(teacher.model, output_loading_info=True, **options)
     except (OSError, ValueError, ImportError, RuntimeError, UnpicklingError) as error:
         raise UserError(f"teacher {teacher.model!r} cannot be loaded: {error}") from error
     refuse_missing(teacher, found["missing_keys"])
-    if not placed:
-        model = model.to(device)
-    return HfEngine(model.eval().requires_grad_(False), teacher=teacher, device=device)
+    return model.eval().requires_grad_(False)
 
 
 def refuse_missing(teacher: TeacherConfig, missing: Iterable[str]) -> None:

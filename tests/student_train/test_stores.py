@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from potstill.common.errors import ConfigError, UserError
-from potstill.storage import SparseTargets, StoreReader, StoreWriter, TargetsRow, TokensRow, seal_store
+from potstill.storage import Loader, SparseTargets, StoreReader, StoreWriter, TargetsRow, TokensRow, seal_store
 from potstill.student_train.config.train import TrainConfig
+from potstill.student_train.data.batch import collate
 from potstill.student_train.data.stores import build_plan, check_objectives, open_stores
 from potstill.student_train.model.hf_config import hf_config
 from potstill.student_train.run.engine import accumulation_steps, world_from_environment
@@ -186,6 +188,57 @@ def test_a_store_whose_tail_is_unknown(stores, tmp_path: Path) -> None:
     for mode in ("renorm", "support"):
         stage = {"targets": "teacher", "missing_mass": mode, "temperature": 2.0}
         check(workers.config_of(tiny.config_tree(stores, Path("run"), data=data, curriculum=[stage])))
+
+
+@pytest.fixture(scope="module")
+def without_entropy(stores, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The teacher's store as an engine leaves it that sees log-probabilities alone."""
+    first = StoreReader(stores["teacher"])
+    spec = replace(first.spec, temperatures=(), stats=("mean_loss",), info={"lost": ["the entropy"]})
+    rows = []
+    for row in StoreReader(stores["tokens"]).tokens_rows(range(first.num_rows)):
+        made = tiny.targets_row(row, tiny.transition(), temperatures=())
+        columns = SparseTargets(offsets=made.targets.offsets, columns=made.targets.columns, entropy=None)
+        rows.append(replace(made, targets=columns, stats={"mean_loss": made.stats["mean_loss"]}))
+    path = tiny.write_store(tmp_path_factory.mktemp("told") / "targets", spec, rows).url
+    return {"targets": {"teacher": path}}
+
+
+@pytest.mark.parametrize("policy", ["top_entropy", "skip_low_entropy", "entropy_band"])
+def test_token_policies_by_an_entropy_that_is_not_stored(stores, without_entropy: dict[str, Any], policy: str) -> None:
+    options = {"low": 0.5} if policy == "entropy_band" else {"share": 0.5}
+    tokens = {"policy": policy, "source": "teacher", **options}
+    message = refused(stores, data=without_entropy, curriculum=[{"targets": "teacher", "tokens": tokens}])
+    assert f"store 'teacher', but policy {policy} needs ['entropy'] of it, which it does not hold" in message
+
+
+def test_rows_and_weights_by_an_entropy_that_is_not_stored(stores, without_entropy: dict[str, Any]) -> None:
+    rows = {"score": {"of": [{"store": "teacher", "stat": "mean_entropy"}]}, "share": 0.5}
+    message = refused(stores, data=without_entropy, curriculum=[{"targets": "teacher", "rows": rows}])
+    assert "store 'teacher' has no row statistic 'mean_entropy'; it has ['mean_loss']" in message
+    weights = {"of": "document", "store": "teacher", "column": "entropy", "form": "exponential", "a": -0.1}
+    message = refused(stores, data=without_entropy, curriculum=[{"targets": "teacher", "weights": weights}])
+    assert "weights.column: entropy of a document needs the entropy of its labels, which store " in message
+    weights |= {"of": "row", "column": "mean_entropy"}
+    message = refused(stores, data=without_entropy, curriculum=[{"targets": "teacher", "weights": weights}])
+    assert "weights.column: store 'teacher' has no row statistic 'mean_entropy'" in message
+
+
+def test_what_needs_no_entropy_reads_such_a_store_as_any_other(stores, without_entropy: dict[str, Any]) -> None:
+    stage = {"targets": "teacher", "tokens": {"policy": "top_loss", "source": "teacher", "share": 0.5}}
+    found = []
+    for data in ({}, without_entropy):
+        config = workers.config_of(tiny.config_tree(stores, Path("run"), data=data, curriculum=[stage]))
+        check(config)
+        opened = open_stores(config)
+        plan = build_plan(config, opened)
+        with Loader(plan, opened.tokens, dict(opened.joined)) as loader:
+            micros = collate(next(loader), plan.objective(0), micro_batch_rows=2, row_length=tiny.ROW_LENGTH)
+        found.append(micros)
+    for whole, told in zip(*found, strict=True):
+        assert told.weight_sum == whole.weight_sum and torch.equal(told.token_weights, whole.token_weights)
+        for name in ("ids", "logprobs", "log_tail"):
+            assert torch.equal(told.targets.columns[name], whole.targets.columns[name])
 
 
 def test_draws_need_the_loss_of_draws(stores) -> None:
