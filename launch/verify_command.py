@@ -39,6 +39,8 @@ def _verify(arguments: argparse.Namespace) -> int:
         lines.append("not held against the teacher: the store is not sound")
     elif teacher_asked:
         found = _against_teacher(arguments)
+        if found is None:
+            return DONE  # a rank that held a part of the teacher; the first one tells
         ok, as_json["against_teacher"] = found.ok, found.to_json()
         lines.append(found.format())
     if os.environ.get("RANK", "0") == "0":  # the ranks of a group all find the same
@@ -46,7 +48,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     return DONE if ok else INCOMPLETE
 
 
-def _against_teacher(arguments: argparse.Namespace) -> TeacherReport:
+def _against_teacher(arguments: argparse.Namespace) -> TeacherReport | None:
     from potstill.teacher_dump.against_teacher.config import AgainstTeacherConfig
     from potstill.teacher_dump.against_teacher.run import hold_against_teacher
 

@@ -12,7 +12,7 @@ from potstill.common.errors import UserError
 from potstill.storage import RunSpec
 from potstill.teacher_dump.config import DumpConfig, PlaceText, ScoreConfig, TeacherConfig
 from potstill.teacher_dump.engines.table import ENGINES
-from potstill.teacher_dump.selection import TARGET_STATS
+from potstill.teacher_dump.selection import OF_ENTROPY
 
 
 class AgainstTeacherConfig(StrictModel):
@@ -54,8 +54,8 @@ def job_config(config: AgainstTeacherConfig, spec: RunSpec, *, store: str, token
         selection["seed"] = spec.info["seed"]
     tree: dict[str, Any] = {**paths, "teacher": teacher, "selection": selection}
     tree["temperatures"] = list(spec.temperatures)
-    if "mean_entropy" in TARGET_STATS and "mean_entropy" not in spec.stats:
-        tree["entropy"] = False  # a store without entropies
+    engine = ENGINES[teacher["engine"]]
+    tree["entropy"] = OF_ENTROPY in spec.stats and not engine.only_logprobs
     return build_config(DumpConfig, tree, source=source)
 
 
@@ -75,13 +75,16 @@ def teacher_settings(asked: TeacherConfig, spec: RunSpec, *, store: str) -> dict
             f"{store} is of a mixture of {1 + len(told['ensemble'])} teachers ({told['id']} and others); name the "
             f"others, too: --set 'teacher.ensemble=[{listed}]', each model by its folder or hub id"
         )
-    found = {key: told[key] for key in ("dtype", "documents", "head", "weight") if key in told}
-    found |= {"attention": told["attention"]} if told.get("attention", "default") != "default" else {}
     given = {key: value for key, value in asked.model_dump().items() if key in asked.model_fields_set}
-    if "engine" not in given:
-        found["engine"] = _engine_of(told, store=store)
-    options = {**told.get("load_options", {}), **given.pop("load_options", {})}
-    return {**found, **given, **({"load_options": options} if options else {})}
+    found: dict[str, Any] = {**({} if "engine" in given else {"engine": _engine_of(told, store=store)}), **given}
+    found |= {key: told[key] for key in ("dtype", "documents", "weight") if key in told and key not in given}
+    if found["engine"] == told["engine"]:
+        # In the words of one engine, which another does not know.
+        attention = {} if told.get("attention", "default") == "default" else {"attention": told["attention"]}
+        of_engine = {**attention, **({"head": told["head"]} if "head" in told else {})}
+        found |= {key: value for key, value in of_engine.items() if key not in given}
+        found["load_options"] = {**told.get("load_options", {}), **given.get("load_options", {})}
+    return found
 
 
 def _engine_of(told: Mapping[str, Any], *, store: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -18,22 +18,21 @@ from potstill.teacher_dump.against_teacher.report import TeacherReport
 from potstill.teacher_dump.against_teacher.sample import open_tokens, sampled_rows
 from potstill.teacher_dump.against_teacher.verdict import Judge
 from potstill.teacher_dump.batches import TeacherBatch, apart_batch, packed_batch
-from potstill.teacher_dump.config import DumpConfig, TeacherConfig
+from potstill.teacher_dump.config import DumpConfig, ScoreConfig, TeacherConfig
 from potstill.teacher_dump.identity import check_fits, computing_dtype, describe, load_config, located, members
+from potstill.teacher_dump.job import Job, WorkerSummary
 
 if TYPE_CHECKING:
     from potstill.teacher_dump.engines.base import TeacherEngine
-    from potstill.teacher_dump.job import Job
-
-log = logging.getLogger(__name__)
 
 _ROWS_AT_ONCE = 64  # that are held in memory in all their versions
 
 
-def hold_against_teacher(store_path: str, config: AgainstTeacherConfig) -> TeacherReport:
+def hold_against_teacher(store_path: str, config: AgainstTeacherConfig) -> TeacherReport | None:
     """Run rows of the store through the teacher twice, and hold what is stored against them. Nothing is written.
 
-    Raises UserError for what cannot be compared, StoreError for trouble with the stores.
+    None on a rank that holds a part of the teacher of another one. Raises UserError for what cannot be compared,
+    StoreError for trouble with the stores.
     """
     store = StoreReader(store_path, allow_partial=True)
     if store.spec.kind == "tokens":
@@ -41,10 +40,51 @@ def hold_against_teacher(store_path: str, config: AgainstTeacherConfig) -> Teach
     tokens = open_tokens(store, config.tokens)
     made = job_config(config, store.spec, store=store.url, tokens=tokens.url)
     teacher = located(made.teacher if isinstance(made, DumpConfig) else made.model)
+    from potstill.teacher_dump.engines.loading import join_ranks
+
+    found: list[TeacherReport] = []
+
+    def work() -> WorkerSummary:
+        began = time.monotonic()
+        found.append(_report(config, store, tokens, made, teacher))
+        return _summary(found[0], began)
+
+    join_ranks(teacher).run(work)  # the ranks of a group run the same rows, in step
+    return found[0] if found else None
+
+
+def _summary(report: TeacherReport, began: float) -> WorkerSummary:
+    """What the other ranks of a teacher hear of the end."""
+    return WorkerSummary(
+        path=report.store,
+        word="verify",
+        worker=0,
+        num_workers=1,
+        units=0,
+        rows=len(report.rows),
+        tokens=report.positions,
+        refused_rows=(),
+        excluded_mass=0.0,
+        seconds=time.monotonic() - began,
+        stage_seconds={},
+        num_missing=0,
+        sealed=False,
+        bytes_per_token=None,
+        k_bound=None,
+    )
+
+
+def _report(
+    config: AgainstTeacherConfig,
+    store: StoreReader,
+    tokens: StoreReader,
+    made: DumpConfig | ScoreConfig,
+    teacher: TeacherConfig,
+) -> TeacherReport:
     differing = _look_at(teacher, store.spec, tokens.spec)
     numbers = sampled_rows(store, config.rows, seed=config.seed)
     live = _load(store, made, teacher)
-    found: list[RowDistances] = []
+    versions: list[RowDistances] = []
     refused: list[tuple[int, str]] = []
     silent: list[int] = []
     with Progress(2 * len(numbers), unit="rows", description="teacher") as progress:
@@ -57,10 +97,9 @@ def hold_against_teacher(store_path: str, config: AgainstTeacherConfig) -> Teach
                 elif one.refused is not None:
                     refused.append((one.tokens.row, one.refused))
                 else:
-                    found.append(one.distances())
-    judge = Judge(spec=store.spec, rounding=None, rows=[row for row in found if row.positions])
+                    versions.append(one.distances())
+    judge = Judge(spec=store.spec, rounding=None, rows=[row for row in versions if row.positions])
     elsewhere = replace(judge, rounding=live.engine.dtype).verdict()
-    verdict = elsewhere if config.other_machine else judge.verdict()
     return TeacherReport(
         store=store.url,
         tokens=tokens.url,
@@ -70,10 +109,10 @@ def hold_against_teacher(store_path: str, config: AgainstTeacherConfig) -> Teach
         num_rows=store.num_rows,
         sealed_rows=store.spec.num_rows,
         differing=differing,
-        rows=tuple(found),
+        rows=tuple(versions),
         refused=tuple(refused),
         silent=tuple(silent),
-        verdict=verdict,
+        verdict=elsewhere if config.other_machine else judge.verdict(),
         within_rounding=not elsewhere.excesses,
     )
 
@@ -89,16 +128,17 @@ def _look_at(teacher: TeacherConfig, spec: RunSpec, tokens: RunSpec) -> dict[str
     return {key: (told.get(key), live.get(key)) for key in sorted({*told, *live}) if told.get(key) != live.get(key)}
 
 
-def _load(store: StoreReader, made: Any, teacher: TeacherConfig) -> LiveTeacher:
+def _load(store: StoreReader, made: DumpConfig | ScoreConfig, teacher: TeacherConfig) -> LiveTeacher:
     from potstill.teacher_dump.dumping import DumpJob
-    from potstill.teacher_dump.engines.loading import join_ranks, load_engine
+    from potstill.teacher_dump.engines.loading import load_engine
     from potstill.teacher_dump.scoring import ScoreJob
 
-    key = "teacher" if isinstance(made, DumpConfig) else "model"
-    made = made.model_copy(update={key: teacher})
-    job: Job = DumpJob(made) if isinstance(made, DumpConfig) else ScoreJob(made)
-    join_ranks(teacher)  # all of them run the same rows, in step
-    engine = load_engine(teacher, job.wanted(store.spec.vocab_size))
+    job: Job
+    if isinstance(made, DumpConfig):
+        job = DumpJob(made.model_copy(update={"teacher": teacher}))
+    else:
+        job = ScoreJob(made.model_copy(update={"model": teacher}))
+    engine = load_engine(teacher, job.wanted(store.spec.vocab_size), row_length=store.spec.row_length)
     return LiveTeacher(store, teacher, job, engine)
 
 

@@ -52,7 +52,9 @@ def dump_config(tokens: Path, output: Path, model: Path, **options: Any) -> Dump
 
 def held(store: Path, model: Path, **options: Any) -> TeacherReport:
     teacher = {"model": model, **CHECK, **options.pop("teacher", {})}
-    return hold_against_teacher(str(store), AgainstTeacherConfig(teacher=teacher, **options))
+    report = hold_against_teacher(str(store), AgainstTeacherConfig(teacher=teacher, **options))
+    assert report is not None
+    return report
 
 
 @pytest.fixture(scope="module")
