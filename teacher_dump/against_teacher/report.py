@@ -11,6 +11,7 @@ from potstill.teacher_dump.against_teacher.measures import MEASURES
 from potstill.teacher_dump.against_teacher.verdict import Excess, Overall, Verdict
 
 _SHOWN = 5  # rows, or excesses, in the text; JSON has all
+_MAX_SHOWN = 60  # characters of a value of run.json
 _BECAUSE = {
     "grid": "nearer than the grid of the store can show",
     "control": "as near as the live teacher is to itself in other batches",
@@ -126,7 +127,10 @@ class TeacherReport:
 
     def _weights(self) -> str:
         others = [key for key in self.differing if key != "weights_digest"]
-        told = "; ".join(f"{key}: {self.differing[key][0]} in run.json, {self.differing[key][1]} now" for key in others)
+        told = "; ".join(
+            f"{key}: {_short(self.differing[key][0])} in run.json, {_short(self.differing[key][1])} now"
+            for key in others
+        )
         if "weights_digest" in self.differing:
             a, b = (str(one)[:16] for one in self.differing["weights_digest"])
             head = f"these are not the files of weights that run.json names ({a}, here {b}); the figures decide"
@@ -167,6 +171,11 @@ def _first_of_each(excesses: tuple[Excess, ...]) -> list[Excess]:
         if one.row is not None:
             worst.setdefault(one.row, one)
     return [*whole, *worst.values()]
+
+
+def _short(value: Any) -> str:
+    text = "not said" if value is None else str(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
 def _few(rows: tuple[int, ...]) -> str:

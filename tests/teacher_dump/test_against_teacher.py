@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import lzma
 import shutil
 import subprocess
 import sys
@@ -28,6 +30,7 @@ from potstill.teacher_dump.against_teacher.report import TeacherReport
 from potstill.teacher_dump.against_teacher.run import hold_against_teacher
 from potstill.teacher_dump.against_teacher.sample import sampled_rows
 from potstill.teacher_dump.engines.table import ENGINES
+from tests.dist_harness import run_ranks
 from tests.teacher_dump import topk_engine
 from tests.teacher_dump.tiny import make_tokens, save_llama
 
@@ -66,10 +69,10 @@ def long_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stores(long_tokens: Path, llama: Path) -> dict[str, Path]:
-    """One store of each kind, beside the tokens."""
+    """Places for a store of each kind, beside the tokens; those of daily tests are made."""
     found = {name: long_tokens.parent / name for name in STORES}
-    for name, place in found.items():
-        dump(dump_config(long_tokens, place, llama, **STORES[name]))
+    for name in ("prefix", "prefix_in_bfloat16", "draws"):
+        dump(dump_config(long_tokens, found[name], llama, **STORES[name]))
     found["scores"] = long_tokens.parent / "scores"
     score(ScoreConfig(tokens=long_tokens, output=found["scores"], model={"model": llama, "check_tokenizer": False}))
     return found
@@ -88,10 +91,17 @@ def changed(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", [*STORES, "scores"])
+SLOW = ("top_k_by_rank", "weights")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(one, marks=[pytest.mark.slow] if one in SLOW else []) for one in [*STORES, "scores"]]
+)
 def test_the_right_teacher_passes_and_one_changed_tensor_is_caught(
-    stores: dict[str, Path], llama: Path, changed: Path, name: str
+    stores: dict[str, Path], long_tokens: Path, llama: Path, changed: Path, name: str
 ) -> None:
+    if name in SLOW:
+        dump(dump_config(long_tokens, stores[name], llama, **STORES[name]))
     right = held(stores[name], llama)
     assert right.ok and right.words.startswith("the store says what this teacher says"), right.format()
     assert not right.differing and len(right.rows) == 24 and right.positions == 24 * 31 - 6 * 4
@@ -232,6 +242,7 @@ def test_rows_left_out_masked_rows_and_a_store_that_is_not_complete(tmp_path: Pa
     assert part.ok and [row.row for row in part.rows] == [0, 1] and "2 of the first 2 rows, which are" in part.format()
 
 
+@pytest.mark.slow
 def test_a_mixture_asks_for_its_other_members(tmp_path: Path, long_tokens: Path, llama: Path) -> None:
     second = save_llama(tmp_path / "second", seed=2)
     teacher = {"model": llama, "ensemble": [{"model": second, "weight": 2.0}], "check_tokenizer": False}
@@ -290,9 +301,10 @@ def test_rows_are_spread_over_the_store(stores: dict[str, Path]) -> None:
     assert sampled_rows(store, 40, seed=0).tolist() == list(range(24))
 
 
-def test_distances_of_known_distributions(stores: dict[str, Path]) -> None:
+def test_distances_of_known_distributions(long_tokens: Path, tmp_path: Path, llama: Path) -> None:
     """Total variation and KL against dense ones where both name the same ids; prefixes of one distribution are near."""
-    row: Any = StoreReader(stores["top_k_by_rank"]).row(0)
+    dump(dump_config(long_tokens, tmp_path / "store", llama, selection={"mode": "top_k", "k": 8}))
+    row: Any = StoreReader(tmp_path / "store").row(0)
     places = np.arange(31)
     lower = np.array(row.targets.logprobs) - 0.25
     tail = np.log1p(-np.add.reduceat(np.exp(lower.astype(np.float64)), row.targets.offsets[:31]))
@@ -321,3 +333,47 @@ def test_distances_of_known_distributions(stores: dict[str, Path]) -> None:
     # Other ids with the same masses: far, although neither names what the other does.
     swapped = replace(row, targets=row.targets.each(lambda name, a: (a + 32) % 64 if name == "ids" else a))
     assert MEASURES["entries"].of(Pair(row, swapped, places)).min() > 0.05  # type: ignore[union-attr]
+
+
+def verify_as_group(store: str, model: str, engine: dict[str, Any]) -> bool | None:
+    """In a process of its own: whether the store agrees; None of a rank that only held a part of the teacher."""
+    teacher = {"model": model, **CHECK, **engine}
+    report = hold_against_teacher(store, AgainstTeacherConfig(teacher=teacher, rows=6))
+    return None if report is None else report.ok
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.parametrize(
+    ("engine", "told"), [({"engine": "zero3"}, [True, True]), ({"tensor_parallel": 2}, [True, None])]
+)
+def test_ranks_that_hold_one_teacher_run_the_rows_together(
+    stores: dict[str, Path], llama: Path, changed: Path, engine: dict[str, Any], told: list[bool | None]
+) -> None:
+    arguments = str(stores["prefix"]), str(llama), engine
+    assert run_ranks(verify_as_group, *arguments, world=2) == told
+    arguments = str(stores["prefix"]), str(changed), engine
+    assert run_ranks(verify_as_group, *arguments, world=2) == [told[0] and False, told[1] and False]
+
+
+@pytest.mark.slow
+def test_one_element_of_a_real_teacher_is_seen(shared_data: Path, tmp_path: Path) -> None:
+    """Text and a model that are not made for the test; in float32, over 8 rows."""
+    from safetensors.torch import load_file, save_file
+
+    from potstill.teacher_dump import PrepareConfig, prepare
+
+    teacher, text = shared_data / "models" / "teacher-7m", tmp_path / "text.jsonl"
+    with lzma.open(shared_data / "novels" / "valid.jsonl.xz", "rt", encoding="utf-8") as stream:
+        text.write_text("".join(itertools.islice(stream, 40)), encoding="utf-8")
+    prepare(PrepareConfig(input=[str(text)], output=tmp_path, tokenizer=str(teacher), row_length=256))
+    tokens, store = tmp_path / "train", tmp_path / "targets"
+    few = np.arange(0, StoreReader(tokens).num_rows, 5)
+    dump(dump_config(tokens, store, teacher, dtype="float32", **PREFIX), only_rows=lambda config: few)
+    assert held(store, teacher, rows=8).ok
+    shutil.copytree(teacher, tmp_path / "changed")
+    weights = load_file(teacher / "model.safetensors")
+    weights["model.layers.3.mlp.down_proj.weight"][5, 7] += 1.0
+    save_file(weights, tmp_path / "changed" / "model.safetensors", metadata={"format": "pt"})
+    report = held(store, tmp_path / "changed", rows=8)
+    assert not report.ok and report.verdict.overall["kl"].stored < 1e-3, report.format()
