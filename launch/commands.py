@@ -12,10 +12,11 @@ from potstill.launch.prune_command import PRUNE
 from potstill.launch.repair_command import REPAIR
 from potstill.launch.rollout_command import ROLLOUT
 from potstill.launch.status_command import STATUS
-from potstill.launch.store_commands import GC, SEAL, STATS, VERIFY
+from potstill.launch.store_commands import GC, SEAL, STATS
 from potstill.launch.student_commands import EVAL, EXPORT, PRESETS, REPORT
 from potstill.launch.teacher_commands import DUMP, PREPARE, SCORE
 from potstill.launch.train_command import TRAIN
+from potstill.launch.verify_command import VERIFY
 
 _COMPLETED: tuple[Command | CommandGroup, ...] = (
     PLAN,

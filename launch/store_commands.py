@@ -1,4 +1,4 @@
-"""Commands on stores: seal, verify, stats, gc. They read files only; no model is loaded."""
+"""Commands on stores: seal, stats, gc. They read files only; no model is loaded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from potstill.common.exit_codes import DONE, INCOMPLETE
-from potstill.common.progress import Progress
 from potstill.common.sizes import format_bytes
 from potstill.launch.command import Command
 
@@ -63,47 +62,6 @@ SEAL = Command(
     examples=("potstill seal data/targets", "potstill seal data/targets --sign ~/.ssh/id_ed25519"),
     add_arguments=_seal_arguments,
     run=_seal,
-)
-
-
-def _verify(arguments: argparse.Namespace) -> int:
-    from potstill.storage import rows_to_verify, signature_findings, verify_store
-
-    # First: of a store that a stranger has made nothing else is read before it is known who it comes from.
-    signature = () if arguments.key is None else signature_findings(arguments.store, arguments.key)
-    with Progress(rows_to_verify(arguments.store), unit="rows", description="verify") as progress:
-        report = verify_store(arguments.store, deep=arguments.deep, progress=progress.update, also=signature)
-    as_json = {**report.to_json(), "signature_checked": arguments.key is not None}
-    print(json.dumps(as_json) if arguments.json else report.format())
-    if arguments.key is not None and not signature and not arguments.json:
-        print(f"signed by a key of {arguments.key}" + ("" if arguments.deep else "; --deep holds the bytes against it"))
-    return DONE if report.ok else INCOMPLETE
-
-
-def _verify_arguments(parser: argparse.ArgumentParser) -> None:
-    _store_argument(parser)
-    _json_argument(parser)
-    parser.add_argument("--deep", action="store_true", help="read every byte and decode every row, not sizes only")
-    parser.add_argument(
-        "--key",
-        type=Path,
-        metavar="SIGNERS",
-        help="see that the store is signed by one of these: a public ssh key, or an allowed-signers file of ssh-keygen",
-    )
-
-
-VERIFY = Command(
-    name="verify",
-    summary="look for damage in a store",
-    description="Check records, sizes, index and manifest; with --deep also every checksum and every row; with --key "
-    "also the signature. One line for each unit that is damaged. Ends with 0 when the store is sound, else with 3.",
-    examples=(
-        "potstill verify data/targets",
-        "potstill verify data/targets --deep --json",
-        "potstill verify data/targets --deep --key teacher.pub",
-    ),
-    add_arguments=_verify_arguments,
-    run=_verify,
 )
 
 

@@ -36,6 +36,7 @@ from potstill.storage.store.index_file import build_columns
 from potstill.storage.store.neighbours import Key, key_of, runs_of_neighbours
 from potstill.storage.store.seal import Manifest, load_manifest, open_index, store_digest
 from potstill.storage.store.spec import RunSpec
+from potstill.storage.store.stored_rows import as_stored
 from potstill.storage.store.who_may_write import warn_of_writers
 from potstill.storage.store.writer import load_id_map, load_spec
 
@@ -265,6 +266,13 @@ class StoreReader:
         if self._spec.kind != kind:
             raise MismatchError(f"{self.url} is a {self._spec.kind} store, expected a {kind} store")
         return self.rows(ids)
+
+    def as_stored(self, rows: Sequence[Row], *, spec: RunSpec | None = None) -> list[Row]:
+        """What a reader would find of these rows if they stood in this store; nothing is written.
+
+        `spec`: of the store, with fewer columns.
+        """
+        return as_stored(rows, spec=self._spec if spec is None else spec, id_map=self._id_map)
 
     def read_bytes(self, ids: Sequence[int] | NDArray[np.int64]) -> int:
         """Bytes that `rows(ids)` reads: the record batches that hold these rows, each once. From the index alone."""

@@ -100,6 +100,7 @@ def _tree_of(name: str, parsed: object) -> object:
     from potstill.student_train.config import train as student
     from potstill.student_train.config.prune import PruneConfig
     from potstill.teacher_dump import config as teacher
+    from potstill.teacher_dump.against_teacher.config import AgainstTeacherConfig
     from potstill.teacher_dump.importing.targets.config import ImportTargetsConfig
     from potstill.teacher_dump.importing.tokens.config import ImportTokensConfig
     from potstill.teacher_dump.rollouts.config import RolloutConfig
@@ -115,6 +116,7 @@ def _tree_of(name: str, parsed: object) -> object:
         "eval": student.EvalConfig,
         "export": student.ExportConfig,
         "prune": PruneConfig,
+        "verify": AgainstTeacherConfig,
     }
     return read_config(trees[name], parsed)  # type: ignore[type-var,arg-type]
 
