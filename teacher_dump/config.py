@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from potstill.common.config import StorePlace, StrictModel
 from potstill.common.named_entries import NameIn
-from potstill.teacher_dump.engines.table import ENGINES, describe_engines, refusal_text
+from potstill.teacher_dump.engines.table import ENGINES, describe_engines, entry_of, refusal_text
 from potstill.teacher_dump.packing.table import PACKINGS, describe_packings
 from potstill.teacher_dump.records.table import kind_key
 
@@ -187,6 +187,11 @@ class TeacherConfig(StrictModel):
     device: str = Field(
         default="auto", description="auto, cpu, cuda or cuda:N; auto takes the worker's GPU if there is one"
     )
+    tensor_parallel: int = Field(
+        default=1,
+        ge=1,
+        description="Parts that every layer is split into; hf: ranks of torchrun, vllm: GPUs of one worker",
+    )
     attention: str | None = Field(default=None, description="Attention backend of transformers; None lets it choose")
     documents: Literal["packed", "apart"] = Field(
         default="packed",
@@ -204,7 +209,9 @@ class TeacherConfig(StrictModel):
     check_tokenizer: bool = Field(
         default=True, description="Refuse a model whose own tokenizer is not that of the rows"
     )
-    load_options: dict[str, Any] = Field(default_factory=dict, description="Passed on to from_pretrained")
+    load_options: dict[str, Any] = Field(
+        default_factory=dict, description="Passed on to from_pretrained (engine vllm: to vllm.LLM)"
+    )
     checkpoints: list[PlaceText] = Field(
         default_factory=list, description="Checkpoints of `model` (folders, or revisions), each into OUTPUT/NAME"
     )
@@ -215,15 +222,18 @@ class TeacherConfig(StrictModel):
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
-        engine = ENGINES[self.engine]
+        engine = entry_of(self.engine, self.tensor_parallel)
         if self.ensemble and (self.checkpoints or engine.mixture is None):
             able = " or ".join(name for name, entry in ENGINES.items() if entry.mixture is not None)
-            raise ValueError(f"an ensemble has no checkpoints and runs on engine {able}")
+            raise ValueError(f"an ensemble has no checkpoints and runs on engine {able}, with tensor_parallel=1")
         named = {"dtype": "dtype", "torch_dtype": "dtype", "attn_implementation": "attention"}
         for option in self.load_options.keys() & named.keys():
             raise ValueError(f"load_options.{option} is not recorded in the store; set teacher.{named[option]} instead")
         if any(getattr(self, key) == value for key, value in engine.refuses.items()):
-            raise ValueError(refusal_text(self.engine))
+            raise ValueError(refusal_text(self.engine, self.tensor_parallel))
+        for option in self.load_options.keys() & engine.refuses_options.keys():
+            why = engine.refuses_options[option]
+            raise ValueError(f"engine {self.engine} does not take load_options.{option}: {why}")
         return self
 
 

@@ -1,22 +1,25 @@
 """Units of several engines in one store: allowed where this machine's engine gives what stands in the store already.
 
-run.json names the engine that began the store, and with it the units whose commit records name no other. A worker of
-another engine of the same weights, dtype, attention and options first runs rows of committed units and compares: what
-it would store of them with what is stored. Only then does it add units, whose records say so (`extra.engine`).
+run.json names the engine that began the store, and with it the units whose commit records name no other. The same
+engine counts as another one with its layers split over another number of ranks, and where what it pins of itself
+(versions, kernels: `engine_pins`) is not that of run.json. A worker of another engine of the same weights, dtype,
+attention and options first runs rows of committed units and compares: what it would store of them with what is stored.
+Only then does it add units, whose records say so (`extra.engine`, `extra.engine_pins`).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from potstill.common.errors import UserError
 from potstill.storage import NotAStoreError, Row, RunSpec, StoreReader, StoreWriter, TokensRow, read_spec
 from potstill.teacher_dump.batches import TeacherBatch
 from potstill.teacher_dump.engines.base import Ranks, TeacherEngine
-from potstill.teacher_dump.engines.table import ENGINES
+from potstill.teacher_dump.engines.table import entry_of
+from potstill.teacher_dump.identity import PINS
 from potstill.teacher_dump.left_out import LeftOut
 from potstill.teacher_dump.pipeline import HostResult
 from potstill.teacher_dump.row_distance import row_distance
@@ -24,6 +27,7 @@ from potstill.teacher_dump.row_distance import row_distance
 log = logging.getLogger(__name__)
 
 PROBE_ROWS, PROBE_UNITS = 8, 4
+_KEYS = ("engine", "tensor_parallel", PINS)  # of the teacher in run.json: who made the bytes, and not what they say
 _MOST_RECORDS = 64  # that are read to find units of another engine
 # Mean total variation. Of two engines in float32 it is below 1e-4; one step of the grid of log-probabilities, 1/16 nat,
 # at every entry would be 0.03.
@@ -37,10 +41,26 @@ class EngineMix:
 
     first: str
     own: str
+    begun: Mapping[str, Any]  # what run.json says of the first
+    own_pins: Mapping[str, Any] = field(default_factory=dict)  # what the second pins of itself
 
     def spec(self, wanted: RunSpec) -> RunSpec:
         """The run that is continued: `wanted`, by the engine that began the store."""
-        return replace(wanted, teacher={**(wanted.teacher or {}), "engine": self.first})
+        same = {key: value for key, value in (wanted.teacher or {}).items() if key not in _KEYS}
+        return replace(wanted, teacher={**same, **self.begun})
+
+    def settings(self) -> str:
+        """What a person sets to continue with the first."""
+        engine, parts = self.begun["engine"], self.begun.get("tensor_parallel", 1)
+        split = f" and teacher.tensor_parallel={parts}" if "tensor_parallel" in f"{self.first} {self.own}" else ""
+        pins = self.begun.get(PINS, {})
+        other = [f"{key}={pins.get(key)}" for key in self.own_pins if self.own_pins[key] != pins.get(key)]
+        same = f" ({', '.join(other)})" if pins and self.own_pins else ""
+        return f"teacher.engine={engine}{split}{same}"
+
+    def notes(self) -> dict[str, Any]:
+        """What records of units say of the second engine."""
+        return {"engine": self.own} | ({PINS: dict(self.own_pins)} if self.own_pins else {})
 
 
 def engine_mix(output: str, wanted: RunSpec) -> EngineMix | None:
@@ -52,14 +72,31 @@ def engine_mix(output: str, wanted: RunSpec) -> EngineMix | None:
         found = read_spec(output)
     except NotAStoreError:
         return None
-    first, own = (str((spec.teacher or {}).get("engine")) for spec in (found, wanted))
-    if (
-        found.kind != wanted.kind
-        or first == own
-        or not all(name in ENGINES and ENGINES[name].mixes for name in (first, own))
-    ):
+    first, own = (
+        {key: value for key, value in (spec.teacher or {}).items() if key in _KEYS} for spec in (found, wanted)
+    )
+    if found.kind != wanted.kind or first == own or not (_mixes(first) and _mixes(own)):
         return None
-    return EngineMix(first, own)
+    words = [_words(engine) for engine in (first, own)]
+    pins = [dict(engine.get(PINS, {})) for engine in (first, own)]
+    if words[0] == words[1]:
+        # The same engine in another version: what differs tells the two apart.
+        keys = [key for key in sorted({*pins[0], *pins[1]}) if pins[0].get(key) != pins[1].get(key)]
+        for place in range(2):
+            words[place] += "".join(f" {key}={pins[place].get(key)}" for key in keys)
+    return EngineMix(words[0], words[1], first, pins[1])
+
+
+def _mixes(engine: Mapping[str, Any]) -> bool:
+    try:
+        return entry_of(engine["engine"], engine.get("tensor_parallel", 1)).mixes
+    except (KeyError, ValueError):  # one that this version does not know
+        return False
+
+
+def _words(engine: Mapping[str, Any]) -> str:
+    named = sorted((key, value) for key, value in engine.items() if key != PINS)
+    return " ".join(str(value) if key == "engine" else f"{key}={value}" for key, value in named)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +139,7 @@ class ParityProbe:
             len(stored),
             bound,
         )
-        return {"engine": self.mix.own, "parity": {"total_variation": found, "bound": bound, "rows": len(stored)}}
+        return self.mix.notes() | {"parity": {"total_variation": found, "bound": bound, "rows": len(stored)}}
 
     def _stored_rows(self) -> Iterator[Row]:
         """Rows of units that another engine made, spread over the store."""
@@ -131,7 +168,7 @@ class ParityProbe:
 
     def _refusal(self, stored: list[Row], *, found: float, bound: float, agrees: bool) -> str:
         begun = f"{self.writer.url} was begun with engine {self.mix.first}"
-        advice = f"continue with teacher.engine={self.mix.first}, or name another output"
+        advice = f"continue with {self.mix.settings()}, or name another output"
         if agrees:
             return f"{begun}, and {self.mix.own} does not agree with it on another rank, which says more; {advice}"
         if not stored:

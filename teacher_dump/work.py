@@ -15,6 +15,7 @@ from potstill.storage import CorruptError, MismatchError, RunSpec, StoreReader, 
 from potstill.teacher_dump.batches import TeacherBatch, apart_batch, packed_batch
 from potstill.teacher_dump.config import TeacherConfig, WalkConfig
 from potstill.teacher_dump.engine_mix import EngineMix, ParityProbe, engine_mix
+from potstill.teacher_dump.engines.base import TellsOfItself
 from potstill.teacher_dump.identity import check_fits, computing_dtype, describe, load_config, members
 from potstill.teacher_dump.job import Job
 from potstill.teacher_dump.left_out import LeftOut
@@ -46,7 +47,8 @@ class Work:
         """The teacher, ready to run."""
         from potstill.teacher_dump.engines.loading import load_engine
 
-        return load_engine(self.teacher, self.job.wanted(self.tokens.spec.vocab_size))
+        tokens = self.tokens.spec
+        return load_engine(self.teacher, self.job.wanted(tokens.vocab_size), row_length=tokens.row_length)
 
     def layout(self, rows: Sequence[TokensRow]) -> TeacherBatch:
         """The batch of these rows."""
@@ -56,12 +58,15 @@ class Work:
         return packed_batch(rows, length=self.tokens.spec.row_length, fixed=self.teacher.compile)
 
     def notes_of(self, engine: TeacherEngine, ranks: Ranks) -> dict[str, Any]:
-        """What records of units say of the engine that made them: something where another engine began the store.
+        """What records of units say of the engine that made them.
+
+        Its own notes where it has any, and which engine it is where another one began the store.
 
         Raises UserError where the two do not agree. A collective call of the ranks.
         """
+        own = {"engine_notes": dict(engine.notes())} if isinstance(engine, TellsOfItself) else {}
         if self.mix is None:
-            return {}
+            return own
         probe = ParityProbe(
             mix=self.mix,
             tokens=self.tokens,
@@ -73,7 +78,7 @@ class Work:
             batch_rows=self.teacher.batch_rows,
             left_out=self.left_out,
         )
-        return probe.check()
+        return own | probe.check()
 
     def num_wanted(self, units: Iterable[int]) -> int:
         """Rows of these units that the model is to be run over."""

@@ -12,7 +12,7 @@ from potstill.common.errors import UserError
 from potstill.common.progress import Progress
 from potstill.storage import StoreReader, seal_store
 from potstill.teacher_dump.config import TeacherConfig, WalkConfig
-from potstill.teacher_dump.engines.base import OneProcess
+from potstill.teacher_dump.engines.base import OneProcess, TellsOfItself
 from potstill.teacher_dump.job import Job, StoppedError, WorkerSummary
 from potstill.teacher_dump.pipeline import WalkTotals
 from potstill.teacher_dump.placing import WorkerPlace
@@ -37,11 +37,21 @@ def run_worker(
     """
     from potstill.teacher_dump.engines.loading import join_ranks
 
-    started = time.monotonic()
     ranks = join_ranks(teacher)
-    place = ranks.place(
-        config.worker if worker is None else worker, config.num_workers if num_workers is None else num_workers
-    )
+
+    def work() -> WorkerSummary:
+        place = ranks.place(
+            config.worker if worker is None else worker, config.num_workers if num_workers is None else num_workers
+        )
+        return _do_share(config, teacher, job, place=place, ranks=ranks)
+
+    return ranks.run(work)
+
+
+def _do_share(
+    config: WalkConfig, teacher: TeacherConfig, job: Job, *, place: WorkerPlace, ranks: Ranks
+) -> WorkerSummary:
+    started = time.monotonic()
     work = open_work(config, teacher, job, num_workers=place.num_workers)
     units = work.todo(place)
     log.info(
@@ -96,6 +106,8 @@ def _walk(work: Work, units: list[int], ranks: Ranks, *, idle_passes: int) -> Wa
             stop_reason=stop_reason,
         )
         totals = walk.run(units)
+        if isinstance(engine, TellsOfItself):
+            log.info("%s: worker %s", work.job.word, engine.speed())
         while idle_passes and totals.stopped_by is None:
             totals.stopped_by = stop_reason()
             if totals.stopped_by is None:

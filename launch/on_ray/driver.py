@@ -24,7 +24,7 @@ from potstill.launch.on_ray.schedule import Schedule
 from potstill.launch.on_ray.teacher_actor import TeacherActor
 from potstill.teacher_dump.config import DumpConfig
 from potstill.teacher_dump.dumping import DumpJob
-from potstill.teacher_dump.engines.table import ENGINES
+from potstill.teacher_dump.engines.table import entry_of
 from potstill.teacher_dump.job import StoppedError, WorkerSummary
 from potstill.teacher_dump.pipeline import WalkEndedError, WalkTotals
 from potstill.teacher_dump.stopping import StopFlag
@@ -63,10 +63,12 @@ class _Actor:
 
 def run_on_ray(cluster: Cluster, config: DumpConfig, rows: NDArray[np.int64] | None) -> WorkerSummary:
     """The whole of one dump; see Runner in teacher_dump/dumping.py. Raises as a worker of `dump` does."""
-    if ENGINES[config.teacher.engine].is_group:
+    engine, parts = config.teacher.engine, config.teacher.tensor_parallel
+    if entry_of(engine, parts).is_group:
+        split = f" and tensor_parallel={parts}" if parts > 1 else ""
         raise ConfigError(
-            f"--ray with engine {config.teacher.engine}: an actor holds a whole teacher, and this engine needs a group "
-            "of ranks that start and end together; use engine hf, or the SLURM or Kubernetes templates for it"
+            f"--ray with engine {engine}{split}: an actor holds a whole teacher, and this needs a group of ranks that "
+            "start and end together; use engine hf in one process, or the SLURM or Kubernetes templates for it"
         )
     if config.worker is not None or config.num_workers is not None:
         raise ConfigError("--ray hands out the units itself: leave --worker and --num-workers out")

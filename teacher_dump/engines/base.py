@@ -6,8 +6,9 @@ included), k entries per position.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from potstill.teacher_dump.placing import WorkerPlace, worker_place
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from potstill.kernels.topk import TopK
     from potstill.teacher_dump.batches import TeacherBatch
+    from potstill.teacher_dump.job import WorkerSummary
 
 
 @dataclass(frozen=True)
@@ -89,16 +91,30 @@ class TeacherEngine(Protocol):
         """Take part in a pass of the other ranks without rows of one's own; nothing to do for one process."""
 
 
+@runtime_checkable
+class TellsOfItself(Protocol):
+    """A TeacherEngine whose parts are only known when it is loaded, and that counts its own speed."""
+
+    def notes(self) -> Mapping[str, Any]:
+        """What it runs, for the record of each unit; plain values."""
+
+    def speed(self) -> str:
+        """Its speed so far, in words for the log."""
+
+
 class Ranks(Protocol):
     """The ranks that hold one teacher together. Every method but `place` is a collective call of theirs."""
 
     @property
     def world(self) -> int:
-        """How many they are."""
+        """How many of them have units of their own."""
 
     @property
     def in_step(self) -> bool:
         """Whether all of them must run the same number of passes, so that none may skip a unit."""
+
+    def run(self, work: Callable[[], WorkerSummary]) -> WorkerSummary:
+        """A worker's whole work, on each rank that has units of its own; the others are there for them meanwhile."""
 
     def place(self, worker: int | None, num_workers: int | None) -> WorkerPlace:
         """This rank's share of the units; the arguments say which worker of how many the ranks are together."""
@@ -118,6 +134,9 @@ class OneProcess:
 
     world = 1
     in_step = False
+
+    def run(self, work: Callable[[], WorkerSummary]) -> WorkerSummary:
+        return work()
 
     def place(self, worker: int | None, num_workers: int | None) -> WorkerPlace:
         return worker_place(worker, num_workers)

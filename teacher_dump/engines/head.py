@@ -42,8 +42,14 @@ def read_head(model: Any) -> Head | None:
             text.vocab_size,
             text.vocab_size,
         )
-    bias = None if layer.bias is None else layer.bias.detach()[: text.vocab_size]
-    return Head(weight=layer.weight.detach()[: text.vocab_size], bias=bias, soft_cap=cap, logit_scale=scale)
+    bias = None if layer.bias is None else _whole(layer.bias.detach())[: text.vocab_size]
+    weight = _whole(layer.weight.detach())[: text.vocab_size]
+    return Head(weight=weight, bias=bias, soft_cap=cap, logit_scale=scale)
+
+
+def _whole(value: Any) -> Any:
+    """A tensor as it is, one that is spread over ranks gathered from all of them (a collective call then)."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def apply_head(hidden: Tensor, head: Head) -> Tensor:

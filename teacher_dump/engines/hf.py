@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pickle import UnpicklingError
 from typing import Any
 
@@ -50,15 +51,15 @@ class HfEngine:
         input_ids, position_ids, positions = (
             to_device(array, self.device) for array in (batch.input_ids, batch.position_ids, batch.positions)
         )
-        input_ids, position_ids = as_lines(self.model.config, input_ids, position_ids)
-        output = self._run(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        output = self._lines(self._run, input_ids, position_ids)
         if self.head is None:
             return Logits(self._of_next_token(output.logits, input_ids)[positions])
         return HiddenStates(output[0].reshape(-1, output[0].shape[-1])[positions], self.head)
 
     def _of_next_token(self, logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
         """The logits [B * L, V] of a model that gives [B, L, V or more]: those of further tokens stand behind."""
-        if logits.shape[:-1] != input_ids.shape or logits.shape[-1] < self.vocab_size:
+        lines_of_one = logits.ndim == 3 and logits.shape[:2].numel() == input_ids.numel()  # perhaps joined by as_lines
+        if not lines_of_one or logits.shape[-1] < self.vocab_size:
             raise UserError(
                 f"teacher {type(self.model).__name__} gives logits {list(logits.shape)} for ids "
                 f"{list(input_ids.shape)}; expected one row of {self.vocab_size} or more for each id, that of the next "
@@ -66,33 +67,44 @@ class HfEngine:
             )
         return logits[..., : self.vocab_size].reshape(-1, self.vocab_size)
 
+    def _lines(self, run: Any, input_ids: torch.Tensor, position_ids: torch.Tensor) -> Any:
+        input_ids, position_ids = as_lines(self.model.config, input_ids, position_ids)
+        return run(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+
     def idle_pass(self) -> None:
         """Nothing to do: there is no group."""
 
 
 def load(teacher: TeacherConfig, wanted: TopKWanted | None = None) -> HfEngine:
     """Load the weights onto the worker's device. Raises UserError when that is not possible."""
-    from transformers import AutoModelForCausalLM
-
     device = choose_device(teacher.device)
     make_current(device)
-    options: dict[str, Any] = {"trust_remote_code": False} | dict(teacher.load_options)
+    options = dict(teacher.load_options)
+    placed = "device_map" in options or "quantization_config" in options
+    if "quantization_config" in options:
+        options.setdefault("device_map", {"": str(device)})
+    model = load_weights(teacher, options)
+    if not placed:
+        model = model.to(device)
+    return HfEngine(model, teacher=teacher, device=device)
+
+
+def load_weights(teacher: TeacherConfig, options: Mapping[str, Any]) -> Any:
+    """The model, loaded with these options of from_pretrained and fit to run. Raises UserError."""
+    from transformers import AutoModelForCausalLM
+
+    options = {"trust_remote_code": False, **options}
     # The dtype that run.json names, also where "auto" could mean something else to another version of transformers.
     options.setdefault("dtype", computing_dtype(teacher, load_config(teacher)))
     if teacher.attention is not None:
         options["attn_implementation"] = teacher.attention
     options["ignore_mismatched_sizes"] = True  # check_loaded refuses them, and can say which
-    placed = "device_map" in options or "quantization_config" in options
-    if "quantization_config" in options:
-        options.setdefault("device_map", {"": str(device)})
     try:
         model, found = AutoModelForCausalLM.from_pretrained(teacher.model, output_loading_info=True, **options)
     except (OSError, ValueError, ImportError, RuntimeError, UnpicklingError) as error:
         raise UserError(f"teacher {teacher.model!r} cannot be loaded: {error}") from error
     check_loaded(teacher, model, found)
-    if not placed:
-        model = model.to(device)
-    return HfEngine(model.eval().requires_grad_(False), teacher=teacher, device=device)
+    return model.eval().requires_grad_(False)
 
 
 def choose_device(wanted: str) -> torch.device:

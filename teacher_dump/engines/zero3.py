@@ -8,8 +8,9 @@ on one rank ends the group.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pickle import UnpicklingError
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -35,6 +36,9 @@ from potstill.teacher_dump.host_copies import to_device
 from potstill.teacher_dump.identity import computing_dtype, load_config
 from potstill.teacher_dump.placing import WorkerPlace, worker_place
 
+if TYPE_CHECKING:
+    from potstill.teacher_dump.job import WorkerSummary
+
 log = logging.getLogger(__name__)
 
 
@@ -46,6 +50,9 @@ class Group:
     def __init__(self, device: torch.device) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self._device = device
+
+    def run(self, work: Callable[[], WorkerSummary]) -> WorkerSummary:
+        return work()
 
     def place(self, worker: int | None, num_workers: int | None) -> WorkerPlace:
         # RANK and WORLD_SIZE count the ranks of the group, so only arguments say which worker the group is.

@@ -43,8 +43,11 @@ class RolloutConfig(ScoreConfig):
     def _answers(self) -> Self:
         if not self.samples and not self.greedy:
             raise ValueError("samples is 0 and greedy is false, so that there are no answers; ask for one of them")
-        if self.model.engine != "hf" or self.model.ensemble or self.model.compile:
-            raise ValueError("rollout runs one model with a cache: use engine hf, no ensemble and no compile")
+        if self.model.engine != "hf" or self.model.ensemble or self.model.compile or self.model.tensor_parallel > 1:
+            raise ValueError(
+                "rollout runs one model with a cache in one process: use engine hf, no ensemble, no compile and no "
+                "tensor_parallel"
+            )
         if self.grade_ids and self.tokenizer is not None:
             raise ValueError("grade_ids reads no tokenizer; leave one of the two out")
         if self.stop_ids is not None and any(one < 0 for one in self.stop_ids):
