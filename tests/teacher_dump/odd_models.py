@@ -104,6 +104,17 @@ def saved(make: Callable[..., Any], folder: Path, *, sharpen: float = 1.0, seed:
     return save_model(make(**settings), folder, sharpen=sharpen)
 
 
+def with_tokenizer(folder: Path) -> Path:
+    """A tokenizer of one word for each id, in the model's folder: vLLM does not load a model without one."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({f"w{number}": number for number in range(VOCAB)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token="w1").save_pretrained(folder)
+    return folder
+
+
 def change_weights(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
     """Let `change` edit the checkpoint's tensors by name."""
     from safetensors.torch import load_file, save_file
