@@ -26,10 +26,10 @@ log = logging.getLogger(__name__)
 
 PINS = "engine_pins"  # key of run.json's teacher: what an engine says of itself beside the teacher's own figures
 _HASH_THREADS = 4
-_PLACE_KEYS = ("revision", "trust_remote_code", "subfolder", "token", "cache_dir", "local_files_only")
+PLACE_KEYS = ("revision", "trust_remote_code", "subfolder", "token", "cache_dir", "local_files_only")
 _FETCH_KEYS = ("token", "cache_dir", "local_files_only")  # of them those that fetching a whole model takes
 # Options of from_pretrained that say where weights come from or lie, not what they are.
-_IDLE_OPTIONS = {*_PLACE_KEYS, "device_map", "max_memory", "low_cpu_mem_usage", "use_safetensors", "force_download"}
+_IDLE_OPTIONS = {*PLACE_KEYS, "device_map", "max_memory", "low_cpu_mem_usage", "use_safetensors", "force_download"}
 # Keys of config.json that do not change what the model computes.
 _IDLE_KEYS = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "use_cache"}
 
@@ -63,7 +63,7 @@ def located(teacher: TeacherConfig) -> TeacherConfig:
 
 def _place_options(teacher: TeacherConfig) -> dict[str, Any]:
     """What else than its name says where a model is: the same for its configuration, tokenizer and weights."""
-    asked = {key: teacher.load_options[key] for key in _PLACE_KEYS if key in teacher.load_options}
+    asked = {key: teacher.load_options[key] for key in PLACE_KEYS if key in teacher.load_options}
     return {"trust_remote_code": False, **asked}  # left out, transformers would ask on the terminal
 
 

@@ -93,6 +93,12 @@ def pooling_arguments(teacher: TeacherConfig, *, dtype: str, row_length: int | N
     }
 
 
+def logprob_arguments(teacher: TeacherConfig, *, dtype: str, row_length: int | None, best: int) -> dict[str, Any]:
+    """What the `vllm.LLM` that tells `prompt_logprobs` of the `best` ids is made with."""
+    arguments = model_arguments(teacher, dtype=dtype, row_length=row_length)
+    return arguments | {"runner": "generate", "max_logprobs": best}
+
+
 class VllmRunner:
     """See PromptRunner."""
 
