@@ -30,6 +30,7 @@ def check_loaded(teacher: TeacherConfig, model: Any, found: Mapping[str, Iterabl
     found: the loading information of from_pretrained, called with ignore_mismatched_sizes=True.
     """
     config = model.config
+    _refuse_lost_cap(teacher, config.get_text_config())
     refuse_missing(teacher, found["missing_keys"])
     _refuse_shapes(teacher, config, found["mismatched_keys"])
     # From the files, since transformers does not tell of those that it knows to be further heads.
@@ -95,6 +96,17 @@ def _refuse_shapes(teacher: TeacherConfig, config: Any, mismatched: Iterable[tup
                 "one that predicts the next token in the checkpoint"
             )
     raise UserError(f"teacher {teacher.model!r}: {len(odd)} of its weights have another shape: {what}; {advice}")
+
+
+def _refuse_lost_cap(teacher: TeacherConfig, text: Any) -> None:
+    # transformers up to 5.19 takes sdpa for Gemma 2, later ones do not: it knows no cap on the scores of attention, and
+    # every target would be off by what the cap does.
+    cap, attention = getattr(text, "attn_logit_softcapping", None), getattr(text, "_attn_implementation", None)
+    if cap and attention == "sdpa":
+        raise UserError(
+            f"teacher {teacher.model!r} caps the scores of its attention at {cap}, and this version of transformers "
+            f"computes it by {attention}, which leaves the cap out; set teacher.attention=eager"
+        )
 
 
 def _saved_names(teacher: TeacherConfig) -> list[str]:

@@ -48,10 +48,12 @@ def mixtral(**settings: Any) -> Any:
 def deepseek_v3(**settings: Any) -> Any:
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-    latent = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32}
+    latent = {"q_lora_rank": 32, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32, "v_head_dim": 32}
     experts = {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "n_shared_experts": 1}
-    sizes = {**SIZES, "num_key_value_heads": 4, "moe_intermediate_size": 32, "first_k_dense_replace": 1}
-    return DeepseekV3ForCausalLM(DeepseekV3Config(**{**sizes, **latent, **experts, **settings}))
+    # As the published ones say: vLLM goes by it, transformers knows no other way.
+    ways = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+    sizes = {**SIZES, "num_key_value_heads": 4, "head_dim": 64, "moe_intermediate_size": 32, "first_k_dense_replace": 1}
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**{**sizes, **latent, **experts, **ways, **settings}))
 
 
 def gemma2(**settings: Any) -> Any:

@@ -206,6 +206,17 @@ def test_of_several_heads_in_one_output_layer_the_first_is_used(
             load_engine(TeacherConfig(model=tmp_path / "apart", **settings))
 
 
+def test_attention_that_leaves_out_a_cap_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some versions of transformers take it by themselves, others refuse it: here they all take it."""
+    from transformers import Gemma2PreTrainedModel
+
+    folder = saved(gemma2, tmp_path / "model")
+    monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)
+    with pytest.raises(UserError, match=r"caps the scores of its attention at 50.*set teacher.attention=eager"):
+        load_engine(TeacherConfig(model=folder, attention="sdpa"))
+    assert load_engine(TeacherConfig(model=folder, attention="eager")).vocab_size == VOCAB
+
+
 def test_a_checkpoint_with_a_head_of_its_own_is_not_tied(tokens: Path, tmp_path: Path) -> None:
     """Whatever its configuration says: transformers goes by the weights, and vLLM's head is read from them, too."""
     folder = saved(llama, tmp_path / "model")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -41,18 +43,18 @@ def top_k(engine: Any, text: RealText) -> Found:
     return {name: value.double() if value.is_floating_point() else value.long() for name, value in every.items()}
 
 
-def draws(engine: Any, text: RealText) -> torch.Tensor:
-    """int64 [M, V]: how often each id was drawn."""
+def draws(engine: Any, rows: list[TokensRow]) -> list[dict[int, Counter[int]]]:
+    """For each batch, by position: how often each id was drawn."""
     options: dict[str, Any] = {"num_draws": 50, "power": 1.0, "seed": 3, "vocab_size": 8192, "chunk_bytes": None}
 
-    def counts(batch: Any) -> torch.Tensor:
+    def counts(batch: Any) -> dict[int, Counter[int]]:
         targets = batch_sample(engine, batch, **options).wait().targets
-        tokens = torch.repeat_interleave(torch.arange(len(targets.offsets) - 1), targets.offsets.diff())
-        dense = torch.zeros(len(targets.offsets) - 1, 8192, dtype=torch.int64)
-        dense[tokens, targets.ids.long()] = targets.counts.long()
-        return dense
+        assert targets.counts is not None
+        ids, times, bounds = targets.ids.tolist(), targets.counts.tolist(), targets.offsets.tolist()
+        spans = enumerate(itertools.pairwise(bounds))
+        return {t: Counter(dict(zip(ids[a:b], times[a:b], strict=True))) for t, (a, b) in spans}
 
-    return torch.cat(over(text.rows, counts))
+    return over(rows, counts)
 
 
 def same_sets(a: Found, b: Found) -> torch.Tensor:
@@ -102,13 +104,24 @@ def test_float32_is_that_of_hf(real_text: RealText, exact: Found, engine: Any) -
 
 
 def test_draws_are_those_of_hf(real_text: RealText, engine: Any) -> None:
-    """A draw is a place on the cumulated probabilities, keyed by row and position: it falls on another id only where
-    the last bits of float32 move a bound across it, and then one draw of the 50 goes to the neighbour."""
-    found = draws(engine, real_text)
-    expected = draws(load_engine(TeacherConfig(model=real_text.teacher, dtype="float32")), real_text)
-    moved = (found - expected).abs().sum(1) // 2
-    assert float((moved == 0).double().mean()) >= 0.995 and int(moved.max()) <= 1
-    assert int(expected.sum(1).min()) == 50
+    """A draw is a place on the cumulated probabilities, keyed by row and position. It falls on another id only where
+    the last bits of float32 move a bound across it: all but one draw in a thousand can be asked for, and are."""
+    rows = real_text.rows[::3]
+    found = draws(engine, rows)
+    expected = draws(load_engine(TeacherConfig(model=real_text.teacher, dtype="float32")), rows)
+    moved = sum(sum((one[t] - other[t]).values()) for one, other in zip(found, expected, strict=True) for t in one)
+    drawn = sum(one[t].total() for one in expected for t in one)
+    assert drawn == 50 * sum(len(one) for one in expected) > 100_000
+    assert moved <= drawn / 1000, (moved, drawn)
+
+
+@pytest.mark.parametrize("lie", LIES, ids=lambda lie: lie.__name__)
+def test_a_lie_about_vllm_itself_is_found(real_text: RealText, engine: VllmEngine, lie: Any) -> None:
+    head, reference = head_and_reference(TeacherConfig(model=real_text.teacher, dtype="float32"), 512, torch.float32)
+    options: dict[str, Any] = {"head": head, "dtype": "float32", "reference": reference}
+    VllmEngine(Liar(engine.runner, []), **options)
+    with pytest.raises(WrongAnswerError):
+        VllmEngine(Liar(engine.runner, [lie]), **options)
 
 
 def test_bfloat16_is_no_worse_than_that_of_transformers(real_text: RealText, exact: Found) -> None:
@@ -137,12 +150,3 @@ def test_documents_in_pieces_are_the_same(real_text: RealText, exact: Found) -> 
     chunked: Any = load_engine(settings, row_length=ROW_LENGTH)
     assert chunked.runner.at_once == 100
     assert_exact(top_k(chunked, real_text), exact)
-
-
-@pytest.mark.parametrize("lie", LIES, ids=lambda lie: lie.__name__)
-def test_a_lie_about_vllm_itself_is_found(real_text: RealText, engine: VllmEngine, lie: Any) -> None:
-    head, reference = head_and_reference(TeacherConfig(model=real_text.teacher, dtype="float32"), 512, torch.float32)
-    options: dict[str, Any] = {"head": head, "dtype": "float32", "reference": reference}
-    VllmEngine(Liar(engine.runner, []), **options)
-    with pytest.raises(WrongAnswerError):
-        VllmEngine(Liar(engine.runner, [lie]), **options)
