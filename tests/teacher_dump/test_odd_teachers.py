@@ -18,6 +18,8 @@ from potstill.teacher_dump.config import TeacherConfig
 from potstill.teacher_dump.engines.head import apply_head
 from potstill.teacher_dump.engines.hf import HfEngine
 from potstill.teacher_dump.engines.loading import load_engine
+from potstill.teacher_dump.engines.vllm_engine.checkpoint_head import read_checkpoint_head
+from potstill.teacher_dump.identity import load_config
 from tests.teacher_dump.odd_models import (
     EXPERTS,
     add_prediction_layer,
@@ -152,6 +154,10 @@ def test_an_output_layer_of_other_rows_than_the_configuration_is_refused_with_bo
             load_engine(TeacherConfig(model=folder, load_options=options))
         assert f"lm_head.weight is [{rows}, 64] in the checkpoint, config.json asks for [64, 64]" in str(error.value)
         assert advice in str(error.value) and ("multi" in str(error.value)) == (rows == 2 * VOCAB)
+    with pytest.raises(UserError, match=rf"lm_head.weight is \[{rows}, 64\], expected 64 rows"):
+        read_checkpoint_head(
+            folder, load_config(TeacherConfig(model=folder)), dtype=torch.float32, device=torch.device("cpu")
+        )
 
 
 def several_heads(shape: str) -> tuple[type, type]:
@@ -218,13 +224,21 @@ def test_attention_that_leaves_out_a_cap_is_refused(tmp_path: Path, monkeypatch:
 
 
 def test_a_checkpoint_with_a_head_of_its_own_is_not_tied(tokens: Path, tmp_path: Path) -> None:
-    """Whatever its configuration says: transformers goes by the weights, and vLLM's head is read from them, too."""
+    """Whatever its configuration says: transformers goes by the weights. vLLM does not, so its engine refuses them."""
     folder = saved(llama, tmp_path / "model")
     truth = apart(folder, tokens)
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": True}))
     assert torch.equal(logits_by(folder, tokens), logits_by(saved(llama, tmp_path / "untied"), tokens))
     assert float((logits_by(folder, tokens) - truth).abs().max()) <= 2e-5 * float(truth.abs().max())
+    options: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}
+    config = load_config(TeacherConfig(model=folder))
+    with pytest.raises(UserError, match=r"ties the head to model.embed_tokens.* lm_head.weight of other values"):
+        read_checkpoint_head(folder, config, **options)
+    # As some save it: the same values twice.
+    change_weights(folder, lambda weights: weights.update({"lm_head.weight": weights["model.embed_tokens.weight"] + 0}))
+    head = load_engine(TeacherConfig(model=folder)).head  # type: ignore[attr-defined]
+    assert torch.equal(read_checkpoint_head(folder, config, **options).weight, head.weight)
 
 
 def test_a_tied_capped_and_padded_head_is_dumped_as_its_tokenizer_ends(tmp_path: Path) -> None:
