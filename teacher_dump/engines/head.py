@@ -17,18 +17,34 @@ from potstill.teacher_dump.engines.base import Head
 
 log = logging.getLogger(__name__)
 
-_PROBE_TOKENS = 12
+_PROBE_TOKENS, _EXPERT_LINES = 12, 4
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
 def read_head(model: Any) -> Head | None:
-    """The model's output layer with the cap and scale of its configuration; None when it has no plain linear one."""
+    """The model's output layer with the cap and scale of its configuration; None when it has no plain linear one.
+
+    Rows beyond the configuration's vocabulary are left out: padding, or heads of multi-token prediction, which stand
+    behind the one that predicts the next token.
+    """
     layer = model.get_output_embeddings()
     if not isinstance(layer, torch.nn.Linear) or not layer.weight.is_floating_point():
         return None
-    cap, scale = soft_cap_and_scale(model.config.get_text_config())
-    bias = None if layer.bias is None else layer.bias.detach()
-    return Head(weight=_whole(layer.weight.detach()), bias=_whole(bias), soft_cap=cap, logit_scale=scale)
+    text = model.config.get_text_config()
+    cap, scale = soft_cap_and_scale(text)
+    rows = layer.weight.shape[0]
+    if rows > text.vocab_size:
+        log.warning(
+            "teacher %s has %d output rows, its vocab_size is %d: targets are of the first %d, the others (padding, or "
+            "heads for tokens after the next) are left out",
+            type(model).__name__,
+            rows,
+            text.vocab_size,
+            text.vocab_size,
+        )
+    bias = None if layer.bias is None else _whole(layer.bias.detach())[: text.vocab_size]
+    weight = _whole(layer.weight.detach())[: text.vocab_size]
+    return Head(weight=weight, bias=bias, soft_cap=cap, logit_scale=scale)
 
 
 def _whole(value: Any) -> Any:
@@ -42,9 +58,9 @@ def apply_head(hidden: Tensor, head: Head) -> Tensor:
     return scale_and_cap_(raw, logit_scale=head.logit_scale, soft_cap=head.soft_cap)
 
 
-def probe_line(vocab_size: int, device: torch.device) -> Tensor:
-    """A short line of ids [1, L], spread over the vocabulary; the same for every call."""
-    return probe_ids(torch.arange(_PROBE_TOKENS, device=device)[None], vocab_size)
+def probe_line(vocab_size: int, device: torch.device, number: int = 0) -> Tensor:
+    """A short line of ids [1, L], spread over the vocabulary; the same for every call with this number."""
+    return probe_ids(torch.arange(_PROBE_TOKENS, device=device)[None] + number * _PROBE_TOKENS, vocab_size)
 
 
 @torch.no_grad()
@@ -56,18 +72,30 @@ def head_agrees(model: Any, head: Head, vocab_size: int) -> float:
     if hidden.shape[-1] != head.weight.shape[1]:
         return float("nan")
     expected = model(input_ids=ids, position_ids=places, use_cache=False).logits.float()
-    return relative_difference(apply_head(hidden, head).float(), expected)
+    return relative_difference(apply_head(hidden, head).float(), expected[..., : head.weight.shape[0]])
+
+
+def packing_agrees(model: Any, vocab_size: int) -> float:
+    """Largest difference between the logits of documents two in a line and apart, over the largest logit.
+
+    Of a mixture of experts the least one over several lines of ids. In a low precision the same token in another batch
+    may be routed to another expert, where two are nearly even, and its logits are far off then; that is a chance which
+    few lines have, while documents that see one another do so in every line.
+    """
+    lines = _EXPERT_LINES if any(name.endswith("experts") for name, _ in model.named_modules()) else 1
+    # All of them, since each is a collective pass of an engine that is a group.
+    return min(_packing_agrees(model, vocab_size, number) for number in range(lines))
 
 
 @torch.no_grad()
-def packing_agrees(model: Any, vocab_size: int) -> float:
-    """Largest difference between the logits of documents two in a line and apart, over the largest logit.
+def _packing_agrees(model: Any, vocab_size: int, number: int) -> float:
+    """See packing_agrees; of one line of ids.
 
     Documents must be told apart by position ids that begin again; a model that ignores them (no mask from positions,
     or a state that runs on) shows here, before a single wrong target is stored. Two lines with different cuts, as in a
     dump: some attention keeps documents apart in a batch of one line only.
     """
-    ids = probe_line(vocab_size, next(model.parameters()).device)
+    ids = probe_line(vocab_size, next(model.parameters()).device, number)
     cut = _PROBE_TOKENS // 2 - 1
     parts = [ids[:, :cut], ids[:, cut:]]
     places = [torch.arange(part.shape[1], device=ids.device)[None] for part in parts]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pickle import UnpicklingError
 from typing import Any
 
@@ -15,7 +15,8 @@ from potstill.common.packed import as_lines
 from potstill.teacher_dump.batches import TeacherBatch
 from potstill.teacher_dump.config import TeacherConfig
 from potstill.teacher_dump.engines.base import Head, HiddenStates, Logits, TeacherOutput, TopKWanted
-from potstill.teacher_dump.engines.head import choose_head, packing_agrees, tolerance
+from potstill.teacher_dump.engines.head import choose_head, packing_agrees, probe_line, tolerance
+from potstill.teacher_dump.engines.loaded import check_loaded
 from potstill.teacher_dump.host_copies import to_device
 from potstill.teacher_dump.identity import computing_dtype, load_config
 from potstill.teacher_dump.placing import local_device_index
@@ -37,6 +38,9 @@ class HfEngine:
         if teacher.documents == "packed":
             _require_packing(model, vocab_size=self.vocab_size, dtype=dtype)
         self.head: Head | None = choose_head(model, wanted=teacher.head, vocab_size=self.vocab_size, dtype=dtype)
+        if self.head is None:
+            ids = probe_line(self.vocab_size, device)
+            self._of_next_token(model(input_ids=ids, use_cache=False).logits, ids)
         self._run = model if self.head is None else backbone(model)
         if teacher.compile:
             self._run = torch.compile(self._run)
@@ -48,9 +52,20 @@ class HfEngine:
             to_device(array, self.device) for array in (batch.input_ids, batch.position_ids, batch.positions)
         )
         output = self._lines(self._run, input_ids, position_ids)
-        values = output[0] if self.head is not None else output.logits
-        picked = values.reshape(-1, values.shape[-1])[positions]
-        return Logits(picked) if self.head is None else HiddenStates(picked, self.head)
+        if self.head is None:
+            return Logits(self._of_next_token(output.logits, input_ids)[positions])
+        return HiddenStates(output[0].reshape(-1, output[0].shape[-1])[positions], self.head)
+
+    def _of_next_token(self, logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        """The logits [B * L, V] of a model that gives [B, L, V or more]: those of further tokens stand behind."""
+        lines_of_one = logits.ndim == 3 and logits.shape[:2].numel() == input_ids.numel()  # perhaps joined by as_lines
+        if not lines_of_one or logits.shape[-1] < self.vocab_size:
+            raise UserError(
+                f"teacher {type(self.model).__name__} gives logits {list(logits.shape)} for ids "
+                f"{list(input_ids.shape)}; expected one row of {self.vocab_size} or more for each id, that of the next "
+                "token: a model that predicts several tokens at once must be saved with the head of the next one alone"
+            )
+        return logits[..., : self.vocab_size].reshape(-1, self.vocab_size)
 
     def _lines(self, run: Any, input_ids: torch.Tensor, position_ids: torch.Tensor) -> Any:
         input_ids, position_ids = as_lines(self.model.config, input_ids, position_ids)
@@ -83,21 +98,13 @@ def load_weights(teacher: TeacherConfig, options: Mapping[str, Any]) -> Any:
     options.setdefault("dtype", computing_dtype(teacher, load_config(teacher)))
     if teacher.attention is not None:
         options["attn_implementation"] = teacher.attention
+    options["ignore_mismatched_sizes"] = True  # check_loaded refuses them, and can say which
     try:
         model, found = AutoModelForCausalLM.from_pretrained(teacher.model, output_loading_info=True, **options)
     except (OSError, ValueError, ImportError, RuntimeError, UnpicklingError) as error:
         raise UserError(f"teacher {teacher.model!r} cannot be loaded: {error}") from error
-    refuse_missing(teacher, found["missing_keys"])
+    check_loaded(teacher, model, found)
     return model.eval().requires_grad_(False)
-
-
-def refuse_missing(teacher: TeacherConfig, missing: Iterable[str]) -> None:
-    """Raise UserError when weights are not in the checkpoint: transformers fills them with random numbers."""
-    if names := sorted(missing):
-        raise UserError(
-            f"teacher {teacher.model!r}: {len(names)} of its weights are not in the checkpoint "
-            f"({', '.join(names[:3])}); expected all of them: fetch the checkpoint again, or correct its config.json"
-        )
 
 
 def choose_device(wanted: str) -> torch.device:

@@ -30,7 +30,8 @@ from potstill.teacher_dump.engines.head import (
     relative_difference,
     tolerance,
 )
-from potstill.teacher_dump.engines.hf import choose_device, make_current, refuse_missing
+from potstill.teacher_dump.engines.hf import choose_device, make_current
+from potstill.teacher_dump.engines.loaded import check_loaded
 from potstill.teacher_dump.host_copies import to_device
 from potstill.teacher_dump.identity import computing_dtype, load_config
 from potstill.teacher_dump.placing import WorkerPlace, worker_place
@@ -189,12 +190,13 @@ def load(teacher: TeacherConfig, wanted: TopKWanted | None = None) -> Zero3Engin
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False} | dict(teacher.load_options)
     if teacher.attention is not None:
         options["attn_implementation"] = teacher.attention
+    options["ignore_mismatched_sizes"] = True  # check_loaded refuses them, and can say which
     keep = HfDeepSpeedConfig(settings)
     try:
         model, found = AutoModelForCausalLM.from_pretrained(teacher.model, output_loading_info=True, **options)
     except (OSError, ValueError, ImportError, RuntimeError, UnpicklingError) as error:
         raise UserError(f"teacher {teacher.model!r} cannot be loaded: {error}") from error
-    refuse_missing(teacher, found["missing_keys"])
+    check_loaded(teacher, model, found)
     engine, *_ = deepspeed.initialize(model=model.eval(), config=settings)
     engine.eval()
     return Zero3Engine(engine, teacher=teacher, device=device, keep=keep)

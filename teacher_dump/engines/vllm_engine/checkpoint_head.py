@@ -57,11 +57,14 @@ def read_checkpoint_head(folder: Path, config: Any, *, dtype: torch.dtype, devic
     if weight.dtype not in _PLAIN:
         raise UserError(_quantised_text(folder, layer, f"its type is {str(weight.dtype).removeprefix('torch.')}"))
     vocab_size = int(getattr(text, "vocab_size", 0))
-    if weight.ndim != 2 or weight.shape[0] < vocab_size:
+    if weight.ndim != 2 or weight.shape[0] != vocab_size:
         raise UserError(
-            f"teacher folder {folder}: {layer}.weight is {list(weight.shape)}, expected at least {vocab_size} rows, "
-            "one for each entry of the vocabulary; fetch the checkpoint again, or use engine hf"
+            f"teacher folder {folder}: {layer}.weight is {list(weight.shape)}, expected {vocab_size} rows, the "
+            "vocab_size of config.json: correct that where the rows beyond pad the vocabulary, keep the rows that "
+            "predict the next token where they are further heads, else fetch the checkpoint again"
         )
+    if tied:
+        _refuse_second_head(folder, places, layer, weight)
     rows = vocab_size or weight.shape[0]
     if weight.shape[0] > rows:
         log.warning(
@@ -78,6 +81,17 @@ def read_checkpoint_head(folder: Path, config: Any, *, dtype: torch.dtype, devic
         soft_cap=cap,
         logit_scale=scale,
     )
+
+
+def _refuse_second_head(folder: Path, places: Mapping[str, Path], layer: str, weight: torch.Tensor) -> None:
+    # transformers does not tie what differs, vLLM drops the second: two teachers from one checkpoint.
+    for name in (f"{head}.weight" for head in HEADS):
+        if name in places and not torch.equal(_read(folder, places, name), weight):
+            raise UserError(
+                f"teacher folder {folder}: config.json ties the head to {layer}, and the checkpoint holds a {name} of "
+                "other values, which vLLM leaves out and transformers uses; say which one is meant: set "
+                "tie_word_embeddings to false in config.json, or take the tensor out of the checkpoint"
+            )
 
 
 def tensor_places(folder: Path) -> dict[str, Path]:

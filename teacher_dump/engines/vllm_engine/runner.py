@@ -14,7 +14,10 @@ from potstill.teacher_dump.pipeline import WalkEndedError
 if TYPE_CHECKING:
     from torch import Tensor, dtype
 
-ADVICE = "nothing of this batch is stored; try another vLLM version, or use engine hf"
+ADVICE = (
+    "nothing of this batch is stored; try load_options.model_impl=transformers (vLLM's own code for a model can be "
+    "wrong on a device), another vLLM version, or use engine hf"
+)
 
 
 class WrongAnswerError(WalkEndedError):
