@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -57,6 +57,7 @@ class Hub:
     large: dict[str, bytes] = field(default_factory=dict)
     seen: list[str] = field(default_factory=list)
     stalled: str | None = None
+    fault: Callable[[str], int | None] = field(default=lambda line: None)
     ended: threading.Event = field(default_factory=threading.Event)
 
     def speak_to(self, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
@@ -120,6 +121,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.hub.stalled is not None and self.hub.stalled in line:
             self.hub.ended.wait()
             return None
+        if (status := self.hub.fault(line)) is not None:
+            return self.answer(status)
         bearer = self.headers.get("Authorization", "")
         writes = self.command in ("POST", "PUT") and "paths-info" not in path and not path.startswith("/lfs/")
         if (bearer and bearer != f"Bearer {TOKEN}") or (writes and not bearer):
