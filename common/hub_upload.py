@@ -67,6 +67,7 @@ def look(asked: Mapping[str, Any]) -> dict[str, Any]:
             raise UserError("the hub does not know the token (HF_TOKEN, or the saved login)") from error
         raise
     repo, revision = asked["repo"], asked["revision"]
+    info: Any
     try:
         info = api.repo_info(repo)
     except RepositoryNotFoundError:

@@ -1,13 +1,15 @@
 """Stores in a data set of the Hugging Face hub, for reading: hf://datasets/ORG/NAME[@REVISION][/PATH].
 
 A revision is resolved once a process to its commit, which is all that is read from then on and what `url` says, so
-that a branch that moves on changes nothing under a reader. Requests go through the hub client's own session
-(HF_ENDPOINT, HF_TOKEN or the saved login, proxies), with limits of time, which that session has not.
+that a branch that moves on changes nothing under a reader; ranks of a run must name the commit. Requests go through
+the hub client's own session (HF_ENDPOINT, HF_TOKEN or the saved login, proxies), with limits of time, which that
+session has not.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import random
 import re
 import time
@@ -161,6 +163,12 @@ class HubFolder:
             if found is None:
                 raise StoreError(
                     f"{place}: the hub {constants.ENDPOINT} has no such data set, or no such revision of it"
+                )
+            if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+                # Each rank would ask for itself, and a push in between would give them different stores.
+                raise StoreError(
+                    f"{place} may move on between the ranks of a run; name its commit: "
+                    f"hf://datasets/{self._repo}@{found.sha}" + (f"/{self._path}" if self._path else "")
                 )
             _resolved[key] = str(found.sha)
             logger.info("%s is commit %s: that is read, also when the branch moves on", place, found.sha)

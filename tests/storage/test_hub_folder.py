@@ -101,7 +101,11 @@ def test_a_store_on_the_hub_reads_as_the_local_one(
 
 
 def test_a_branch_that_moves_on_changes_nothing_under_a_reader(
-    hub: Hub, repository: Repository, local: tuple[StoreReader, StoreReader], tmp_path: Path
+    hub: Hub,
+    repository: Repository,
+    local: tuple[StoreReader, StoreReader],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     old = repository.branches["main"]
     before = StoreReader(f"hf://datasets/{NAME}@main/tokens")
@@ -115,6 +119,12 @@ def test_a_branch_that_moves_on_changes_nothing_under_a_reader(
     hub_folder._resolved.clear()
     assert StoreReader(f"hf://datasets/{NAME}@main/tokens").digest == other.digest
     assert StoreReader(f"hf://datasets/{NAME}@{old}/tokens").digest == local[0].digest
+    # Ranks would each take it as it is when they ask.
+    hub_folder._resolved.clear()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(StoreError, match=rf"name its commit: hf://datasets/{NAME}@{new}/tokens"):
+        StoreReader(f"hf://datasets/{NAME}/tokens")
+    assert StoreReader(f"hf://datasets/{NAME}@{new}/tokens").digest == other.digest
 
 
 def test_it_is_read_only(repository: Repository) -> None:
