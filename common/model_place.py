@@ -81,7 +81,7 @@ def _find_on_hub(name: str, *, what: str, files: Sequence[str], revision: str | 
     found = (try_to_load_from_cache(name, file, revision=revision, cache_dir=cache_dir) for file in files)
     cached = any(isinstance(file, str) for file in found)
     offline = constants.HF_HUB_OFFLINE
-    trouble = "HF_HUB_OFFLINE is set" if offline else _unreachable(constants.ENDPOINT)
+    trouble = hub_trouble()
     if trouble is None:
         return False
     if cached:
@@ -92,6 +92,13 @@ def _find_on_hub(name: str, *, what: str, files: Sequence[str], revision: str | 
         f"{what} {name!r} is no folder here and not in the hub's cache ({cache_dir or constants.HF_HUB_CACHE}), and "
         f"{trouble}; check the name and the network, or name a folder that holds {files[0]}{_near(Path(name))}"
     )
+
+
+def hub_trouble() -> str | None:
+    """Why the hub cannot be asked, within seconds; None when it answers."""
+    from huggingface_hub import constants
+
+    return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _unreachable(constants.ENDPOINT)
 
 
 def _unreachable(endpoint: str) -> str | None:

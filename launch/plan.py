@@ -11,7 +11,7 @@ import argparse
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -20,11 +20,11 @@ from pydantic import BeforeValidator, Field, model_validator
 from potstill.common.config import StrictModel
 from potstill.common.errors import UserError
 from potstill.common.exit_codes import DONE
-from potstill.common.model_place import find_model, one_line
 from potstill.common.options import add_config_options, read_config
 from potstill.common.progress import format_seconds
 from potstill.launch.calibrate import Measured, calibrate
 from potstill.launch.command import Command
+from potstill.launch.model_costs import ModelCosts, model_costs
 from potstill.launch.plan_limits import (
     COUNT_FORMS,
     CPU,
@@ -33,10 +33,20 @@ from potstill.launch.plan_limits import (
     device,
     format_hours,
     format_size,
+    fp8_speed,
     host_tokens_per_second,
     read_count,
     start_seconds,
 )
+from potstill.launch.plan_online import (
+    LEFT_OUT,
+    PRICE_OF_TB_MONTH,
+    OnlinePlan,
+    Prices,
+    gpus_that_hold,
+    online_plan,
+)
+from potstill.launch.plan_online import PRICE_SOURCE as RENT_SOURCE
 from potstill.launch.plan_units import (
     PRICE_OF_1000_GETS,
     PRICE_OF_1000_PUTS,
@@ -95,23 +105,19 @@ class PlanConfig(StrictModel):
     price_per_1000_gets: float = Field(
         default=PRICE_OF_1000_GETS, ge=0, description=f"Of GET and HEAD there ({PRICE_SOURCE})"
     )
+    price_per_tb_month: float = Field(
+        default=PRICE_OF_TB_MONTH, ge=0, description=f"Of a terabyte kept for a month ({RENT_SOURCE})"
+    )
+    store_months: float = Field(default=1.0, ge=0, description="Months that the store is kept")
+    price_per_gpu_hour: float | None = Field(
+        default=None, gt=0, description="USD; null compares online and offline in GPU hours alone"
+    )
 
     @model_validator(mode="after")
     def _number(self) -> Self:
         if isinstance(self.student_tokens, str):
             raise ValueError(f"student_tokens {self.student_tokens!r} is no number; write it as in {COUNT_FORMS}")
         return self
-
-
-@dataclass(frozen=True)
-class ModelCosts:
-    """Size of a model: parameters, those that a token meets, and what one token of a forward pass costs."""
-
-    parameters: int
-    active_parameters: int
-    forward_flops: float  # per token, attention included
-    vocab_size: int
-    context: int | None  # positions that it reads at most
 
 
 @dataclass(frozen=True)
@@ -135,6 +141,8 @@ class Plan:
     notes: tuple[str, ...] = ()
     unit: UnitPlan | None = None  # that the tokens store should have
     unit_table: tuple[tuple[str, str], ...] = ()
+    teacher: str = ""  # its size in words
+    online: OnlinePlan | None = None  # the other way; None without a student
 
     def rows(self) -> list[tuple[str, str]]:
         """What and how much, as text."""
@@ -147,7 +155,7 @@ class Plan:
             ("dump, limited by", self.dump_limit),
             ("store", f"{format_size(self.dump_bytes)} ({self.bytes_per_token:.1f} B/token)"),
             ("dump writes", f"{format_size(self.dump_write_bytes_per_second)}/s over all workers"),
-            ("teacher weights", format_size(self.teacher_memory_bytes)),
+            ("teacher weights", f"{format_size(self.teacher_memory_bytes)} ({self.teacher})"),
         ]
         if self.student_seconds is not None and self.student_gpu_hours is not None:
             rows += [
@@ -156,47 +164,13 @@ class Plan:
                 ("student, limited by", self.student_limit or "-"),
                 ("student reads", f"{format_size(self.student_read_bytes_per_second or 0)}/s over all ranks"),
             ]
-        return [*rows, *self.unit_table]
+        return [*rows, *([LEFT_OUT] if self.online is None else self.online.rows()), *self.unit_table]
 
     def format(self) -> str:
         """A table and notes for a person."""
         rows = self.rows()
         width = max(len(what) for what, _ in rows)
         return "\n".join([*(f"{what:<{width}}  {figure}" for what, figure in rows), *self.notes])
-
-
-def model_costs(source: str, *, row_length: int, what: str = "teacher") -> ModelCosts:
-    """Costs of a model from its configuration; raises UserError when there is none.
-
-    A token costs two operations per parameter it meets in a matrix product, and per layer two products with on
-    average half a row of keys and values. Of a mixture of experts it meets the share that the router chooses.
-    """
-    local_only = find_model(source, what=what)
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(source, local_files_only=local_only, trust_remote_code=False)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{what} {source!r}: no configuration that transformers can build: {one_line(error)}"
-        ) from error
-    text = config.get_text_config()
-    num_experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 1
-    share = (getattr(text, "num_experts_per_tok", None) or num_experts) / num_experts
-    named = list(model.named_parameters())
-    total = sum(p.numel() for _, p in named)
-    active = sum(p.numel() * (share if ".experts." in name else 1.0) for name, p in named)
-    embedding = model.get_input_embeddings().weight
-    tied = model.get_output_embeddings() is not None and model.get_output_embeddings().weight is embedding
-    multiplied = active - (0 if tied else embedding.numel())
-    heads = getattr(text, "num_attention_heads", 1)
-    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
-    attention = text.num_hidden_layers * 4.0 * width * row_length / 2
-    context = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-    return ModelCosts(total, round(active), 2.0 * multiplied + attention, text.vocab_size, context)
 
 
 def store_bytes_per_token(
@@ -259,12 +233,14 @@ def make_plan(config: PlanConfig, *, measured: Measured | None = None) -> Plan:
     assert isinstance(config.tokens, int)
     peak, memory = device(config.gpu)
     teacher = model_costs(config.teacher, row_length=config.row_length)
-    weights = (4.0 if config.gpu in CPU else 2.0) * teacher.parameters
+    weights = 4.0 * teacher.parameters if config.gpu in CPU else teacher.weight_bytes
+    forward = peak / teacher.flops_at(fp8_speed(config.gpu)) * config.dump_utilisation
     if measured is not None:
+        forward = measured.tokens_per_second
         rate, startup, per_token = measured.tokens_per_second, measured.startup_seconds, measured.bytes_per_token
         limit = "measured on this machine"
     else:
-        rate, limit = _dump_rate(config, peak / teacher.forward_flops, vocab_size=teacher.vocab_size)
+        rate, limit = _dump_rate(config, forward, vocab_size=teacher.vocab_size)
         startup = start_seconds(weights)
         per_token = store_bytes_per_token(
             config.selection,
@@ -281,11 +257,11 @@ def make_plan(config: PlanConfig, *, measured: Measured | None = None) -> Plan:
         num_workers=config.num_gpus,
     )
     prices = {"per_1000_puts": config.price_per_1000_puts, "per_1000_gets": config.price_per_1000_gets}
-    student_rate, student_limit = _student_rate(config, peak)
+    student = _student_rates(config, peak)
     student_tokens = config.student_tokens or config.tokens
     assert isinstance(student_tokens, int)
-    student_seconds = None if student_rate is None else student_tokens / student_rate
-    return Plan(
+    student_seconds = None if student is None else student_tokens / student.rate
+    plan = Plan(
         dump_seconds=seconds,
         startup_seconds=startup,
         dump_worker_seconds=config.tokens / rate,
@@ -296,13 +272,44 @@ def make_plan(config: PlanConfig, *, measured: Measured | None = None) -> Plan:
         teacher_memory_bytes=weights,
         student_seconds=student_seconds,
         student_gpu_hours=None if student_seconds is None else student_seconds * config.num_gpus / 3600,
-        student_read_bytes_per_second=None if student_rate is None else student_rate * per_token,
+        student_read_bytes_per_second=None if student is None else student.rate * per_token,
         dump_limit=limit,
-        student_limit=student_limit,
+        student_limit=None if student is None else student.limit,
         device="machine" if config.gpu in CPU else "GPU",
-        notes=tuple(_notes(config, teacher, weights, memory)),
         unit=unit,
         unit_table=tuple(unit_rows(unit, num_workers=config.num_gpus, **prices)),
+        teacher=teacher.describe(),
+    )
+    notes = tuple(_notes(config, teacher, weights, memory))
+    if student is None:
+        return replace(plan, notes=notes)
+    online = _online(config, plan, student, tokens=student_tokens, forward=forward, memory=memory)
+    return replace(plan, online=online, notes=(*notes, *online.notes()))
+
+
+def _online(
+    config: PlanConfig, plan: Plan, student: _StudentRates, *, tokens: int, forward: float, memory: float
+) -> OnlinePlan:
+    """The other way, with the same rates; `forward` is the teacher's of one GPU."""
+    assert isinstance(config.tokens, int)
+    least = gpus_that_hold(
+        teacher_bytes=plan.teacher_memory_bytes, student_parameters=student.costs.parameters, memory=memory
+    )
+    return online_plan(
+        student_tokens=tokens,
+        dump_tokens=config.tokens,
+        student_rate=student.rate,
+        step_rate=student.step_rate,
+        teacher_rate=forward * config.num_gpus,
+        startup_seconds=plan.startup_seconds,
+        num_gpus=config.num_gpus,
+        dump_hours=plan.dump_gpu_hours,
+        store_bytes=plan.dump_bytes,
+        device=plan.device,
+        least_gpus=None if config.gpu in CPU else least,
+        prices=Prices(
+            gpu_hour=config.price_per_gpu_hour, tb_month=config.price_per_tb_month, months=config.store_months
+        ),
     )
 
 
@@ -314,9 +321,8 @@ def rows_per_unit(store: str) -> int:
 
 
 def _dump_rate(config: PlanConfig, forward: float, *, vocab_size: int) -> tuple[float, str]:
-    """Tokens per second of one worker, and what ends it; `forward` is that of the model at full utilisation."""
+    """Tokens per second of one worker, and what ends it; `forward` is that of the model's forward pass."""
     threads = WalkConfig.model_fields["finish_threads"].default
-    forward *= config.dump_utilisation
     entries = expected_entries(config.selection, vocab_size=vocab_size, entropy=config.teacher_entropy)
     host = host_tokens_per_second(entries, threads=threads)
     if forward <= host:
@@ -327,26 +333,49 @@ def _dump_rate(config: PlanConfig, forward: float, *, vocab_size: int) -> tuple[
     )
 
 
-def _student_rate(config: PlanConfig, peak: float) -> tuple[float | None, str | None]:
-    """Tokens per second of the student over all GPUs, and what ends it; None without a student."""
+@dataclass(frozen=True)
+class _StudentRates:
+    """Tokens per second over all GPUs: from a store, with what ends it, and of the step alone."""
+
+    rate: float
+    limit: str
+    step_rate: float
+    costs: ModelCosts
+
+
+def _student_rates(config: PlanConfig, peak: float) -> _StudentRates | None:
+    """None without a student."""
     if config.student is None:
-        return None, None
-    if config.student_tokens_per_second is not None:
-        return config.student_tokens_per_second, "student_tokens_per_second, as given"
+        return None
     costs = model_costs(config.student, row_length=config.row_length, what="student")
+    given = config.student_tokens_per_second
+    if given is not None:
+        return _StudentRates(given, "student_tokens_per_second, as given", given, costs)
     steps = peak * config.train_utilisation * config.num_gpus / (_BACKWARD * costs.forward_flops)
     loading = LOADER_TOKENS * config.num_gpus
-    if steps <= loading:
-        return steps, f"the student's step ({steps:,.0f} tokens/s over all ranks)"
-    return loading, f"reading rows ({loading:,.0f} tokens/s over all ranks; the step alone would do {steps:,.0f})"
+    limit = f"the student's step ({steps:,.0f} tokens/s over all ranks)"
+    if steps > loading:
+        limit = f"reading rows ({loading:,.0f} tokens/s over all ranks; the step alone would do {steps:,.0f})"
+    return _StudentRates(min(steps, loading), limit, steps, costs)
 
 
 def _notes(config: PlanConfig, teacher: ModelCosts, weights: float, memory: float) -> Iterator[str]:
+    quantised = teacher.quantised
     if weights > 0.9 * memory:
+        group = math.ceil(weights / (0.7 * memory))
+        # Heads are shared out evenly, so that a group is a power of two; ZeRO-3 shards weights of 16 bits alone.
+        zero3 = "" if quantised is not None else f", or engine zero3, groups of {group} GPUs or more"
         yield (
-            f"the teacher's weights ({weights / 1e9:.0f} GB) do not fit a {config.gpu}: engine zero3, "
-            f"groups of {math.ceil(weights / (0.7 * memory))} GPUs or more"
+            f"the teacher's weights ({weights / 1e9:.0f} GB) do not fit a {config.gpu}: engine vllm with "
+            f"tensor_parallel {1 << (group - 1).bit_length()} or more{zero3}"
         )
+    if quantised is not None and not quantised.known:
+        yield (
+            f"how many bits the teacher's quantisation ({quantised.method}) takes is not known here: its weights are "
+            "counted as 16; look at the size of its files"
+        )
+    if quantised is not None and quantised.fp8 and fp8_speed(config.gpu) == 1:
+        yield f"{config.gpu} does not multiply FP8, so the teacher runs at the speed of 16 bits there"
     if teacher.context is not None and teacher.context < config.row_length:
         yield (
             f"the teacher reads at most {teacher.context} positions, so dump refuses rows of {config.row_length}: "

@@ -17,6 +17,8 @@ GPUS = {
     "a10": (125e12, 24e9),
     "rtx4090": (165e12, 24e9),
 }
+# Hopper and Ada multiply FP8 twice as fast as bfloat16, by the same data sheets; Ampere (A100, A10) has no FP8.
+FP8_GPUS, _FP8_SPEED = ("h200", "h100", "l40s", "rtx4090"), 2.0
 CPU = ("cpu", "none")
 # Tokens per second of one core from results on the host to a committed unit, with 64 entries a token: the slowest of
 # benchmarks/results/dump_cpu.json. About an eighth of it does not depend on the number of entries (storage_codec.txt).
@@ -51,6 +53,11 @@ def device(name: str) -> tuple[float, float]:
     if name not in GPUS:
         raise UserError(f"gpu {name!r} is not known; use one of {', '.join(GPUS)}, or cpu for this machine without one")
     return GPUS[name]
+
+
+def fp8_speed(name: str) -> float:
+    """How many times faster than products of 16 bits those of FP8 are on a GPU of the table."""
+    return _FP8_SPEED if name in FP8_GPUS else 1.0
 
 
 def cpu_operations_per_second(*, seconds: float = 0.3, size: int = 1024) -> float:

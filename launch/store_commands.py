@@ -22,7 +22,7 @@ def _json_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def _seal(arguments: argparse.Namespace) -> int:
-    from potstill.storage import UnsealedError, check_key, seal_store, sign_store
+    from potstill.storage import UnsealedError, check_key, seal_store, sign_store, write_card
 
     if arguments.sign is not None:
         check_key(arguments.sign)
@@ -39,6 +39,9 @@ def _seal(arguments: argparse.Namespace) -> int:
     if arguments.sign is not None:
         sign_store(arguments.store, arguments.sign)
         print(f"signed with {arguments.sign}: manifest.json.sig")
+    if arguments.card:
+        said = "dataset card written" if write_card(arguments.store) else "its dataset card stands there already"
+        print(f"{said}: README.md; fill in the licence before you publish")
     return DONE
 
 
@@ -50,6 +53,7 @@ def _seal_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sign", type=Path, metavar="KEY", help="sign the store with an ssh key (or one that an agent holds)"
     )
+    parser.add_argument("--card", action="store_true", help="write a dataset card for the hub beside it (README.md)")
 
 
 SEAL = Command(
@@ -59,7 +63,11 @@ SEAL = Command(
     "read back and held against its checksum. Readers refuse a store before that. A sealed store can be sealed again: "
     "it is read once more, and nothing changes. Ends with 3 while units are missing, with 1 when the store is damaged; "
     "potstill repair is what helps then.",
-    examples=("potstill seal data/targets", "potstill seal data/targets --sign ~/.ssh/id_ed25519"),
+    examples=(
+        "potstill seal data/targets",
+        "potstill seal data/targets --sign ~/.ssh/id_ed25519",
+        "potstill seal data/targets --card",
+    ),
     add_arguments=_seal_arguments,
     run=_seal,
 )

@@ -104,8 +104,12 @@ EXPORT = Command(
     name="export",
     summary="checkpoint to a Hugging Face folder",
     description="Gather the weights of a checkpoint, write them as safetensors beside config and tokenizer, load the "
-    "folder in a fresh process and compare logits.",
-    examples=("potstill export --run runs/student --output models/student",),
+    "folder in a fresh process and compare logits. With --push the folder, once it has passed, becomes one commit on "
+    "the Hugging Face hub; the token is that of HF_TOKEN or `hf auth login`.",
+    examples=(
+        "potstill export --run runs/student --output models/student",
+        "potstill export --run runs/student --output models/student --push ORG/NAME --license apache-2.0 --private",
+    ),
     add_arguments=_export_arguments,
     run=_export,
 )

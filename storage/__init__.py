@@ -49,6 +49,7 @@ from potstill.storage.rows.scores_columns import SCORES_COLUMNS, ScoresColumn
 from potstill.storage.rows.sparse_targets import Candidates, SparseTargets, concatenate
 from potstill.storage.rows.tokens_columns import TOKENS_COLUMNS, TokensColumn
 from potstill.storage.rows.vocabulary import VocabularyMap, dropped_mass
+from potstill.storage.store.card import write_card
 from potstill.storage.store.gc import GcReport, collect_garbage
 from potstill.storage.store.held_rows import held_rows, missing_text
 from potstill.storage.store.inspect import format_row
@@ -164,4 +165,5 @@ __all__ = [
     "token_digest",
     "verify_store",
     "whole_weights",
+    "write_card",
 ]

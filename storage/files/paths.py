@@ -17,6 +17,7 @@ from potstill.storage.files.checked_json import is_torn
 from potstill.storage.files.collecting import without_collection
 from potstill.storage.files.durable import discard, publish_by_claim, sync_file, sync_folder, write_file
 from potstill.storage.files.folder import SUBFOLDERS, Listed, StoreFolder, StorePath
+from potstill.storage.files.hub_folder import HUB_SCHEME, HubFolder
 from potstill.storage.files.object_paths import ObjectFolder
 from potstill.storage.files.regular import file_size, file_status, is_regular, read_file, read_part
 from potstill.storage.files.waiting import Wait, waiting_for
@@ -27,8 +28,10 @@ _NO_LINK = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EM
 
 
 def open_folder(path: StorePath) -> StoreFolder:
-    """Local folder or object store, by the look of the path."""
+    """Local folder, data set of the hub or object store, by the look of the path."""
     text = str(path)
+    if text.startswith(HUB_SCHEME):
+        return HubFolder(text)
     if "://" in text:
         return ObjectFolder(text)
     return LocalFolder(Path(text))

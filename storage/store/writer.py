@@ -52,6 +52,8 @@ logger = logging.getLogger(__name__)
 RUN_NAME = "run.json"
 MAX_RUN_BYTES = 16 << 20
 _OWN_TOP_NAMES = re.compile(r"run\.json|manifest\.json(\.sig)?|index(-[0-9a-f]{12})?\.arrow|id_map\.u32")
+# The dataset card (card.py). It goes with the store that it speaks of; a README.md of somebody else's stays.
+CARD_NAME, CARD_MARK, MAX_CARD_BYTES = "README.md", b"A sealed store of potstill, of kind", 1 << 20
 
 
 def load_spec(folder: StoreFolder) -> RunSpec:
@@ -326,6 +328,8 @@ def delete_store(folder: StoreFolder) -> None:
         return
     logger.warning("deleting the store %s", folder.url)
     top = [name for name in folder.names("") if _OWN_TOP_NAMES.fullmatch(name)]
+    if CARD_MARK in (folder.read(CARD_NAME, max_bytes=MAX_CARD_BYTES) or b""):
+        top.append(CARD_NAME)
     # The manifest goes first: without it no reader takes the rest for a sealed store.
     for name in sorted(top, key=lambda n: (n == RUN_NAME, n != "manifest.json")):
         if name == RUN_NAME:

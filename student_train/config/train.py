@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -444,5 +444,25 @@ class ExportConfig(StrictModel):
     dtype: Dtype | None = Field(default=None, description="Type of the stored weights; null takes the run's")
     tokenizer: Path | None = Field(default=None, description="Tokenizer folder to copy; null looks in the tokens store")
     max_shard_bytes: int = Field(default=5 * 2**30, ge=2**12, description="Largest safetensors file")
-    force: bool = Field(default=False, description="Replace output_dir")
+    force: bool = Field(default=False, description="Replace output_dir, and with push the files of the repository")
     check: bool = Field(default=True, description="Load the folder in a fresh process and compare logits")
+    push: str | None = Field(
+        default=None,
+        pattern=r"^[\w.-]+/[\w.-]+$",
+        description="Hub repository, ORG/NAME, to push the checked folder to",
+    )
+    push_revision: str | None = Field(default=None, min_length=1, description="Branch to push to; null is main")
+    private: bool = Field(default=False, description="Make the repository of push a private one")
+    license: str | None = Field(
+        default=None, min_length=1, description="Licence of the model card, as the hub writes it: apache-2.0"
+    )
+
+    @model_validator(mode="after")
+    def _pushed(self) -> Self:
+        if self.push is None and (self.private or self.push_revision is not None):
+            raise ValueError("private and push_revision speak of a repository; name it as push: ORG/NAME")
+        if self.push is not None and not self.check:
+            raise ValueError("push needs check: a folder that was not loaded and compared is not pushed")
+        if self.push is not None and self.license is None:
+            raise ValueError("push needs license, such as apache-2.0: the hub refuses a model card without one")
+        return self

@@ -39,6 +39,7 @@ class CardFacts:
     heldout: Mapping[str, Any] | None
     heldout_step: int | None
     versions: Mapping[str, str]
+    license: str | None = None  # as the hub writes it; None: whoever publishes chooses
 
 
 def gather_facts(
@@ -50,6 +51,7 @@ def gather_facts(
     hf_config: Any,
     num_parameters: int,
     dtype: str,
+    license: str | None = None,
 ) -> CardFacts:
     """Read what the run has recorded. Stores that have moved away or changed give only their pinned digests."""
     manifest = checkpoint.manifest
@@ -72,6 +74,7 @@ def gather_facts(
         heldout=heldout,
         heldout_step=heldout_step,
         versions=_versions(run),
+        license=license,
     )
 
 

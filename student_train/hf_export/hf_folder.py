@@ -24,6 +24,7 @@ from potstill.student_train.data.store_tokenizer import tokenizers_beside
 from potstill.student_train.data.stores import VOCABULARY
 from potstill.student_train.hf_export.card_facts import gather_facts
 from potstill.student_train.hf_export.model_card import model_card
+from potstill.student_train.hf_export.push import look_first, push_folder
 from potstill.student_train.hf_export.weights import EXPORT_FILE, find_source, load_model
 from potstill.student_train.run.checkpoint import write_json_atomically, write_text_atomically
 from potstill.student_train.run.run_folder import read_run_config
@@ -54,6 +55,8 @@ class ExportSummary:
     dtype: str
     tokenizer: Path | None
     logits_difference: float | None
+    pushed: str | None = None  # where to, in words
+    licensed: bool = False
 
     def format(self) -> str:
         """A few lines for a person."""
@@ -62,7 +65,9 @@ class ExportSummary:
             f"exported step {self.step} to {self.output_dir}: {self.num_parameters:,} parameters, {self.dtype}\n"
             f"  largest difference of logits: {check}\n"
             f"  tokenizer: {self.tokenizer or 'not known; copy it beside the weights (--set tokenizer=FOLDER)'}\n"
-            f"  model card: {self.output_dir / CARD_FILE}; fill in the licence before you publish"
+            f"  model card: {self.output_dir / CARD_FILE}"
+            + ("" if self.licensed else "; fill in the licence before you publish")
+            + ("" if self.pushed is None else f"\n  {self.pushed}")
         )
 
 
@@ -81,11 +86,12 @@ def check_output_dir(output_dir: Path, *, force: bool, reads: Mapping[str, Path 
 
 
 def export(config: ExportConfig) -> ExportSummary:
-    """Write `config.output_dir`, whole or not at all. Raises UserError."""
+    """Write `config.output_dir`, whole or not at all, and push it if asked. Raises UserError."""
     source = find_source(config.run)
     if source.checkpoint is None:
         raise UserError(f"{config.run} is a Hugging Face folder already; name a run or a checkpoint")
     check_output_dir(config.output_dir, force=config.force, reads={"run": source.run})
+    seen = None if config.push is None else look_first(config)  # before the work, not after it
     run_config = read_run_config(source.run)
     dtype = config.dtype or run_config.model.dtype
     model = load_model(source, dtype=dtype)
@@ -98,7 +104,9 @@ def export(config: ExportConfig) -> ExportSummary:
         tokenizer = find_tokenizer(config.tokenizer, run_config)
         if tokenizer is not None:
             copy_tokenizer(tokenizer, part)
-        record = {"step": source.checkpoint.step, "checkpoint": str(source.checkpoint.folder), "dtype": dtype}
+        # A repository is for others: of the path of this machine only its end is said there.
+        place = source.checkpoint.folder if seen is None else "/".join(source.checkpoint.folder.parts[-2:])
+        record = {"step": source.checkpoint.step, "checkpoint": str(place), "dtype": dtype}
         own = source.checkpoint.manifest.get("stores", {}).get(VOCABULARY)
         if own is not None:
             record["vocabulary_map"] = own
@@ -113,12 +121,14 @@ def export(config: ExportConfig) -> ExportSummary:
             hf_config=model.config,
             num_parameters=num_parameters,
             dtype=dtype,
+            license=config.license,
         )
         write_text_atomically(part / CARD_FILE, model_card(facts))
         difference = check_in_fresh_process(model, part) if config.check else None
         if config.output_dir.exists():
             shutil.rmtree(config.output_dir)
         os.replace(part, config.output_dir)
+    pushed = None if seen is None else push_folder(config, step=source.checkpoint.step, seen=seen)
     return ExportSummary(
         output_dir=config.output_dir,
         step=source.checkpoint.step,
@@ -126,6 +136,8 @@ def export(config: ExportConfig) -> ExportSummary:
         dtype=dtype,
         tokenizer=tokenizer,
         logits_difference=difference,
+        pushed=pushed,
+        licensed=config.license is not None,
     )
 
 

@@ -18,6 +18,10 @@ from potstill.student_train.hf_export.card_facts import CardFacts, last_name
 
 UNKNOWN = "not recorded"
 LICENSE_PLACEHOLDER = "fill-in-before-publishing"
+_NO_LICENSE = (
+    "**Licence: not chosen yet.** Whoever publishes this model fills it in, here and in the first lines of this "
+    "file; it depends on the texts and on the teacher's own licence."
+)
 FIGURES = {
     "heldout_loss": "loss (nats per token)",
     "perplexity": "perplexity",
@@ -57,10 +61,13 @@ def _front_matter(facts: CardFacts) -> str:
 
     tags = ["potstill", *(["knowledge-distillation"] if _distils(facts) else [])]
     data = ModelCardData(
-        license=LICENSE_PLACEHOLDER, library_name="transformers", pipeline_tag="text-generation", tags=tags
+        license=facts.license or LICENSE_PLACEHOLDER,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=tags,
     )
-    todo = "# TODO: put the licence that you publish this model under (the Hub refuses this one)."
-    return f"---\n{todo}\n{data.to_yaml()}\n---"
+    todo = "# TODO: put the licence that you publish this model under (the Hub refuses this one).\n"
+    return f"---\n{'' if facts.license else todo}{data.to_yaml()}\n---"
 
 
 def _introduction(facts: CardFacts) -> str:
@@ -69,8 +76,7 @@ def _introduction(facts: CardFacts) -> str:
     return (
         f"# {facts.title}\n\n{facts.architecture} of {facts.num_parameters:,} parameters ({facts.dtype}), {how} with "
         f"potstill: the weights after optimizer step {facts.step:,}{total}.\n\n"
-        "**Licence: not chosen yet.** Whoever publishes this model fills it in, here and in the first lines of this "
-        "file; it depends on the texts and on the teacher's own licence."
+        + (f"Licence: {facts.license}." if facts.license else _NO_LICENSE)
     )
 
 

@@ -29,6 +29,7 @@ from potstill.storage import (  # noqa: E402
     seal_store,
     store_status,
     verify_store,
+    write_card,
 )
 from potstill.storage.files import object_paths, waiting  # noqa: E402
 from potstill.storage.files.paths import open_folder  # noqa: E402
@@ -102,6 +103,17 @@ def assert_reads_right(url, local):
     reader = StoreReader(url)
     for row in (7, 0, 3):
         assert same_targets(reader.row(row).targets, local[1].row(row).targets)
+
+
+def test_a_dataset_card_lies_beside_a_remote_store(s3, local):
+    write_tokens("s3://bucket/carded", NUM_ROWS)
+    assert write_card("s3://bucket/carded") and not write_card("s3://bucket/carded")
+    assert local[0].digest.encode() in (open_folder("s3://bucket/carded").read("README.md", max_bytes=1 << 20) or b"")
+    assert (
+        verify_store("s3://bucket/carded", deep=True).ok and StoreReader("s3://bucket/carded").digest == local[0].digest
+    )
+    assert collect_garbage("s3://bucket/carded", dry_run=False).files == ()
+    assert "README.md" in open_folder("s3://bucket/carded").names("")
 
 
 def fail_first(fault, times, *, of=lambda method, path: True):

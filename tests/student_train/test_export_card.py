@@ -12,12 +12,14 @@ import pytest
 import yaml
 
 from potstill.common.config import build_config
+from potstill.common.errors import ConfigError, UserError
 from potstill.storage import StoreReader
 from potstill.student_train import export
 from potstill.student_train.config.train import ExportConfig, ModelConfig
 from potstill.student_train.hf_export.hf_folder import source_use_cache
 from potstill.student_train.hf_export.model_card import LICENSE_PLACEHOLDER, markdown_table
 from tests.dist_harness import run_ranks
+from tests.hub_server import serve_hub
 from tests.student_train import tiny, workers
 
 
@@ -132,3 +134,47 @@ def test_the_card_of_a_run_whose_stores_have_gone_or_changed(places: dict[str, P
 
 def test_cells_of_a_table_cannot_break_out() -> None:
     assert markdown_table(("a",), [("x|y\nz",)]) == "| a |\n| --- |\n| x\\|y z |"
+
+
+PUSHED = {"push": "acme/student", "license": "apache-2.0"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({**PUSHED, "check": False}, "push needs check"),
+        ({"push": "acme/student"}, "push needs license"),
+        ({"private": True}, "name it as push"),
+        ({**PUSHED, "push": "student"}, "push"),
+    ],
+)
+def test_what_cannot_be_pushed_is_said_at_once(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_config(ExportConfig, {"run": "x", "output_dir": "y", **wrong}, source="test")
+
+
+@pytest.mark.slow
+def test_an_export_is_pushed_after_its_check(
+    places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To a hub on the loopback, by the hub's own client: the card with its licence, and no path of this machine."""
+    pushed = {"run": str(places["distilled"]), "output_dir": str(tmp_path / "out" / "student"), **PUSHED}
+    config = build_config(ExportConfig, pushed, source="test")
+    with serve_hub() as hub:
+        hub.speak_to(monkeypatch, tmp_path / "hub")
+        monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+        with pytest.raises(UserError, match="does not know the token"):
+            export(config)
+        assert not (tmp_path / "out").exists()  # said before the work, not after it
+        hub.speak_to(monkeypatch, tmp_path / "hub")
+        said = export(config).format()
+        (commit,) = hub.repositories["models", "acme/student"].branches.values()
+        files = hub.repositories["models", "acme/student"].commits[commit]
+    assert f"pushed to {hub.address}/acme/student/tree/{commit}" in said and "fill in" not in said
+    card = files["README.md"].decode()
+    assert front_matter(card)["license"] == "apache-2.0" and "Licence: apache-2.0." in card
+    assert StoreReader(places["teacher"]).digest in card and "| teacher | bigram |" in card
+    assert files["model.safetensors"] == (tmp_path / "out" / "student" / "model.safetensors").read_bytes()
+    for name, data in files.items():
+        assert str(tmp_path.parent.parent).encode() not in data, name
+    assert json.loads(files["potstill_export.json"])["checkpoint"] == "checkpoints/step_00000004"
