@@ -66,11 +66,7 @@ def apart_batch(rows: Sequence[TokensRow]) -> TeacherBatch:
 
     A document of a masked row that has no target has no line, unless the batch would have none at all.
     """
-    every = [
-        (row, start, size, here)
-        for row in rows
-        for (start, size), here in zip(_spans(row), _targets_by_span(row), strict=True)
-    ]
+    every = [(row, *span) for row in rows for span in spans_with_targets(row)]
     spans = [span for span in every if span[0].mask is None or len(span[3])] or every[:1]
     length = max((size for _, _, size, _ in spans), default=1)
     input_ids = np.zeros((len(spans), length), dtype=np.int64)
@@ -88,6 +84,12 @@ def target_places(rows: Sequence[TokensRow]) -> tuple[np.ndarray, np.ndarray]:
     places = [np.flatnonzero(row.has_target()) for row in rows]
     numbers = [np.full(len(here), row.row) for row, here in zip(rows, places, strict=True)]
     return _joined(numbers), _joined(places)
+
+
+def spans_with_targets(row: TokensRow) -> list[tuple[int, int, np.ndarray]]:
+    """(first token, number of tokens, positions in the row that have a target) of each document of a row."""
+    found = zip(_spans(row), _targets_by_span(row), strict=True)
+    return [(start, size, here) for (start, size), here in found]
 
 
 def _spans(row: TokensRow) -> list[tuple[int, int]]:

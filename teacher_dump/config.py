@@ -204,7 +204,14 @@ class TeacherConfig(StrictModel):
     check_tokenizer: bool = Field(
         default=True, description="Refuse a model whose own tokenizer is not that of the rows"
     )
-    load_options: dict[str, Any] = Field(default_factory=dict, description="Passed on to from_pretrained")
+    tensor_parallel: int = Field(
+        default=1,
+        ge=1,
+        description="GPUs (CPU: ranks) that share each layer: of one worker (vllm), or that many torchrun ranks (hf)",
+    )
+    load_options: dict[str, Any] = Field(
+        default_factory=dict, description="Passed on to from_pretrained (engine vllm: to vllm.LLM)"
+    )
     checkpoints: list[PlaceText] = Field(
         default_factory=list, description="Checkpoints of `model` (folders, or revisions), each into OUTPUT/NAME"
     )
@@ -224,6 +231,12 @@ class TeacherConfig(StrictModel):
             raise ValueError(f"load_options.{option} is not recorded in the store; set teacher.{named[option]} instead")
         if any(getattr(self, key) == value for key, value in engine.refuses.items()):
             raise ValueError(refusal_text(self.engine))
+        if self.tensor_parallel > 1 and not engine.tensor_parallel:
+            able = " or ".join(name for name, entry in ENGINES.items() if entry.tensor_parallel)
+            raise ValueError(f"engine {self.engine} does not know tensor_parallel: leave it out, or use engine {able}")
+        for option in self.load_options.keys() & engine.refuses_options.keys():
+            why = engine.refuses_options[option]
+            raise ValueError(f"engine {self.engine} does not take load_options.{option}: {why}")
         return self
 
 

@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from potstill.common.errors import UserError
 from potstill.common.model_place import find_model, one_line
 from potstill.storage import RunSpec
 from potstill.teacher_dump.config import TeacherConfig
+from potstill.teacher_dump.engines.table import ENGINES
 from potstill.teacher_dump.tokenizer import tokenizer_digest
 
 log = logging.getLogger(__name__)
 
+PINS = "engine_pins"  # key of run.json's teacher: what an engine says of itself beside the teacher's own figures
 _HASH_THREADS = 4
 _PLACE_KEYS = ("revision", "trust_remote_code", "subfolder", "token", "cache_dir", "local_files_only")
 _FETCH_KEYS = ("token", "cache_dir", "local_files_only")  # of them those that fetching a whole model takes
@@ -175,7 +178,12 @@ def _file_digest(path: Path) -> str:
 
 
 def weights_digest(teacher: TeacherConfig) -> str:
-    """Digest of a model's weights on disk: its folder, or the hub's cache (fetched first when it is not there)."""
+    """Digest of a model's weights on disk; see weights_folder."""
+    return folder_weights_digest(weights_folder(teacher))
+
+
+def weights_folder(teacher: TeacherConfig) -> Path:
+    """Where a model's weights lie: its folder, or the hub's cache (fetched first when it is not there)."""
     folder = Path(teacher.model)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
@@ -189,7 +197,7 @@ def weights_digest(teacher: TeacherConfig) -> str:
             raise UserError(
                 f"teacher {teacher.model!r} is no folder and cannot be fetched: {one_line(error)}"
             ) from error
-    return folder_weights_digest(folder)
+    return folder
 
 
 def describe(teacher: TeacherConfig, config: Any, *, dtype: str) -> Mapping[str, Any]:
@@ -205,12 +213,16 @@ def describe(teacher: TeacherConfig, config: Any, *, dtype: str) -> Mapping[str,
         "documents": teacher.documents,
         "padded_vocab_size": int(getattr(config.get_text_config(), "vocab_size", 0)),
     }
-    options = {key: value for key, value in teacher.load_options.items() if key not in _IDLE_OPTIONS}
+    entry = ENGINES[teacher.engine]
+    idle = _IDLE_OPTIONS | entry.idle_options
+    options = {key: value for key, value in teacher.load_options.items() if key not in idle}
     if options:
         # A quantised load of the same weights is another teacher.
         found["load_options"] = json.loads(json.dumps(options, sort_keys=True, default=str))
     if teacher.head == "logits":
         found["head"] = "logits"  # rounded to the model's dtype, which those of a head applied apart are not
+    if entry.pins is not None:
+        found[PINS] = dict(import_module(entry.pins).pins(teacher, dtype=dtype))
     if teacher.ensemble:
         others = [_describe_member(one, weight) for one, weight in members(teacher)]
         found |= {"weight": teacher.weight, "ensemble": others}

@@ -46,7 +46,8 @@ class Work:
         """The teacher, ready to run."""
         from potstill.teacher_dump.engines.loading import load_engine
 
-        return load_engine(self.teacher, self.job.wanted(self.tokens.spec.vocab_size))
+        tokens = self.tokens.spec
+        return load_engine(self.teacher, self.job.wanted(tokens.vocab_size), row_length=tokens.row_length)
 
     def layout(self, rows: Sequence[TokensRow]) -> TeacherBatch:
         """The batch of these rows."""

@@ -18,12 +18,16 @@ def join_ranks(teacher: TeacherConfig) -> Ranks:
     return ranks
 
 
-def load_engine(teacher: TeacherConfig, wanted: TopKWanted | None = None) -> TeacherEngine:
+def load_engine(
+    teacher: TeacherConfig, wanted: TopKWanted | None = None, *, row_length: int | None = None
+) -> TeacherEngine:
     """Load the teacher's weights and return its engine, ready to run. Raises UserError.
 
     `wanted` is for engines that give a finished top-k; None where draws are made, which such an engine cannot.
+    `row_length` is for engines that reserve memory by it: tokens of the longest document; None: the model's context.
     """
     entry = ENGINES[teacher.engine]
     module = entry.mixture if teacher.ensemble and entry.mixture is not None else entry.module
-    engine: TeacherEngine = import_module(module).load(teacher, wanted)
+    more = {"row_length": row_length} if entry.takes_row_length else {}
+    engine: TeacherEngine = import_module(module).load(teacher, wanted, **more)
     return engine

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from potstill.teacher_dump.engines.vllm_engine.options import IDLE_OPTIONS, REFUSED_OPTIONS
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineEntry:
@@ -17,6 +19,12 @@ class EngineEntry:
     refuses:     settings of TeacherConfig that it cannot run with, key -> value
     gives_top_k: whether it gives a finished top-k, of which nothing can be drawn
     mixes:       whether its units may stand in a store beside those of others that mix (engine_mix.py)
+    tensor_parallel:  whether it reads `teacher.tensor_parallel`
+    takes_row_length: whether its `load` takes the keyword `row_length`
+    pins:        whole name of the module with `pins(teacher, dtype=...) -> Mapping`: versions and settings of the
+                 engine itself, for run.json; None: it has none
+    idle_options:    keys of `teacher.load_options` that change nothing of a store, and are left out of run.json
+    refuses_options: keys of `teacher.load_options` that it cannot run with -> why, or what to do
     """
 
     module: str
@@ -26,6 +34,11 @@ class EngineEntry:
     refuses: Mapping[str, object] = field(default_factory=dict)
     gives_top_k: bool = False
     mixes: bool = False
+    tensor_parallel: bool = False
+    takes_row_length: bool = False
+    pins: str | None = None
+    idle_options: frozenset[str] = frozenset()
+    refuses_options: Mapping[str, str] = field(default_factory=dict)
 
 
 ENGINES: dict[str, EngineEntry] = {
@@ -41,6 +54,17 @@ ENGINES: dict[str, EngineEntry] = {
         is_group=True,
         mixes=True,
         refuses={"compile": True, "head": "logits"},
+    ),
+    "vllm": EngineEntry(
+        module="potstill.teacher_dump.engines.vllm_engine.engine",
+        description="hidden states by vLLM, which spreads a teacher over GPUs itself",
+        mixes=True,
+        refuses={"compile": True, "head": "logits"},
+        tensor_parallel=True,
+        takes_row_length=True,
+        pins="potstill.teacher_dump.engines.vllm_engine.pins",
+        idle_options=IDLE_OPTIONS,
+        refuses_options=REFUSED_OPTIONS,
     ),
 }
 

@@ -1,0 +1,1 @@
+"""Engine `vllm`: hidden states by token pooling, a prompt for each document."""
