@@ -48,6 +48,9 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     Benchmark("plan_demo", "the planner's figures beside what the demo's dump did cost", by_itself="on your stores"),
     Benchmark("init_rules", "initial weights by width: spread and mean over seeds", by_itself="an hour"),
     Benchmark("demo_spread", "the demo's comparison over five seeds, against its goals", by_itself="ten minutes"),
+    Benchmark(
+        "engine_students", "students from stores of engines hf and vllm, over seeds", by_itself="needs vLLM beside"
+    ),
     Benchmark("methods", "a preset against label-only and plain KD over several seeds", by_itself="on your stores"),
 )
 

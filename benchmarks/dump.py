@@ -3,13 +3,17 @@
     python -m benchmarks.dump [--hidden 384] [--layers 6] [--vocab 8192] [--rows 16] [--row-length 256] [--device auto]
                               [--model FOLDER] [--mode top_k] [--k 64] [--output FILE]
     python -m benchmarks.dump --sizes small,middle,large [--output FILE]
+    python -m benchmarks.dump --engines hf,vllm [--turns 3] ...   (by a Python that has both)
 
 A random Llama (or a given model) reads rows of random tokens. In turn, several times over: the model's own forward
 pass with all logits, in the same batches; and the whole dump of the same rows, from the tokens store to committed
 units. The figure is the median over rounds of dump speed / forward speed; on a CPU also by processor time, encoding
 and all, which a busy machine does not disturb. The encoder is timed apart, on one thread.
 `--sizes` runs several models, each in a process of its own, and gives a list: the smaller a model is beside its
-vocabulary, the more the reading of the logits weighs. The last line is one JSON object.
+vocabulary, the more the reading of the logits weighs.
+`--engines` runs the same model and rows by several engines, each in a process of its own, in turn: `vllm_over_hf` is
+the dump's speed by the second over that by the first, the median over turns. Of an engine that gives hidden states
+alone (vllm) the bare forward is its own call, without logits. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -38,6 +42,7 @@ from potstill.storage import RunSpec, StoreReader, StoreWriter, TokensRow, seal_
 from potstill.teacher_dump.batches import packed_batch
 from potstill.teacher_dump.config import DumpConfig
 from potstill.teacher_dump.dumping import DumpJob
+from potstill.teacher_dump.engines.base import TeacherEngine
 from potstill.teacher_dump.engines.hf import HfEngine
 from potstill.teacher_dump.engines.loading import load_engine
 from potstill.teacher_dump.pipeline import Walk
@@ -69,7 +74,7 @@ class Stage:
     """One benchmark set-up: the stores, the engine and the way to run either side."""
 
     config: DumpConfig
-    engine: HfEngine
+    engine: TeacherEngine
     tokens: StoreReader
     folder: Path
     batch_rows: int
@@ -86,10 +91,13 @@ class Stage:
         return Seconds(time.perf_counter() - wall, time.process_time() - cpu), result
 
     def bare_forward(self) -> None:
-        """The model's own forward pass over all rows, all logits, one batch after another."""
+        """The model's own forward pass over all rows, all logits, one batch after another; see the head for vllm."""
         rows = [row for row in self.tokens.rows(range(self.tokens.num_rows)) if isinstance(row, TokensRow)]
         for first in range(0, len(rows), self.batch_rows):
             batch = packed_batch(rows[first : first + self.batch_rows], length=self.tokens.spec.row_length)
+            if not isinstance(self.engine, HfEngine):
+                self.engine.forward(batch)
+                continue
             with torch.no_grad():
                 self.engine.model(
                     input_ids=torch.from_numpy(batch.input_ids).to(self.engine.device),
@@ -141,6 +149,7 @@ def set_up(arguments: argparse.Namespace, folder: Path) -> Stage:
             made = transformers.LlamaForCausalLM(config)
         made.to(getattr(torch, arguments.dtype)).save_pretrained(model)
         del made
+        save_tokenizer(model)
     spec = RunSpec(
         kind="tokens",
         row_length=arguments.row_length,
@@ -164,14 +173,23 @@ def set_up(arguments: argparse.Namespace, folder: Path) -> Stage:
     for unit, first in enumerate(range(0, arguments.rows, spec.rows_per_unit)):
         writer.commit_unit(unit, rows[first : first + spec.rows_per_unit])
     seal_store(folder / "tokens")
-    teacher = {"model": model, "dtype": arguments.dtype, "device": arguments.device, "batch_rows": arguments.batch_rows}
+    teacher = {key: getattr(arguments, key) for key in ("engine", "dtype", "device", "batch_rows")} | {"model": model}
+    if arguments.model is None:
+        teacher["check_tokenizer"] = False
     selection = {"mode": arguments.mode, "k": arguments.k}
     config_of_dump = DumpConfig(
         tokens=folder / "tokens", output=folder / "targets", teacher=teacher, selection=selection
     )
-    engine = load_engine(config_of_dump.teacher)
-    assert isinstance(engine, HfEngine)
+    engine = load_engine(config_of_dump.teacher, row_length=arguments.row_length)
     return Stage(config_of_dump, engine, StoreReader(folder / "tokens"), folder, arguments.batch_rows)
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Put one of a single word beside random weights: vLLM loads none without, though it is never asked for a text."""
+    from tokenizers import Tokenizer, models
+
+    words = Tokenizer(models.WordLevel({"word": 0}, unk_token="word"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
 
 
 def encoder_rate(stage: Stage) -> float:
@@ -257,6 +275,30 @@ def measure_sizes(names: list[str], arguments: argparse.Namespace) -> dict[str, 
     }
 
 
+def measure_engines(engines: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
+    """One child per engine and turn, in turn; the ratio of the others' speed to the first's, turn by turn."""
+    left_out = ("engines", "turns", "sizes", "output", "engine")
+    shared = [f"--{key.replace('_', '-')}={value}" for key, value in vars(arguments).items() if value is not None]
+    words = [word for word in shared if word[2:].partition("=")[0].replace("-", "_") not in left_out]
+    runs: dict[str, list[dict[str, Any]]] = {engine: [] for engine in engines}
+    for _ in range(arguments.turns):
+        for engine in engines:
+            command = [sys.executable, "-m", "benchmarks.dump", f"--engine={engine}", *words]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            runs[engine].append(json.loads(done.stdout.splitlines()[-1]))
+    first, *others = engines
+    figures: dict[str, Any] = {key: runs[first][0][key] for key in ("machine", "versions", "date", "settings")}
+    for figure in ("dump_tokens_per_s", "forward_tokens_per_s"):
+        by_engine = {engine: [run[figure] for run in found] for engine, found in runs.items()}
+        figures[figure] = {engine: round(statistics.median(speeds)) for engine, speeds in by_engine.items()}
+        for other in others:
+            ratios = [a / b for a, b in zip(by_engine[other], by_engine[first], strict=True)]
+            name = f"{other}_over_{first}" + ("" if figure.startswith("dump") else "_bare")
+            figures[name] = round(statistics.median(ratios), 4)
+            figures[f"{name}_range"] = [round(min(ratios), 4), round(max(ratios), 4)]
+    return figures
+
+
 def measure_one(arguments: argparse.Namespace) -> dict[str, Any]:
     """The figures of one model, with what they were measured on."""
     folder = Path(tempfile.mkdtemp(prefix="potstill_bench_"))
@@ -266,7 +308,8 @@ def measure_one(arguments: argparse.Namespace) -> dict[str, Any]:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} cores"
         load = f"load {os.getloadavg()[0]:.1f}"
         versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-        settings = {key: value for key, value in vars(arguments).items() if key not in ("output", "sizes")}
+        beside = ("output", "sizes", "engines", "turns")
+        settings = {key: value for key, value in vars(arguments).items() if key not in beside}
 
         def told(measured: dict[str, Any]) -> dict[str, Any]:
             threads, now = torch.get_num_threads(), os.getloadavg()[0]
@@ -298,6 +341,9 @@ def main() -> int:
     parser.add_argument("--mode", default="top_k")
     parser.add_argument("--k", type=int, default=64)
     parser.add_argument("--sizes", help=f"run several models instead: {','.join(SIZES)}, or some of them")
+    parser.add_argument("--engine", default="hf")
+    parser.add_argument("--engines", help="run several engines in turn instead: hf,vllm")
+    parser.add_argument("--turns", type=int, default=3, help="with --engines: processes of each (3)")
     parser.add_argument("--output", help="also write the figures to this file")
     arguments = parser.parse_args()
     if arguments.sizes:
@@ -305,6 +351,8 @@ def main() -> int:
         if unknown := [name for name in names if name not in SIZES]:
             parser.error(f"no such size: {', '.join(unknown)}; known are {', '.join(SIZES)}")
         figures = measure_sizes(names, arguments)
+    elif arguments.engines:
+        figures = measure_engines(arguments.engines.split(","), arguments)
     else:
         figures = measure_one(arguments)
     print(json.dumps(figures))
