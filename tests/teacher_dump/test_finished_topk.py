@@ -53,7 +53,7 @@ def test_a_new_engine_is_one_entry_from_the_configuration_to_the_store(
     tokens: Path, tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teacher = {"model": llama, "check_tokenizer": False, "engine": "torch_topk"}
-    with pytest.raises(ValueError, match="Input should be 'hf' or 'zero3'"):
+    with pytest.raises(ValueError, match="Input should be 'hf', 'zero3', 'vllm' or 'vllm_logprobs'"):
         config(tokens, tmp_path / "own", llama, teacher=teacher)
     monkeypatch.setitem(ENGINES, "torch_topk", topk_engine.ENTRY)
     dump(config(tokens, tmp_path / "hf", llama))

@@ -65,7 +65,7 @@ class RunnerCheck:
         if reference is None:
             prompts = probe_prompts(self.head.weight.shape[0], self.runner.longest)
         else:
-            prompts = reference.prompts
+            prompts = list(reference.prompts)
         alone = [self._ask([prompt])[0] for prompt in prompts]
         self._check_sane(prompts, alone)
         spread = self._spread(alone)

@@ -80,4 +80,9 @@ def ask(
                 f"vLLM gave hidden states {list(answer.states.shape)} for {name}, expected "
                 f"{[len(prompt), hidden_size]}: states of tokens are missing or of another layer; {ADVICE}"
             )
+        if answer.states.dtype != runner.dtype:
+            raise WrongAnswerError(
+                f"vLLM gave hidden states of {answer.states.dtype} for {name}, expected {runner.dtype}, in which the "
+                f"model computes; {ADVICE}"
+            )
     return [answer.states for answer in answers]

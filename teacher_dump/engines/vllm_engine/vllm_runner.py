@@ -21,6 +21,7 @@ from potstill.common.model_place import one_line
 from potstill.teacher_dump.config import TeacherConfig
 from potstill.teacher_dump.engines.vllm_engine.options import PLACE_OPTIONS
 from potstill.teacher_dump.engines.vllm_engine.runner import Answer
+from potstill.teacher_dump.engines.vllm_engine.worker_report import OWNER, owner_mark
 from potstill.teacher_dump.identity import weights_folder
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,8 @@ GPU_SHARE = 0.8
 
 def import_vllm() -> Any:
     """The package. Raises UserError where it is not installed, or cannot be imported."""
+    # Its log would be among what a command prints for programs.
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     try:
         import vllm
     except ModuleNotFoundError as error:
@@ -190,7 +193,15 @@ def only_gpus(devices: Devices) -> Iterator[None]:
     name = "CUDA_VISIBLE_DEVICES"
     before = os.environ.get(name)
     seen = before.split(",") if before else [str(number) for number in range(torch.cuda.device_count())]
-    os.environ[name] = ",".join(seen[gpu] for gpu in devices.gpus)
+    with environment(name, ",".join(seen[gpu] for gpu in devices.gpus)):
+        yield
+
+
+@contextmanager
+def environment(name: str, value: str) -> Iterator[None]:
+    """A variable for what is started meanwhile."""
+    before = os.environ.get(name)
+    os.environ[name] = value
     try:
         yield
     finally:
@@ -208,7 +219,7 @@ def start_runner(teacher: TeacherConfig, devices: Devices, *, dtype: str, row_le
 def start_llm(teacher: TeacherConfig, devices: Devices, arguments: Mapping[str, Any]) -> Any:
     """The `vllm.LLM` made with these arguments. Raises UserError where vLLM refuses them."""
     vllm = import_vllm()
-    with only_gpus(devices):
+    with only_gpus(devices), environment(OWNER, owner_mark()):
         try:
             return vllm.LLM(**arguments)
         except (OSError, ValueError, TypeError, KeyError, RuntimeError, NotImplementedError, AssertionError) as error:
