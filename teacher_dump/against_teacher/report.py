@@ -13,7 +13,7 @@ from potstill.teacher_dump.against_teacher.verdict import Excess, Overall, Verdi
 _SHOWN = 5  # rows, or excesses, in the text; JSON has all
 _MAX_SHOWN = 60  # characters of a value of run.json
 _BECAUSE = {
-    "grid": "nearer than the grid of the store can show",
+    "grid": "in mean within a 64th of a step of its grid",
     "control": "as near as the live teacher is to itself in other batches",
     "rounding": "within what rounding makes on other hardware",
 }

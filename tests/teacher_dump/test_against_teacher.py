@@ -242,6 +242,27 @@ def test_rows_left_out_masked_rows_and_a_store_that_is_not_complete(tmp_path: Pa
     assert part.ok and [row.row for row in part.rows] == [0, 1] and "2 of the first 2 rows, which are" in part.format()
 
 
+def test_rows_refused_at_the_dump_or_now(
+    stores: dict[str, Path], long_tokens: Path, tmp_path: Path, llama: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    tokens: Any = StoreReader(long_tokens)
+    token = int(tokens.row(5).tokens[4])
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[token] = torch.nan
+    model.save_pretrained(tmp_path / "ill")
+    hit = [row.row for row in tokens.rows(range(24)) if (row.tokens[:-1][row.has_target()[:-1]] == token).any()]
+    apart = {"documents": "apart"}  # the probe of packing would refuse the model
+    report = held(stores["prefix"], tmp_path / "ill", teacher=apart)
+    assert 0 < len(hit) < 24 and [row for row, _ in report.refused] == hit and not report.ok
+    assert f"row {hit[0]}: the live teacher gives none" in report.format()
+    dump(dump_config(long_tokens, tmp_path / "store", tmp_path / "ill", max_rejected_fraction=1.0, **apart, **PREFIX))
+    report = held(tmp_path / "store", llama, tokens=long_tokens)
+    assert report.ok and list(report.silent) == hit and "weights_digest" in report.differing
+
+
 @pytest.mark.slow
 def test_a_mixture_asks_for_its_other_members(tmp_path: Path, long_tokens: Path, llama: Path) -> None:
     second = save_llama(tmp_path / "second", seed=2)
