@@ -70,7 +70,7 @@ def apart_from_hf(
     folder: Path, tokens: Path, *, attention: str | None = None, bfloat16: bool = False, **options: Any
 ) -> Found:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(compare, folder, tokens, attention, options, bfloat16).result(timeout=170)
+        return pool.submit(compare, folder, tokens, attention, options, bfloat16).result(timeout=300)
 
 
 @pytest.fixture(scope="module")
