@@ -32,7 +32,7 @@ from tests.teacher_dump.odd_models import (
 from tests.teacher_dump.test_odd_teachers import apart, total_variation
 from tests.teacher_dump.tiny import ROW_LENGTH, make_tokens, token_rows
 
-# Tokens of the longest document, for vLLM: its checks take prompts of up to so many, and routing by bfloat16 is a matter
+# Tokens of the longest document, as vLLM is told: its checks take prompts up to that, and routing by bfloat16 is a matter
 # of chance in fewer.
 PROBED = 64
 
