@@ -32,8 +32,8 @@ from tests.teacher_dump.odd_models import (
 from tests.teacher_dump.test_odd_teachers import apart, total_variation
 from tests.teacher_dump.tiny import ROW_LENGTH, make_tokens, token_rows
 
-# Tokens of the longest document, as vLLM is told: its checks take prompts up to that, and routing by bfloat16 is a matter
-# of chance in fewer.
+# Tokens of the longest document, as vLLM is told: its checks take prompts up to that. In fewer tokens than this, how
+# bfloat16 routes is chance.
 PROBED = 64
 
 pytest.importorskip("vllm", reason="no vLLM here: `make test-vllm` installs it into an environment of its own")
