@@ -68,7 +68,7 @@ $(STAMP_VLLM): constraints-vllm.txt
 	@touch $@
 
 test-vllm: $(STAMP_VLLM)
-	$(VLLM_ENV) $(VENV_VLLM)/bin/python -m pytest tests/vllm $(TEST_ARGS)
+	$(VLLM_ENV) $(VENV_VLLM)/bin/python -m pytest tests/vllm --timeout 600 $(TEST_ARGS)
 
 bench: setup
 	$(TEST_ENV) $(BIN)/python -m benchmarks
