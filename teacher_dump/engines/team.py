@@ -115,7 +115,7 @@ class Team:
         Raises WalkEndedError on the first where another rank is lost.
         """
         if not self.working:
-            raise UserError("tensor_parallel runs in `dump` and `score` only; leave it out here")
+            raise UserError("tensor_parallel runs in `dump`, `score` and `verify --teacher` only; leave it out here")
         if not self.is_first:
             yield
             return

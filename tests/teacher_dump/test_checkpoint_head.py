@@ -61,9 +61,9 @@ def config_of(vocab_size: int = 6, *, tied: bool = False, **settings: Any) -> An
     return SimpleNamespace(get_text_config=lambda: text)
 
 
-def test_bias_scale_and_rows_beyond_the_vocabulary(tmp_path: Path) -> None:
+def test_bias_and_scale_of_the_main_head(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    weight, bias = torch.randn(8, 4), torch.randn(8)
+    weight, bias = torch.randn(6, 4), torch.randn(6)
     other = torch.randn(6, 4)
     tensors = {
         "lm_head.weight": weight,
@@ -77,8 +77,9 @@ def test_bias_scale_and_rows_beyond_the_vocabulary(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors")
     head = read(tmp_path, config_of(logits_scaling=4.0))
     hidden = torch.randn(3, 4)
-    torch.testing.assert_close(apply_head(hidden, head), (hidden @ weight[:6].T + bias[:6]) / 4.0)
-    assert torch.equal(read(tmp_path, config_of(tied=True)).weight, other)
+    torch.testing.assert_close(apply_head(hidden, head), (hidden @ weight.T + bias) / 4.0)
+    with pytest.raises(UserError, match=r"ties the head to model\.embed_tokens, and the checkpoint holds a lm_head"):
+        read(tmp_path, config_of(tied=True))
 
 
 REFUSALS = {
@@ -92,7 +93,8 @@ REFUSALS = {
     ),
     "fp8": ({"lm_head.weight": torch.zeros(6, 4).to(torch.float8_e4m3fn)}, r"quantised \(its type is float8_e4m3fn\)"),
     "int8": ({"lm_head.weight": torch.zeros(6, 4, dtype=torch.int8)}, r"quantised \(its type is int8\)"),
-    "short": ({"lm_head.weight": torch.zeros(5, 4)}, r"lm_head.weight is \[5, 4\], expected at least 6 rows"),
+    "short": ({"lm_head.weight": torch.zeros(5, 4)}, r"lm_head.weight is \[5, 4\], expected 6 rows"),
+    "long": ({"lm_head.weight": torch.zeros(12, 4)}, r"lm_head.weight is \[12, 4\], expected 6 rows"),
     "none": ({"model.norm.weight": torch.zeros(4)}, "holds no head: expected the weight of a layer named lm_head"),
     "two": ({"a.lm_head.weight": torch.zeros(6, 4), "b.lm_head.weight": torch.zeros(6, 4)}, "a.lm_head, b.lm_head"),
 }

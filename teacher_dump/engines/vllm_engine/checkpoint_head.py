@@ -6,7 +6,6 @@ Legend: V output rows, padding included, D hidden size.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,6 @@ from safetensors import SafetensorError, safe_open
 from potstill.common.causal_lm import soft_cap_and_scale
 from potstill.common.errors import UserError
 from potstill.teacher_dump.engines.base import Head
-
-log = logging.getLogger(__name__)
 
 HEADS = ("lm_head", "embed_out", "output_layer", "output")  # Llama and most, GPT-NeoX, ChatGLM, InternLM2
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
@@ -41,10 +38,8 @@ _PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 def read_checkpoint_head(folder: Path, config: Any, *, dtype: torch.dtype, device: torch.device) -> Head:
     """The output layer [V, D] in `dtype` on `device`, with bias, soft cap and scale of the configuration.
 
-    Rows beyond the configuration's vocabulary are left out, as engine hf does: padding, or further heads.
-
-    `config` is the model's transformers configuration. Raises UserError for a head that is not there, is quantised, or
-    has fewer rows than the vocabulary.
+    `config` is the model's transformers configuration. Raises UserError for a head that is not there, is quantised, has
+    another number of rows than the vocabulary, or is one of two that differ.
     """
     places = tensor_places(folder)
     text = config.get_text_config()
@@ -65,19 +60,11 @@ def read_checkpoint_head(folder: Path, config: Any, *, dtype: torch.dtype, devic
         )
     if tied:
         _refuse_second_head(folder, places, layer, weight)
-    rows = vocab_size or weight.shape[0]
-    if weight.shape[0] > rows:
-        log.warning(
-            "teacher folder %s: the %d rows of its head beyond vocab_size %d are left out",
-            folder,
-            weight.shape[0] - rows,
-            rows,
-        )
     bias = _read(folder, places, f"{layer}.bias") if f"{layer}.bias" in places else None
     cap, scale = soft_cap_and_scale(text)
     return Head(
-        weight=weight[:rows].to(device, dtype),
-        bias=None if bias is None else bias[:rows].to(device, dtype),
+        weight=weight.to(device, dtype),
+        bias=None if bias is None else bias.to(device, dtype),
         soft_cap=cap,
         logit_scale=scale,
     )
