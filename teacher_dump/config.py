@@ -229,7 +229,7 @@ class TeacherConfig(StrictModel):
         named = {"dtype": "dtype", "torch_dtype": "dtype", "attn_implementation": "attention"}
         for option in self.load_options.keys() & named.keys():
             raise ValueError(f"load_options.{option} is not recorded in the store; set teacher.{named[option]} instead")
-        if any(getattr(self, key) == value for key, value in engine.refuses.items()):
+        if any(getattr(self, key) in values for key, values in engine.refuses.items()):
             raise ValueError(refusal_text(self.engine, self.tensor_parallel))
         for option in self.load_options.keys() & engine.refuses_options.keys():
             why = engine.refuses_options[option]

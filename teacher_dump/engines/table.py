@@ -17,7 +17,7 @@ class EngineEntry:
     description: one phrase for the help of `teacher.engine`
     is_group:    whether several ranks hold one teacher; the module then has `join_group(teacher) -> Ranks`
     mixture:     whole name of the module whose `load` runs an ensemble of such teachers as one; None: there is none
-    refuses:     settings of TeacherConfig that it cannot run with, key -> value
+    refuses:     settings of TeacherConfig that it cannot run with, key -> values
     gives_top_k: whether it gives a finished top-k, of which nothing can be drawn
     only_logprobs: whether log-probabilities at T = 1 are all it gives: no entropy, no tails at other temperatures
     mixes:       whether its units may stand in a store beside those of others that mix (engine_mix.py)
@@ -34,7 +34,7 @@ class EngineEntry:
     description: str
     is_group: bool = False
     mixture: str | None = None
-    refuses: Mapping[str, object] = field(default_factory=dict)
+    refuses: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
     gives_top_k: bool = False
     only_logprobs: bool = False
     mixes: bool = False
@@ -57,7 +57,7 @@ ENGINES: dict[str, EngineEntry] = {
             description="ranks that hold a part of every layer are one worker",
             is_group=True,
             mixes=True,
-            refuses={"compile": True},
+            refuses={"compile": (True,)},
         ),
     ),
     "zero3": EngineEntry(
@@ -65,13 +65,13 @@ ENGINES: dict[str, EngineEntry] = {
         description="a group of ranks is one worker",
         is_group=True,
         mixes=True,
-        refuses={"compile": True, "head": "logits"},
+        refuses={"compile": (True,), "head": ("logits",)},
     ),
     "vllm": EngineEntry(
         module="potstill.teacher_dump.engines.vllm_engine.engine",
         description="hidden states by vLLM, which spreads a teacher over GPUs itself",
         mixes=True,
-        refuses={"compile": True, "head": "logits"},
+        refuses={"compile": (True,), "head": ("logits",)},
         splits_itself=True,
         takes_row_length=True,
         pins="potstill.teacher_dump.engines.vllm_engine.pins",
@@ -81,7 +81,7 @@ ENGINES: dict[str, EngineEntry] = {
     "vllm_logprobs": EngineEntry(
         module="potstill.teacher_dump.engines.vllm_logprobs.engine",
         description="log-probabilities that vLLM tells, where it gives no hidden states: no entropy, no draws, T = 1",
-        refuses={"compile": True, "head": "logits"},
+        refuses={"compile": (True,), "head": ("logits", "hidden")},
         gives_top_k=True,
         only_logprobs=True,
         splits_itself=True,
@@ -114,7 +114,7 @@ def entry_of(name: str, tensor_parallel: int = 1) -> EngineEntry:
 def refusal_text(name: str, tensor_parallel: int = 1) -> str:
     """What engine `name` cannot run with, and what to do."""
     refuses = entry_of(name, tensor_parallel).refuses
-    words = [key if value is True else f"{key}={value}" for key, value in refuses.items()]
+    words = [key if value is True else f"{key}={value}" for key, values in refuses.items() for value in values]
     if tensor_parallel > 1:
         return f"engine {name} with tensor_parallel={tensor_parallel} does not know {' or '.join(words)}: leave it out"
     if len(words) == 1:

@@ -32,7 +32,7 @@ ENTRY = EngineEntry(
     mixes=True,
     takes_row_length=True,
     pins=__name__,
-    refuses={"compile": True, "head": "logits"},
+    refuses={"compile": (True,), "head": ("logits",)},
 )
 
 

@@ -59,6 +59,7 @@ def padded(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"entropy": True}, "say nothing of the entropy; set entropy=false, or use engine hf"),
         ({"selection": {"mode": "sample"}}, "finished top-k, of which nothing can be drawn; use selection mode top_k"),
         ({"teacher": {"engine": "vllm_logprobs", "compile": True}}, "vllm_logprobs knows neither compile nor head=log"),
+        ({"teacher": {"engine": "vllm_logprobs", "head": "hidden"}}, "nor head=hidden: leave them out"),
         ({"teacher": {"engine": "vllm_logprobs", "ensemble": [{"model": "b"}]}}, "an ensemble .* runs on engine hf"),
         (
             {"teacher": {"engine": "vllm_logprobs", "load_options": {"logprobs_mode": "raw_logits"}}},

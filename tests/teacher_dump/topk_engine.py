@@ -17,7 +17,7 @@ from potstill.teacher_dump.engines.base import FinishedTopK, TopKWanted
 from potstill.teacher_dump.engines.table import EngineEntry
 
 ENTRY = EngineEntry(
-    module=__name__, description="whole logits and plain torch", gives_top_k=True, refuses={"compile": True}
+    module=__name__, description="whole logits and plain torch", gives_top_k=True, refuses={"compile": (True,)}
 )
 SPOIL: list[Callable[[TopK], TopK]] = []
 
