@@ -235,6 +235,7 @@ def test_tests_are_counted_as_they_end() -> None:
     assert (found["passed"], found["failed"], found["error"], found["skipped"]) == (1, 0, 1, 1)
 
 
+@pytest.mark.slow
 def test_pytest_says_what_is_counted(tmp_path: Path, scripts: Any) -> None:
     """The real pytest with processes of its own: what its tests gave is in the summary while one of them still runs."""
     output, test, seen = tmp_path / "out", tmp_path / "test_some.py", tmp_path / "seen"

@@ -68,6 +68,7 @@ def test_every_divergence_at_every_temperature_in_the_interpreter() -> None:
     check_errors(errors)
 
 
+@pytest.mark.slow
 def test_a_slab_by_itself_equals_its_twin_in_the_interpreter() -> None:
     """Rows in place and from a source, weights of 0 on NaN, ids that are none, logits of -inf, two passes."""
     cases = run_worker("slab_worker.py")

@@ -214,6 +214,7 @@ def test_a_calibration_that_fails_says_why(tmp_path: Path) -> None:
         calibrate(config, num_rows=8, folder=tmp_path)
 
 
+@pytest.mark.slow
 def test_the_command_calibrates_and_shows_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from potstill.teacher_dump import dump
 

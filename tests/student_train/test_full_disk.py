@@ -73,7 +73,7 @@ def answers(tree: dict[str, Any], *, step: int, rank: int, num_bytes: int) -> li
         return [str(answer) for answer in ranks.results(timeout_seconds=60)]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_one_of_two_ranks_cannot_write_its_part(stores, whole, tmp_path: Path, rank: int) -> None:
     run = tmp_path / "run"
     tree = tree_of(stores, run, stage=1)

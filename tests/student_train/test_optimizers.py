@@ -124,7 +124,7 @@ def test_every_zero_stage_takes_the_same_steps(stores: dict[str, Path], tmp_path
 @pytest.mark.parametrize(
     ("stage", "dtype"),
     [
-        (0, "float32"),
+        pytest.param(0, "float32", marks=pytest.mark.slow),
         (1, "bfloat16"),
         (2, "float32"),
         pytest.param(0, "bfloat16", marks=pytest.mark.slow),

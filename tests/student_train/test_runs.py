@@ -145,6 +145,7 @@ def test_a_seed_means_the_same_weights_for_every_stage(stores, tmp_path: Path) -
     assert losses[3] == pytest.approx(losses[0], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_export_of_zero_three_in_bfloat16(stores, tmp_path: Path) -> None:
     run = tmp_path / "run"
     tree = tiny.config_tree(stores, run, run={"max_steps": 3}, zero_stage=3)

@@ -70,6 +70,7 @@ def test_wandb_offline_stays_in_the_run_folder(stores, tmp_path: Path, outside: 
     assert not list(Path(outside["HOME"]).iterdir()) and not list(Path(outside["TMPDIR"]).iterdir())
 
 
+@pytest.mark.slow
 def test_wandb_online_without_a_key_is_refused_and_asks_nobody(stores, tmp_path: Path, outside) -> None:
     tree = tiny.config_tree(stores, tmp_path / "run", logging={"wandb": "online"})
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))

@@ -78,6 +78,7 @@ class SlowDisk:
         return slow
 
 
+@pytest.mark.slow
 def test_a_slow_disk_changes_nothing_and_holds_up_nothing_but_itself(
     rows: Path, whole: Path, tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
