@@ -26,6 +26,7 @@ from potstill.storage import (
 from potstill.teacher_dump.batches import TeacherBatch
 from potstill.teacher_dump.config import DumpConfig, SelectionConfig
 from potstill.teacher_dump.engines.base import TeacherEngine, TopKWanted, TopLogprobs
+from potstill.teacher_dump.engines.table import ENGINES
 from potstill.teacher_dump.engines.top_logprobs import as_topk
 from potstill.teacher_dump.id_frequencies import id_frequencies
 from potstill.teacher_dump.job import Job, WorkerSummary
@@ -144,7 +145,8 @@ class DumpJob(Job):
         if selection.mode != "top_p_k" or not positions:
             return None
         share, kept = (figures[name] / positions for name in ("k_bound", "kept_mass"))
-        return KBound(selection.k, selection.p, share, kept)
+        can_draw = not ENGINES[self.config.teacher.engine].gives_top_k
+        return KBound(selection.k, selection.p, share, kept, can_draw)
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,16 @@ MUCH = 0.25
 
 @dataclass(frozen=True)
 class KBound:
-    """Over positions with a target: the share where k ended the prefix below the mass p, and the mean kept mass."""
+    """Over positions with a target: the share where k ended the prefix below the mass p, and the mean kept mass.
+
+    can_draw: whether the same teacher could give draws instead.
+    """
 
     k: int
     p: float
     share: float
     kept_mass: float
+    can_draw: bool = True
 
     @property
     def much(self) -> bool:
@@ -38,10 +42,11 @@ class KBound:
 
     def advice(self) -> str:
         """What to do about it, with what that costs."""
-        more = f"raise k ({MAX_K} at most; about 2 bytes for each entry more), " if self.k < MAX_K else ""
-        return (
-            f"{more}lower p to what k can reach, or use mode sample (draws, unbiased whatever the entropy, fewer bytes)"
-        )
+        ways = [f"raise k ({MAX_K} at most; about 2 bytes for each entry more)"] if self.k < MAX_K else []
+        ways.append("lower p to what k can reach")
+        if self.can_draw:
+            ways.append("use mode sample (draws, unbiased whatever the entropy, fewer bytes)")
+        return ", or ".join(filter(None, (", ".join(ways[:-1]), ways[-1])))
 
 
 def bound_positions(num_entries: np.ndarray, log_tail: Float32, *, k: int, p: float) -> tuple[int, float]:

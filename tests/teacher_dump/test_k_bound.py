@@ -13,6 +13,7 @@ import pytest
 from potstill.launch.cli import main
 from potstill.storage import StoreReader, TargetsRow, store_stats
 from potstill.teacher_dump import DumpConfig, ScoreConfig, dump, score
+from potstill.teacher_dump.dumping import DumpJob
 from tests.teacher_dump.tiny import VOCAB
 
 K, P = 8, 0.8
@@ -162,3 +163,14 @@ def test_the_limit_of_k_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit):
         main(["dump", "--help"])
     assert capsys.readouterr().out.count("Entries per token at most, 1 to 255") == 2  # the flag's, and the key's
+
+
+@pytest.mark.parametrize("engine", ["hf", "vllm_logprobs"])
+def test_draws_are_advised_where_the_engine_can_make_them(engine: str) -> None:
+    teacher = {"model": "m", "engine": engine}
+    settings = DumpConfig(tokens="t", output="o", teacher=teacher, entropy=False, selection={"k": K, "p": P})
+    bound = DumpJob(settings).k_bound({"positions": 4.0, "k_bound": 3.0, "kept_mass": 2.0})
+    assert bound is not None and bound.much
+    advice = bound.describe(None)
+    assert "raise k (255 at most" in advice and "lower p to what k can reach" in advice
+    assert ("mode sample" in advice) == (engine == "hf")
